@@ -1,0 +1,1 @@
+"""hinge: spatial gene expression from histology, in draws."""

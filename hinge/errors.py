@@ -1,0 +1,17 @@
+"""Errors a user can cause. The command line turns each into one sentence and exit code 2."""
+
+
+class HingeError(Exception):
+    """Something the user can put right; the message is one sentence that says what and where."""
+
+
+class ConfigError(HingeError):
+    """A configuration key, value or command-line argument that cannot be used."""
+
+
+class DataError(HingeError):
+    """A slide, image, panel, feature or result file that is missing, damaged or does not fit."""
+
+
+class WeightsError(HingeError):
+    """Weights that are missing, damaged, or of another model than the one asked for."""

@@ -1,0 +1,107 @@
+"""Writing files so that a half-written one never counts as finished, and naming them by content."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hinge.errors import DataError
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; rename it to `path` on success, delete it on failure.
+
+    Works for a file and, where the caller makes the temporary path a folder, for a folder
+    (an existing folder of that name is replaced).
+
+    Parameters
+    ----------
+    path
+        Where the finished file or folder shall lie. Parent folders are made.
+
+    Yields
+    ------
+    Path
+        A name in the same folder (same suffix, so that writers that look at it agree), not yet existing.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+    temporary = holder / path.name
+    try:
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            os.replace(path, holder / "replaced")
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def write_json(path: str | Path, content: Any) -> Path:
+    """Write `content` as indented JSON in one step; NaN and infinities become null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): clean(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(item) for item in value]
+        if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+            value = value.item()
+        if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+            return None
+        return value
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(clean(content), indent=1) + "\n")
+    return Path(path)
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; a missing or damaged one is a `DataError` that names it."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not a readable JSON file: {error}") from error
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def arrays_digest(arrays: dict[str, Any]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a mapping of tensors or arrays, in name order.
+
+    It names a set of weights by content, whatever file format they came from.
+    """
+    import numpy as np
+
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        if hasattr(array, "detach"):
+            array = array.detach().cpu().contiguous()
+            dtype = str(array.dtype).removeprefix("torch.")
+            # numpy knows no bfloat16: the bytes are what counts
+            import torch
+
+            data = array.reshape(-1).view(torch.uint8).numpy()
+            shape = tuple(array.shape)
+        else:
+            array = np.ascontiguousarray(array)
+            dtype, shape, data = str(array.dtype), array.shape, array.reshape(-1).view(np.uint8)
+        total.update(f"{name}|{dtype}|{shape}|".encode())
+        total.update(data.tobytes())
+    return total.hexdigest()
