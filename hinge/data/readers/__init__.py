@@ -1,1 +1,120 @@
-""""""
+"""Reading slides from disk: one module per source format, and how a path's format is recognised.
+
+A format's module has `LAYOUT` (what it looks like, in words), `recognises(path)`, `list_samples(path)` and
+`read(path, sample, *, image, um_per_px, require_image)`; adding it to `FORMATS` makes it known.
+"""
+
+from pathlib import Path
+from types import ModuleType
+
+from anndata import AnnData
+
+from hinge.data.readers import h5ad, her2st
+from hinge.data.slide import validate_slide
+from hinge.errors import DataError
+
+FORMATS: dict[str, ModuleType] = {"her2st": her2st, "h5ad": h5ad}
+
+
+def recognise_format(path: str | Path) -> str:
+    """Name of the format that a file or folder is in.
+
+    Raises
+    ------
+    DataError
+        If there is nothing at `path`, or nothing of a known format; the sentence lists what each looks like.
+    """
+    path = _existing(path)
+    for name, reader in FORMATS.items():
+        if reader.recognises(path):
+            return name
+    layouts = "; ".join(f"{name}: {reader.LAYOUT}" for name, reader in FORMATS.items())
+    raise DataError(f"{path} holds no slides in a known format ({layouts})")
+
+
+def list_samples(path: str | Path, format: str | None = None) -> list[str]:
+    """Names of the slides at a path, sorted.
+
+    Parameters
+    ----------
+    path
+        File or folder.
+    format
+        Name of its format; recognised where not given.
+    """
+    path = _existing(path)
+    return _reader(path, format).list_samples(path)
+
+
+def read_slide(
+    path: str | Path,
+    sample: str | None = None,
+    *,
+    format: str | None = None,
+    image: str | Path | None = None,
+    um_per_px: float | None = None,
+    require_image: bool = True,
+) -> AnnData:
+    """Read one slide and make sure that it is sound.
+
+    Parameters
+    ----------
+    path
+        File or folder in one of the `FORMATS`.
+    sample
+        Which of the slides there; may be left out where there is only one.
+    format
+        Name of the format; recognised where not given.
+    image
+        Full-resolution image, where it is not the one that the format provides for.
+    um_per_px
+        Microns per full-resolution pixel, where it shall not be worked out from the spots or the image.
+    require_image
+        False also reads slides that have no image, for what needs counts alone; their `um_per_px` may be NaN.
+
+    Returns
+    -------
+    AnnData
+        A slide as `hinge.data.slide` describes it.
+
+    Raises
+    ------
+    DataError
+        If the path, the sample or its image is missing or damaged, or the slide does not pass
+        `validate_slide`.
+    """
+    path = _existing(path)
+    reader = _reader(path, format)
+    samples = reader.list_samples(path)
+    if sample is None and len(samples) == 1:
+        sample = samples[0]
+    if sample not in samples:
+        shown = ", ".join(samples[:40]) + (", ..." if len(samples) > 40 else "")
+        asked = "no sample was named" if sample is None else f"there is no sample {sample!r}"
+        raise DataError(f"{asked} in {path}, which has {shown or 'none'}")
+    if um_per_px is not None and not 0 < um_per_px < float("inf"):
+        raise DataError(f"um_per_px must be a positive number of microns per pixel, not {um_per_px}")
+    slide = reader.read(
+        path,
+        sample,
+        image=None if image is None else Path(image),
+        um_per_px=um_per_px,
+        require_image=require_image,
+    )
+    validate_slide(slide, require_image=require_image)
+    return slide
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"there is no file or folder {path}")
+    return path
+
+
+def _reader(path: Path, format: str | None) -> ModuleType:
+    if format is None:
+        return FORMATS[recognise_format(path)]
+    if format not in FORMATS:
+        raise DataError(f"there is no format {format!r}; choose one of {', '.join(FORMATS)}")
+    return FORMATS[format]

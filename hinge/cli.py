@@ -1,0 +1,263 @@
+"""The command line. Each command parses, then calls one function; heavy imports wait until then."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hinge.errors import ConfigError, HingeError
+
+app = typer.Typer(
+    name="hinge",
+    help="Spatial gene expression from histology: several draws of every spot's expression from an H&E slide.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run, as hinge train wrote it.", show_default=False)]
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML file of a run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings that differ, e.g. training.epochs=10.", show_default=False)
+]
+
+
+def main() -> None:
+    """Entry point: errors a user can cause become one sentence and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("hinge").setLevel(logging.INFO)
+    # libraries announce themselves on every start; what matters comes as an exception
+    for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1")):
+        os.environ.setdefault(name, value)
+    try:
+        app()
+    except HingeError as error:
+        print(f"hinge: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _run(config: Path, overrides: list[str] | None):
+    from hinge.config import load_config
+    from hinge.run import Run
+
+    return Run(load_config(config, overrides))
+
+
+def _print_scores(path: Path) -> None:
+    from rich.console import Console
+
+    from hinge.evaluation.score import scores_table
+    from hinge.files import read_json
+
+    console = Console()
+    # a pipe has no width: give the table the room it needs
+    console = console if console.is_terminal else Console(width=240)
+    console.print(scores_table(read_json(path)["rows"]))
+    print(f"scores: {path}")
+
+
+@app.command()
+def features(
+    path: Annotated[Path, typer.Argument(help="Slide or data set.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the feature files.", show_default=False)],
+    sample: Annotated[list[str] | None, typer.Option(help="Sample of the data set; repeat for several.")] = None,
+    encoder: Annotated[str, typer.Option(help="timm or hf-hub: name, checkpoint, stain-texture; + joins.")] = (
+        "stain-texture"
+    ),
+    patch_um: Annotated[float | None, typer.Option(help="Side of a patch in µm.  [default: the encoder's]")] = None,
+    views: Annotated[int, typer.Option(help="1, or 8 for all flips and quarter turns.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Patches in one forward pass.")] = 64,
+    image: Annotated[Path | None, typer.Option(help="Image, where the slide does not name it.")] = None,
+    um_per_px: Annotated[float | None, typer.Option(help="Resolution, where the slide does not say.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files made otherwise.")] = False,
+) -> None:
+    """Extract histology features, one patch a spot, into one HDF5 file a slide.
+
+    Example: hinge features her2st --sample C5 --encoder stain-texture --output features
+    """
+    from hinge.data.readers import list_samples, read_slide
+    from hinge.encoders import extract_features, load_encoder
+
+    loaded = load_encoder(encoder)
+    for name in sample or list_samples(path):
+        slide = read_slide(path, name, image=image, um_per_px=um_per_px)
+        target = output / f"{name}.{encoder.replace('/', '_').replace(':', '_')}.h5"
+        written = extract_features(
+            slide, loaded, target, views=views, batch_size=batch_size, patch_um=patch_um, overwrite=overwrite
+        )
+        print(f"features: {written}")
+
+
+@app.command()
+def panel(
+    path: Annotated[Path, typer.Argument(help="Data set.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="panel.json to write.", show_default=False)],
+    sample: Annotated[list[str] | None, typer.Option(help="Training sample; repeat for several.")] = None,
+    method: Annotated[str, typer.Option(help="hmhvg or hvg.")] = "hmhvg",
+    genes: Annotated[int, typer.Option(help="Size of the panel.")] = 200,
+    from_list: Annotated[Path | None, typer.Option("--list", help="Text file, one gene symbol a line.")] = None,
+) -> None:
+    """Choose the genes to predict, from training slides only.
+
+    Example: hinge panel her2st --sample C2 --sample C3 --sample C4 --genes 200 --output panel.json
+    """
+    from hinge.data.panel import select_panel
+    from hinge.data.readers import list_samples, read_slide
+    from hinge.run import read_panel
+
+    if from_list is not None:
+        chosen = read_panel(from_list)
+    else:
+        names = sample or list_samples(path)
+        chosen = select_panel([read_slide(path, name, require_image=False) for name in names], method, genes)
+    print(f"panel: {chosen.save(output)} ({len(chosen.genes)} genes)")
+
+
+@app.command("pretrain-expression")
+def pretrain_expression(
+    paths: Annotated[list[Path], typer.Argument(help="h5ad files or data sets with counts.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the backbone.", show_default=False)],
+    sample: Annotated[list[str] | None, typer.Option(help="Only these samples; repeat for several.")] = None,
+    panel: Annotated[Path | None, typer.Option(help="Genes of the vocabulary.  [default: all shared ones]")] = None,
+    transform: Annotated[str, typer.Option(help="log2p1 or log1p_cp10k.")] = "log1p_cp10k",
+    hidden_size: Annotated[int, typer.Option()] = 128,
+    num_hidden_layers: Annotated[int, typer.Option()] = 4,
+    num_attention_heads: Annotated[int, typer.Option()] = 4,
+    num_value_bins: Annotated[int, typer.Option()] = 64,
+    steps: Annotated[int, typer.Option()] = 3000,
+    batch_size: Annotated[int, typer.Option()] = 64,
+    learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Pre-train an expression backbone (CellFM's architecture) on counts, by filling in masked genes.
+
+    Example: hinge pretrain-expression her2st --sample A1 --sample D1 --panel panel.json --output backbone
+    """
+    from hinge.run import pretrain_on_files
+
+    pretrain_on_files(
+        paths,
+        output,
+        samples=sample,
+        panel=panel,
+        transform=transform,
+        architecture={
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+            "num_value_bins": num_value_bins,
+        },
+        settings={
+            "steps": steps,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "precision": precision,
+        },
+        seed=seed,
+    )
+    print(f"backbone: {output}")
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train HINGE: panel, features, backbone (pre-trained if need be) and the conditioning path.
+
+    Example: hinge train --config configs/her2st.yaml training.epochs=10. On several devices:
+    accelerate launch scripts/train.py --config configs/her2st.yaml
+    """
+    print(f"model: {_run(config, overrides).train()}")
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    slide: Annotated[
+        list[str] | None, typer.Option(help="Sample of the run's data set, or a slide's h5ad.  [default: test slides]")
+    ] = None,
+    draws: Annotated[int | None, typer.Option(help="Draws a spot.  [default: the run's]", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of revealing genes.  [default: the run's]", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.  [default: the run's]", min=0)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Spot-draws at a time; no effect on the result.", min=1)] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="h5ad to write, for one slide.")] = None,
+) -> None:
+    """Draw the expression of every spot of a slide, several times.
+
+    Example: hinge sample runs/her2st --slide C5 --draws 20 --steps 20 --seed 0
+    """
+    from hinge.data.readers import read_slide
+    from hinge.run import Run
+
+    opened = Run.open(run)
+    names = slide or opened.config.data.test
+    if not names:
+        raise ConfigError("the run names no test slides; give --slide")
+    if output is not None and len(names) > 1:
+        raise ConfigError("--output takes the draws of one slide; leave it out for several")
+    for name in names:
+        # a file is a slide from elsewhere; everything else is a sample of the run's own data set
+        source = {"slide": read_slide(name)} if Path(name).is_file() else {"name": name}
+        path = opened.sample(**source, output=output, draws=draws, steps=steps, seed=seed, batch_size=batch_size)
+        print(f"draws: {path}")
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    slide: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: test slides]")] = None,
+) -> None:
+    """Score the draws beside baselines and the noise ceiling.
+
+    Example: hinge evaluate runs/her2st
+    """
+    from hinge.run import Run
+
+    _print_scores(Run.open(run).evaluate(slide))
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write one self-contained HTML file: scores, maps, co-expression, calibration.
+
+    Example: hinge report runs/her2st
+    """
+    from hinge.run import Run
+
+    print(f"report: {Run.open(run).report()}")
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None) -> None:
+    """All stages: train, sample the test slides, evaluate, report. Finished ones are skipped.
+
+    Example: hinge run --config configs/her2st.yaml
+    """
+    opened = _run(config, overrides)
+    path = opened.all()
+    _print_scores(opened.scores_path)
+    print(f"report: {path}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for slides and results.")] = Path("hinge-demo"),
+    seed: Annotated[int, typer.Option(help="Of the tissue and of everything after it.", min=0)] = 0,
+) -> None:
+    """Simulate tissue, train on it, sample a held-out slide, score and report. No download, minutes on a CPU.
+
+    Example: hinge demo --output hinge-demo
+    """
+    from hinge.demo import run_demo
+
+    opened = run_demo(output, seed)
+    _print_scores(opened.scores_path)
+    print(f"report: {opened.report_path}")
+
+
+if __name__ == "__main__":
+    main()

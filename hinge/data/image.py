@@ -1,0 +1,232 @@
+"""Whole-slide images: one class that crops any region at any resolution.
+
+Pyramidal scans (SVS, NDPI, MRXS, tiled TIFF and whatever else OpenSlide knows) are read tile by tile; all
+other images (JPEG, PNG, striped TIFF) are decoded once by Pillow and cropped from memory.
+"""
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import openslide
+from PIL import Image
+
+from hinge.errors import DataError
+
+# Pillow warns from 89 megapixels on, for fear of web uploads; ordinary slides are larger. What has to be
+# decoded whole may have a gigapixel (4 GB in memory); images that are read by tile have no limit.
+MAX_DECODED_PIXELS = 1_000_000_000
+
+# Longest side of a region in pixels of the level it is read from: more is a wrong µm/px, not a patch.
+MAX_REGION_PX = 9_000
+
+# The resolution tags of a TIFF are often a printer's default (72 dpi is 353 µm/px): believed in this range.
+PLAUSIBLE_UM_PER_PX = (0.05, 10.0)
+
+_TIFF_RESOLUTION_UNIT_UM = {2: 25_400.0, 3: 10_000.0}  # inch, centimetre
+_pillow_limit_lock = threading.Lock()
+
+
+class SlideImage:
+    """One slide's full-resolution image.
+
+    Safe to use from several threads at once. Use it as a context manager or call `close`.
+
+    Parameters
+    ----------
+    path
+        Image file: any format of OpenSlide or Pillow with 8 bits a channel.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, damaged, no image, not 8 bits a channel, or has to be decoded whole and has
+        more than `MAX_DECODED_PIXELS`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._decode_lock = threading.Lock()
+        self._flat: Image.Image | None = None
+        self._decoded = False
+        self._pyramid: openslide.OpenSlide | None = None
+        if not self.path.is_file():
+            raise DataError(f"there is no image file {self.path}")
+        with self._damage_named():
+            if openslide.OpenSlide.detect_format(self.path):
+                self._pyramid = openslide.OpenSlide(self.path)
+            else:
+                self._flat = self._open_flat()
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """Width and height in full-resolution pixels."""
+        return self._pyramid.dimensions if self._pyramid else self._flat.size
+
+    @property
+    def um_per_px(self) -> float | None:
+        """Microns per full-resolution pixel as the file's metadata tell it, None where they do not."""
+        value = 0.0
+        if self._pyramid:
+            value = float(self._pyramid.properties.get(openslide.PROPERTY_NAME_MPP_X) or 0)
+        elif tags := getattr(self._flat, "tag_v2", None):
+            pixels, unit = float(tags.get(282, 0)), _TIFF_RESOLUTION_UNIT_UM.get(tags.get(296), 0.0)
+            value = unit / pixels if pixels else 0.0
+        return value if PLAUSIBLE_UM_PER_PX[0] <= value <= PLAUSIBLE_UM_PER_PX[1] else None
+
+    def read_region(
+        self, center_xy_px: tuple[float, float] | np.ndarray, size_um: float, size_px: int, um_per_px: float
+    ) -> np.ndarray:
+        """Cut out one square and bring it to a given number of pixels.
+
+        The pyramid level at or just finer than the target resolution is read; the square's corner lies on a
+        whole pixel of that level, so that a square at the level's own resolution is an exact crop. Everything
+        else is resampled bicubically with antialiasing. What lies outside the image is white.
+
+        Parameters
+        ----------
+        center_xy_px
+            Centre x, y in full-resolution pixels; may lie outside the image.
+        size_um
+            Side of the square in µm.
+        size_px
+            Side of the result in pixels.
+        um_per_px
+            Microns per full-resolution pixel of this image.
+
+        Returns
+        -------
+        numpy.ndarray
+            RGB, uint8 (size_px, size_px, 3).
+
+        Raises
+        ------
+        DataError
+            If the image is damaged where it is read, or the region is too large to be one.
+        """
+        if not (size_um > 0 and size_px > 0 and um_per_px > 0):
+            raise ValueError(f"sizes must be positive, not {size_um=}, {size_px=}, {um_per_px=}")
+        side = size_um / um_per_px
+        level, downsample = self._choose_level(side / size_px)
+        side /= downsample
+        if abs(side - size_px) < 1e-3:  # 224 and not 224.00000000000003
+            side = size_px
+        left, top = (round(float(c) / downsample - side / 2) for c in center_xy_px)
+        # the neighbours that the resampling kernel reaches for: a patch's border is as good as its middle
+        margin = math.ceil(2 * side / size_px) if side != size_px else 0
+        width = math.ceil(side) + 2 * margin
+        if width > MAX_REGION_PX:
+            raise DataError(
+                f"a region of {size_um:g} µm at {um_per_px:g} µm per pixel is {width} pixels wide in {self.path}, "
+                f"and at most {MAX_REGION_PX} can be read at once"
+            )
+        with self._damage_named():
+            crop = self._crop(left - margin, top - margin, width, level, downsample)
+        if side != size_px:
+            box = (margin, margin, margin + side, margin + side)
+            crop = crop.resize((size_px, size_px), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+        return np.asarray(crop)
+
+    def thumbnail(self, max_px: int) -> np.ndarray:
+        """The whole image with its long side reduced to at most `max_px`.
+
+        Returns
+        -------
+        numpy.ndarray
+            RGB, uint8 (h, w, 3).
+        """
+        with self._damage_named():
+            if self._pyramid:
+                small = self._pyramid.get_thumbnail((max_px, max_px))
+            elif self._decoded:
+                small = self._flat.copy()
+            else:  # a fresh handle: Pillow decodes a JPEG directly at reduced size
+                small = self._open_flat()
+            small.thumbnail((max_px, max_px), reducing_gap=3.0)
+            return np.asarray(_to_rgb(small))
+
+    def close(self) -> None:
+        """Release the file and the decoded pixels."""
+        for image in (self._pyramid, self._flat):
+            if image is not None:
+                image.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _choose_level(self, downsample: float) -> tuple[int, float]:
+        """Coarsest level that is not coarser than wanted, and its own downsample factor."""
+        if not self._pyramid:
+            return 0, 1.0
+        # levels are seldom exact powers: 4.0003 serves a wanted 4
+        level = self._pyramid.get_best_level_for_downsample(downsample * 1.01)
+        return level, self._pyramid.level_downsamples[level]
+
+    def _crop(self, left: int, top: int, width: int, level: int, downsample: float) -> Image.Image:
+        """Square in pixels of one level, white outside the image."""
+        if self._pyramid:
+            corner = (round(left * downsample), round(top * downsample))
+            return _to_rgb(self._pyramid.read_region(corner, level, (width, width)))
+        with self._decode_lock:
+            if not self._decoded:
+                self._flat = _to_rgb(self._flat)
+                self._decoded = True
+        image_width, image_height = self._flat.size
+        inside = (max(left, 0), max(top, 0), min(left + width, image_width), min(top + width, image_height))
+        if inside == (left, top, left + width, top + width):
+            return self._flat.crop(inside)
+        canvas = Image.new("RGB", (width, width), "white")
+        if inside[0] < inside[2] and inside[1] < inside[3]:
+            canvas.paste(self._flat.crop(inside), (inside[0] - left, inside[1] - top))
+        return canvas
+
+    def _open_flat(self) -> Image.Image:
+        with _pillow_limit_lock:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                image = Image.open(self.path)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+        pixels = image.width * image.height
+        if pixels > MAX_DECODED_PIXELS:
+            raise DataError(
+                f"{self.path} has {image.width} x {image.height} pixels, and an image without tiles may have "
+                f"at most {MAX_DECODED_PIXELS:,}: convert it to a tiled pyramidal TIFF"
+            )
+        if image.mode.startswith(("I", "F")):
+            raise DataError(
+                f"{self.path} has pixels of type {image.mode}; an image with 8 bits a channel is needed"
+            )
+        return image
+
+    @contextlib.contextmanager
+    def _damage_named(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SyntaxError, ValueError, openslide.OpenSlideError) as error:
+            raise DataError(f"{self.path} is damaged or not an image that can be read: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB; transparent pixels become white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()
+    return image

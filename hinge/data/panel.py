@@ -1,0 +1,213 @@
+"""Gene panels: which genes a model is about, how they were chosen and on which slides."""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from hinge.data.slide import slide_name
+from hinge.errors import ConfigError, DataError
+from hinge.files import read_json, write_json
+
+# As the paper prints them and taken literally, so that its panels can be made again: MT* is meant for the
+# mitochondrial genes MT-*, but also drops nuclear ones such as MT2A, MTDH or MTOR.
+EXCLUDED_PREFIXES = ("MT", "RPS", "RPL")
+
+_VARIABLE_GENES_PER_SLIDE = 2000
+
+
+class Panel(BaseModel):
+    """A list of genes and where it came from.
+
+    Attributes
+    ----------
+    genes
+        Gene symbols, unique; a selected panel has its best genes first.
+    method
+        `hmhvg`, `hvg`, or `list` for genes that were given.
+    slides
+        Names of the slides that the selection saw.
+    hinge_version
+        Version of this package that made it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    genes: list[str] = Field(min_length=1)
+    method: str
+    slides: list[str] = []
+    hinge_version: str = version("hinge")
+
+    @field_validator("genes")
+    @classmethod
+    def _unique(cls, genes: list[str]) -> list[str]:
+        index = pd.Index(genes)
+        if index.has_duplicates:
+            raise ValueError(f"gene {index[index.duplicated()][0]} is there more than once")
+        if "" in genes:
+            raise ValueError("one gene has no name")
+        return genes
+
+    @classmethod
+    def from_list(cls, genes: Sequence[str]) -> Self:
+        """Make a panel of given genes, in the given order.
+
+        Raises
+        ------
+        DataError
+            If there are none, or one is repeated.
+        """
+        return _checked(cls, {"genes": list(genes), "method": "list"}, "this list of genes is no panel")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        DataError
+            If the file is missing, damaged, or not a panel.
+        """
+        return _checked(cls, read_json(path), f"{path} is not a panel")
+
+    def save(self, path: str | Path) -> Path:
+        """Write the panel as JSON."""
+        return write_json(path, self.model_dump())
+
+
+def select_panel(
+    slides: Sequence[AnnData], method: Literal["hmhvg", "hvg"] = "hmhvg", n_genes: int = 200
+) -> Panel:
+    """Choose a panel from slides: give the training slides only.
+
+    `hmhvg` (highly expressed and highly variable; HINGE, Fang et al. 2026, after Stem, Zhu et al. 2025): the
+    union over slides of each one's 2,000 highly variable genes (scanpy, flavour seurat, on log-normalised
+    counts), without MT*, RPS* and RPL* and without genes that some slide lacks, is ranked by mean and by
+    standard deviation of the raw counts of all spots together. The panel is the intersection of the two top-k
+    lists for the smallest k that gives `n_genes`. Each k can add two genes, so the last may be one too many:
+    genes are taken by the worse of their two ranks, then by the better one, then by name.
+
+    `hvg`: the most variable genes of scanpy (flavour seurat) with the slides as batches: first those that are
+    variable in most slides, then by normalised dispersion, then by name. Nothing is left out but genes that
+    some slide lacks.
+
+    Both depend on the slides but not on their order.
+
+    Parameters
+    ----------
+    slides
+        Slides with raw counts.
+    method
+        How to choose.
+    n_genes
+        Size of the panel.
+
+    Returns
+    -------
+    Panel
+        Best genes first.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such method, or `n_genes` is below 1.
+    DataError
+        If no slides are given, or fewer than `n_genes` genes can be chosen from.
+    """
+    if method not in _METHODS:
+        raise ConfigError(f"there is no panel method {method!r}; choose one of {', '.join(_METHODS)}")
+    if n_genes < 1:
+        raise ConfigError(f"a panel needs at least one gene, not {n_genes}")
+    if not slides:
+        raise DataError("a panel cannot be selected from no slides")
+    names = [slide_name(slide) for slide in slides]
+    if len(set(names)) < len(names):
+        raise DataError(f"a panel needs each slide once, not {', '.join(names)}")
+    shared = sorted(set.intersection(*(set(slide.var_names) for slide in slides)))
+    genes = _METHODS[method](slides, shared, n_genes)
+    if len(genes) < n_genes:
+        raise DataError(
+            f"a panel of {n_genes} genes was asked for, and method {method} finds {len(genes)} in "
+            f"{', '.join(names)} ({len(shared)} genes are in all of them)"
+        )
+    return Panel(genes=genes, method=method, slides=names)
+
+
+def _hmhvg(slides: Sequence[AnnData], shared: list[str], n_genes: int) -> list[str]:
+    variable = set().union(*(_variable_genes(slide) for slide in slides))
+    genes = [gene for gene in shared if gene in variable and not gene.upper().startswith(EXCLUDED_PREFIXES)]
+    n_spots, total, squares = 0, np.zeros(len(genes)), np.zeros(len(genes))
+    for slide in slides:
+        # sums of integers are exact in float64: ranks depend on neither the order of slides nor the machine
+        counts = slide[:, genes].X.astype(np.float64)
+        n_spots += counts.shape[0]
+        total += np.asarray(counts.sum(axis=0)).ravel()
+        squares += np.asarray(counts.power(2).sum(axis=0)).ravel()
+    # n² times the variance, in integers
+    spread = n_spots * squares - total**2
+    ranks = np.stack([_ranks(total), _ranks(spread)])
+    order = np.lexsort((ranks.min(axis=0), ranks.max(axis=0)))
+    return [genes[i] for i in order[:n_genes]]
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Rank of each value, 0 for the largest; of equals the first (genes come sorted by name)."""
+    ranks = np.empty(len(values), dtype=int)
+    ranks[np.argsort(-values, kind="stable")] = np.arange(len(values))
+    return ranks
+
+
+def _variable_genes(slide: AnnData) -> list[str]:
+    """The slide's 2,000 highly variable genes, or all where it has no more."""
+    if slide.n_vars <= _VARIABLE_GENES_PER_SLIDE:
+        return list(slide.var_names)
+    import scanpy
+
+    values = _log_normalised(slide)
+    table = scanpy.pp.highly_variable_genes(values, n_top_genes=_VARIABLE_GENES_PER_SLIDE, inplace=False)
+    return list(values.var_names[table["highly_variable"]])
+
+
+def _hvg(slides: Sequence[AnnData], shared: list[str], n_genes: int) -> list[str]:
+    if len(shared) <= n_genes:
+        return shared
+    import anndata
+    import scanpy
+
+    # scanpy averages over batches: in the order of names, so that the order given does not reach the last bit
+    values = {
+        slide_name(slide): _log_normalised(slide)[:, shared] for slide in sorted(slides, key=slide_name)
+    }
+    together = anndata.concat(values, label="slide", index_unique="/")
+    table = scanpy.pp.highly_variable_genes(together, n_top_genes=n_genes, batch_key="slide", inplace=False)
+    table.index = together.var_names
+    columns = ["highly_variable_nbatches", "dispersions_norm"]
+    return list(table[table["highly_variable"]].sort_values(columns, ascending=False, kind="stable").index)
+
+
+def _log_normalised(slide: AnnData) -> AnnData:
+    import scanpy
+
+    if not slide.X.count_nonzero():
+        raise DataError(f"slide {slide_name(slide)} has no counts at all")
+    values = AnnData(X=slide.X.astype(np.float32), obs=slide.obs[[]], var=slide.var[[]])
+    scanpy.pp.normalize_total(values)
+    scanpy.pp.log1p(values)
+    return values
+
+
+def _checked(cls: type[Panel], content: object, otherwise: str) -> Panel:
+    try:
+        return cls.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{otherwise}: {f'{where}: ' if where else ''}{first['msg']}") from error
+
+
+_METHODS = {"hmhvg": _hmhvg, "hvg": _hvg}

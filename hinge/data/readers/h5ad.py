@@ -1,0 +1,153 @@
+"""Slides as `.h5ad` files, each with its image beside it."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import scipy.sparse
+from anndata import AnnData
+from scipy.spatial import KDTree
+
+from hinge.data.image import SlideImage
+from hinge.data.slide import describe_slide
+from hinge.errors import DataError
+
+LAYOUT = (
+    "a file <sample>.h5ad or a folder of them, each with raw counts in X or layers['counts'], pixel x and y "
+    "in obsm['spatial'], and an image <sample>.tif (or .tiff, .svs, .ndpi, .png, .jpg, .jpeg) beside it"
+)
+_IMAGE_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".png", ".jpg", ".jpeg")
+
+
+def recognises(path: Path) -> bool:
+    """Whether a path looks like this layout."""
+    return bool(_files(path))
+
+
+def list_samples(path: Path) -> list[str]:
+    """Names of the files without their ending."""
+    return [file.stem for file in _files(path)]
+
+
+def read(
+    path: Path, sample: str, *, image: Path | None, um_per_px: float | None, require_image: bool
+) -> AnnData:
+    """Read one file; its other layers, obs, obsm and uns are kept."""
+    file = next(file for file in _files(path) if file.stem == sample)
+    try:
+        slide = anndata.read_h5ad(file)
+    except Exception as error:  # a damaged HDF5 file ends in almost any exception
+        raise DataError(f"{file} is not a readable h5ad file: {error}") from error
+    slide.X = scipy.sparse.csr_matrix(_counts(slide, file), dtype=np.float32)
+    coordinates = slide.obsm.get("spatial")
+    if coordinates is None or np.ndim(coordinates) != 2 or np.shape(coordinates)[1] != 2:
+        raise DataError(
+            f"{file} needs pixel x and y of each spot, shape ({slide.n_obs}, 2), in obsm['spatial']"
+        )
+    try:
+        coordinates = np.asarray(coordinates, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{file} has coordinates in obsm['spatial'] that are not numbers") from error
+    slide.obsm["spatial"] = coordinates
+
+    facts = slide.uns.get("hinge", {})
+    facts = facts if isinstance(facts, Mapping) else {}
+    image = image or _find_image(file, facts, require_image)
+    pitch_px = _pitch_px(coordinates)
+    pitch_um = _length(facts, "spot_pitch_um")
+    if um_per_px is None:
+        um_per_px = _length(facts, "um_per_px")
+        if math.isnan(um_per_px):
+            um_per_px = pitch_um / pitch_px
+        if math.isnan(um_per_px) and image:
+            with SlideImage(image) as opened:
+                um_per_px = opened.um_per_px or math.nan
+        if math.isnan(um_per_px) and require_image:
+            raise DataError(
+                f"neither {file} nor its image tells the resolution: give microns per full-resolution pixel "
+                "with um_per_px="
+            )
+    if math.isnan(pitch_um):
+        pitch_um = pitch_px * um_per_px
+    diameter_um = _length(facts, "spot_diameter_um")
+    if math.isnan(diameter_um):
+        diameter_um = _spot_diameter_px(slide) * um_per_px
+    return describe_slide(
+        slide,
+        sample,
+        image_path=image,
+        um_per_px=um_per_px,
+        spot_pitch_um=pitch_um,
+        spot_diameter_um=diameter_um,
+        source_format="h5ad",
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(path.glob("[!.]*.h5ad"))
+    return [path] if path.suffix == ".h5ad" and path.is_file() else []
+
+
+def _counts(slide: AnnData, file: Path) -> Any:
+    """X where it holds integers, else the layer `counts`, which then is X and no layer any more."""
+    if slide.X is not None and _integral(slide.X):
+        return slide.X
+    if "counts" not in slide.layers:
+        held = "nothing" if slide.X is None else "values that are not integers"
+        raise DataError(f"{file} has no raw counts: X holds {held} and there is no layers['counts']")
+    return slide.layers.pop("counts")
+
+
+def _integral(matrix: Any) -> bool:
+    values = np.asarray(matrix.data if scipy.sparse.issparse(matrix) else matrix)
+    # NaN and infinities are left for validate_slide to name
+    return values.dtype.kind in "iub" or bool((np.isnan(values) | (values == np.round(values))).all())
+
+
+def _find_image(file: Path, facts: Mapping[str, Any], require_image: bool) -> Path | None:
+    """The image that the file names (absolute, or relative to it), else the one beside it."""
+    named = facts.get("image_path")
+    if named and (file.parent / str(named)).is_file():
+        return file.parent / str(named)
+    beside = {other.suffix.lower(): other for other in file.parent.iterdir() if other.stem == file.stem}
+    for suffix in _IMAGE_SUFFIXES:
+        if suffix in beside:
+            return beside[suffix]
+    if require_image:
+        told = f"its uns['hinge']['image_path'] {named} does not exist and " if named else ""
+        raise DataError(
+            f"{file} has no image: {told}there is no {file.stem}{{{','.join(_IMAGE_SUFFIXES)}}} beside it; "
+            "give one with image=, or read with require_image=False"
+        )
+    return None
+
+
+def _length(facts: Mapping[str, Any], key: str) -> float:
+    """A positive length, or NaN where there is none."""
+    try:
+        value = float(facts[key])
+    except (KeyError, TypeError, ValueError):
+        return math.nan
+    return value if 0 < value < math.inf else math.nan
+
+
+def _pitch_px(coordinates: np.ndarray) -> float:
+    """Median distance from a spot to its nearest neighbour."""
+    coordinates = coordinates[np.isfinite(coordinates).all(axis=1)]
+    if len(coordinates) < 2:
+        return math.nan
+    distances = KDTree(coordinates).query(coordinates, k=2)[0][:, 1]
+    return float(np.median(distances)) or math.nan
+
+
+def _spot_diameter_px(slide: AnnData) -> float:
+    """Spot diameter as scanpy's scale factors tell it, NaN where they do not."""
+    try:
+        (library,) = slide.uns["spatial"].values()
+        return _length(library["scalefactors"], "spot_diameter_fullres")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return math.nan

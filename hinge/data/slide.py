@@ -1,0 +1,206 @@
+"""What a slide is: an AnnData of raw counts that knows its image, and the checks that make it one.
+
+X                    (n, G) CSR float32, raw integer counts
+obs_names            unique barcodes, var_names unique gene symbols
+obsm["spatial"]      (n, 2) float64, x and y in full-resolution pixels
+uns["spatial"][name] images and scalefactors as scanpy and squidpy write them (slides with an image)
+uns["hinge"]         name, image_path (absolute; slides with an image), um_per_px, spot_pitch_um,
+                     spot_diameter_um, source_format; a length that nothing tells is NaN
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from anndata import AnnData
+from PIL import Image
+
+from hinge.data.image import SlideImage
+from hinge.errors import DataError
+
+HIRES_PX, LOWRES_PX = 2000, 600
+
+
+def slide_name(slide: AnnData) -> str:
+    """Name of a slide.
+
+    Raises
+    ------
+    DataError
+        If the AnnData carries none and so is not a slide.
+    """
+    try:
+        return str(slide.uns["hinge"]["name"])
+    except (KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            "this AnnData is not a slide: it has no uns['hinge']['name']; use read_slide"
+        ) from error
+
+
+def describe_slide(
+    slide: AnnData,
+    name: str,
+    *,
+    image_path: Path | None,
+    um_per_px: float,
+    spot_pitch_um: float,
+    spot_diameter_um: float,
+    source_format: str,
+) -> AnnData:
+    """Write what every slide carries beside its counts into `slide.uns`, thumbnails included.
+
+    Parameters
+    ----------
+    slide
+        Counts and `obsm["spatial"]`; changed in place.
+    name
+        The slide's name.
+    image_path
+        Full-resolution image, None for a slide without.
+    um_per_px, spot_pitch_um, spot_diameter_um
+        Lengths in µm; NaN where unknown.
+    source_format
+        Name of the reader.
+
+    Returns
+    -------
+    AnnData
+        `slide`.
+
+    Raises
+    ------
+    DataError
+        If the image is missing or damaged.
+    """
+    slide.uns["hinge"] = {
+        "name": name,
+        "um_per_px": float(um_per_px),
+        "spot_pitch_um": float(spot_pitch_um),
+        "spot_diameter_um": float(spot_diameter_um),
+        "source_format": source_format,
+    }
+    slide.uns.pop("spatial", None)
+    if image_path is None:
+        return slide
+    image_path = Path(image_path).absolute()
+    slide.uns["hinge"]["image_path"] = str(image_path)
+    with SlideImage(image_path) as image:
+        width = image.dimensions[0]
+        hires = image.thumbnail(HIRES_PX)
+    small = Image.fromarray(hires)
+    small.thumbnail((LOWRES_PX, LOWRES_PX))
+    lowres = np.asarray(small)
+    # scanpy draws with this size: where the diameter is unknown, half the pitch leaves spots apart
+    drawn_um = spot_diameter_um if math.isfinite(spot_diameter_um) else spot_pitch_um / 2
+    slide.uns["spatial"] = {
+        name: {
+            "images": {"hires": hires, "lowres": lowres},
+            "scalefactors": {
+                "tissue_hires_scalef": hires.shape[1] / width,
+                "tissue_lowres_scalef": lowres.shape[1] / width,
+                "spot_diameter_fullres": drawn_um / um_per_px,
+            },
+        }
+    }
+    return slide
+
+
+def validate_slide(slide: AnnData, require_image: bool = True) -> None:
+    """Make sure that an AnnData is a slide as this package means it.
+
+    Parameters
+    ----------
+    slide
+        As a reader made it.
+    require_image
+        Whether a slide without image, or with an unknown resolution, is refused.
+
+    Raises
+    ------
+    DataError
+        With one sentence that names the slide, what is wrong, and the first spot or gene where it is.
+    """
+    name = slide_name(slide)
+    if slide.n_obs == 0:
+        raise DataError(f"slide {name} has no spots")
+    if slide.n_vars == 0:
+        raise DataError(f"slide {name} has no genes")
+    for what, index in (("barcode", slide.obs_names), ("gene", slide.var_names)):
+        repeated = index[index.duplicated()]
+        if len(repeated):
+            raise DataError(
+                f"slide {name} has {what} {repeated[0]} more than once"
+                f"{f' (and {repeated.nunique() - 1} others)' if repeated.nunique() > 1 else ''}: "
+                f"every {what} must be unique"
+            )
+    _validate_counts(slide, name)
+    _validate_coordinates(slide, name)
+    if require_image:
+        _validate_image(slide, name)
+
+
+def _validate_counts(slide: AnnData, name: str) -> None:
+    counts = slide.X
+    if counts is None:
+        raise DataError(f"slide {name} has no counts in X")
+    values = counts.data if scipy.sparse.issparse(counts) else np.asarray(counts)
+    if values.dtype.kind not in "iufb":
+        raise DataError(f"slide {name} has counts of type {values.dtype}, not numbers")
+    for wrong, what in (
+        (~np.isfinite(values), "is not a finite number"),
+        (values < 0, "is below 0"),
+        (values != np.round(values), "is not an integer, and raw counts are needed"),
+    ):
+        if not wrong.any():
+            continue
+        if scipy.sparse.issparse(counts):
+            entries = counts.tocoo()
+            first = int(np.flatnonzero(wrong)[0])
+            spot, gene, value = entries.row[first], entries.col[first], entries.data[first]
+        else:
+            spot, gene = np.argwhere(wrong)[0]
+            value = values[spot, gene]
+        raise DataError(
+            f"slide {name}, spot {slide.obs_names[spot]}, gene {slide.var_names[gene]}: "
+            f"count {value:g} {what} ({int(wrong.sum())} such counts)"
+        )
+
+
+def _validate_coordinates(slide: AnnData, name: str) -> None:
+    coordinates = slide.obsm.get("spatial")
+    if coordinates is None:
+        raise DataError(f"slide {name} has no spot coordinates in obsm['spatial']")
+    coordinates = np.asarray(coordinates)
+    if coordinates.shape != (slide.n_obs, 2) or coordinates.dtype.kind not in "iuf":
+        raise DataError(
+            f"slide {name} needs numbers of shape ({slide.n_obs}, 2), pixel x and y, in obsm['spatial'], "
+            f"not {coordinates.dtype} {coordinates.shape}"
+        )
+    wrong = ~np.isfinite(coordinates).all(axis=1)
+    if wrong.any():
+        raise DataError(
+            f"slide {name}, spot {slide.obs_names[wrong][0]}: its coordinates are not finite numbers "
+            f"({int(wrong.sum())} such spots)"
+        )
+
+
+def _validate_image(slide: AnnData, name: str) -> None:
+    facts: dict[str, Any] = slide.uns["hinge"]
+    if not facts.get("image_path"):
+        raise DataError(f"slide {name} has no image; give one with image=")
+    um_per_px = facts.get("um_per_px", math.nan)
+    if not (math.isfinite(um_per_px) and um_per_px > 0):
+        raise DataError(f"slide {name} has {um_per_px} µm per pixel; give its resolution with um_per_px=")
+    with SlideImage(facts["image_path"]) as image:
+        width, height = image.dimensions
+    x, y = np.asarray(slide.obsm["spatial"]).T
+    wrong = (x < 0) | (y < 0) | (x > width) | (y > height)
+    if wrong.any():
+        first = int(np.flatnonzero(wrong)[0])
+        raise DataError(
+            f"slide {name}, spot {slide.obs_names[first]} at pixel ({x[first]:g}, {y[first]:g}) lies outside "
+            f"the {width} x {height} image {facts['image_path']} ({int(wrong.sum())} such spots): they "
+            "must be full-resolution pixels of this image"
+        )

@@ -1,0 +1,176 @@
+"""The spots of one or several slides on a panel, as arrays: what models are trained and scored on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from hinge.data.panel import Panel
+from hinge.data.slide import slide_name
+from hinge.data.transforms import get_transform
+from hinge.errors import DataError
+
+# Features and slide may round coordinates differently; another section's spots lie farther away.
+_SAME_PLACE_PX = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class SpotTable:
+    """Spots x genes, one row per spot in all arrays.
+
+    Attributes
+    ----------
+    slide
+        Name of each spot's slide, str (n,).
+    barcodes
+        Barcode of each spot, unique within its slide, str (n,).
+    coords
+        Full-resolution pixel x, y, float64 (n, 2).
+    features
+        Histology features, view 0 the unaugmented patch, float32 (n, V, d); None where none were loaded.
+    counts
+        Raw counts of the panel, float32 (n, G).
+    total
+        Counts over all genes of the slide, float32 (n,).
+    values
+        Transformed counts, float32 (n, G).
+    genes
+        The panel, G gene symbols.
+    transform
+        Name of the transform that made `values`.
+    """
+
+    slide: np.ndarray
+    barcodes: np.ndarray
+    coords: np.ndarray
+    features: np.ndarray | None
+    counts: np.ndarray
+    total: np.ndarray
+    values: np.ndarray
+    genes: list[str]
+    transform: str
+
+    def __len__(self) -> int:
+        return len(self.barcodes)
+
+    def subset(self, index: np.ndarray | Sequence[int] | slice) -> Self:
+        """The spots that a boolean mask, positions or a slice choose, in that order."""
+        if not isinstance(index, slice):
+            index = np.asarray(index)
+            index = index.astype(np.intp) if index.size == 0 else index
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        chosen = {name: array[index] for name, array in arrays.items() if isinstance(array, np.ndarray)}
+        return replace(self, **chosen)
+
+
+def load_spots(
+    slide: AnnData,
+    panel: Panel,
+    transform_name: str,
+    features_path: str | Path | None = None,
+    drop_empty: bool = True,
+) -> SpotTable:
+    """Gather one slide's spots on a panel.
+
+    Parameters
+    ----------
+    slide
+        As `read_slide` gives it.
+    panel
+        Genes, in the order wanted.
+    transform_name
+        As `get_transform` takes it.
+    features_path
+        Feature file of this slide; without it the table has no features.
+    drop_empty
+        Leave out spots that have no count in the panel.
+
+    Raises
+    ------
+    DataError
+        If the slide lacks a gene of the panel, no spot is left, or the features lack a spot or lie elsewhere
+        on the image.
+    """
+    name = slide_name(slide)
+    columns = slide.var_names.get_indexer(panel.genes)
+    missing = [gene for gene, column in zip(panel.genes, columns, strict=True) if column < 0]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise DataError(f"slide {name} lacks {len(missing)} of the panel's {len(panel.genes)} genes: {shown}")
+    counts = slide.X[:, columns].toarray().astype(np.float32)
+    rows = np.flatnonzero(counts.any(axis=1)) if drop_empty else np.arange(slide.n_obs)
+    if not len(rows):
+        raise DataError(f"slide {name} has no spot with a count in the panel's {len(panel.genes)} genes")
+    counts = counts[rows]
+    total = np.asarray(slide.X.sum(axis=1, dtype=np.float64), dtype=np.float32).ravel()[rows]
+    barcodes = slide.obs_names.to_numpy(dtype=str)[rows]
+    coords = np.asarray(slide.obsm["spatial"], dtype=np.float64)[rows]
+    return SpotTable(
+        slide=np.full(len(rows), name),
+        barcodes=barcodes,
+        coords=coords,
+        features=None if features_path is None else _features(features_path, name, barcodes, coords),
+        counts=counts,
+        total=total,
+        values=get_transform(transform_name).forward(counts, total),
+        genes=list(panel.genes),
+        transform=transform_name,
+    )
+
+
+def concatenate_spots(tables: Sequence[SpotTable]) -> SpotTable:
+    """Put the spots of several slides below each other.
+
+    Raises
+    ------
+    DataError
+        If there are none, a spot is in two of them, or they differ in genes, transform or the shape of
+        features.
+    """
+    if not tables:
+        raise DataError("no slides were given to put together")
+    first = tables[0]
+    for table in tables[1:]:
+        names = f"spots of {_slides(first)} and {_slides(table)} cannot be put together:"
+        if table.genes != first.genes:
+            raise DataError(f"{names} they are on different panels")
+        if table.transform != first.transform:
+            raise DataError(f"{names} their values are {first.transform} and {table.transform}")
+        if (table.features is None) != (first.features is None):
+            raise DataError(f"{names} only one of them has features")
+        if table.features is not None and table.features.shape[1:] != first.features.shape[1:]:
+            shapes = ("{} views x {}".format(*each.features.shape[1:]) for each in (first, table))
+            raise DataError(f"{names} they have features of {' and '.join(shapes)}")
+    arrays = {
+        field.name: np.concatenate([getattr(table, field.name) for table in tables])
+        for field in fields(SpotTable)
+        if isinstance(getattr(first, field.name), np.ndarray)
+    }
+    spots = pd.MultiIndex.from_arrays([arrays["slide"], arrays["barcodes"]])
+    if spots.has_duplicates:
+        slide, barcode = spots[spots.duplicated()][0]
+        raise DataError(f"spot {barcode} of slide {slide} is there more than once")
+    return replace(first, **arrays)
+
+
+def _slides(table: SpotTable) -> str:
+    return ", ".join(np.unique(table.slide)) or "no slide"
+
+
+def _features(path: str | Path, name: str, barcodes: np.ndarray, coords: np.ndarray) -> np.ndarray:
+    from hinge.data.features import read_features
+
+    stored = read_features(path, barcodes=list(barcodes))
+    # sections of one study share their barcodes: only the place tells that a file belongs to another one
+    away = np.abs(np.asarray(stored.coords, dtype=np.float64) - coords).max(axis=1)
+    if away.max() > _SAME_PLACE_PX:
+        worst = int(away.argmax())
+        raise DataError(
+            f"features {path} are not of slide {name}: "
+            f"they place spot {barcodes[worst]} {away[worst]:.0f} px away"
+        )
+    return stored.features

@@ -1,0 +1,92 @@
+"""From counts to the values a model works on, and back."""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hinge.errors import ConfigError
+
+Array = Any
+"""A `numpy.ndarray` or a `torch.Tensor`; a function returns the kind it was given."""
+
+_LN2 = math.log(2.0)
+_TARGET = 1e4
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A named pair of functions that undo each other.
+
+    Both work on numpy arrays and torch tensors of any number type, compute in float32 and return float32.
+
+    Attributes
+    ----------
+    name
+        As `get_transform` takes it.
+    forward
+        `forward(counts (..., G), total (...)) -> values (..., G)`; `total` is each spot's count over all
+        genes of the slide, not only those given.
+    inverse
+        `inverse(values (..., G), total (...)) -> counts (..., G)`, not rounded; a value below 0 gives a count
+        below 0.
+    """
+
+    name: str
+    forward: Callable[[Array, Array], Array]
+    inverse: Callable[[Array, Array], Array]
+
+
+def get_transform(name: str) -> Transform:
+    """Look a transform up by name.
+
+    `log2p1` is log2(count + 1), the one of HINGE and Stem. `log1p_cp10k` is log(1 + 10,000 count / total),
+    the input of CellFM; a spot without any count has all values 0.
+
+    Raises
+    ------
+    ConfigError
+        If there is no transform of that name.
+    """
+    if name not in _TRANSFORMS:
+        raise ConfigError(f"there is no transform {name!r}; choose one of {', '.join(_TRANSFORMS)}")
+    return _TRANSFORMS[name]
+
+
+def _float32(array: Array) -> tuple[Array, Any]:
+    """The array in float32 and the library it belongs to; never imports torch for those who do not use it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return array.to(torch.float32), torch
+    return np.asarray(array, dtype=np.float32), np
+
+
+def _log2p1(counts: Array, total: Array) -> Array:
+    counts, library = _float32(counts)
+    return library.log1p(counts) / _LN2
+
+
+def _log2p1_inverse(values: Array, total: Array) -> Array:
+    values, library = _float32(values)
+    return library.expm1(values * _LN2)
+
+
+def _log1p_cp10k(counts: Array, total: Array) -> Array:
+    counts, library = _float32(counts)
+    total = _float32(total)[0][..., None]
+    # counts of an empty spot are 0, and 0 / 1 is the 0 wanted
+    return library.log1p(counts / library.where(total > 0, total, 1.0) * _TARGET)
+
+
+def _log1p_cp10k_inverse(values: Array, total: Array) -> Array:
+    values, library = _float32(values)
+    return library.expm1(values) * (_float32(total)[0][..., None] / _TARGET)
+
+
+_TRANSFORMS = {
+    "log2p1": Transform("log2p1", _log2p1, _log2p1_inverse),
+    "log1p_cp10k": Transform("log1p_cp10k", _log1p_cp10k, _log1p_cp10k_inverse),
+}

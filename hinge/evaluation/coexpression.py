@@ -1,0 +1,94 @@
+"""Whether genes go together in a prediction as they do in the measured slide."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hinge.errors import DataError
+from hinge.evaluation.metrics import as_matrix, constant_genes, gene_pcc
+
+
+def correlation_matrix(values: ArrayLike) -> NDArray[np.float64]:
+    """Pearson correlation between the genes of one slide or of one draw.
+
+    Parameters
+    ----------
+    values
+        Values (n, G) in transform units.
+
+    Returns
+    -------
+    ndarray
+        (G, G). Rows and columns of constant genes are NaN, the diagonal included: they have no correlation.
+    """
+    values = as_matrix(values, "the expression")
+    constant = constant_genes(values)
+    values = values - values.mean(axis=0)
+    size = np.linalg.norm(values, axis=0)
+    size[constant] = np.nan
+    values /= size
+    matrix = np.clip(values.T @ values, -1.0, 1.0)
+    return matrix
+
+
+def matrix_scores(measured: ArrayLike, predicted: ArrayLike) -> dict[str, float]:
+    """Compare two gene-gene correlation matrices over the pairs of different genes.
+
+    Parameters
+    ----------
+    measured, predicted
+        Correlation matrices (G, G) of `correlation_matrix`. Pairs that are NaN in `measured` are left out;
+        pairs that are NaN only in `predicted` count as correlation 0, as a gene predicted constant goes with
+        none.
+
+    Returns
+    -------
+    dict
+        `r`, Pearson correlation of the two matrices' entries [1]_, and `rmse`, root mean squared difference
+        of the entries, which unlike `r` also sees correlations that are all too strong. NaN where no pair is
+        left; `r` is NaN too with a single pair, and 0 where all predicted entries are the same.
+
+    References
+    ----------
+    .. [1] Fang et al., "HINGE", CVPR 2026, arXiv 2603.19766.
+    """
+    measured, predicted = np.asarray(measured, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    if measured.shape != predicted.shape:
+        raise DataError(
+            f"the predicted correlations are of shape {predicted.shape}, the measured of {measured.shape}"
+        )
+    upper = np.triu_indices(len(measured), k=1)
+    measured, predicted = measured[upper], predicted[upper]
+    valid = ~np.isnan(measured)
+    if not valid.any():
+        return {"r": float("nan"), "rmse": float("nan")}
+    measured, predicted = measured[valid], np.nan_to_num(predicted[valid], nan=0.0)
+    return {
+        "r": float(gene_pcc(measured[:, None], predicted[:, None])[0]),
+        "rmse": float(np.sqrt(np.mean((predicted - measured) ** 2))),
+    }
+
+
+def coexpression_scores(measured: ArrayLike, predicted: ArrayLike) -> dict[str, float]:
+    """Compare the co-expression of a prediction, or of several draws, with the measured slide's.
+
+    Parameters
+    ----------
+    measured
+        Values (n, G) in transform units.
+    predicted
+        One prediction (n, G), or draws (K, n, G). Each draw's matrix is scored and the scores are averaged:
+        every draw should look like a measured slide by itself. (The mean of the draws does not: averaging
+        removes the scatter that genes do not share, and so inflates their correlation.)
+
+    Returns
+    -------
+    dict
+        `r` and `rmse` of `matrix_scores`.
+    """
+    matrix = correlation_matrix(measured)
+    predicted = np.asarray(predicted)
+    draws = predicted[None] if predicted.ndim == 2 else predicted
+    if not len(draws):
+        raise DataError("co-expression cannot be scored without any draw")
+    scores = [matrix_scores(matrix, correlation_matrix(draw)) for draw in draws]
+    return {key: float(np.mean([score[key] for score in scores])) for key in ("r", "rmse")}

@@ -1,0 +1,391 @@
+"""HINGE: a frozen expression model turned into a generator conditioned on histology.
+
+Fang et al., HINGE, CVPR 2026 (arXiv 2603.19766). The features of a patch, the diffusion timestep and the
+visible genes form one condition vector z. From z every layer of the frozen backbone gets shifts, scales and
+gates (SoftAdaLN), which start so that the backbone computes what it did before. Only the conditioning path and
+the value head are trained.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hinge.backbones.cellfm import CellFMModel
+from hinge.errors import WeightsError
+from hinge.files import arrays_digest, atomic_path
+from hinge.models.heads import HEADS, HeadOutput
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+TIME_WIDTH = 256
+SOFT_NORM_EPS = 1e-6
+
+
+class ConditionEmbedding(nn.Module):
+    """z = MLP(sinusoidal(t)) + MLP(features) [+ MLP(visible genes)], (B, D)."""
+
+    def __init__(self, feature_dim: int, num_genes: int, hidden_size: int, with_mask: bool):
+        super().__init__()
+
+        def mlp(width: int) -> nn.Sequential:
+            return nn.Sequential(nn.Linear(width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+        self.time = mlp(TIME_WIDTH)
+        self.features = mlp(feature_dim)
+        self.visible = mlp(num_genes) if with_mask else None
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, timestep: Tensor, features: Tensor, visible: Tensor) -> Tensor:
+        """timestep (B,), features (B, d), visible (B, G) → (B, D)."""
+        wave = get_timestep_embedding(timestep, TIME_WIDTH, flip_sin_to_cos=True, downscale_freq_shift=0)
+        z = self.time(wave) + self.features(features)
+        return z if self.visible is None else z + self.visible(visible)
+
+
+class SoftAdaLN(nn.Module):
+    """Shifts, scales and gates of all layers and of the decoder from one condition vector.
+
+    Per layer (shift_a, scale_a, gate_a, shift_f, scale_f, gate_f), before the decoder (shift, scale), in one
+    matrix product. The weight starts at zero; the bias too, but for the gates: 6 where a sigmoid follows
+    (σ(6) = 0.9975), 1 where not. So the layers start as those of the backbone.
+
+    Parameters
+    ----------
+    hidden_size, num_layers
+        D and L of the backbone.
+    rank
+        None for a full matrix (L·6D² weights), or the rank of a factorisation per layer.
+    gate
+        `"sigmoid"` or `"linear"`.
+    """
+
+    def __init__(self, hidden_size: int, num_layers: int, rank: int | None, gate: str):
+        super().__init__()
+        self.hidden_size, self.num_layers, self.rank, self.gate = hidden_size, num_layers, rank, gate
+        outputs = (6 * num_layers + 2) * hidden_size
+        if rank is None:
+            self.weight = nn.Parameter(torch.zeros(outputs, hidden_size))
+        else:
+            # one group of `rank` inner units for each layer and one for the decoder
+            self.down = nn.Linear(hidden_size, (num_layers + 1) * rank, bias=False)
+            self.up = nn.Parameter(torch.zeros(num_layers, 6 * hidden_size, rank))
+            self.up_decoder = nn.Parameter(torch.zeros(2 * hidden_size, rank))
+        bias = torch.zeros(6 * num_layers + 2, hidden_size)
+        open_gate = 6.0 if gate == "sigmoid" else 1.0
+        bias[2 : 6 * num_layers : 6] = open_gate
+        bias[5 : 6 * num_layers : 6] = open_gate
+        self.bias = nn.Parameter(bias.flatten())
+        # η = sigmoid(scalar): how much of the LayerNorm enters; starts at 6e-6
+        self.norm_mix = nn.Parameter(torch.full((num_layers, 2), -12.0))
+        self.norm_mix_decoder = nn.Parameter(torch.tensor(-12.0))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, D) → layers (L, 6, B, 1, D), gates applied, and decoder (2, B, 1, D)."""
+        z = F.silu(z)
+        batch, layers, width = len(z), self.num_layers, self.hidden_size
+        if self.rank is None:
+            vectors = F.linear(z, self.weight, self.bias)
+        else:
+            inner = self.down(z)
+            split = layers * self.rank
+            per_layer = inner[:, :split].view(batch, layers, self.rank)
+            vectors = torch.cat(
+                [
+                    torch.einsum("blr,lor->blo", per_layer, self.up.to(inner.dtype)).flatten(1),
+                    F.linear(inner[:, split:], self.up_decoder),
+                ],
+                dim=1,
+            )
+            vectors = vectors + self.bias
+        vectors = vectors.view(batch, 6 * layers + 2, 1, width).transpose(0, 1)
+        per_layer = vectors[: 6 * layers].view(layers, 6, batch, 1, width)
+        if self.gate == "sigmoid":
+            gates = per_layer[:, 2::3].sigmoid()
+            per_layer = torch.cat([per_layer[:, :2], gates[:, :1], per_layer[:, 3:5], gates[:, 1:]], dim=1)
+        return per_layer, vectors[6 * layers :]
+
+
+def soft_norm(h: Tensor, mix: Tensor) -> Tensor:
+    """(1 − η)h + η·LayerNorm(h) without affine, η = sigmoid(mix); h (B, N, D)."""
+    eta = mix.sigmoid().to(h.dtype)
+    return (1 - eta) * h + eta * F.layer_norm(h, h.shape[-1:], eps=SOFT_NORM_EPS)
+
+
+class HingeModel(ModelMixin, ConfigMixin):
+    """The denoiser: what the masked genes of a spot are, given the visible ones and the patch.
+
+    Make one with `HingeModel.from_backbone`; `save_pretrained` writes only what is trained here, and
+    `from_pretrained` needs the same backbone again.
+
+    Parameters
+    ----------
+    feature_dim, num_genes
+        d and G.
+    hidden_size, num_layers
+        D and L of the backbone.
+    head
+        `"point"` (the paper's), `"gaussian"` or `"censored_gaussian"`.
+    modulation_rank
+        Rank of SoftAdaLN, None for full.
+    gate
+        `"sigmoid"` or `"linear"`.
+    condition_on_visible
+        `"current"`: the visible genes are part of the condition; `"next"`: those visible after the coming step,
+        as in the released code; None: they are not.
+    feature_path
+        A linear path, starting at zero, from the features to the head's parameters of every gene, one for a
+        fully masked spot and one that comes in with the share of visible genes.
+    feature_dropout, feature_noise
+        Share of features dropped and standard deviation of the noise on standardised features in training.
+    dropout
+        On the output of every modulated sublayer in training.
+    backbone_digest
+        SHA-256 of the frozen weights this model belongs to.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        feature_dim: int,
+        num_genes: int,
+        hidden_size: int,
+        num_layers: int,
+        head: str = "gaussian",
+        modulation_rank: int | None = None,
+        gate: str = "sigmoid",
+        condition_on_visible: str | None = "current",
+        feature_path: bool = True,
+        feature_dropout: float = 0.0,
+        feature_noise: float = 0.0,
+        dropout: float = 0.0,
+        backbone_digest: str | None = None,
+    ):
+        super().__init__()
+        for name, value, allowed in (
+            ("head", head, tuple(HEADS)),
+            ("gate", gate, ("sigmoid", "linear")),
+            ("condition_on_visible", condition_on_visible, ("current", "next", None)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
+        self.condition = ConditionEmbedding(
+            feature_dim, num_genes, hidden_size, with_mask=condition_on_visible is not None
+        )
+        self.modulation = SoftAdaLN(hidden_size, num_layers, modulation_rank, gate)
+        self.value_head = HEADS[head](hidden_size, num_genes)
+        # features are standardised with the training spots' statistics (`set_feature_statistics`)
+        self.register_buffer("feature_mean", torch.zeros(feature_dim))
+        self.register_buffer("feature_std", torch.ones(feature_dim))
+        if feature_path:
+            outputs = num_genes * self.head_parameters
+            self.path = nn.Linear(feature_dim, outputs)
+            self.path_visible = nn.Linear(feature_dim, outputs)
+            for path in (self.path, self.path_visible):
+                nn.init.zeros_(path.weight)
+                nn.init.zeros_(path.bias)
+        else:
+            self.path = None
+        self.gradient_checkpointing = False
+        # outside the module registry: frozen, stored once elsewhere, and not part of this model's weights
+        object.__setattr__(self, "_backbone", None)
+
+    @property
+    def head_parameters(self) -> int:
+        """Numbers that describe one gene's distribution."""
+        return 1 if self.config.head == "point" else 2
+
+    @property
+    def backbone(self) -> CellFMModel:
+        if self._backbone is None:
+            raise WeightsError("this HingeModel has no backbone yet; give it one with attach_backbone()")
+        return self._backbone
+
+    @classmethod
+    def from_backbone(cls, backbone: CellFMModel, feature_dim: int, num_genes: int, **options) -> "HingeModel":
+        """A model that equals the backbone for every input; `options` as in the class's parameters."""
+        model = cls(
+            feature_dim=feature_dim,
+            num_genes=num_genes,
+            hidden_size=backbone.config.hidden_size,
+            num_layers=backbone.config.num_hidden_layers,
+            backbone_digest=backbone.digest(),
+            **options,
+        )
+        return model.attach_backbone(backbone)
+
+    def attach_backbone(self, backbone: CellFMModel, check: bool = False) -> "HingeModel":
+        """Freeze `backbone` and let this model modulate it.
+
+        Parameters
+        ----------
+        backbone
+            A CellFM of the width and depth this model was made for.
+        check
+            Also compare the digest of its weights with the one in the config.
+
+        Raises
+        ------
+        WeightsError
+            Another size, or other weights than the model was trained on.
+        """
+        size = (backbone.config.hidden_size, backbone.config.num_hidden_layers)
+        if size != (self.config.hidden_size, self.config.num_layers):
+            raise WeightsError(
+                f"the backbone is {size[0]} wide and {size[1]} layers deep, the model was made for "
+                f"{self.config.hidden_size} and {self.config.num_layers}"
+            )
+        if check and self.config.backbone_digest and backbone.digest() != self.config.backbone_digest:
+            raise WeightsError(
+                "these are not the backbone weights the model was trained on: expected digest "
+                f"{self.config.backbone_digest[:12]}…, got {backbone.digest()[:12]}…"
+            )
+        backbone.requires_grad_(False).eval()
+        object.__setattr__(self, "_backbone", backbone)
+        return self
+
+    def _apply(self, function, recurse=True):
+        # .to(), .cuda() … move the backbone along with the model
+        if self._backbone is not None:
+            self._backbone._apply(function)
+        return super()._apply(function, recurse)
+
+    def set_feature_statistics(self, features: Tensor) -> None:
+        """Standardise features from now on with the mean and deviation of `features` (n, d)."""
+        features = features.double()
+        deviation = features.std(dim=0, unbiased=False)
+        self.feature_mean.copy_(features.mean(dim=0))
+        # a constant feature carries nothing; dividing it by 1 keeps it at zero
+        self.feature_std.copy_(torch.where(deviation > 1e-8, deviation, torch.ones_like(deviation)))
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """Features (B, d) in units of the training spots' deviation, clipped at ±8."""
+        return ((features.float() - self.feature_mean) / self.feature_std).clamp(-8, 8)
+
+    def forward(
+        self,
+        values: Tensor,
+        visible: Tensor,
+        timestep: Tensor,
+        features: Tensor,
+        gene_ids: Tensor,
+        next_visible: Tensor | None = None,
+        feature_mask: Tensor | None = None,
+    ) -> HeadOutput:
+        """Predict the distribution of every gene's value.
+
+        Parameters
+        ----------
+        values
+            (B, G) expression; the fill where `visible` is 0.
+        visible
+            (B, G), 1 = seen.
+        timestep
+            (B,) diffusion timestep, 0 … T.
+        features
+            (B, d) features of the patch.
+        gene_ids
+            (G,) vocabulary ids.
+        next_visible
+            (B, G) genes visible after the coming step; needed with `condition_on_visible="next"`.
+        feature_mask
+            (B, d) what standardised features are multiplied with (dropout in training); None for no change.
+
+        Returns
+        -------
+        HeadOutput
+            Distribution over (B, G).
+        """
+        backbone, config = self.backbone, self.config
+        features = self.standardise(features)
+        if feature_mask is not None:
+            features = features * feature_mask
+        visible = visible.to(features.dtype)
+        z = self.condition(timestep, features, next_visible.to(features.dtype) if next_visible is not None else visible)
+        layers, decoder = self.modulation(z)
+
+        h = backbone.embed(values, visible, gene_ids)
+        early, late = backbone.key_masks(visible)
+        value_scale = backbone.value_scale(values.shape[1])
+        for number, (block, vectors, mix) in enumerate(
+            zip(backbone.layers, layers.to(h.dtype), self.modulation.norm_mix, strict=True)
+        ):
+            key_mask = early if number < config.num_layers // 2 else late
+            arguments = (block, h, vectors, mix, key_mask, value_scale)
+            if self.gradient_checkpointing and self.training:
+                h = torch.utils.checkpoint.checkpoint(self._modulated_block, *arguments, use_reentrant=False)
+            else:
+                h = self._modulated_block(*arguments)
+        shift, scale = decoder.to(h.dtype)
+        h = shift + (1 + scale) * soft_norm(h, self.modulation.norm_mix_decoder)
+        location = backbone.decode(h).float()
+        return self.value_head(location, h[:, backbone.num_prefix_tokens :], self._feature_shift(features, visible))
+
+    def _modulated_block(self, block, h, vectors, mix, key_mask, value_scale) -> Tensor:
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = vectors
+        mixed = block.retention(shift_a + (1 + scale_a) * soft_norm(h, mix[0]), key_mask, value_scale)
+        h = block.norm1(h * block.residual_scale + gate_a * self._dropout(mixed))
+        fed = block.feed_forward(shift_f + (1 + scale_f) * soft_norm(h, mix[1]))
+        return block.norm2(h * block.residual_scale + gate_f * self._dropout(fed))
+
+    def _dropout(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _feature_shift(self, features: Tensor, visible: Tensor) -> Tensor | None:
+        """(B, G, parameters of the head), or None without a feature path."""
+        if self.path is None:
+            return None
+        share = visible.mean(dim=1, keepdim=True)
+        shift = self.path(features) + share * self.path_visible(features)
+        return shift.float().view(len(features), -1, self.head_parameters)
+
+    def digest(self) -> str:
+        """SHA-256 over the trained weights."""
+        return arrays_digest(dict(self.state_dict()))
+
+    def num_trainable(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Write what was trained (safetensors) and the config with the backbone's digest; not the backbone."""
+        if kwargs:
+            raise ValueError(f"save_pretrained takes no {', '.join(kwargs)}")
+        with atomic_path(save_directory) as folder:
+            folder.mkdir()
+            self.save_config(folder)
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+            save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, backbone: CellFMModel) -> "HingeModel":
+        """Load what `save_pretrained` wrote and attach the backbone it was trained on.
+
+        Raises
+        ------
+        WeightsError
+            The folder lacks a file, a file is damaged, or the backbone is another one.
+        """
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / cls.config_name).read_text())
+            weights = load_file(folder / WEIGHTS_NAME)
+        except FileNotFoundError as error:
+            raise WeightsError(f"{folder} holds no hinge model: {Path(error.filename or '').name} is missing") from error
+        except Exception as error:
+            raise WeightsError(f"the hinge model in {folder} is damaged: {error}") from error
+        model = cls.from_config(config)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise WeightsError(f"the weights in {folder} do not fit its config.json: {error}") from error
+        return model.attach_backbone(backbone, check=True)

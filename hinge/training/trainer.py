@@ -1,0 +1,211 @@
+"""Training a HingeModel: masked diffusion with a warm start, on the spots of some slides."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from torch import Tensor, nn
+
+from hinge.data.spots import SpotTable
+from hinge.diffusion.objective import draw_timesteps, loss_mask, spot_weights
+from hinge.diffusion.scheduler import MaskedDiffusionScheduler
+from hinge.errors import DataError
+from hinge.loop import LoopConfig, LoopResult, make_accelerator, run_loop, step_generator
+from hinge.models.hinge import HingeModel
+
+# fixed times, evenly spread, at which every held-out spot is scored: one random time a spot would be too noisy
+# to compare checkpoints by
+VALIDATION_TIMES = 6
+
+
+class TrainingConfig(LoopConfig):
+    """Training of the conditioning path and the value head."""
+
+    epochs: int | None = Field(40, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(50, ge=0)
+    ema_decay: float | None = Field(0.999, gt=0, lt=1)
+    warm_start_share: float = Field(0.125, ge=0, le=1, description="share of the run with lightly masked steps only")
+    warm_start_masked_share: float = Field(0.2, gt=0, le=1)
+    loss_on: Literal["masked", "revealed"] = "masked"
+    weighting: Literal["spot", "gene"] = "spot"
+    validation_share: float = Field(0.1, ge=0, lt=1)
+    validation_groups: Literal["spot", "tile", "slide"] = "tile"
+    gradient_checkpointing: bool = False
+
+
+def split_spots(spots: SpotTable, share: float, groups: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split spots into training and validation, whole groups on one side.
+
+    Parameters
+    ----------
+    spots
+        All training spots.
+    share
+        Of the spots that shall be in validation, at least roughly; 0 for none.
+    groups
+        `"spot"`; `"tile"`, squares of about 4 × 4 spots of one slide, so that neighbours do not tell each
+        other's expression; `"slide"`.
+    seed
+        Of the choice.
+
+    Returns
+    -------
+    tuple
+        Indices of training spots and of validation spots, both sorted.
+    """
+    if groups == "slide":
+        names = np.asarray(spots.slide).astype(str)
+    elif groups == "spot":
+        names = np.arange(len(spots)).astype(str)
+    else:
+        names = np.empty(len(spots), dtype=object)
+        for slide in np.unique(spots.slide):
+            members = np.flatnonzero(spots.slide == slide)
+            coords = spots.coords[members]
+            extent = np.ptp(coords, axis=0)
+            side = 4 * np.sqrt(max(float(np.prod(extent)), 1.0) / len(members))
+            tile = np.floor((coords - coords.min(axis=0)) / side).astype(int)
+            names[members] = [f"{slide}/{x}/{y}" for x, y in tile]
+    unique, group, counts = np.unique(names.astype(str), return_inverse=True, return_counts=True)
+    order = torch.randperm(len(unique), generator=step_generator(seed, 20)).numpy()
+    wanted = share * len(spots)
+    held, taken = [], 0
+    for index in order:
+        if taken >= wanted or len(held) + 1 == len(unique):
+            break
+        held.append(index)
+        taken += counts[index]
+    is_held = np.isin(group, held)
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+
+
+class _Denoising(nn.Module):
+    """Losses of the denoiser, in a forward so that several processes share gradients."""
+
+    def __init__(self, model: HingeModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, target: Tensor, **inputs) -> Tensor:
+        """target (B, G) and the arguments of HingeModel → loss of every gene (B, G)."""
+        return self.model(**inputs).loss(target)
+
+
+def train_hinge(
+    model: HingeModel,
+    scheduler: MaskedDiffusionScheduler,
+    gene_ids: Tensor,
+    spots: SpotTable,
+    config: TrainingConfig,
+    folder: str | Path,
+    seed: int = 0,
+    accelerator: Accelerator | None = None,
+    continue_with: str = "the same command",
+) -> LoopResult:
+    """Train what of `model` is trainable; on return it holds the best (or last) weights and is in eval mode.
+
+    Parameters
+    ----------
+    model
+        With its backbone attached. Its feature statistics are set from the training spots.
+    scheduler
+        Of the diffusion.
+    gene_ids
+        (G,) vocabulary ids of the panel.
+    spots
+        Training spots with their features (n, V, d): each view is one training row, view 0 also serves
+        validation.
+    config, folder, seed
+        `folder` receives the log and the checkpoints.
+
+    Raises
+    ------
+    DataError
+        No spot, or spots without features.
+    """
+    if len(spots) == 0 or spots.features is None:
+        raise DataError("training needs spots with features")
+    accelerator = accelerator or make_accelerator(config)
+    device = accelerator.device
+    training, held = split_spots(spots, config.validation_share, config.validation_groups, seed)
+    num_views, num_genes = spots.features.shape[1], spots.values.shape[1]
+    features = torch.from_numpy(np.asarray(spots.features, dtype=np.float32))
+    values = torch.from_numpy(np.asarray(spots.values, dtype=np.float32))
+    gene_ids = gene_ids.to(device)
+    model.set_feature_statistics(features[training].flatten(0, 1))
+    model.gradient_checkpointing = config.gradient_checkpointing
+    total = config.num_steps(len(training) * num_views)
+    warm_steps = round(config.warm_start_share * total)
+    dropout, noise_scale = model.config.feature_dropout, model.config.feature_noise
+
+    def inputs_at(x0: Tensor, timesteps: Tensor, uniform: Tensor, noise: Tensor, condition: Tensor) -> dict:
+        filled, visible = scheduler.add_mask(x0, timesteps, uniform=uniform, noise=noise)
+        inputs = {
+            "values": filled,
+            "visible": visible,
+            "timestep": timesteps,
+            "features": condition,
+            "next_visible": scheduler.visible_at(timesteps - 1, uniform),
+        }
+        return {name: tensor.to(device) for name, tensor in inputs.items()} | {"gene_ids": gene_ids}
+
+    def batch_loss(module, step, rows, positions, generator) -> Tensor:
+        # everything random is drawn for the global batch on every process; each then takes its rows
+        size = len(rows)
+        share = config.warm_start_masked_share if step < warm_steps else 1.0
+        timesteps = draw_timesteps(scheduler, size, num_genes, generator, share)
+        uniform = torch.rand(size, num_genes, generator=generator)
+        noise = torch.randn(size, num_genes, generator=generator)
+        visible = scheduler.visible_at(timesteps, uniform)
+        weights = spot_weights(loss_mask(scheduler, timesteps, visible, uniform, config.loss_on), config.weighting)
+        spot, view = training[rows // num_views], rows % num_views
+        condition = features[spot, view]
+        if noise_scale:
+            jitter = torch.randn(condition.shape, generator=generator)
+            condition = condition + noise_scale * jitter * model.feature_std.cpu()
+        inputs = inputs_at(
+            values[spot][positions], timesteps[positions], uniform[positions], noise[positions], condition[positions]
+        )
+        if dropout:
+            kept = torch.rand(condition.shape, generator=generator) >= dropout
+            inputs["feature_mask"] = (kept.float() / (1 - dropout))[positions].to(device)
+        losses = module(values[spot][positions].to(device), **inputs)
+        return (losses * weights[positions].to(device)).sum() / size
+
+    times = np.linspace(1, scheduler.config.num_train_timesteps, VALIDATION_TIMES).round().astype(np.int64)
+
+    def evaluate(module, rows) -> Tensor:
+        sums = torch.zeros(2)
+        for start in range(0, len(rows), config.batch_size):
+            part = rows[start : start + config.batch_size]
+            spot = held[part // len(times)]
+            timesteps = torch.from_numpy(times[part % len(times)])
+            # one generator a row: the noise of a held-out spot is the same on any number of processes
+            draws = [step_generator(seed, 21, int(row)) for row in part]
+            uniform = torch.stack([torch.rand(num_genes, generator=generator) for generator in draws])
+            noise = torch.stack([torch.randn(num_genes, generator=generator) for generator in draws])
+            visible = scheduler.visible_at(timesteps, uniform)
+            mask = loss_mask(scheduler, timesteps, visible, uniform, config.loss_on)
+            weights = mask / mask.sum(dim=1, keepdim=True).clamp_min(1)
+            inputs = inputs_at(values[spot], timesteps, uniform, noise, features[spot, 0])
+            losses = module(values[spot].to(device), **inputs).cpu()
+            sums += torch.tensor([(losses * weights).sum().item(), float((mask.sum(dim=1) > 0).sum())])
+        return sums
+
+    return run_loop(
+        _Denoising(model),
+        batch_loss,
+        len(training) * num_views,
+        config,
+        folder,
+        seed,
+        evaluate=evaluate if len(held) else None,
+        num_evaluation_rows=len(held) * len(times),
+        accelerator=accelerator,
+        description="training",
+        continue_with=continue_with,
+    )

@@ -1,0 +1,83 @@
+"""Fixtures that several test files share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse
+from anndata import AnnData
+from PIL import Image
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def _folder(variable: str, beside: str) -> Path:
+    folder = Path(os.environ.get(variable, SHARED / beside))
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}; set {variable}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def her2st() -> Path:
+    """The real HER2ST data; mark tests that use it with `real`."""
+    return _folder("HINGE_HER2ST", "her2st")
+
+
+@pytest.fixture(scope="session")
+def parity() -> Path:
+    """Inputs and outputs recorded from the published implementations."""
+    return _folder("HINGE_PARITY", "parity")
+
+
+@pytest.fixture
+def write_slide(tmp_path: Path) -> Callable[..., Path]:
+    """Write `<tmp_path>/slides/<name>.h5ad` and `<name>.png`, give the h5ad's path.
+
+    The slide is a grid of spots 40 px (100 µm at 2.5 µm/px) apart on an image whose red channel follows the
+    first half of the genes and whose blue channel follows the second. Keyword arguments: name, rows, columns,
+    genes, depth, seed, and `edit`, a function that may change the AnnData before it is written.
+    """
+
+    def write(
+        name: str = "tiny",
+        rows: int = 6,
+        columns: int = 5,
+        genes: int = 30,
+        depth: float = 4.0,
+        seed: int = 0,
+        edit: Callable[[AnnData], None] | None = None,
+    ) -> Path:
+        rng = np.random.default_rng(seed)
+        pitch, margin = 40, 30
+        y, x = (grid.ravel() for grid in np.mgrid[:rows, :columns])
+        width, height = (columns - 1) * pitch + 2 * margin, (rows - 1) * pitch + 2 * margin
+        across = np.linspace(0, 1, width)[None, :].repeat(height, axis=0)
+        pixels = np.stack([60 + 180 * across, np.full_like(across, 120), 240 - 180 * across], axis=-1)
+        pixels += rng.normal(0, 4, pixels.shape)
+        folder = tmp_path / "slides"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{name}.png")
+
+        share = (x * pitch + margin) / width
+        level = np.where(np.arange(genes) < genes // 2, share[:, None], 1 - share[:, None])
+        rate = depth * level * np.exp(rng.normal(0, 1, genes)) * rng.gamma(4, 0.25, len(x))[:, None]
+        slide = AnnData(scipy.sparse.csr_matrix(rng.poisson(rate).astype(np.float32)))
+        slide.obs_names = [f"{i}x{j}" for i, j in zip(x, y, strict=True)]
+        slide.var_names = [f"GENE{i}" for i in range(genes)]
+        slide.obsm["spatial"] = np.stack([x, y], axis=1) * float(pitch) + margin
+        slide.uns["hinge"] = {"um_per_px": 2.5, "spot_pitch_um": 100.0, "spot_diameter_um": 55.0}
+        if edit is not None:
+            edit(slide)
+        slide.write_h5ad(folder / f"{name}.h5ad")
+        return folder / f"{name}.h5ad"
+
+    return write
+
+
+@pytest.fixture
+def tiny_slide(write_slide: Callable[..., Path]) -> Path:
+    """A small slide with its image beside it: 30 spots, 30 genes."""
+    return write_slide()

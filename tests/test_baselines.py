@@ -1,0 +1,214 @@
+"""The simple methods, compared with scikit-learn put together by hand and with what made the data."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.decomposition import PCA
+from sklearn.linear_model import Ridge, RidgeCV
+from sklearn.model_selection import LeaveOneGroupOut
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from hinge.data.spots import SpotTable
+from hinge.errors import DataError
+from hinge.evaluation.baselines import ALPHAS, baseline_predictions, fit_baselines, spot_groups
+
+METHODS = ["mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", "training-correlation"]
+N_GENES, N_FEATURES = 6, 10
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Three training groups and a test group: values linear in features, plus noise that genes share."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(400, N_FEATURES)) * np.geomspace(0.1, 10, N_FEATURES) + 3
+    weights = rng.normal(size=(N_FEATURES, N_GENES)) / np.geomspace(0.1, 10, N_FEATURES)[:, None]
+    mixing = rng.normal(size=(N_GENES, N_GENES))
+    noise = rng.normal(size=(400, N_GENES)) @ mixing
+    values = 60 + features @ weights + noise  # far from 0, where draws are clipped
+    return features[:300], values[:300], np.repeat(["a", "b", "c"], 100), features[300:], values[300:], mixing
+
+
+@pytest.fixture(scope="module")
+def fitted(data):
+    return {prediction.method: prediction for prediction in fit_baselines(*data[:4], n_draws=200, seed=0)}
+
+
+def test_every_method_gives_what_it_says(fitted):
+    assert list(fitted) == METHODS
+    for name, prediction in fitted.items():
+        assert (prediction.mean is not None) == (name != "training-correlation")
+        assert (prediction.draws is not None) == (name == "ridge-cv+residual")
+        assert (prediction.correlation is not None) == (name == "training-correlation")
+        if prediction.mean is not None:
+            assert prediction.mean.shape == (100, N_GENES)
+
+
+def test_mean_and_training_correlation(data, fitted):
+    _, values, *_ = data
+    np.testing.assert_allclose(fitted["mean"].mean, np.tile(values.mean(axis=0), (100, 1)))
+    np.testing.assert_allclose(fitted["training-correlation"].correlation, np.corrcoef(values.T), atol=1e-12)
+
+
+def test_ridge_hest_is_the_published_recipe(data, fitted):
+    features, values, _, test_features, *_ = data
+    recipe = make_pipeline(StandardScaler(), PCA(N_FEATURES), Ridge(alpha=100 / (N_FEATURES * N_GENES)))
+    expected = recipe.fit(features, values).predict(test_features)
+    np.testing.assert_allclose(fitted["ridge-hest"].mean, expected, rtol=1e-8)
+
+
+def test_ridge_hest_keeps_at_most_256_components():
+    rng = np.random.default_rng(1)
+    features, values = rng.normal(size=(600, 300)), rng.normal(size=(600, 2))
+    ridge = fit_baselines(features, values, np.arange(600) % 2, features[:50], n_draws=1)[1]
+    recipe = make_pipeline(StandardScaler(), PCA(256, random_state=0), Ridge(alpha=100 / (256 * 2)))
+    np.testing.assert_allclose(ridge.mean, recipe.fit(features, values).predict(features[:50]), atol=1e-6)
+
+
+def test_ridge_cv_takes_the_penalty_that_generalises_to_other_groups(data, fitted):
+    features, values, groups, test_features, *_ = data
+    scaler = StandardScaler().fit(features)
+    folds = list(LeaveOneGroupOut().split(features, values, groups))
+    search = RidgeCV(ALPHAS, scoring="neg_mean_squared_error", cv=folds).fit(
+        scaler.transform(features), values
+    )
+    assert ALPHAS[0] < search.alpha_ < ALPHAS[-1]
+    expected = search.predict(scaler.transform(test_features))
+    np.testing.assert_allclose(fitted["ridge-cv"].mean, expected, rtol=1e-6)
+    np.testing.assert_array_equal(fitted["ridge-cv+residual"].mean, fitted["ridge-cv"].mean)
+
+
+def test_ridge_cv_gives_up_where_features_say_nothing(data):
+    _, values, groups, *_ = data
+    features = np.random.default_rng(2).normal(size=(300, 100))
+    predictions = {p.method: p.mean for p in fit_baselines(features, values, groups, features[:20])}
+    spread = {name: predictions[name].std(axis=0).mean() for name in ("ridge-cv", "ridge-hest")}
+    assert spread["ridge-cv"] < 0.1 * spread["ridge-hest"]
+
+
+def test_residual_draws_have_the_spread_and_correlation_of_the_noise(data, fitted):
+    *_, values, mixing = data
+    prediction = fitted["ridge-cv+residual"]
+    noise = (prediction.draws - prediction.mean).reshape(-1, N_GENES)
+    np.testing.assert_allclose(noise.mean(axis=0), 0, atol=0.1)
+    np.testing.assert_allclose(np.corrcoef(noise.T), np.corrcoef(mixing.T @ mixing.T.T), atol=1)
+    covariance = mixing.T @ mixing
+    scale = np.sqrt(np.diag(covariance))
+    np.testing.assert_allclose(
+        np.cov(noise.T) / np.outer(scale, scale), covariance / np.outer(scale, scale), atol=0.2
+    )
+    # spots are independent of each other
+    across = np.corrcoef((prediction.draws - prediction.mean)[:, :2, 0].T)[0, 1]
+    assert abs(across) < 0.25
+
+
+def test_residuals_are_those_of_spots_not_trained_on():
+    """With as many features as spots a ridge fits its training spots; its errors elsewhere are what counts."""
+    rng = np.random.default_rng(3)
+    features = rng.normal(size=(160, 60))
+    values = 50 + features @ rng.normal(size=(60, 3)) + rng.normal(size=(160, 3))
+    prediction = fit_baselines(features[:80], values[:80], np.arange(80) % 4, features[80:], n_draws=100)[3]
+    drawn = (prediction.draws - prediction.mean).std()
+    error = (values[80:] - prediction.mean).std()
+    assert drawn == pytest.approx(error, rel=0.25)
+    assert drawn > 1.3
+
+
+def test_draws_are_not_below_zero_but_the_mean_may_be(data):
+    features, values, groups, test_features, *_ = data
+    low = fit_baselines(features, np.maximum(values - 60, 0), groups, test_features)
+    assert low[3].draws.min() == 0
+    assert low[2].mean.min() < 0
+
+
+def test_the_seed_decides_the_draws(data, fitted):
+    again = fit_baselines(*data[:4], n_draws=200, seed=0)[3].draws
+    np.testing.assert_array_equal(again, fitted["ridge-cv+residual"].draws)
+    assert (fit_baselines(*data[:4], n_draws=200, seed=1)[3].draws != again).any()
+
+
+def test_one_gene_one_test_spot_and_one_draw(data):
+    features, values, groups, test_features, *_ = data
+    for prediction in fit_baselines(features, values[:, :1], groups, test_features[:1], n_draws=1):
+        if prediction.mean is not None:
+            assert prediction.mean.shape == (1, 1)
+        if prediction.draws is not None:
+            assert prediction.draws.shape == (1, 1, 1)
+
+
+def test_constant_genes_and_features_are_predicted_as_they_were(data):
+    features, values, groups, test_features, *_ = (array.copy() for array in data)
+    features[:, 0], values[:, 2] = 4.0, 0.0
+    for prediction in fit_baselines(features, values, groups, test_features)[:4]:
+        np.testing.assert_allclose(prediction.mean[:, 2], 0, atol=1e-9)
+        assert np.isfinite(prediction.mean).all()
+
+
+def test_arrays_that_do_not_fit_are_errors(data):
+    features, values, groups, test_features, *_ = data
+    with pytest.raises(DataError, match="at least two groups"):
+        fit_baselines(features, values, np.zeros(300), test_features)
+    with pytest.raises(DataError, match="300, 299 and 300 spots"):
+        fit_baselines(features, values[1:], groups, test_features)
+    with pytest.raises(DataError, match="9 features a spot, training 10"):
+        fit_baselines(features, values, groups, test_features[:, 1:])
+    with pytest.raises(DataError, match="at least one draw"):
+        fit_baselines(features, values, groups, test_features, n_draws=0)
+    holed = features.copy()
+    holed[2, 3] = np.nan
+    with pytest.raises(DataError, match="the training features .* spot 2"):
+        fit_baselines(holed, values, groups, test_features)
+
+
+def test_groups_are_slides_or_bands_of_the_one_slide():
+    slides = np.array(["a", "b", "a"])
+    np.testing.assert_array_equal(spot_groups(slides, np.zeros((3, 2))), slides)
+    coords = np.random.default_rng(0).uniform(size=(103, 2)) * [100, 900]
+    groups = spot_groups(np.full(103, "a"), coords)
+    assert sorted(np.bincount(groups)) == [20, 20, 21, 21, 21]
+    in_order = groups[np.argsort(coords[:, 1])]
+    assert (np.diff(in_order) >= 0).all()
+
+
+def table(data, rows, slide, views=2) -> SpotTable:
+    features, values = np.concatenate([data[0], data[3]])[rows], np.concatenate([data[1], data[4]])[rows]
+    views = np.stack([features, *[np.full_like(features, np.nan)] * (views - 1)], axis=1).astype(np.float32)
+    n = len(values)
+    return SpotTable(
+        slide=np.broadcast_to(slide, n),
+        barcodes=np.arange(n).astype(str),
+        coords=np.random.default_rng(0).uniform(size=(n, 2)),
+        features=views,
+        counts=np.zeros((n, N_GENES), np.float32),
+        total=np.zeros(n, np.float32),
+        values=values.astype(np.float32),
+        genes=[f"G{i}" for i in range(N_GENES)],
+        transform="log2p1",
+    )
+
+
+def test_tables_are_predicted_from_the_first_view_and_the_slides(data):
+    train, test = table(data, slice(300), data[2]), table(data, slice(300, 400), "d")
+    predictions = baseline_predictions(train, test, n_draws=3, seed=5)
+    expected = fit_baselines(
+        train.features[:, 0], train.values, data[2], test.features[:, 0], n_draws=3, seed=5
+    )
+    np.testing.assert_array_equal(predictions[3].draws, expected[3].draws)
+    one_slide = baseline_predictions(table(data, slice(300), "a"), test)
+    assert [prediction.method for prediction in one_slide] == METHODS
+
+
+def test_tables_that_do_not_fit_are_errors(data):
+    train, test = table(data, slice(300), data[2]), table(data, slice(300, 400), "d")
+    for wrong, match in (
+        (replace(test, genes=test.genes[::-1]), "different panels"),
+        (replace(test, transform="log1p_cp10k"), "training values are log2p1, test values log1p_cp10k"),
+        (replace(test, features=None), "some have none"),
+        (
+            replace(test, slide=np.full(100, "c"), barcodes=(np.arange(100) + 250).astype(str)),
+            "spot 250 of slide c",
+        ),
+    ):
+        with pytest.raises(DataError, match=match):
+            baseline_predictions(train, wrong)

@@ -1,0 +1,208 @@
+"""The expression backbone: parity with the published implementations, masks, pre-training."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, safe_open
+
+from hinge.backbones import CellFMConfig, CellFMModel, PretrainConfig, pretrain_expression
+from hinge.errors import ConfigError, DataError
+
+
+def small(**options) -> CellFMModel:
+    torch.manual_seed(0)
+    settings = {"num_genes": 30, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "num_value_bins": 8}
+    return CellFMModel(CellFMConfig(**{**settings, **options})).eval()
+
+
+def test_masked_values_do_not_matter_with_the_mask_token():
+    model = small()
+    gene_ids = torch.arange(1, 13)
+    visible = (torch.arange(12) % 3 > 0).float().expand(2, 12)
+    values = torch.rand(2, 12)
+    other = torch.where(visible > 0, values, torch.full_like(values, 7.0))
+    with torch.no_grad():
+        assert torch.equal(model(values, visible, gene_ids), model(other, visible, gene_ids))
+
+
+def test_masked_genes_give_no_keys_in_the_first_half_only():
+    model = small()
+    visible = torch.tensor([[1.0, 0.0, 1.0]])
+    early, late = model.key_masks(visible)
+    assert early.tolist() == [[1, 1, 0, 1]]
+    assert late is None
+    padded = torch.tensor([[1.0, 1.0, 0.0]])
+    assert model.key_masks(visible, padded)[1].tolist() == [[1, 1, 1, 0]]
+
+
+def test_order_of_genes_does_not_matter():
+    model = small()
+    ids, values = torch.randperm(30)[:10] + 1, torch.rand(3, 10)
+    visible = (torch.rand(3, 10) > 0.5).float()
+    order = torch.randperm(10)
+    with torch.no_grad():
+        straight = model.decode(model(values, visible, ids))[:, order]
+        shuffled = model.decode(model(values[:, order], visible[:, order], ids[order]))
+    torch.testing.assert_close(straight, shuffled, atol=1e-5, rtol=1e-5)
+
+
+def test_save_and_load_are_exact(tmp_path):
+    model = small(gene_names=[f"G{i}" for i in range(30)])
+    model.save_pretrained(tmp_path)
+    again = CellFMModel.from_pretrained(tmp_path)
+    assert again.digest() == model.digest()
+    assert again.config.gene_names[:2] == ["G0", "G1"]
+    assert model.config.num_embeddings == 32
+
+
+def test_published_sizes_on_the_meta_device():
+    with torch.device("meta"):
+        model = CellFMModel(CellFMConfig())
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert model.gene_embedding.weight.shape == (27856, 1536)
+    assert len(model.layers) == 40
+    assert 7.0e8 < count < 8.5e8
+
+
+def test_configuration_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="masked_input"):
+        CellFMConfig(masked_input="nothing")
+    with pytest.raises(ValueError, match="divisible"):
+        CellFMConfig(hidden_size=10, num_attention_heads=4)
+
+
+PARITY = [
+    ("cellfm_mindspore_tiny", False),
+    ("cellfm_800m_style", True),
+    ("cellfm_800m_style", False),
+    ("cellfm_80m_style", True),
+    ("cellfm_80m_style", False),
+]
+
+
+@pytest.mark.parametrize(("name", "technical"), PARITY)
+def test_equals_the_published_implementation(parity, name, technical):
+    path = parity / f"{name}.safetensors"
+    recorded = load_file(path)
+    with safe_open(path, "pt") as file:
+        meta = json.loads(file.metadata()["config"])
+    published = {key.removeprefix("state."): tensor for key, tensor in recorded.items() if key.startswith("state.")}
+    mindspore = "mindspore" in name
+    model = CellFMModel(
+        CellFMConfig(
+            num_genes=meta["n_genes"],
+            hidden_size=meta["hidden"],
+            num_hidden_layers=meta["layers"],
+            num_attention_heads=meta["heads"],
+            negative_slope=0.2 if mindspore else 0.01,
+            layer_norm_eps=1e-7 if mindspore else 1e-5,
+            zero_input="pad" if meta["pad_zero"] else "token",
+            technical_tokens=technical,
+        )
+    ).eval()
+    state = published_to_ours(published)
+    model.load_state_dict({key: value for key, value in state.items() if technical or "technical" not in key})
+    nonzero = recorded["in.nonzero_with_cls"][:, 1:] if mindspore else recorded["in.nonzero"]
+    gene_ids = recorded["in.gene_ids"].long()
+    with torch.no_grad():
+        tokens = model(recorded["in.values"][..., 1], recorded["in.values"][..., 0], gene_ids, nonzero)
+        gene_wise, cell_wise = model.decode(tokens), model.decode_cell(tokens, gene_ids)
+    prefix = "out." if mindspore else f"out.{'with' if technical else 'without'}_st."
+    hidden = recorded[f"{prefix}hidden"]
+    if mindspore:
+        hidden = torch.cat([recorded["out.cls"].unsqueeze(1), hidden], dim=1)
+    torch.testing.assert_close(tokens, hidden, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gene_wise, recorded[f"{prefix}genewise"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(cell_wise, recorded[f"{prefix}cellwise"], atol=1e-5, rtol=0)
+
+
+def published_to_ours(state):
+    state = {key.replace(".gamma", ".weight").replace(".beta", ".bias"): value for key, value in state.items()}
+    ours = {
+        "gene_embedding.weight": state["gene_emb"],
+        "cls_token": state["cls_token"],
+        "zero_token": state["zero_emb"],
+        "mask_token": state["value_enc.mask_emb"],
+        "cell_decoder.weight": state["cellwise_dec.map.weight"],
+        "gene_decoder.hidden.weight": state["value_dec.w1.weight"],
+        "gene_decoder.output.weight": state["value_dec.w2.weight"],
+    }
+    for theirs, name in (("value_enc.value_enc", "value_encoder"), ("ST_enc", "technical_encoder")):
+        for old, new in (("w1.weight", "to_bins.weight"), ("w3.weight", "mix_bins.weight"), ("table.weight",) * 2, ("a", "skip")):
+            if f"{theirs}.{old}" in state:
+                ours[f"{name}.{new}"] = state[f"{theirs}.{old}"]
+    if "ST_emb" in state:
+        ours["technical_tokens"] = state["ST_emb"]
+    layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("encoder."))
+    for i in range(layers):
+        a, f = f"encoder.{i}.attn.", f"encoder.{i}.ffn."
+        ours[f"layers.{i}.retention.qkvu.weight"] = torch.cat([state[f"{a}{x}_proj.weight"] for x in "qkvu"])
+        ours[f"layers.{i}.retention.out.weight"] = state[f"{a}o_proj.weight"]
+        ours[f"layers.{i}.feed_forward.uv.weight"] = torch.cat([state[f"{f}{x}_proj.weight"] for x in "uv"])
+        ours[f"layers.{i}.feed_forward.out.weight"] = state[f"{f}o_proj.weight"]
+        for n in "12":
+            for kind in ("weight", "bias"):
+                ours[f"layers.{i}.norm{n}.{kind}"] = state[f"encoder.{i}.post_norm{n}.{kind}"]
+    return ours
+
+
+def expression(n=120, genes=12, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.maximum(rng.normal(size=(n, 3)) @ rng.normal(size=(3, genes)) + 1.5, 0).astype(np.float32)
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_value_bins": 8}
+
+
+def test_pretraining_learns_and_resumes_to_the_same_weights(tmp_path):
+    values, genes = expression(), [f"G{i}" for i in range(12)]
+    config = PretrainConfig(steps=40, batch_size=32, learning_rate=3e-3, warmup_steps=5, evaluate_every=10, checkpoint_every=10)
+    whole = pretrain_expression(values, genes, CellFMConfig(**TINY), config, tmp_path / "whole")
+    log = [json.loads(line) for line in (tmp_path / "whole-training" / "log.jsonl").read_text().splitlines()]
+    scores = [record["validation_loss"] for record in log if "validation_loss" in record]
+    assert min(scores) < 0.8 * scores[0]
+
+    class Stop(Exception):
+        pass
+
+    import hinge.loop as loop
+
+    saved = loop._save_checkpoint
+
+    def save_then_stop(path, trainable, optimizer, ema, state):
+        saved(path, trainable, optimizer, ema, state)
+        if state["step"] == 20:
+            raise Stop
+
+    loop._save_checkpoint = save_then_stop
+    try:
+        with pytest.raises(Stop):
+            pretrain_expression(values, genes, CellFMConfig(**TINY), config, tmp_path / "parts")
+    finally:
+        loop._save_checkpoint = saved
+    parts = pretrain_expression(values, genes, CellFMConfig(**TINY), config, tmp_path / "parts")
+    assert parts.digest() == whole.digest()
+    # a finished folder is loaded, not trained again
+    assert pretrain_expression(values, genes, CellFMConfig(**TINY), config, tmp_path / "whole").digest() == whole.digest()
+
+
+def test_genes_a_file_lacks_are_never_targets(tmp_path):
+    values = expression()
+    values[:60, 3] = np.nan
+    model = pretrain_expression(
+        values, [f"G{i}" for i in range(12)], CellFMConfig(**TINY), PretrainConfig(steps=3, batch_size=16), tmp_path / "b"
+    )
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_pretraining_refuses_what_it_cannot_use(tmp_path):
+    genes = [f"G{i}" for i in range(12)]
+    with pytest.raises(DataError, match="at least 10 spots"):
+        pretrain_expression(expression(5), genes, CellFMConfig(**TINY), PretrainConfig(steps=1), tmp_path / "a")
+    with pytest.raises(DataError, match="do not fit 11 genes"):
+        pretrain_expression(expression(), genes[:11], CellFMConfig(**TINY), PretrainConfig(steps=1), tmp_path / "a")
+    pretrain_expression(expression(), genes, CellFMConfig(**TINY), PretrainConfig(steps=1), tmp_path / "a")
+    with pytest.raises(ConfigError, match="other genes"):
+        pretrain_expression(expression(), genes[::-1], CellFMConfig(**TINY), PretrainConfig(steps=1), tmp_path / "a")

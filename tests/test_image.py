@@ -1,0 +1,216 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image, ImageFile
+
+from hinge.data import SlideImage, image
+from hinge.errors import DataError
+
+
+def smooth_pixels(width=300, height=200):
+    """Channels that are linear in x and in y: resampling must not change them."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 250 / width, y * 250 / height, np.full(x.shape, 80.0)], axis=-1).astype(np.uint8)
+
+
+@pytest.fixture
+def flat(tmp_path):
+    Image.fromarray(smooth_pixels()).save(tmp_path / "flat.png")
+    with SlideImage(tmp_path / "flat.png") as opened:
+        yield opened
+
+
+@pytest.fixture
+def pyramid(tmp_path):
+    """Tiled TIFF whose two levels are told apart by their blue channel, 0.5 µm/px."""
+    pixels = smooth_pixels(1024, 768)
+    half = pixels[::2, ::2].copy()
+    half[..., 2] = 160
+    with tifffile.TiffWriter(tmp_path / "pyramid.tif") as writer:
+        options = {"tile": (128, 128), "photometric": "rgb", "resolutionunit": "CENTIMETER"}
+        writer.write(pixels, resolution=(20_000, 20_000), **options)
+        writer.write(half, resolution=(10_000, 10_000), subfiletype=1, **options)
+    with SlideImage(tmp_path / "pyramid.tif") as opened:
+        yield opened
+
+
+def test_own_resolution_is_an_exact_crop(flat):
+    region = flat.read_region((100, 80), size_um=16, size_px=32, um_per_px=0.5)
+    np.testing.assert_array_equal(region, smooth_pixels()[64:96, 84:116])
+    # 11.2 / 0.35 is 32.000000000000004
+    region = flat.read_region((100.3, 79.8), size_um=11.2, size_px=32, um_per_px=0.35)
+    np.testing.assert_array_equal(region, smooth_pixels()[64:96, 84:116])
+
+
+@pytest.mark.parametrize("size_px", [16, 48, 64, 100])
+def test_other_resolutions_show_the_same_place(flat, size_px):
+    region = flat.read_region((150, 100), size_um=64, size_px=size_px, um_per_px=1.0)
+    assert region.shape == (size_px, size_px, 3) and region.dtype == np.uint8
+    center = (np.arange(size_px) + 0.5) * 64 / size_px
+    np.testing.assert_allclose(region[size_px // 2, :, 0], (118 + center - 0.5) * 250 / 300, atol=1.5)
+    np.testing.assert_allclose(region[:, size_px // 2, 1], (68 + center - 0.5) * 250 / 200, atol=1.5)
+
+
+def test_strong_reduction_averages_instead_of_picking_pixels(tmp_path):
+    pixels = np.zeros((256, 256, 3), np.uint8)
+    pixels[::2] = 200
+    Image.fromarray(pixels).save(tmp_path / "stripes.png")
+    with SlideImage(tmp_path / "stripes.png") as opened:
+        region = opened.read_region((128, 128), size_um=128, size_px=8, um_per_px=1.0)
+    np.testing.assert_allclose(region, 100, atol=3)
+
+
+def test_outside_is_white_and_inside_is_untouched(flat):
+    region = flat.read_region((0, 0), size_um=40, size_px=40, um_per_px=1.0)
+    assert (region[:20] == 255).all() and (region[:, :20] == 255).all()
+    np.testing.assert_array_equal(region[20:, 20:], smooth_pixels()[:20, :20])
+    region = flat.read_region((300, 200), size_um=40, size_px=40, um_per_px=1.0)
+    np.testing.assert_array_equal(region[:20, :20], smooth_pixels()[-20:, -20:])
+    assert (region[20:] == 255).all()
+    assert (flat.read_region((-500, 90), size_um=40, size_px=20, um_per_px=1.0) == 255).all()
+
+
+def test_region_larger_than_the_image(flat):
+    region = flat.read_region((150, 100), size_um=900, size_px=90, um_per_px=1.0)
+    assert (region[[0, -1]] == 255).all() and (region[:, [0, -1]] == 255).all()
+    assert (region[40:50, 35:55, 2] < 90).all()
+
+
+def test_a_region_that_is_no_patch_is_refused_before_it_is_read(flat):
+    with pytest.raises(
+        DataError, match=r"a region of 500 µm at 0\.01 µm per pixel is 50\d\d\d pixels wide in .*flat"
+    ):
+        flat.read_region((150, 100), size_um=500, size_px=224, um_per_px=0.01)
+
+
+def test_pyramid_reads_the_level_at_or_finer_than_asked(pyramid):
+    assert pyramid.dimensions == (1024, 768)
+    assert pyramid.um_per_px == pytest.approx(0.5)
+    fine = pyramid.read_region((512, 384), size_um=32, size_px=64, um_per_px=0.5)
+    np.testing.assert_array_equal(fine, smooth_pixels(1024, 768)[352:416, 480:544])
+    between = pyramid.read_region((512, 384), size_um=48, size_px=64, um_per_px=0.5)
+    assert (between[..., 2] == 80).all()
+    coarse = pyramid.read_region((512, 384), size_um=64, size_px=64, um_per_px=0.5)
+    assert (coarse[..., 2] == 160).all()
+    np.testing.assert_array_equal(coarse[..., :2], smooth_pixels(1024, 768)[::2, ::2][160:224, 224:288, :2])
+    coarser = pyramid.read_region((512, 384), size_um=128, size_px=32, um_per_px=0.5)
+    assert (coarser[..., 2] == 160).all()
+    np.testing.assert_allclose(coarser[16, :, 0].astype(float), np.arange(388, 644, 8) * 250 / 1024, atol=2)
+
+
+def test_pyramid_outside_is_white(pyramid):
+    region = pyramid.read_region((0, 768), size_um=32, size_px=64, um_per_px=0.5)
+    assert (region[:, :32] == 255).all() and (region[32:] == 255).all()
+    np.testing.assert_array_equal(region[:32, 32:], smooth_pixels(1024, 768)[-32:, :32])
+
+
+def test_threads_see_what_one_reader_sees(tmp_path):
+    Image.fromarray(smooth_pixels()).save(tmp_path / "flat.png")
+    centers = [(x, y) for x in range(0, 300, 20) for y in range(0, 200, 20)]
+
+    def read(opened, center):
+        return opened.read_region(center, size_um=50, size_px=24, um_per_px=1.0)
+
+    with SlideImage(tmp_path / "flat.png") as one, SlideImage(tmp_path / "flat.png") as shared:
+        expected = [read(one, center) for center in centers]
+        with ThreadPoolExecutor(4) as pool:
+            regions = list(pool.map(lambda center: read(shared, center), centers))
+    np.testing.assert_array_equal(regions, expected)
+
+
+@pytest.mark.parametrize("decoded_before", [False, True])
+def test_thumbnail(flat, pyramid, decoded_before):
+    for opened, shape in ((flat, (67, 100, 3)), (pyramid, (75, 100, 3))):
+        if decoded_before:
+            opened.read_region((9, 9), size_um=4, size_px=4, um_per_px=1.0)
+        thumbnail = opened.thumbnail(100)
+        assert thumbnail.shape == shape and thumbnail.dtype == np.uint8
+        assert (np.diff(thumbnail[30, :, 0].astype(int)) > 0).all()
+    assert flat.thumbnail(5000).shape == (200, 300, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1"])
+def test_other_8_bit_modes_become_rgb(tmp_path, mode):
+    Image.new("RGB", (40, 30), (255, 255, 255)).convert(mode).save(tmp_path / "a.tif")
+    with SlideImage(tmp_path / "a.tif") as opened:
+        assert (opened.read_region((20, 15), size_um=8, size_px=8, um_per_px=1.0) == 255).all()
+
+
+def test_transparent_pixels_are_white(tmp_path):
+    Image.new("RGBA", (40, 30), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    with SlideImage(tmp_path / "a.png") as opened:
+        assert (opened.read_region((20, 15), size_um=8, size_px=8, um_per_px=1.0) == 255).all()
+        assert (opened.thumbnail(20) == 255).all()
+
+
+def test_resolution_of_a_plain_tiff_and_of_implausible_tags(tmp_path):
+    picture = Image.fromarray(smooth_pixels())
+    picture.save(tmp_path / "cm.tif", resolution_unit="cm", x_resolution=25_000, y_resolution=25_000)
+    picture.save(tmp_path / "screen.tif", dpi=(72, 72))
+    picture.save(tmp_path / "none.png")
+    for name, expected in (("cm.tif", 0.4), ("screen.tif", None), ("none.png", None)):
+        with SlideImage(tmp_path / name) as opened:
+            assert opened.um_per_px == (None if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("kept", [0.5, 0.98])
+def test_a_truncated_image_is_an_error_not_grey_pixels(tmp_path, suffix, kept):
+    whole, file = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+    noise = np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(whole)
+    data = whole.read_bytes()
+    file.write_bytes(data[: int(len(data) * kept)])
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    for read in (
+        lambda opened: opened.read_region((150, 20), size_um=8, size_px=8, um_per_px=1.0),
+        lambda opened: opened.thumbnail(50),
+    ):
+        with pytest.raises(DataError, match=rf"cut\.{suffix} is damaged"), SlideImage(file) as opened:
+            read(opened)
+
+
+def test_a_truncated_pyramid_is_an_error(pyramid, tmp_path):
+    data = pyramid.path.read_bytes()
+    # tifffile writes each level's directory before its tiles: the second level's tiles are lost
+    (tmp_path / "cut.tif").write_bytes(data[: int(len(data) * 0.9)])
+    with pytest.raises(DataError, match="damaged"), SlideImage(tmp_path / "cut.tif") as opened:
+        opened.read_region((1000, 740), size_um=1024, size_px=64, um_per_px=1.0)
+
+
+def test_what_is_no_image(tmp_path):
+    with pytest.raises(DataError, match=r"there is no image file .*gone\.png"):
+        SlideImage(tmp_path / "gone.png")
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(DataError, match="not an image"):
+        SlideImage(tmp_path / "text.png")
+    (tmp_path / "empty.tif").touch()
+    with pytest.raises(DataError, match="not an image"):
+        SlideImage(tmp_path / "empty.tif")
+    Image.new("I;16", (20, 20)).save(tmp_path / "deep.tif")
+    with pytest.raises(DataError, match="8 bits a channel"):
+        SlideImage(tmp_path / "deep.tif")
+
+
+def test_size_limit_is_our_own(tmp_path, monkeypatch):
+    Image.new("RGB", (60, 50)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with SlideImage(tmp_path / "a.png") as opened:
+        assert opened.read_region((30, 25), size_um=4, size_px=4, um_per_px=1.0).max() == 0
+    assert Image.MAX_IMAGE_PIXELS == 100
+    monkeypatch.setattr(image, "MAX_DECODED_PIXELS", 2999)
+    with pytest.raises(DataError, match=r"has 60 x 50 pixels.* at most 2,999: convert it to a tiled"):
+        SlideImage(tmp_path / "a.png")
+
+
+@pytest.mark.real
+def test_real_slide_image(her2st):
+    (file,) = her2st.glob("data/ST-imgs/C/C2/*.jpg")
+    with SlideImage(file) as opened:
+        assert opened.dimensions == (9274, 9911)
+        assert max(opened.thumbnail(600).shape) == 600
+        tissue = opened.read_region((6045, 3776), size_um=154, size_px=224, um_per_px=0.6875)
+        glass = opened.read_region((1000, 1000), size_um=154, size_px=224, um_per_px=0.6875)
+    assert tissue.std() > 3 * glass.std()

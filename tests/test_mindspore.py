@@ -1,0 +1,439 @@
+"""The MindSpore reader against files that MindSpore wrote and read, and against damaged ones."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from hinge.backbones.mindspore import MindSporeCheckpoint, convert_mindspore, is_mindspore, read_mindspore
+from hinge.errors import ConfigError, WeightsError
+
+TYPES = {
+    torch.float16: "Float16",
+    torch.bfloat16: "BFloat16",
+    torch.float32: "Float32",
+    torch.float64: "Float64",
+    torch.int8: "Int8",
+    torch.int32: "Int32",
+    torch.int64: "Int64",
+    torch.uint8: "UInt8",
+    torch.uint16: "UInt16",
+    torch.bool: "Bool",
+}
+
+
+def varint(number: int) -> bytes:
+    out = b""
+    while number >= 0x80:
+        out += bytes([number & 0x7F | 0x80])
+        number >>= 7
+    return out + bytes([number])
+
+
+def block(number: int, payload: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(payload)) + payload
+
+
+def value(tag: str, dims: list[int], tensor_type: str, content: bytes, packed: bool = False) -> bytes:
+    """One parameter as MindSpore writes it; negative dims as protobuf does, in ten bytes."""
+    numbers = [varint(dim % 2**64) for dim in dims]
+    shape = block(1, b"".join(numbers)) if packed else b"".join(b"\x08" + number for number in numbers)
+    tensor = shape + block(2, tensor_type.encode()) + block(3, content)
+    return block(1, block(1, tag.encode()) + block(2, tensor))
+
+
+def content_of(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def checkpoint(tensors: dict[str, torch.Tensor], piece: int = 2**29, crc: bool = False) -> bytes:
+    out = b""
+    for tag, tensor in tensors.items():
+        content = content_of(tensor)
+        for at in range(0, max(len(content), 1), piece):
+            out += value(tag, list(tensor.shape), TYPES[tensor.dtype], content[at : at + piece])
+    return out + (b"crc_num" + zlib.crc32(out).to_bytes(10, "big") if crc else b"")
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and content_of(a) == content_of(b)
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return {
+        "gene_emb": torch.randn(10, 6, generator=draw),
+        "flag": torch.tensor([True, False, True]),
+        "encoder.0.weight": torch.randn(7, 3, generator=draw).half(),
+        "brain": torch.randn(5, generator=draw).bfloat16(),
+        "double": torch.randn(2, 2, generator=draw, dtype=torch.float64),
+        "ids": torch.arange(-3, 4),
+        "small": torch.arange(9).to(torch.uint16),
+        "alpha": torch.tensor(0.25),
+        "none": torch.zeros(0, 4),
+    }
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+# -- files of MindSpore's own ------------------------------------------------------------------------------
+
+
+def test_training_checkpoint_equals_what_mindspore_reads(parity):
+    path = parity / "mindspore_training_checkpoint.ckpt"
+    found = read_mindspore(path, include_optimizer=True)
+    with safe_open(parity / "mindspore_training_checkpoint.safetensors", "pt") as expected:
+        assert set(found) == set(expected.keys())
+        for name, tensor in found.items():
+            # the recording stores MindSpore's one scalar with shape (1,)
+            shape = (1,) if name == "learning_rate" else tensor.shape
+            assert same(tensor.reshape(shape), expected.get_tensor(name)), name
+    assert found["learning_rate"].shape == ()
+    weights = read_mindspore(path)
+    assert set(found) - set(weights) == {
+        "moment1.cls_token",
+        "moment1.gene_emb",
+        "learning_rate",
+        "global_step",
+    }
+
+
+def test_model_checkpoint_equals_the_recorded_state(parity):
+    found = read_mindspore(parity / "cellfm_mindspore_tiny.ckpt")
+    with safe_open(parity / "cellfm_mindspore_tiny.safetensors", "pt") as expected:
+        recorded = expected.keys()
+        states = {name.removeprefix("state."): name for name in recorded if name.startswith("state.")}
+        assert set(found) == set(states)
+        assert all(same(found[name], expected.get_tensor(states[name])) for name in found)
+
+
+def test_sniff(parity, tmp_path):
+    assert is_mindspore(parity / "cellfm_mindspore_tiny.ckpt")
+    assert not is_mindspore(parity / "cellfm_mindspore_tiny.safetensors")
+    assert not is_mindspore(tmp_path / "missing.ckpt")
+    assert not is_mindspore(write(tmp_path / "empty.ckpt", b""))
+    assert not is_mindspore(tmp_path)
+    torch.save({"a": torch.zeros(2)}, tmp_path / "torch.ckpt")
+    assert not is_mindspore(tmp_path / "torch.ckpt")
+
+
+# -- the format --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crc", [False, True])
+@pytest.mark.parametrize("piece", [8, 2**29])
+def test_types_pieces_and_trailer(tmp_path, weights, piece, crc):
+    path = write(tmp_path / "w.ckpt", checkpoint(weights, piece, crc))
+    found = read_mindspore(path)
+    assert list(found) == list(weights)
+    assert all(same(found[name], weights[name]) for name in weights)
+    index = MindSporeCheckpoint(path)
+    assert index.keys() == list(weights)
+    assert index.dtype("encoder.0.weight") == torch.float16
+    for name, tensor in weights.items():
+        assert index.shape(name) == tensor.shape
+        parts = list(index.chunks(name))
+        assert sum(part.numel() for part in parts) == tensor.numel()
+        assert b"".join(content_of(part) for part in parts) == content_of(tensor)
+
+
+def test_tensors_own_their_memory(tmp_path, weights):
+    path = write(tmp_path / "w.ckpt", checkpoint(weights))
+    tensor = MindSporeCheckpoint(path).tensor("gene_emb")
+    before = path.read_bytes()
+    tensor.zero_()
+    assert path.read_bytes() == before
+    assert same(read_mindspore(path)["gene_emb"], weights["gene_emb"])
+
+
+def test_scalars_of_both_generations(tmp_path):
+    four = np.float32(4).tobytes()
+    old, new, none = (
+        value("old", [0], "Float32", four),
+        value("new", [], "Float32", four),
+        value("none", [0], "Float32", b""),
+    )
+    found = read_mindspore(write(tmp_path / "w.ckpt", old + new + none))
+    assert found["old"].shape == found["new"].shape == ()
+    assert found["old"] == found["new"] == 4
+    assert found["none"].shape == (0,)
+
+
+def test_packed_dims_any_field_order_and_unknown_fields(tmp_path):
+    content = np.arange(6, dtype=np.float32).tobytes()
+    tensor = block(3, content) + block(2, b"Float32") + block(9, b"later") + b"\x08\x02\x08\x03"
+    swapped = block(1, block(2, tensor) + b"\x38\x01" + block(1, b"swapped"))
+    packed = value("packed", [2, 3], "Float32", content, packed=True)
+    found = read_mindspore(write(tmp_path / "w.ckpt", packed + swapped))
+    assert found["packed"].tolist() == found["swapped"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_notes_are_not_tensors_and_any_byte_is_a_truth(tmp_path):
+    note = value("note", [0], "str", "epoch".encode("utf-32-le"))
+    state = value("random_op", [0], "random_op", b"abc")
+    truth = value("truth", [3], "Bool", b"\x00\x02\xff")
+    found = read_mindspore(write(tmp_path / "w.ckpt", note + state + truth), include_optimizer=True)
+    assert list(found) == ["truth"]
+    assert content_of(found["truth"]) == b"\x00\x01\x01"
+
+
+def test_only_optimizer_state_is_left_out(tmp_path):
+    state = ["moment1.gene_emb", "moment2.a.b", "beta1_power", "learning_rate", "global_step", "epoch_num"]
+    kept = ["gene_emb", "moment1", "encoder.moment1.weight", "step_num.weight", "my_learning_rate"]
+    content = checkpoint({name: torch.ones(1) for name in state + kept})
+    path = write(tmp_path / "w.ckpt", content)
+    assert list(read_mindspore(path)) == kept
+    assert list(read_mindspore(path, include_optimizer=True)) == state + kept
+
+
+# -- damage ------------------------------------------------------------------------------------------------
+
+
+def test_every_truncation_is_found(tmp_path, weights):
+    weights = {name: weights[name] for name in ("brain", "alpha", "flag")}
+    content = checkpoint(weights, piece=4)
+    whole = {len(checkpoint(dict(list(weights.items())[:k]), piece=4)): k for k in range(1, 4)}
+    for length in range(len(content) + 1):
+        path = write(tmp_path / "w.ckpt", content[:length])
+        if length in whole:  # cut between two tensors, it is a checkpoint of fewer
+            assert len(read_mindspore(path)) == whole[length]
+        else:
+            with pytest.raises(WeightsError, match="byte"):
+                read_mindspore(path)
+
+
+def test_crc_finds_a_changed_weight(tmp_path, weights):
+    content = bytearray(checkpoint(weights, crc=True))
+    content[60] ^= 1
+    with pytest.raises(WeightsError, match="damaged: the CRC"):
+        MindSporeCheckpoint(write(tmp_path / "w.ckpt", bytes(content)))
+
+
+HOSTILE = {
+    "too few bytes": ([3, 4], "Float32", bytes(40), "ends after 40 of 48 bytes"),
+    "too many bytes": ([3, 4], "Float32", bytes(52), "takes 48 bytes but has 52"),
+    "negative": ([-1, -4], "Float32", bytes(16), "negative dim -1"),
+    "overflow to 0": ([2**32, 2**32], "Float32", b"", "impossible dims"),
+    "overflow to the right size": ([2**62 + 1, 4], "Float32", bytes(16), "impossible dims"),
+    "40 GB": ([100000, 100000], "Float32", bytes(4), "ends after 4 of 40,000,000,000 bytes"),
+    "empty but wide": ([0, 2**62, 2**62], "Float32", b"", "impossible dims"),
+    "many dims": ([1] * 1000, "Float32", bytes(4), "more than 32 dims"),
+    "half an element": ([1], "Float32", bytes(3), "not whole elements"),
+    "type": ([1], "Complex64", bytes(8), "unknown type 'Complex64'"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("packed", [False, True])
+def test_hostile_tensors(tmp_path, case, packed):
+    dims, tensor_type, content, message = HOSTILE[case]
+    path = write(tmp_path / "w.ckpt", value("w", dims, tensor_type, content, packed))
+    with pytest.raises(WeightsError, match=message) as caught:
+        read_mindspore(path)
+    assert "at byte" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_pieces_must_agree_and_stop(tmp_path):
+    half = value("w", [2], "Float32", bytes(4))
+    for further, message in [
+        (value("w", [2], "Int32", bytes(4)), "another type"),
+        (value("w", [1, 2], "Float32", bytes(4)), "other dims"),
+        (value("w", [2], "Float32", bytes(8)), "takes 8 bytes but has 12"),
+        (half + half, "a second time"),
+        (half + half + value("w", [2], "Float32", b""), "a second time"),
+    ]:
+        with pytest.raises(WeightsError, match=message):
+            read_mindspore(write(tmp_path / "w.ckpt", half + further))
+
+
+def test_foreign_and_missing_files(tmp_path, weights):
+    for content in [b"", b"PK\x03\x04 a zip", b"\x89HDF\r\n\x1a\n" + bytes(50), b"\n" * 50, bytes(50)]:
+        with pytest.raises(WeightsError, match="byte"):
+            read_mindspore(write(tmp_path / "w.ckpt", content))
+    with pytest.raises(WeightsError, match="there is no file"):
+        read_mindspore(tmp_path / "missing.ckpt")
+    with pytest.raises(WeightsError, match="cannot read"):
+        read_mindspore(tmp_path)
+    whole = MindSporeCheckpoint(write(tmp_path / "w.ckpt", checkpoint(weights)))
+    with pytest.raises(WeightsError, match="no tensor 'other'; it has 9"):
+        whole.tensor("other")
+    write(tmp_path / "w.ckpt", b"short")
+    with pytest.raises(WeightsError, match=r"cut off .* after it was opened"):
+        whole.tensor("gene_emb")
+
+
+mutations = st.lists(
+    st.tuples(
+        st.sampled_from(["set", "cut", "insert", "remove", "copy"]),
+        st.floats(0, 1),
+        st.floats(0, 1),
+        st.binary(min_size=1, max_size=6),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def mutate(content: bytes, steps: list[tuple[str, float, float, bytes]]) -> bytes:
+    for kind, where, other, new in steps:
+        at = int(where * len(content))
+        if kind == "set":
+            content = content[:at] + new + content[at + len(new) :]
+        elif kind == "cut":
+            content = content[:at]
+        elif kind == "insert":
+            content = content[:at] + new + content[at:]
+        elif kind == "remove":
+            content = content[:at] + content[at + int(other * 40) :]
+        else:
+            content += content[at : at + int(other * 200)]
+    return content
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=mutations)
+def test_mutated_files_are_read_or_refused(tmp_path, weights, steps):
+    content = mutate(checkpoint(weights, piece=40, crc=True), steps)
+    path = write(tmp_path / "w.ckpt", content)
+    started = time.perf_counter()
+    is_mindspore(path)
+    try:
+        found = read_mindspore(path, include_optimizer=True)
+    except WeightsError as error:
+        assert "\n" not in str(error)
+        assert len(str(error)) < 1500
+    else:
+        assert sum(tensor.nbytes for tensor in found.values()) <= len(content)
+    assert time.perf_counter() - started < 1
+
+
+# -- conversion --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", torch.float16])
+def test_conversion(tmp_path, weights, dtype):
+    path = write(
+        tmp_path / "w.ckpt", checkpoint({**weights, "moment1.gene_emb": torch.ones(10, 6)}, piece=40)
+    )
+    out = convert_mindspore(
+        path, tmp_path / "folder", dtype, lambda name: None if name == "ids" else f"new.{name}"
+    )
+    assert out == tmp_path / "folder" / "model.safetensors"
+    assert [file.name for file in out.parent.iterdir()] == ["model.safetensors"]
+    to = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with safe_open(out, "pt") as found:
+        assert found.metadata() == {"format": "pt", "converted_from": "w.ckpt"}
+        names = found.keys()
+        assert set(names) == {f"new.{name}" for name in weights if name != "ids"}
+        for new in names:
+            tensor = weights[new.removeprefix("new.")]
+            assert same(found.get_tensor(new), tensor.to(to) if tensor.is_floating_point() else tensor)
+
+
+def test_conversion_aligns_and_repeats(tmp_path, weights):
+    path = write(tmp_path / "w.ckpt", checkpoint(weights))
+    out = convert_mindspore(path, tmp_path / "a.safetensors")
+    first = out.read_bytes()
+    size = int.from_bytes(first[:8], "little")
+    assert size % 8 == 0
+    header = json.loads(first[8 : 8 + size])
+    widths = {"F32": 4, "I64": 8, "U16": 2, "BOOL": 1}
+    for entry in (header[name] for name in weights):
+        start, stop = entry["data_offsets"]
+        assert start % widths[entry["dtype"]] == 0
+        assert stop - start == math.prod(entry["shape"]) * widths[entry["dtype"]]
+    assert convert_mindspore(path, tmp_path / "b.safetensors").read_bytes() == first
+
+
+def test_conversion_refuses(tmp_path, weights):
+    path = write(tmp_path / "w.ckpt", checkpoint(weights))
+    with pytest.raises(ConfigError, match="float32, bfloat16 or float16, not int8"):
+        convert_mindspore(path, tmp_path / "out", "int8")
+    with pytest.raises(WeightsError, match="'flag' would take the name 'w' of 'gene_emb'"):
+        convert_mindspore(path, tmp_path / "out", rename=lambda name: "w")
+    with pytest.raises(WeightsError, match="metadata of safetensors"):
+        convert_mindspore(path, tmp_path / "out", rename=lambda name: "__metadata__")
+    path = write(tmp_path / "w.ckpt", checkpoint({"big": torch.tensor([1.0, 1e6])}))
+    with pytest.raises(WeightsError, match="'big' has weights beyond the range of float16"):
+        convert_mindspore(path, tmp_path / "out", "float16")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def write_big(path: Path, rows: list[int], piece: int) -> np.ndarray:
+    """A checkpoint of (rows, 1024) float32 tensors, each repeating the (1024, 1024) returned; with a CRC."""
+    pattern = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32)
+    crc = 0
+    with open(path, "wb") as file:
+        for k, n in enumerate(rows):
+            content = np.resize(pattern, (n, 1024)).tobytes()
+            for at in range(0, len(content), piece):
+                part = value(f"w{k}", [n, 1024], "Float32", content[at : at + piece])
+                crc = zlib.crc32(part, crc)
+                file.write(part)
+        file.write(b"crc_num" + crc.to_bytes(10, "big"))
+    return pattern
+
+
+def assert_converted(path: Path, rows: list[int], pattern: np.ndarray) -> None:
+    with safe_open(path, "pt") as found:
+        for k, n in enumerate(rows):
+            part = found.get_slice(f"w{k}")
+            assert part.get_shape() == [n, 1024]
+            for row in (0, n // 2, n - 1):
+                assert torch.equal(part[row], torch.from_numpy(pattern[row % 1024]).bfloat16())
+
+
+def memory(field: str) -> int:
+    """VmRSS (memory in use) or VmHWM (its peak) of this process, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def test_conversion_needs_little_memory(tmp_path):
+    rows = [20480, 4096]  # 101 MB, of which one tensor of 84 MB in five pieces
+    pattern = write_big(tmp_path / "big.ckpt", rows, piece=2**24)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = memory("VmRSS")
+    except OSError:
+        pytest.skip("the peak memory of a running process can be measured on Linux only")
+    convert_mindspore(tmp_path / "big.ckpt", tmp_path / "big.safetensors", "bfloat16")
+    assert memory("VmHWM") - before < 64 * 2**20
+    assert_converted(tmp_path / "big.safetensors", rows, pattern)
+
+
+@pytest.mark.slow
+def test_conversion_of_a_gigabyte_needs_little_memory(tmp_path):
+    rows = [204800, 66560]  # 1.11 GB, of which one tensor of 839 MB in two pieces, as MindSpore cuts it
+    pattern = write_big(tmp_path / "big.ckpt", rows, piece=2**29)
+    # a child's getrusage would start at the peak of this process, VmHWM starts afresh
+    measure = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from hinge.backbones.mindspore import convert_mindspore\n"
+        "peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) * 1024\n"
+        "before = peak()\n"
+        "convert_mindspore(sys.argv[1], sys.argv[2], 'bfloat16')\n"
+        "print(peak() - before)\n"
+    )
+    files = [str(tmp_path / "big.ckpt"), str(tmp_path / "big.safetensors")]
+    done = subprocess.run([sys.executable, "-c", measure, *files], capture_output=True, text=True, check=True)
+    peak = int(done.stdout)
+    print(f"peak {peak / 2**20:.0f} MB beyond the imports")
+    assert 0 < peak < 200 * 2**20
+    assert_converted(tmp_path / "big.safetensors", rows, pattern)

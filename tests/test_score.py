@@ -1,0 +1,263 @@
+"""Rows of scores, the file they are written to, and how draws find their spots."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from anndata import AnnData
+from rich.console import Console
+
+from hinge.data.spots import SpotTable
+from hinge.data.transforms import get_transform
+from hinge.errors import DataError
+from hinge.evaluation import (
+    METRICS,
+    Prediction,
+    coexpression_scores,
+    correlation_matrix,
+    coverage,
+    crps,
+    evaluate_slide,
+    mean_scores,
+    prediction_from_draws,
+    score,
+    scores_table,
+    write_scores,
+)
+
+METHODS = ["mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", "training-correlation", "noise-ceiling"]
+ABOUT = {"slide", "method", "transform", "n_spots", "n_genes", "n_genes_constant", "n_draws"}
+OF_MEAN = {"pcc_10", "pcc_50", "pcc_200", "pcc_mean", "pcc_hvg50", "mse", "mae", "rvd"}
+OF_MEAN |= {"coexpression_r_mean", "coexpression_rmse_mean"}
+OF_DRAWS = {"coexpression_r", "coexpression_rmse", "crps", "coverage_50", "coverage_90"}
+N_GENES = 8
+
+
+def spots(slides=("a", "b"), n=60, transform="log2p1", seed=0) -> SpotTable:
+    """Counts whose rate is log-linear in the features, the same way on every slide."""
+    rng = np.random.default_rng(seed)
+    weights = np.random.default_rng(99).normal(size=(5, N_GENES))
+    features = rng.normal(size=(len(slides) * n, 1, 5)).astype(np.float32)
+    counts = rng.poisson(20 * np.exp(0.4 * features[:, 0] @ weights)).astype(np.float32)
+    total = counts.sum(axis=1) + rng.poisson(500, size=len(counts)).astype(np.float32)
+    return SpotTable(
+        slide=np.repeat(slides, n),
+        barcodes=np.tile([f"s{i}" for i in range(n)], len(slides)),
+        coords=rng.uniform(size=(len(counts), 2)),
+        features=features,
+        counts=counts,
+        total=total,
+        values=get_transform(transform).forward(counts, total),
+        genes=[f"G{i}" for i in range(N_GENES)],
+        transform=transform,
+    )
+
+
+@pytest.fixture
+def test():
+    return spots(("t",), seed=1)
+
+
+def prediction_of(table: SpotTable, n_draws=20) -> Prediction:
+    draws = table.values + np.random.default_rng(2).normal(size=(n_draws, *table.values.shape))
+    return Prediction("hinge", mean=draws.mean(axis=0), draws=draws.astype(np.float32))
+
+
+def defined(row: dict) -> set[str]:
+    return {name for name in METRICS if not np.isnan(row[name])}
+
+
+def test_score_gathers_every_metric(test):
+    prediction = prediction_of(test)
+    scores = score(test.values, prediction)
+    assert list(scores) == list(METRICS)
+    assert all(type(value) is float for value in scores.values())
+    means = mean_scores(test.values, prediction.mean)
+    assert {name: scores[name] for name in means.keys() & METRICS} == {
+        n: means[n] for n in means.keys() & METRICS
+    }
+    assert scores["crps"] == crps(test.values, prediction.draws)
+    np.testing.assert_array_equal(
+        [scores["coverage_50"], scores["coverage_90"]], coverage(test.values, prediction.draws, [0.5, 0.9])
+    )
+    for predicted, suffix in ((prediction.mean, "_mean"), (prediction.draws, "")):
+        expected = coexpression_scores(test.values, predicted)
+        assert scores["coexpression_r" + suffix] == expected["r"]
+        assert scores["coexpression_rmse" + suffix] == expected["rmse"]
+
+
+def test_scores_are_nan_where_a_prediction_does_not_say(test):
+    full = prediction_of(test)
+    assert defined(score(test.values, full)) == set(METRICS)
+    assert defined(score(test.values, replace(full, draws=None))) == OF_MEAN
+    assert defined(score(test.values, replace(full, draws=full.draws[:0]))) == OF_MEAN
+    assert defined(score(test.values, replace(full, mean=None))) == OF_DRAWS
+    one_draw = score(test.values, replace(full, draws=full.draws[:1]))
+    assert defined(one_draw) == OF_MEAN | {"coexpression_r", "coexpression_rmse"}
+    matrix = correlation_matrix(test.values)
+    perfect = score(test.values, Prediction("training-correlation", correlation=matrix))
+    assert defined(perfect) == {"coexpression_r", "coexpression_rmse"}
+    assert perfect["coexpression_r"] == pytest.approx(1)
+    assert perfect["coexpression_rmse"] == 0
+
+
+def test_one_spot_and_one_gene_and_constant_genes(test):
+    full = prediction_of(test)
+    spot = score(test.values[:1], Prediction("x", mean=full.mean[:1], draws=full.draws[:, :1]))
+    assert defined(spot) == {"mse", "mae", "crps", "coverage_50", "coverage_90"}
+    gene = score(test.values[:, :1], Prediction("x", mean=full.mean[:, :1], draws=full.draws[:, :, :1]))
+    assert {name for name in METRICS if np.isnan(gene[name])} == {
+        n for n in METRICS if n.startswith("coexpr")
+    }
+    measured = test.values.copy()
+    measured[:, :3] = 0
+    assert defined(score(measured, full)) == set(METRICS)
+
+
+def test_predictions_that_do_not_fit_name_the_method(test):
+    full = prediction_of(test)
+    holed = full.mean.copy()
+    holed[4, 2] = np.nan
+    for wrong in (
+        replace(full, mean=full.mean[1:]),
+        replace(full, mean=holed),
+        replace(full, draws=full.draws[:, :, 1:]),
+        replace(full, draws=np.where(np.isnan(holed), np.nan, full.draws)),
+        Prediction("hinge", correlation=np.eye(N_GENES + 1)),
+    ):
+        with pytest.raises(DataError, match="^hinge cannot be scored: "):
+            score(test.values, wrong)
+    with pytest.raises(DataError, match="the measured slide"):
+        score(holed, full)
+
+
+@pytest.mark.parametrize("transform", ["log2p1", "log1p_cp10k"])
+def test_a_slide_is_scored_beside_baselines_and_ceiling(transform):
+    train, test = spots(transform=transform), spots(("t",), transform=transform, seed=1)
+    rows = evaluate_slide(train, test, [prediction_of(test)], n_draws=19, seed=0)
+    by_method = {row["method"]: row for row in rows}
+    assert list(by_method) == ["hinge", *METHODS]
+    for row in rows:
+        assert set(row) == ABOUT | set(METRICS)
+        assert (row["slide"], row["transform"], row["n_spots"], row["n_genes"]) == (
+            "t",
+            transform,
+            60,
+            N_GENES,
+        )
+    assert defined(by_method["hinge"]) == set(METRICS)
+    assert defined(by_method["ridge-cv"]) == OF_MEAN
+    assert defined(by_method["ridge-cv+residual"]) == set(METRICS)
+    assert defined(by_method["training-correlation"]) == {"coexpression_r", "coexpression_rmse"}
+    assert defined(by_method["noise-ceiling"]) == {name for name in METRICS if name.startswith("pcc")}
+    assert [by_method[name]["n_draws"] for name in ("hinge", "ridge-cv", "ridge-cv+residual")] == [20, 0, 19]
+    assert 0 == by_method["mean"]["pcc_mean"] < by_method["ridge-cv"]["pcc_mean"]
+    assert by_method["ridge-cv"]["pcc_mean"] <= by_method["noise-ceiling"]["pcc_mean"] + 0.02
+    assert by_method["ridge-cv+residual"]["crps"] < by_method["mean"]["mae"]
+    assert rows == evaluate_slide(train, test, [prediction_of(test)], n_draws=19, seed=0) or any(
+        value != value for row in rows for value in row.values()
+    )
+
+
+def test_scoring_twice_gives_the_same_file(test, tmp_path):
+    files = [
+        write_scores(tmp_path / name, evaluate_slide(spots(), test, [], n_draws=3, seed=4)) for name in "ab"
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    other = write_scores(tmp_path / "c", evaluate_slide(spots(), test, [], n_draws=3, seed=5))
+    assert other.read_bytes() != files[0].read_bytes()
+
+
+def test_without_training_spots_there_are_no_baselines(test):
+    rows = evaluate_slide(None, test, [prediction_of(test)])
+    assert [row["method"] for row in rows] == ["hinge", "noise-ceiling"]
+
+
+def test_one_slide_at_a_time(test):
+    with pytest.raises(DataError, match="are of 2"):
+        evaluate_slide(None, spots(), [])
+
+
+def test_written_scores_explain_themselves_and_are_strict_json(test, tmp_path):
+    rows = evaluate_slide(None, test, [prediction_of(test, n_draws=2)])
+    path = write_scores(tmp_path / "new" / "scores.json", rows)
+    content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert set(content) == {"hinge_version", "definitions", "rows"}
+    assert set(content["rows"][0]) == ABOUT | set(content["definitions"])
+    assert content["rows"][0]["coverage_90"] is None
+    assert content["rows"][0]["mse"] == rows[0]["mse"]
+    for definition in content["definitions"].values():
+        assert set(definition) == {"label", "definition", "unit", "better"}
+        assert all(definition.values())
+        better = definition["better"]
+        assert better in ("higher", "lower") or 0 < float(better.removeprefix("nearest ")) < 1
+
+
+def printed(rows) -> str:
+    console = Console(width=200, record=True, quiet=False, file=open("/dev/null", "w"))
+    console.print(scores_table(rows))
+    return console.export_text()
+
+
+def test_the_table_shows_rows_dashes_and_means_over_slides(test):
+    rows = evaluate_slide(None, test, [prediction_of(test)])
+    text = printed(rows)
+    assert f"{rows[0]['pcc_50']:.3f}" in text and f"{rows[0]['crps']:.3f}" in text
+    assert "–" in text and "nan" not in text and "mean of" not in text
+    two = [
+        {
+            "slide": slide,
+            "transform": "log2p1",
+            "method": "m",
+            **dict.fromkeys(METRICS),
+            "mse": mse,
+            "crps": crps,
+        }
+        for slide, mse, crps in (("a", 1.0, None), ("b", 2.0, 0.25))
+    ]
+    mean = printed(two).split("mean of 2")[1]
+    assert "1.500" in mean and "0.250" in mean
+
+
+def sampled(table: SpotTable, **changes) -> AnnData:
+    """What sampling writes, its spots and genes in another order and with one more of each."""
+    draws = np.stack([table.values + number for number in range(12)])
+    wide = np.pad(draws, ((0, 0), (0, 1), (0, 1)))
+    names = {"obs": [*table.barcodes, "more"], "var": [*table.genes, "MORE"]}
+    result = AnnData(wide.mean(axis=0))
+    result.obs_names, result.var_names = names["obs"], names["var"]
+    for number, draw in enumerate(wide):
+        result.layers[f"draw_{number:03d}"] = draw
+    result.layers["std"] = wide.std(axis=0)
+    result.uns["hinge"] = {"name": str(table.slide[0]), "transform": table.transform} | changes
+    rng = np.random.default_rng(0)
+    return result[rng.permutation(result.n_obs), rng.permutation(result.n_vars)].copy()
+
+
+def test_draws_find_their_spots_and_genes(test):
+    draws = sampled(test)
+    prediction = prediction_from_draws(draws, test, "mine")
+    assert prediction.method == "mine"
+    np.testing.assert_allclose(prediction.draws, np.stack([test.values + number for number in range(12)]))
+    np.testing.assert_allclose(prediction.mean, test.values + 5.5, rtol=1e-6)
+    draws.layers["expected"] = draws.X + 1
+    np.testing.assert_allclose(prediction_from_draws(draws, test).mean, test.values + 6.5, rtol=1e-6)
+    for name in [name for name in draws.layers if name.startswith("draw_")]:
+        del draws.layers[name]
+    assert prediction_from_draws(draws, test).draws is None
+
+
+def test_draws_of_something_else_are_errors(test):
+    draws = sampled(test)
+    with pytest.raises(DataError, match="lack 1 of the 60 measured spots: s7"):
+        prediction_from_draws(draws[draws.obs_names != "s7"], test)
+    with pytest.raises(DataError, match="lack 1 of the 8 measured genes: G3"):
+        prediction_from_draws(draws[:, draws.var_names != "G3"], test)
+    with pytest.raises(DataError, match="units of log1p_cp10k, the measured values of log2p1"):
+        prediction_from_draws(sampled(test, transform="log1p_cp10k"), test)
+    with pytest.raises(DataError, match="of slide u, the measured spots of t"):
+        prediction_from_draws(sampled(test, name="u"), test)
+    del draws.uns["hinge"]
+    with pytest.raises(DataError, match="units of None"):
+        prediction_from_draws(draws, test)
