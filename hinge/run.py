@@ -32,6 +32,7 @@ from hinge.data.transforms import get_transform
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
 from hinge.encoders import Encoder, extract_features, load_encoder
 from hinge.errors import ConfigError, DataError, WeightsError
+from hinge.evaluation.oracle import oracle_prediction
 from hinge.evaluation.score import evaluate_slide, prediction_from_draws, write_scores
 from hinge.files import atomic_path, read_json, write_json
 from hinge.loop import make_accelerator, write_environment
@@ -335,13 +336,11 @@ class Run:
                 raise DataError(f"there are no draws of {name} in {path.parent}; run hinge sample first")
             test = self.spots([name])
             draws = read_draws(path)
-            rows += evaluate_slide(
-                train,
-                test,
-                [prediction_from_draws(draws, test)],
-                n_draws=int(draws.uns["hinge"]["draws"]),
-                seed=self.config.seed,
-            )
+            n_draws, seed = int(draws.uns["hinge"]["draws"]), self.config.seed
+            predictions = [prediction_from_draws(draws, test)]
+            if "hinge_truth" in self.slide(name).uns:
+                predictions.append(oracle_prediction(self.slide(name), test, n_draws, seed))
+            rows += evaluate_slide(train, test, predictions, n_draws=n_draws, seed=seed)
         return write_scores(self.scores_path, rows)
 
     def report(self) -> Path:

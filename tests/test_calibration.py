@@ -52,10 +52,8 @@ def test_pit_is_uniform_if_each_of_several_values_takes_its_turn_as_the_measured
     """Exactly so, for every number of draws and every pattern of ties."""
     values = np.array(values, dtype=float)
     points = np.linspace(0, 1, 11)
-    turns = [
-        pit_distribution([[values[i]]], np.delete(values, i)[:, None, None], points)
-        for i in range(len(values))
-    ]
+    others = [np.delete(values, turn)[:, None, None] for turn in range(len(values))]
+    turns = [pit_distribution([[value]], rest, points) for value, rest in zip(values, others, strict=True)]
     np.testing.assert_allclose(np.mean(turns, axis=0), points, atol=1e-12)
 
 
@@ -104,5 +102,5 @@ def test_draws_that_do_not_fit_are_errors(poisson, score):
         with pytest.raises(DataError, match="600 spots, 20 genes"):
             score(measured, wrong)
     draws[4, 3, 2] = np.nan
-    with pytest.raises(DataError, match="draw 4 .* spot 3, gene 2"):
+    with pytest.raises(DataError, match=r"draw 4 .* spot 3, gene 2"):
         score(measured, draws)

@@ -11,7 +11,7 @@ from hinge.evaluation.metrics import gene_pcc
 
 @pytest.fixture(scope="module")
 def tissue():
-    """Expected counts and counts of 12 genes in 1,500 spots, from a few to many, and totals over all genes."""
+    """Expected counts and counts of 12 genes, rare to common, in 1,500 spots, and totals over all genes."""
     rng = np.random.default_rng(0)
     level = np.geomspace(2, 60, 12)
     expected = level * np.exp(0.6 * rng.normal(size=(1500, 12)))
@@ -90,8 +90,8 @@ def test_only_counts_have_a_ceiling(tissue):
 @pytest.mark.real
 @pytest.mark.parametrize("section", ["C2", "C3"])
 def test_her2st_sections_reach_the_known_ceilings(her2st, section):
-    """Known for 200 well expressed genes, mean of C2 to C5: PCC-50 0.96 and mean 0.91 under log2(count + 1), 0.86
-    and 0.69 under log1p(count / total · 10,000)."""
+    """Known for 200 well expressed genes, mean of C2 to C5: PCC-50 0.96, mean 0.91 under log2(count + 1),
+    0.86 and 0.69 under log1p(count / total · 10,000)."""
     from hinge.data import read_slide
 
     slide = read_slide(her2st, section)

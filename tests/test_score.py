@@ -1,5 +1,6 @@
 """Rows of scores, the file they are written to, and how draws find their spots."""
 
+import io
 import json
 from dataclasses import replace
 
@@ -55,7 +56,7 @@ def spots(slides=("a", "b"), n=60, transform="log2p1", seed=0) -> SpotTable:
 
 
 @pytest.fixture
-def test():
+def slide():
     return spots(("t",), seed=1)
 
 
@@ -68,55 +69,54 @@ def defined(row: dict) -> set[str]:
     return {name for name in METRICS if not np.isnan(row[name])}
 
 
-def test_score_gathers_every_metric(test):
-    prediction = prediction_of(test)
-    scores = score(test.values, prediction)
+def test_score_gathers_every_metric(slide):
+    prediction = prediction_of(slide)
+    scores = score(slide.values, prediction)
     assert list(scores) == list(METRICS)
     assert all(type(value) is float for value in scores.values())
-    means = mean_scores(test.values, prediction.mean)
-    assert {name: scores[name] for name in means.keys() & METRICS} == {
-        n: means[n] for n in means.keys() & METRICS
-    }
-    assert scores["crps"] == crps(test.values, prediction.draws)
+    means = mean_scores(slide.values, prediction.mean)
+    for name in means.keys() & METRICS:
+        assert scores[name] == means[name]
+    assert scores["crps"] == crps(slide.values, prediction.draws)
     np.testing.assert_array_equal(
-        [scores["coverage_50"], scores["coverage_90"]], coverage(test.values, prediction.draws, [0.5, 0.9])
+        [scores["coverage_50"], scores["coverage_90"]], coverage(slide.values, prediction.draws, [0.5, 0.9])
     )
     for predicted, suffix in ((prediction.mean, "_mean"), (prediction.draws, "")):
-        expected = coexpression_scores(test.values, predicted)
+        expected = coexpression_scores(slide.values, predicted)
         assert scores["coexpression_r" + suffix] == expected["r"]
         assert scores["coexpression_rmse" + suffix] == expected["rmse"]
 
 
-def test_scores_are_nan_where_a_prediction_does_not_say(test):
-    full = prediction_of(test)
-    assert defined(score(test.values, full)) == set(METRICS)
-    assert defined(score(test.values, replace(full, draws=None))) == OF_MEAN
-    assert defined(score(test.values, replace(full, draws=full.draws[:0]))) == OF_MEAN
-    assert defined(score(test.values, replace(full, mean=None))) == OF_DRAWS
-    one_draw = score(test.values, replace(full, draws=full.draws[:1]))
+def test_scores_are_nan_where_a_prediction_does_not_say(slide):
+    full = prediction_of(slide)
+    assert defined(score(slide.values, full)) == set(METRICS)
+    assert defined(score(slide.values, replace(full, draws=None))) == OF_MEAN
+    assert defined(score(slide.values, replace(full, draws=full.draws[:0]))) == OF_MEAN
+    assert defined(score(slide.values, replace(full, mean=None))) == OF_DRAWS
+    one_draw = score(slide.values, replace(full, draws=full.draws[:1]))
     assert defined(one_draw) == OF_MEAN | {"coexpression_r", "coexpression_rmse"}
-    matrix = correlation_matrix(test.values)
-    perfect = score(test.values, Prediction("training-correlation", correlation=matrix))
+    matrix = correlation_matrix(slide.values)
+    perfect = score(slide.values, Prediction("training-correlation", correlation=matrix))
     assert defined(perfect) == {"coexpression_r", "coexpression_rmse"}
     assert perfect["coexpression_r"] == pytest.approx(1)
     assert perfect["coexpression_rmse"] == 0
 
 
-def test_one_spot_and_one_gene_and_constant_genes(test):
-    full = prediction_of(test)
-    spot = score(test.values[:1], Prediction("x", mean=full.mean[:1], draws=full.draws[:, :1]))
+def test_one_spot_and_one_gene_and_constant_genes(slide):
+    full = prediction_of(slide)
+    spot = score(slide.values[:1], Prediction("x", mean=full.mean[:1], draws=full.draws[:, :1]))
     assert defined(spot) == {"mse", "mae", "crps", "coverage_50", "coverage_90"}
-    gene = score(test.values[:, :1], Prediction("x", mean=full.mean[:, :1], draws=full.draws[:, :, :1]))
+    gene = score(slide.values[:, :1], Prediction("x", mean=full.mean[:, :1], draws=full.draws[:, :, :1]))
     assert {name for name in METRICS if np.isnan(gene[name])} == {
         n for n in METRICS if n.startswith("coexpr")
     }
-    measured = test.values.copy()
+    measured = slide.values.copy()
     measured[:, :3] = 0
     assert defined(score(measured, full)) == set(METRICS)
 
 
-def test_predictions_that_do_not_fit_name_the_method(test):
-    full = prediction_of(test)
+def test_predictions_that_do_not_fit_name_the_method(slide):
+    full = prediction_of(slide)
     holed = full.mean.copy()
     holed[4, 2] = np.nan
     for wrong in (
@@ -126,16 +126,16 @@ def test_predictions_that_do_not_fit_name_the_method(test):
         replace(full, draws=np.where(np.isnan(holed), np.nan, full.draws)),
         Prediction("hinge", correlation=np.eye(N_GENES + 1)),
     ):
-        with pytest.raises(DataError, match="^hinge cannot be scored: "):
-            score(test.values, wrong)
+        with pytest.raises(DataError, match=r"^hinge cannot be scored: "):
+            score(slide.values, wrong)
     with pytest.raises(DataError, match="the measured slide"):
         score(holed, full)
 
 
 @pytest.mark.parametrize("transform", ["log2p1", "log1p_cp10k"])
 def test_a_slide_is_scored_beside_baselines_and_ceiling(transform):
-    train, test = spots(transform=transform), spots(("t",), transform=transform, seed=1)
-    rows = evaluate_slide(train, test, [prediction_of(test)], n_draws=19, seed=0)
+    train, slide = spots(transform=transform), spots(("t",), transform=transform, seed=1)
+    rows = evaluate_slide(train, slide, [prediction_of(slide)], n_draws=19, seed=0)
     by_method = {row["method"]: row for row in rows}
     assert list(by_method) == ["hinge", *METHODS]
     for row in rows:
@@ -155,32 +155,29 @@ def test_a_slide_is_scored_beside_baselines_and_ceiling(transform):
     assert 0 == by_method["mean"]["pcc_mean"] < by_method["ridge-cv"]["pcc_mean"]
     assert by_method["ridge-cv"]["pcc_mean"] <= by_method["noise-ceiling"]["pcc_mean"] + 0.02
     assert by_method["ridge-cv+residual"]["crps"] < by_method["mean"]["mae"]
-    assert rows == evaluate_slide(train, test, [prediction_of(test)], n_draws=19, seed=0) or any(
-        value != value for row in rows for value in row.values()
-    )
 
 
-def test_scoring_twice_gives_the_same_file(test, tmp_path):
+def test_scoring_twice_gives_the_same_file(slide, tmp_path):
     files = [
-        write_scores(tmp_path / name, evaluate_slide(spots(), test, [], n_draws=3, seed=4)) for name in "ab"
+        write_scores(tmp_path / name, evaluate_slide(spots(), slide, [], n_draws=3, seed=4)) for name in "ab"
     ]
     assert files[0].read_bytes() == files[1].read_bytes()
-    other = write_scores(tmp_path / "c", evaluate_slide(spots(), test, [], n_draws=3, seed=5))
+    other = write_scores(tmp_path / "c", evaluate_slide(spots(), slide, [], n_draws=3, seed=5))
     assert other.read_bytes() != files[0].read_bytes()
 
 
-def test_without_training_spots_there_are_no_baselines(test):
-    rows = evaluate_slide(None, test, [prediction_of(test)])
+def test_without_training_spots_there_are_no_baselines(slide):
+    rows = evaluate_slide(None, slide, [prediction_of(slide)])
     assert [row["method"] for row in rows] == ["hinge", "noise-ceiling"]
 
 
-def test_one_slide_at_a_time(test):
+def test_one_slide_at_a_time(slide):
     with pytest.raises(DataError, match="are of 2"):
         evaluate_slide(None, spots(), [])
 
 
-def test_written_scores_explain_themselves_and_are_strict_json(test, tmp_path):
-    rows = evaluate_slide(None, test, [prediction_of(test, n_draws=2)])
+def test_written_scores_explain_themselves_and_are_strict_json(slide, tmp_path):
+    rows = evaluate_slide(None, slide, [prediction_of(slide, n_draws=2)])
     path = write_scores(tmp_path / "new" / "scores.json", rows)
     content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert set(content) == {"hinge_version", "definitions", "rows"}
@@ -195,13 +192,13 @@ def test_written_scores_explain_themselves_and_are_strict_json(test, tmp_path):
 
 
 def printed(rows) -> str:
-    console = Console(width=200, record=True, quiet=False, file=open("/dev/null", "w"))
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(scores_table(rows))
     return console.export_text()
 
 
-def test_the_table_shows_rows_dashes_and_means_over_slides(test):
-    rows = evaluate_slide(None, test, [prediction_of(test)])
+def test_the_table_shows_rows_dashes_and_means_over_slides(slide):
+    rows = evaluate_slide(None, slide, [prediction_of(slide)])
     text = printed(rows)
     assert f"{rows[0]['pcc_50']:.3f}" in text and f"{rows[0]['crps']:.3f}" in text
     assert "–" in text and "nan" not in text and "mean of" not in text
@@ -235,29 +232,29 @@ def sampled(table: SpotTable, **changes) -> AnnData:
     return result[rng.permutation(result.n_obs), rng.permutation(result.n_vars)].copy()
 
 
-def test_draws_find_their_spots_and_genes(test):
-    draws = sampled(test)
-    prediction = prediction_from_draws(draws, test, "mine")
+def test_draws_find_their_spots_and_genes(slide):
+    draws = sampled(slide)
+    prediction = prediction_from_draws(draws, slide, "mine")
     assert prediction.method == "mine"
-    np.testing.assert_allclose(prediction.draws, np.stack([test.values + number for number in range(12)]))
-    np.testing.assert_allclose(prediction.mean, test.values + 5.5, rtol=1e-6)
+    np.testing.assert_allclose(prediction.draws, np.stack([slide.values + number for number in range(12)]))
+    np.testing.assert_allclose(prediction.mean, slide.values + 5.5, rtol=1e-6)
     draws.layers["expected"] = draws.X + 1
-    np.testing.assert_allclose(prediction_from_draws(draws, test).mean, test.values + 6.5, rtol=1e-6)
+    np.testing.assert_allclose(prediction_from_draws(draws, slide).mean, slide.values + 6.5, rtol=1e-6)
     for name in [name for name in draws.layers if name.startswith("draw_")]:
         del draws.layers[name]
-    assert prediction_from_draws(draws, test).draws is None
+    assert prediction_from_draws(draws, slide).draws is None
 
 
-def test_draws_of_something_else_are_errors(test):
-    draws = sampled(test)
+def test_draws_of_something_else_are_errors(slide):
+    draws = sampled(slide)
     with pytest.raises(DataError, match="lack 1 of the 60 measured spots: s7"):
-        prediction_from_draws(draws[draws.obs_names != "s7"], test)
+        prediction_from_draws(draws[draws.obs_names != "s7"], slide)
     with pytest.raises(DataError, match="lack 1 of the 8 measured genes: G3"):
-        prediction_from_draws(draws[:, draws.var_names != "G3"], test)
+        prediction_from_draws(draws[:, draws.var_names != "G3"], slide)
     with pytest.raises(DataError, match="units of log1p_cp10k, the measured values of log2p1"):
-        prediction_from_draws(sampled(test, transform="log1p_cp10k"), test)
+        prediction_from_draws(sampled(slide, transform="log1p_cp10k"), slide)
     with pytest.raises(DataError, match="of slide u, the measured spots of t"):
-        prediction_from_draws(sampled(test, name="u"), test)
+        prediction_from_draws(sampled(slide, name="u"), slide)
     del draws.uns["hinge"]
     with pytest.raises(DataError, match="units of None"):
-        prediction_from_draws(draws, test)
+        prediction_from_draws(draws, slide)

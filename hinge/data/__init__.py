@@ -1,5 +1,8 @@
 """Slides, images, panels, transforms, features and spots: everything that knows no model."""
 
+import importlib
+from typing import Any
+
 from hinge.data.image import SlideImage
 from hinge.data.panel import Panel, select_panel
 from hinge.data.readers import list_samples, read_slide, recognise_format
@@ -8,7 +11,12 @@ from hinge.data.slide import slide_name, validate_slide
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots
 from hinge.data.transforms import Transform, get_transform
 
+# loaded when first asked for: reading slides and counts needs no feature files
+_ON_DEMAND = {name: "hinge.data.features" for name in ("FeatureWriter", "Features", "read_features")}
+
 __all__ = [
+    "FeatureWriter",
+    "Features",
     "Panel",
     "SlideImage",
     "SpotTable",
@@ -18,6 +26,7 @@ __all__ = [
     "list_samples",
     "load_spots",
     "oracle_draws",
+    "read_features",
     "read_slide",
     "recognise_format",
     "select_panel",
@@ -25,3 +34,9 @@ __all__ = [
     "slide_name",
     "validate_slide",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_DEMAND:
+        return getattr(importlib.import_module(_ON_DEMAND[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

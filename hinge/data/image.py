@@ -122,8 +122,8 @@ class SlideImage:
         width = math.ceil(side) + 2 * margin
         if width > MAX_REGION_PX:
             raise DataError(
-                f"a region of {size_um:g} µm at {um_per_px:g} µm per pixel is {width} pixels wide in {self.path}, "
-                f"and at most {MAX_REGION_PX} can be read at once"
+                f"a region of {size_um:g} µm at {um_per_px:g} µm per pixel is {width} pixels wide "
+                f"in {self.path}, and at most {MAX_REGION_PX} can be read at once"
             )
         with self._damage_named():
             crop = self._crop(left - margin, top - margin, width, level, downsample)

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, Self
 
+import anndata
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -176,7 +177,6 @@ def _variable_genes(slide: AnnData) -> list[str]:
 def _hvg(slides: Sequence[AnnData], shared: list[str], n_genes: int) -> list[str]:
     if len(shared) <= n_genes:
         return shared
-    import anndata
     import scanpy
 
     # scanpy averages over batches: in the order of names, so that the order given does not reach the last bit

@@ -201,6 +201,6 @@ def _validate_image(slide: AnnData, name: str) -> None:
         first = int(np.flatnonzero(wrong)[0])
         raise DataError(
             f"slide {name}, spot {slide.obs_names[first]} at pixel ({x[first]:g}, {y[first]:g}) lies outside "
-            f"the {width} x {height} image {facts['image_path']} ({int(wrong.sum())} such spots): they "
-            "must be full-resolution pixels of this image"
+            f"the {width} x {height} image {facts['image_path']} ({int(wrong.sum())} such spots): "
+            "coordinates must be full-resolution pixels of this image"
         )

@@ -19,8 +19,8 @@ def noise_ceiling(
     r); its square root is the correlation of one measurement with the values without counting noise.
 
     Spearman-Brown holds for additive noise; after a logarithm of small counts the ceiling may be off by some
-    hundredths. Only counting noise is taken into account. A spot's own depth is in both halves and so counts as signal:
-    it makes up much of the ceiling of `log2p1`.
+    hundredths. Only counting noise is taken into account. A spot's own depth is in both halves and so counts
+    as signal: it makes up much of the ceiling of `log2p1`.
 
     Parameters
     ----------

@@ -26,8 +26,7 @@ def correlation_matrix(values: ArrayLike) -> NDArray[np.float64]:
     size = np.linalg.norm(values, axis=0)
     size[constant] = np.nan
     values /= size
-    matrix = np.clip(values.T @ values, -1.0, 1.0)
-    return matrix
+    return np.clip(values.T @ values, -1.0, 1.0)
 
 
 def matrix_scores(measured: ArrayLike, predicted: ArrayLike) -> dict[str, float]:
@@ -49,7 +48,7 @@ def matrix_scores(measured: ArrayLike, predicted: ArrayLike) -> dict[str, float]
 
     References
     ----------
-    .. [1] Fang et al., "HINGE", CVPR 2026, arXiv 2603.19766.
+    .. [1] Fang et al., CVPR 2026, arXiv 2603.19766.
     """
     measured, predicted = np.asarray(measured, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     if measured.shape != predicted.shape:

@@ -1,0 +1,236 @@
+"""Training: resume equals uninterrupted, two processes equal one, the split, early stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+import hinge.loop as loop
+from hinge.backbones import CellFMConfig, CellFMModel
+from hinge.data.spots import SpotTable
+from hinge.diffusion import MaskedDiffusionScheduler
+from hinge.errors import ConfigError, DataError, HingeError
+from hinge.loop import LoopConfig, batch_rows
+from hinge.models import HingeModel
+from hinge.training import TrainingConfig, split_spots, train_hinge
+
+GENES, FEATURES = 8, 5
+
+
+def table(n=60, views=1, slides=2, seed=0) -> SpotTable:
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(n, views, FEATURES)).astype(np.float32)
+    values = np.maximum(features[:, 0] @ rng.normal(size=(FEATURES, GENES)) + 1, 0).astype(np.float32)
+    side = int(np.ceil(np.sqrt(n / slides)))
+    place = np.arange(n) // slides
+    return SpotTable(
+        slide=np.array([f"s{i % slides}" for i in range(n)]),
+        barcodes=np.array([f"b{i}" for i in range(n)]),
+        coords=np.stack([place % side, place // side], axis=1) * 100.0,
+        features=features,
+        counts=np.round(values * 3),
+        total=np.full(n, 100, np.float32),
+        values=values,
+        genes=[f"G{i}" for i in range(GENES)],
+        transform="log2p1",
+    )
+
+
+def make_model(**options):
+    torch.manual_seed(0)
+    backbone = CellFMModel(
+        CellFMConfig(num_genes=GENES, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_value_bins=8)
+    )
+    return HingeModel.from_backbone(backbone, FEATURES, GENES, **options)
+
+
+SETTINGS = {
+    "epochs": None,
+    "steps": 24,
+    "batch_size": 16,
+    "learning_rate": 3e-3,
+    "warmup_steps": 3,
+    "ema_decay": 0.9,
+    "evaluate_every": 6,
+    "checkpoint_every": 6,
+}
+
+
+def train(folder, model=None, **options):
+    model = model or make_model(feature_dropout=0.2, feature_noise=0.1, dropout=0.1)
+    result = train_hinge(
+        model,
+        MaskedDiffusionScheduler(10, "linear"),
+        torch.arange(1, GENES + 1),
+        table(views=options.pop("views", 1)),
+        TrainingConfig(**{**SETTINGS, **options}),
+        folder,
+        seed=3,
+    )
+    return model, result
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_training_learns(tmp_path):
+    _, result = train(tmp_path, make_model(), steps=150, warm_start_share=0.0)
+    scores = [record["validation_loss"] for record in log_of(tmp_path) if "validation_loss" in record]
+    assert result.best_score < 0.9 * scores[0]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", [6, 12, 18])
+def test_resume_equals_uninterrupted(tmp_path, monkeypatch, step):
+    whole, _ = train(tmp_path / "whole")
+    saved = loop._save_checkpoint
+
+    def save_then_die(path, trainable, optimizer, ema, state):
+        saved(path, trainable, optimizer, ema, state)
+        if state["step"] == step:
+            raise Killed
+
+    monkeypatch.setattr(loop, "_save_checkpoint", save_then_die)
+    with pytest.raises(Killed):
+        train(tmp_path / "parts")
+    monkeypatch.setattr(loop, "_save_checkpoint", saved)
+    parts, _ = train(tmp_path / "parts")
+    assert parts.digest() == whole.digest()
+    strip = [{k: v for k, v in record.items() if k != "seconds"} for record in log_of(tmp_path / "parts")]
+    assert strip == [{k: v for k, v in record.items() if k != "seconds"} for record in log_of(tmp_path / "whole")]
+
+
+def test_the_same_command_twice_gives_the_same_weights(tmp_path):
+    assert train(tmp_path / "a", views=2)[0].digest() == train(tmp_path / "b", views=2)[0].digest()
+
+
+def test_accumulation_changes_nothing_but_memory(tmp_path):
+    one, _ = train(tmp_path / "a", make_model())
+    two, _ = train(tmp_path / "b", make_model(), accumulation=3)
+    for first, second in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes_equal_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys
+            from pathlib import Path
+            import torch
+            torch.set_num_threads(1)
+            sys.path.insert(0, {os.path.dirname(__file__)!r})
+            from test_training import make_model, train
+            model, _ = train(Path(sys.argv[1]), make_model(feature_dropout=0.2), batch_size=15)
+            from accelerate import PartialState
+            if PartialState().is_main_process:
+                torch.save([p.detach() for p in model.parameters()], sys.argv[1] + ".pt")
+            """
+        )
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name, launch in (("one", []), ("two", ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"])):
+        command = [sys.executable, *launch, str(script), str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    for first, second in zip(one, two, strict=True):
+        torch.testing.assert_close(first, second, atol=2e-5, rtol=1e-3)
+
+
+def test_an_interrupted_run_saves_and_says_so(tmp_path, monkeypatch):
+    saved = loop._save_checkpoint
+    fired = []
+
+    def interrupt_once(*arguments):
+        saved(*arguments)
+        if not fired:
+            fired.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "_save_checkpoint", interrupt_once)
+    with pytest.raises(HingeError, match="stopped at step 7 of 24"):
+        train(tmp_path / "a")
+    resumed, _ = train(tmp_path / "a")
+    assert resumed.digest() == train(tmp_path / "b")[0].digest()
+
+
+def test_frozen_weights_stay_bit_identical(tmp_path):
+    model = make_model()
+    before = model.backbone.digest()
+    train(tmp_path, model)
+    assert model.backbone.digest() == before
+
+
+def test_early_stop_keeps_the_best_weights(tmp_path):
+    # a high rate on few spots overfits before long
+    options = {"steps": 400, "learning_rate": 0.02, "schedule": "constant", "ema_decay": None, "warm_start_share": 0.0}
+    _, result = train(tmp_path, make_model(), **options, patience=3, evaluate_every=5)
+    assert result.step < 400
+    assert result.best_step == result.step - 15
+    scores = {record["step"]: record.get("validation_loss") for record in log_of(tmp_path)}
+    assert scores[result.best_step] == result.best_score
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_sentence(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.path.bias.fill_(float("nan"))
+    with pytest.raises(HingeError, match="not finite for ten steps"):
+        train(tmp_path, model)
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    train(tmp_path)
+    with pytest.raises(ConfigError, match="run of 24 steps, this one has 30"):
+        train(tmp_path, steps=30)
+    (tmp_path / "latest.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="not a checkpoint"):
+        train(tmp_path)
+
+
+@pytest.mark.parametrize("groups", ["spot", "tile", "slide"])
+def test_validation_spots_are_whole_groups(groups):
+    spots = table(200)
+    training, held = split_spots(spots, 0.2, groups, seed=1)
+    assert len(np.intersect1d(training, held)) == 0
+    assert len(training) + len(held) == 200
+    assert len(held) > 0
+    again = split_spots(spots, 0.2, groups, seed=1)
+    assert np.array_equal(again[1], held)
+    if groups == "slide":
+        assert len(set(spots.slide[training]) & set(spots.slide[held])) == 0
+    assert len(split_spots(spots, 0.0, groups, seed=1)[1]) == 0
+
+
+def test_every_row_comes_once_an_epoch():
+    rows = np.concatenate([batch_rows(0, step, 23, 5) for step in range(5)])
+    assert sorted(rows) == list(range(23))
+    assert not np.array_equal(rows, np.concatenate([batch_rows(0, step, 23, 5) for step in range(5, 10)]))
+
+
+def test_learning_rates():
+    step = LoopConfig(steps=100, schedule="step", learning_rate=1.0, decay_at=[0.5, 0.875])
+    assert [step.learning_rate_at(s, 100) for s in (0, 49, 50, 88)] == pytest.approx([1, 1, 0.2, 0.04])
+    cosine = LoopConfig(steps=100, schedule="cosine", learning_rate=1.0, warmup_steps=10)
+    assert cosine.learning_rate_at(4, 100) == pytest.approx(0.5)
+    assert cosine.learning_rate_at(55, 100) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("head", ["point", "gaussian", "censored_gaussian"])
+def test_every_head_trains_in_every_precision(tmp_path, head, precision):
+    model, result = train(tmp_path, make_model(head=head), steps=6, precision=precision, loss_on="revealed", weighting="gene")
+    assert result.step == 6
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
