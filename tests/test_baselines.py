@@ -79,6 +79,18 @@ def test_ridge_cv_takes_the_penalty_that_generalises_to_other_groups(data, fitte
     np.testing.assert_array_equal(fitted["ridge-cv+residual"].mean, fitted["ridge-cv"].mean)
 
 
+def test_ridge_cv_does_not_learn_groups_by_heart():
+    """Where features tell groups apart, random folds would take that for knowledge of tissue."""
+    rng = np.random.default_rng(4)
+    groups = rng.permutation(np.arange(300) % 6)
+    features = rng.normal(size=(6, 20))[groups] + 0.1 * rng.normal(size=(300, 20))
+    values = rng.normal(size=(6, 3))[groups] + 0.1 * rng.normal(size=(300, 3))
+    by_group, at_random = (
+        fit_baselines(features, values, labels, features)[2].mean for labels in (groups, np.arange(300))
+    )
+    assert by_group.std(axis=0).mean() < 0.5 * at_random.std(axis=0).mean()
+
+
 def test_ridge_cv_gives_up_where_features_say_nothing(data):
     _, values, groups, *_ = data
     features = np.random.default_rng(2).normal(size=(300, 100))

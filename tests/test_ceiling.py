@@ -30,16 +30,26 @@ def test_it_is_the_correlation_with_what_noise_hides(tissue, transform):
     assert ceiling[0] < 0.8 < 0.95 < ceiling[-1]
 
 
-def test_halves_are_normalised_by_their_own_totals():
-    # all of a spot's counts are one gene: its share is 1 in every half, however the counts fall
-    counts = np.random.default_rng(0).poisson(50, size=(40, 1)) + 20.0
-    assert np.isnan(noise_ceiling(counts, counts[:, 0], "log1p_cp10k")).all()
-    assert np.isfinite(noise_ceiling(counts, counts[:, 0], "log2p1")).all()
-    # what is not in the panel is thinned too: the gene's share is noise, its depth is not
+def test_depth_is_signal_in_counts_and_none_in_shares():
     rng = np.random.default_rng(1)
     total = rng.integers(400, 40_000, size=2000).astype(float)
     counts = rng.binomial(total.astype(int), 0.05)[:, None].astype(float)
     assert noise_ceiling(counts, total, "log2p1")[0] > 0.95
+    assert noise_ceiling(counts, total, "log1p_cp10k")[0] < 0.3
+
+
+def test_halves_are_normalised_by_their_own_totals():
+    # one gene has all of a spot's counts or none: its share is 1 or 0 in every half, however the counts fall
+    total = np.random.default_rng(0).poisson(50, size=40) + 20.0
+    counts = np.where(np.arange(40) % 2, total, 0)[:, None]
+    assert noise_ceiling(counts, total, "log1p_cp10k")[0] == pytest.approx(1, abs=1e-6)
+    assert noise_ceiling(counts, total, "log2p1")[0] < 1 - 1e-4
+
+
+def test_counts_outside_of_the_panel_are_thinned_too():
+    # the gene's share varies only by what else was counted, which is noise
+    counts = np.full((2000, 1), 2000.0)
+    total = counts[:, 0] + np.random.default_rng(0).poisson(10, size=2000)
     assert noise_ceiling(counts, total, "log1p_cp10k")[0] < 0.3
 
 

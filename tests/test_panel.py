@@ -97,10 +97,10 @@ def test_more_than_2000_genes_are_narrowed_to_the_variable_ones():
     reference = slide.copy()
     scanpy.pp.normalize_total(reference)
     scanpy.pp.log1p(reference)
-    scanpy.pp.highly_variable_genes(reference, n_top_genes=2000)
-    variable = set(reference.var_names[reference.var["highly_variable"]])
-    chosen = select_panel([slide], n_genes=len(variable)).genes
-    assert len(variable) == 2000 and set(chosen) == variable
+    variance = reference.X.toarray().astype(np.float64).var(axis=0)
+    variable = set(reference.var_names[np.argsort(-variance, kind="stable")[:2000]])
+    chosen = select_panel([slide], n_genes=2000).genes
+    assert set(chosen) == variable
 
 
 def test_hvg_agrees_with_scanpy_on_one_slide():

@@ -19,6 +19,7 @@ from hinge.errors import ConfigError, DataError, HingeError
 from hinge.loop import LoopConfig, batch_rows
 from hinge.models import HingeModel
 from hinge.training import TrainingConfig, split_spots, train_hinge
+from hinge.training.trainer import fit_feature_path
 
 GENES, FEATURES = 8, 5
 
@@ -84,6 +85,31 @@ def test_training_learns(tmp_path):
     _, result = train(tmp_path, make_model(), steps=150, warm_start_share=0.0)
     scores = [record["validation_loss"] for record in log_of(tmp_path) if "validation_loss" in record]
     assert result.best_score < 0.9 * scores[0]
+
+
+def test_the_closed_form_start_is_ridge_for_fully_masked_spots():
+    from sklearn.linear_model import Ridge
+
+    spots, model, scheduler = table(90), make_model(), MaskedDiffusionScheduler(10, "linear")
+    features, values = torch.from_numpy(spots.features[:, 0]), torch.from_numpy(spots.values)
+    model.set_feature_statistics(features)
+    before = model.modulation.bias.clone()
+    ids, groups = torch.arange(1, GENES + 1), np.arange(90) // 9
+    alpha = fit_feature_path(model, scheduler, ids, features, values, groups, seed=0)
+    masked = {
+        "values": torch.zeros(90, GENES),
+        "visible": torch.zeros(90, GENES),
+        "timestep": torch.full((90,), 10),
+        "features": features,
+        "gene_ids": ids,
+    }
+    with torch.no_grad():
+        predicted = model(**masked).location
+    x = model.standardise(features).numpy()
+    expected = Ridge(alpha).fit(x, values.numpy()).predict(x)
+    # the modulation's opening gate adds what a features-free backbone predicts: a constant that ridge absorbs
+    np.testing.assert_allclose(predicted.numpy(), expected, atol=0.02)
+    assert torch.equal(model.modulation.bias, before)
 
 
 class Killed(Exception):

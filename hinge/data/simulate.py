@@ -3,10 +3,10 @@
 They need no download, take about two seconds each, and tell how good a prediction could be at best.
 
 **What the image shows.** Smooth Gaussian random fields f_d(x) split a section into domains (tumour, stroma,
-immune, fat) with weights w_d(x) ∝ exp(f_d(x)). A jittered lattice of candidate cells is kept with the domain's
-probability, typed from the domain's mixture tilted by one more smooth field per cell type, and thinned until
-no two nuclei overlap much (Matérn's second hard-core process). Each cell type has nuclei of its own size,
-elongation, darkness and chromatin; each domain its own eosin, fibres and holes. The picture follows
+immune, fat) with weights w_d(x) ∝ exp(f_d(x)). Candidate cells on a jittered lattice are kept with the
+domain's probability, typed from the domain's mixture tilted by one more smooth field per cell type, and
+thinned until no two nuclei overlap much (Matérn's second hard-core process). Each cell type has nuclei of its
+own size, elongation, darkness and chromatin; each domain its own eosin, fibres and holes. The picture follows
 Beer–Lambert's law from a hematoxylin and an eosin plane, with stain vectors that differ a little by slide.
 
 **What it does not show.** With c_sk cells of type k in the disc of spot s, gene g has the count
@@ -25,8 +25,8 @@ spot, and over the spots of a slide a Gaussian process whose correlation at the 
 Slides of one seed share M, b, L and θ; each has its own tissue and activities.
 
 **The best possible score.** F, δ and γ are independent of each other and of the image and have mean 1, hence
-E[y_sg | image] = b_g + Σ_k c_sk M_kg in closed form: `layers["expected"]`. `oracle_draws` samples y given c, which
-is all that a perfect reader of the image could do; a slide's own counts are one such draw.
+E[y_sg | image] = b_g + Σ_k c_sk M_kg in closed form: `layers["expected"]`. `oracle_draws` samples y given c,
+which is all that a perfect reader of the image could do; a slide's own counts are one such draw.
 """
 
 from collections.abc import Sequence
@@ -108,11 +108,11 @@ def simulate_tissue(
     with_image: bool = True,
     first: int = 0,
 ) -> list[Path]:
-    """Write simulated slides `sim<first>.h5ad`, `sim<first + 1>.h5ad`, …, each with its image `.jpg` beside it.
+    """Write simulated slides `sim<first>.h5ad`, `sim<first + 1>.h5ad`, …, each with a `.jpg` image beside it.
 
-    A slide depends on `seed` and its own number, not on how many there are. Slides of one seed share cell types
-    and gene programs, so slides without image for masked pre-training get numbers of their own through `first`:
-    then they give away the biology and nothing else about the slides to test on.
+    A slide depends on `seed` and its own number, not on how many there are. Slides of one seed share cell
+    types and gene programs: give slides for masked pre-training numbers of their own through `first`, and
+    they tell the biology but nothing else about the slides to test on.
 
     Parameters
     ----------
@@ -139,9 +139,9 @@ def simulate_tissue(
     -------
     list of Path
         The h5ad files. Beside what every slide has they hold `layers["expected"]` (n, G) = E[counts | image],
-        `obsm["cells"]` (n, K) = number of cells of each type in each spot, `obs["domain"]`, and for `oracle_draws`
-        `varm["profile"]` (G, K), `varm["loadings"]` (G, K·P), `var["ambient"]`, `var["dispersion"]` and
-        `uns["hinge_truth"]`.
+        `obsm["cells"]` (n, K) = number of cells of each type in each spot, `obs["domain"]`, and, for
+        `oracle_draws`, `varm["profile"]` (G, K), `varm["loadings"]` (G, K·P), `var["ambient"]`,
+        `var["dispersion"]` and `uns["hinge_truth"]`.
 
     Raises
     ------
@@ -156,7 +156,7 @@ def simulate_tissue(
         ("grid", grid[1], 1, 64),
         ("n_genes", n_genes, 1, 50_000),
         ("n_cell_types", n_cell_types, 1, len(CELL_TYPES)),
-        ("seed", seed, 0, 2**63),
+        ("seed", seed, 0, 2**32 - 1),
         ("first", first, 0, 2**31),
     ):
         _require_whole(name, value, low, high)
@@ -268,11 +268,7 @@ def _activity_root(slide: ad.AnnData) -> np.ndarray:
 
 def _draw_counts(rng: np.random.Generator, slide: ad.AnnData, root: np.ndarray) -> np.ndarray:
     """One draw (n, G) float32 of all spots' counts; the formulas are the module's."""
-    cells, profile, depth_sd = (
-        slide.obsm["cells"],
-        slide.varm["profile"],
-        slide.uns["hinge_truth"]["depth_sd"],
-    )
+    cells, profile = slide.obsm["cells"], slide.varm["profile"]
     loadings = np.asarray(slide.varm["loadings"]).reshape(slide.n_vars, cells.shape[1], -1)
     hidden = root @ rng.standard_normal((slide.n_obs, loadings.shape[2] + 1))
     activity, depth = hidden[:, :-1], hidden[:, -1:]
@@ -280,6 +276,7 @@ def _draw_counts(rng: np.random.Generator, slide: ad.AnnData, root: np.ndarray) 
     for k in range(cells.shape[1]):
         program = np.exp(activity @ loadings[:, k].T - 0.5 * (loadings[:, k] ** 2).sum(1))
         rate += cells[:, [k]] * profile[:, k] * program
+    depth_sd = slide.uns["hinge_truth"]["depth_sd"]
     rate *= np.exp(depth_sd * depth - 0.5 * depth_sd**2)
     dispersion = slide.var["dispersion"].to_numpy()
     return rng.poisson(rate * rng.gamma(dispersion, size=rate.shape) / dispersion).astype(np.float32)
@@ -361,10 +358,12 @@ def _tissue(rng: np.random.Generator, types: Sequence[CellType], grid: tuple[int
     # the factor makes mostly one domain at a place, with soft borders
     domains = _softmax(5 * (np.stack(fields) + prevalence[:, None, None]))
     # the edge winds through the margin and spares the discs of all spots
-    beyond = [
-        (np.abs(at - side / 2) - side / 2 + 150).clip(0) for at, side in zip((x, y), size_um, strict=True)
-    ]
-    depth_um = 150 - np.hypot(*beyond) - (60 + 30 * _smooth_field(rng, shape, 120)).clip(10, 90)
+    beyond = (np.abs(at - side / 2) - side / 2 + 150 for at, side in zip((x, y), size_um, strict=True))
+    depth_um = (
+        150
+        - np.hypot(*(distance.clip(0) for distance in beyond))
+        - (60 + 30 * _smooth_field(rng, shape, 120)).clip(10, 90)
+    )
     angle = rng.uniform(0, np.pi)
     bend = 90 * _smooth_field(rng, shape, 350) + 8 * _smooth_field(rng, shape, 60)
     fibres = np.stack([x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle) + bend])
@@ -397,7 +396,7 @@ def _tissue(rng: np.random.Generator, types: Sequence[CellType], grid: tuple[int
 
 
 def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...], length_um: float) -> np.ndarray:
-    """Gaussian random field (h, w) of mean 0 and variance 1: white noise, blurred with the sd `length_um` / 2."""
+    """Gaussian random field (h, w) of mean 0 and variance 1: white noise blurred by `length_um` / 2."""
     sigma = length_um / 2 / RASTER_UM
     pad = int(np.ceil(3 * sigma))  # so that the edges vary as much as the middle
     noise = rng.standard_normal([side + 2 * pad for side in shape], np.float32)
@@ -408,7 +407,7 @@ def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...], length_um: f
 def _scatter(
     rng: np.random.Generator, size_um: np.ndarray, spacing_um: float, jitter: float, density: np.ndarray
 ) -> np.ndarray:
-    """Points (N, 2) of a jittered staggered lattice, each kept with the probability on the raster at its place."""
+    """Points (N, 2) of a jittered lattice, each kept with the raster's probability at its place."""
     x, y = np.meshgrid(*(np.arange(spacing_um / 2, side, spacing_um) for side in size_um))
     x[::2] += spacing_um / 2
     points = np.column_stack([x.ravel(), y.ravel()])
@@ -442,12 +441,9 @@ def _render(
         return np.array([getattr(kind, name) for kind in types])[tissue.kinds]
 
     n_cells, n_holes = len(tissue.kinds), len(tissue.holes_um)
-    down, right = (
-        slope[_raster_index(tissue.cells_um, raster)] for slope in np.gradient(tissue.fibres_um[1])
-    )
-    turn = np.where(
-        looks("elongation") > 2, 0.3, np.pi
-    )  # long nuclei lie along the fibres, others as they like
+    at = _raster_index(tissue.cells_um, raster)
+    down, right = (slope[at] for slope in np.gradient(tissue.fibres_um[1]))
+    turn = np.where(looks("elongation") > 2, 0.3, np.pi)  # long nuclei lie along the fibres, others anyhow
     nuclei = _stamp(
         shape,
         tissue.cells_um / um_per_px,
@@ -464,12 +460,10 @@ def _render(
         shape,
         tissue.holes_um[:, :2] / um_per_px,
         tissue.holes_um[:, 2] / um_per_px,
-        elongation=np.full(n_holes, 1.15),
+        elongation=1.15,
         angle=rng.uniform(0, np.pi, n_holes),
         skew=rng.normal(0, 0.12, (2, n_holes)),
-        tone=np.full(n_holes, 0.95),
-        vesicular=np.zeros(n_holes),
-        contrast=np.zeros(n_holes),
+        tone=0.95,
         texture=grain,
     )
 
@@ -483,7 +477,7 @@ def _render(
     rows, columns = (_interpolation(*sides) for sides in zip(shape, raster, strict=True))
     fields = fields.astype(np.float32) @ columns.T
 
-    # Beer–Lambert; stain vectors near Ruifrok and Johnston's (2001); their strength and the lamp differ by slide
+    # Beer–Lambert: stain vectors near Ruifrok and Johnston's (2001), strengths and lamp differ by slide
     stains = np.array([[0.65, 0.70, 0.29], [0.18, 0.86, 0.45]]) * np.exp(rng.normal(0, 0.05, (2, 3)))
     stains = (stains * np.exp(rng.normal(0, 0.10, (2, 1)))).astype(np.float32)
     lamp = rng.uniform(240, 250, 3).astype(np.float32)
@@ -498,14 +492,13 @@ def _render(
         eosin *= 1 - 0.5 * nuclei[band].clip(0, 1)
         hematoxylin = present * np.exp(log_hematoxylin + 0.2 * fibre + 0.15 * noise) + nuclei[band]
         for channel, (h, e) in enumerate(stains.T):
-            picture[band, :, channel] = (lamp[channel] * np.exp(-h * hematoxylin - e * eosin) + noise).clip(
-                0, 255
-            )
+            light = lamp[channel] * np.exp(-h * hematoxylin - e * eosin)
+            picture[band, :, channel] = (light + noise).clip(0, 255)
     return picture
 
 
 def _tile(rng: np.random.Generator, down: float, right: float) -> np.ndarray:
-    """Noise (512, 512) blurred down and right by so many pixels, of mean 0 and variance 1, whose edges meet."""
+    """Noise (512, 512) of mean 0 and variance 1, blurred by so many pixels, whose edges meet."""
     tile = gaussian_filter(rng.standard_normal((512, 512), np.float32), (down, right), mode="wrap")
     return tile / tile.std()
 
@@ -521,25 +514,25 @@ def _stamp(
     centres: np.ndarray,
     radii: np.ndarray,
     *,
-    elongation: np.ndarray,
+    elongation: np.ndarray | float,
     angle: np.ndarray,
     skew: np.ndarray,
-    tone: np.ndarray,
-    vesicular: np.ndarray,
-    contrast: np.ndarray,
+    tone: np.ndarray | float,
+    vesicular: np.ndarray | float = 0.0,
+    contrast: np.ndarray | float = 0.0,
     texture: np.ndarray,
 ) -> np.ndarray:
     """Paint N eggs on a plane (height, width) of zeros, the strongest on top.
 
-    An egg has the area π·radius² (px), `elongation` = long over short axis, and is skewed along and across by
-    `skew` (2, N). It has the value `tone` at its rim, less by the share `vesicular` in the middle, modulated by
-    `contrast` times the periodic `texture`.
+    An egg has the area π·radius² (px), `elongation` = long over short axis, and is skewed along and across
+    by `skew` (2, N). It has the value `tone` at its rim, less by the share `vesicular` in the middle, and is
+    modulated by `contrast` times the periodic `texture`.
     """
     major, minor = radii * np.sqrt(elongation), radii / np.sqrt(elongation)
     pad = 2 + int(np.ceil(1.4 * major.max(initial=0)))  # eggs may reach over the plane's edge
     plane = np.zeros((shape[0] + 2 * pad, shape[1] + 2 * pad), np.float32)
-    numbers = np.stack([np.cos(angle), np.sin(angle), major, minor, *skew, tone, vesicular, contrast])
-    numbers = numbers.astype(np.float32)[..., None, None]
+    numbers = [np.cos(angle), np.sin(angle), major, minor, *skew, tone, vesicular, contrast]
+    numbers = np.array(np.broadcast_arrays(*numbers), np.float32)[..., None, None]
     order = np.argsort(major)  # neighbours in this order share a window
     for part in np.split(order, range(512, len(order), 512)):
         reach = 1 + int(np.ceil(1.4 * major[part].max(initial=0)))

@@ -1,1 +1,7 @@
-""""""
+"""Frozen histology encoders and the extraction of their features."""
+
+from hinge.encoders.extract import extract_features
+from hinge.encoders.recipes import RECIPES, Recipe
+from hinge.encoders.registry import Encoder, load_encoder
+
+__all__ = ["RECIPES", "Encoder", "Recipe", "extract_features", "load_encoder"]

@@ -151,7 +151,7 @@ class GaussianHead(nn.Module):
 
     def forward(self, location: Tensor, tokens: Tensor, shift: Tensor | None):
         """location (B, G), tokens (B, G, D), shift (B, G, 2) or None → the output distribution."""
-        log_scale = self.log_scale(tokens).squeeze(-1).float() + self.gene_log_scale
+        log_scale = self.log_scale(tokens.to(self.log_scale.weight.dtype)).squeeze(-1).float() + self.gene_log_scale
         if shift is not None:
             location = location + shift[..., 0]
             log_scale = log_scale + shift[..., 1]

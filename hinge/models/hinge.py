@@ -120,6 +120,11 @@ def soft_norm(h: Tensor, mix: Tensor) -> Tensor:
     return (1 - eta) * h + eta * F.layer_norm(h, h.shape[-1:], eps=SOFT_NORM_EPS)
 
 
+def saturating_share(share, saturation):
+    """φ(s) = s(1 + c)/(s + c): 0 at 0, 1 at 1, half-way near s = c; the share of visible genes as the path sees it."""
+    return share * (1 + saturation) / (share + saturation)
+
+
 class HingeModel(ModelMixin, ConfigMixin):
     """The denoiser: what the masked genes of a spot are, given the visible ones and the patch.
 
@@ -142,8 +147,8 @@ class HingeModel(ModelMixin, ConfigMixin):
         `"current"`: the visible genes are part of the condition; `"next"`: those visible after the coming step,
         as in the released code; None: they are not.
     feature_path
-        A linear path, starting at zero, from the features to the head's parameters of every gene, one for a
-        fully masked spot and one that comes in with the share of visible genes.
+        A linear path, starting at zero, from the features to the head's parameters of every gene: one for a
+        fully masked spot, and one that comes in with the visible genes (see `saturating_share`).
     feature_dropout, feature_noise
         Share of features dropped and standard deviation of the noise on standardised features in training.
     dropout
@@ -194,6 +199,8 @@ class HingeModel(ModelMixin, ConfigMixin):
             for path in (self.path, self.path_visible):
                 nn.init.zeros_(path.weight)
                 nn.init.zeros_(path.bias)
+            # a few visible genes already tell most of what all of them do
+            self.register_buffer("path_saturation", torch.tensor(0.1))
         else:
             self.path = None
         self.gradient_checkpointing = False
@@ -345,7 +352,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         """(B, G, parameters of the head), or None without a feature path."""
         if self.path is None:
             return None
-        share = visible.mean(dim=1, keepdim=True)
+        share = saturating_share(visible.mean(dim=1, keepdim=True), self.path_saturation)
         shift = self.path(features) + share * self.path_visible(features)
         return shift.float().view(len(features), -1, self.head_parameters)
 

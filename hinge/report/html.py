@@ -49,12 +49,12 @@ RANK_BINS = 20  # at most; with fewer draws, one more than there are draws
 METHODS = {
     "hinge": "The model of this run.",
     "mean": "Each gene's mean over the training spots, the same for every spot.",
-    "ridge-hest": "Linear regression as HEST-Benchmark fits it: 256 principal components of the features, a small "
+    "ridge-hest": "Linear regression as in HEST-Benchmark: 256 principal components of the features, a small "
     "fixed penalty.",
-    "ridge-cv": "Linear regression on the standardised features, its penalty chosen by cross-validation.",
-    "ridge-cv+residual": "The mean of ridge-cv; its draws add Gaussian noise, correlated between the genes as the "
-    "cross-validated residuals are.",
-    "training-correlation": "The gene-gene correlations of the training slides, without a look at this slide.",
+    "ridge-cv": "Linear regression on standardised features, its penalty chosen by cross-validation.",
+    "ridge-cv+residual": "The mean of ridge-cv; its draws add Gaussian noise, correlated between genes as "
+    "the cross-validated residuals are.",
+    "training-correlation": "The gene-gene correlations of the training slides.",
     "noise-ceiling": "What a prediction free of error would reach, given how few counts were measured.",
 }
 """What the page says about each method beside its name."""
@@ -309,7 +309,7 @@ def _slide_content(slide: ReportSlide) -> dict[str, Any]:
         if len(known):
             content["first_gene"] = int(known[np.argsort(pcc[known], kind="stable")[len(known) // 2]])
     if len(draws) > 1:
-        spread = draws.std(axis=0, ddof=1)
+        spread = draws.std(axis=0)
         widest = np.quantile(spread, 0.99, axis=0)
         # between these quantiles a further draw falls with 90 %; fewer than 19 draws do not reach so far
         lower, upper = np.quantile(draws, [0.05, 0.95], axis=0, method="weibull")

@@ -124,7 +124,7 @@ function fillSettings() {
   byId("settings").append(...list(entries.slice(0, 12)));
   if (entries.length <= 12) return;
   byId("more-settings").hidden = false;
-  byId("more-settings").querySelector("dl").append(...list(entries));
+  byId("more-settings").querySelector("dl").append(...list(entries.slice(12)));
 }
 
 const MODEL = "hinge";
@@ -700,7 +700,11 @@ function writeCaptions() {
     );
   }
   if (slide.std) parts.push("Uncertainty is the standard deviation of the draws, on its own scale.");
-  parts.push("Measured, mean and draw share one colour scale, from the 1st to the 99th percentile of the gene's measured and drawn values on this slide.");
+  parts.push(
+    slide.n_draws
+      ? "Measured, mean and draw share one colour scale, from the 1st to the 99th percentile of the gene's measured and drawn values on this slide."
+      : "The colours go from the 1st to the 99th percentile of the gene's measured values on this slide.",
+  );
   if (slide.mean) parts.push("The page opens on the gene with the median PCC.");
   parts.push("Double-click or Ctrl + wheel zooms, dragging moves, the arrow keys in the gene list go through the genes.");
   byId("slide-caption").textContent = parts.join(" ");

@@ -1,0 +1,325 @@
+"""Feature files: one HDF5 per slide and encoder.
+
+    features   (n, views, d) float16 or float32, view 0 the unaugmented patch
+    coords     (n, 2) float64, full-resolution pixel x, y of the patches' centres
+    barcodes   (n,) UTF-8 strings
+    attributes encoder, digest, patch_um, patch_px, hinge_version
+
+Files in the layout of TRIDENT and CLAM, `features` (n, d) and `coords` (n, 2), are read too. A file is taken
+to be anybody's: nothing but numbers and strings inside the file itself is ever read.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from hinge.errors import DataError
+from hinge.files import atomic_path
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureHeader:
+    """What a feature file says about itself.
+
+    Attributes
+    ----------
+    n_views, dim
+        Shape of `features` beside the number of spots.
+    coords
+        Full-resolution pixel x, y, float64 (n, 2): the patches' centres; TRIDENT and CLAM write their upper left
+        corners.
+    barcodes
+        str (n,), None where the file has none.
+    encoder, digest
+        Name and digest of what made them, None where the file does not say.
+    patch_um, patch_px
+        Side of a patch, None where the file does not say.
+    """
+
+    n_views: int
+    dim: int
+    coords: np.ndarray
+    barcodes: np.ndarray | None
+    encoder: str | None
+    digest: str | None
+    patch_um: float | None
+    patch_px: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Features of spots in the order asked for.
+
+    Attributes
+    ----------
+    features
+        float32 (n, views, d), view 0 the unaugmented patch.
+    coords, barcodes, encoder, digest, patch_um, patch_px
+        As in `FeatureHeader`.
+    """
+
+    features: np.ndarray
+    coords: np.ndarray
+    barcodes: np.ndarray | None
+    encoder: str | None
+    digest: str | None
+    patch_um: float | None
+    patch_px: int | None
+
+
+class FeatureWriter:
+    """Write a feature file batch by batch; it appears under its name when all spots are written.
+
+    Use it as a context manager. If the block raises, nothing is left behind.
+
+    Parameters
+    ----------
+    path
+        File to write; an existing one is replaced at the end.
+    barcodes
+        Spots, in the file's order.
+    coords
+        Full-resolution pixel x, y, (n, 2).
+    views, dim
+        Views per spot and numbers per view.
+    encoder, digest
+        What makes the features.
+    patch_um, patch_px
+        Side of a patch.
+    dtype
+        `float16` or `float32`.
+
+    Raises
+    ------
+    DataError
+        On leaving the block if spots are missing, and from `write` if a feature is not a finite number that
+        `dtype` can hold.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        barcodes: Sequence[str],
+        coords: np.ndarray,
+        views: int,
+        dim: int,
+        *,
+        encoder: str,
+        digest: str,
+        patch_um: float,
+        patch_px: int,
+        dtype: str = "float16",
+    ) -> None:
+        self.path = Path(path)
+        self._barcodes = [str(barcode) for barcode in barcodes]
+        self._coords = np.asarray(coords, dtype=np.float64)
+        self._shape = (len(self._barcodes), views, dim)
+        if self._coords.shape != (len(self._barcodes), 2):
+            raise ValueError(f"coords need shape ({len(self._barcodes)}, 2), not {self._coords.shape}")
+        self._attributes = {
+            "encoder": encoder,
+            "digest": digest,
+            "patch_um": float(patch_um),
+            "patch_px": int(patch_px),
+            "hinge_version": version("hinge"),
+        }
+        self._dtype = np.dtype(dtype)
+        self._written = np.zeros(len(self._barcodes), dtype=bool)
+
+    def __enter__(self) -> Self:
+        self._stack = contextlib.ExitStack()
+        temporary = self._stack.enter_context(atomic_path(self.path))
+        self._file = self._stack.enter_context(h5py.File(temporary, "w"))
+        self._file.attrs.update(self._attributes)
+        self._file["coords"] = self._coords
+        self._file.create_dataset("barcodes", data=self._barcodes, dtype=h5py.string_dtype())
+        # rows are written in any order and read whole: a chunk of about 64 kB a spot or several
+        rows = max(1, 65_536 // (self._shape[1] * self._shape[2] * self._dtype.itemsize))
+        chunks = (min(rows, max(1, self._shape[0])), *self._shape[1:])
+        self._features = self._file.create_dataset("features", self._shape, self._dtype, chunks=chunks)
+        return self
+
+    def write(self, indices: np.ndarray, features: np.ndarray) -> None:
+        """Store features (b, views, d) of the spots at `indices` (b,)."""
+        order = np.argsort(indices)
+        values = np.asarray(features)[order]
+        with np.errstate(over="ignore"):
+            values = values.astype(self._dtype)
+        wrong = ~np.isfinite(values).all(axis=(1, 2))
+        if wrong.any():
+            spot = self._barcodes[np.asarray(indices)[order][wrong][0]]
+            raise DataError(
+                f"{self.path} was not written: encoder {self._attributes['encoder']} gives spot {spot} a feature that "
+                f"is no finite {self._dtype} ({int(wrong.sum())} such spots in this batch)"
+            )
+        self._features[np.asarray(indices)[order]] = values
+        self._written[indices] = True
+
+    def __exit__(self, *raised: Any) -> None:
+        late = None
+        if raised[0] is None and not self._written.all():
+            missing = int((~self._written).sum())
+            late = DataError(
+                f"{self.path} was not written: {missing} of {len(self._written)} spots are missing"
+            )
+            raised = (DataError, late, None)
+        self._stack.__exit__(*raised)
+        if late is not None:
+            raise late
+
+
+def read_feature_header(path: str | Path) -> FeatureHeader:
+    """Read everything of a feature file but the features.
+
+    Raises
+    ------
+    DataError
+        As `read_features`.
+    """
+    with _open(path) as file:
+        return _header(file, path)
+
+
+def read_features(
+    path: str | Path, barcodes: Sequence[str] | None = None, digest: str | None = None
+) -> Features:
+    """Read features of all spots, or of some in a given order.
+
+    Parameters
+    ----------
+    path
+        A feature file of this package, TRIDENT or CLAM; the latter two count as one view.
+    barcodes
+        Spots wanted; None gives all, in the file's order.
+    digest
+        What the digest of the encoder has to be; None accepts any.
+
+    Returns
+    -------
+    Features
+        One row per spot wanted.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, damaged, points outside itself, lacks a dataset or holds one of another shape
+        or type, a feature is not finite, a spot is missing or there twice, or the digest is another.
+    """
+    with _open(path) as file:
+        header = _header(file, path)
+        if digest is not None and header.digest != digest:
+            made_by = f"{header.encoder or 'an unnamed encoder'} (digest {(header.digest or 'none')[:12]})"
+            raise DataError(f"{path} was made by {made_by}, not by the encoder with digest {digest[:12]}")
+        values = file["features"][:]
+    values = values.reshape(len(values), header.n_views, header.dim)
+    wrong = ~np.isfinite(values).all(axis=(1, 2))
+    if wrong.any():
+        first = int(np.flatnonzero(wrong)[0])
+        spot = first if header.barcodes is None else header.barcodes[first]
+        raise DataError(
+            f"{path}, spot {spot}: a feature is not a finite number ({int(wrong.sum())} such spots)"
+        )
+    rows = slice(None) if barcodes is None else _rows(header, list(barcodes), path)
+    return Features(
+        features=values[rows].astype(np.float32),
+        coords=header.coords[rows],
+        barcodes=None if header.barcodes is None else header.barcodes[rows],
+        encoder=header.encoder,
+        digest=header.digest,
+        patch_um=header.patch_um,
+        patch_px=header.patch_px,
+    )
+
+
+@contextlib.contextmanager
+def _open(path: str | Path) -> Iterator[h5py.File]:
+    if not Path(path).is_file():
+        raise DataError(f"there is no feature file {path}")
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, RuntimeError, KeyError, ValueError, MemoryError) as error:  # h5py's ways to say damaged
+        raise DataError(f"{path} is not a readable feature file: {error}") from error
+
+
+def _dataset(file: h5py.File, name: str, path: str | Path) -> h5py.Dataset:
+    """A dataset whose values all lie in this file."""
+    link = file.get(name, getlink=True)
+    if link is None:
+        there = ", ".join(sorted(file)) or "nothing"
+        raise DataError(f"{path} has no dataset {name!r}; it holds {there}")
+    dataset = file[name] if isinstance(link, h5py.HardLink) else None
+    if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
+        raise DataError(f"{path}: {name!r} must be a dataset in the file itself, not a link or a group")
+    return dataset
+
+
+def _header(file: h5py.File, path: str | Path) -> FeatureHeader:
+    features, coords = _dataset(file, "features", path), _dataset(file, "coords", path)
+    for name, dataset, kinds in (("features", features, "f"), ("coords", coords, "iuf")):
+        if dataset.dtype.kind not in kinds:
+            raise DataError(f"{path}: {name!r} must hold plain numbers, not {dataset.dtype}")
+    if features.ndim not in (2, 3) or 0 in features.shape:
+        raise DataError(f"{path}: 'features' must have shape (n, views, d) or (n, d), not {features.shape}")
+    n = len(features)
+    if coords.shape != (n, 2):
+        raise DataError(f"{path}: 'coords' must have shape ({n}, 2) like its features, not {coords.shape}")
+    places = coords[:].astype(np.float64)
+    if not np.isfinite(places).all():
+        raise DataError(f"{path}: 'coords' holds values that are not finite numbers")
+    attributes = {
+        "encoder": _attribute(file, "encoder", str, path),
+        "digest": _attribute(file, "digest", str, path),
+        "patch_um": _attribute(file, "patch_um", float, path),
+        "patch_px": _attribute(file, "patch_px", int, path),
+    }
+    return FeatureHeader(
+        n_views=features.shape[1] if features.ndim == 3 else 1,
+        dim=features.shape[-1],
+        coords=places,
+        barcodes=None if file.get("barcodes", getlink=True) is None else _barcodes(file, n, path),
+        **attributes,
+    )
+
+
+def _barcodes(file: h5py.File, n: int, path: str | Path) -> np.ndarray:
+    dataset = _dataset(file, "barcodes", path)
+    if h5py.check_string_dtype(dataset.dtype) is None:
+        raise DataError(f"{path}: 'barcodes' must hold strings, not {dataset.dtype}")
+    if dataset.shape != (n,):
+        raise DataError(f"{path}: 'barcodes' must have shape ({n},) like its features, not {dataset.shape}")
+    barcodes = pd.Index(dataset.asstr()[:])
+    if barcodes.has_duplicates:
+        raise DataError(f"{path} has barcode {barcodes[barcodes.duplicated()][0]} more than once")
+    return barcodes.to_numpy(dtype=str)
+
+
+def _attribute(file: h5py.File, name: str, kind: type, path: str | Path) -> Any:
+    if name not in file.attrs:
+        return None
+    value = file.attrs[name]
+    try:
+        if isinstance(value, str | bytes) != (kind is str):
+            raise TypeError
+        return kind(value.decode() if isinstance(value, bytes) else value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: attribute {name!r} must be one {kind.__name__}, not {value!r}") from error
+
+
+def _rows(header: FeatureHeader, barcodes: list[str], path: str | Path) -> np.ndarray:
+    if header.barcodes is None:
+        raise DataError(f"{path} has no barcodes, so its features cannot be matched to spots by name")
+    rows = pd.Index(header.barcodes).get_indexer(barcodes)
+    missing = [barcode for barcode, row in zip(barcodes, rows, strict=True) if row < 0]
+    if missing:
+        raise DataError(
+            f"{path} lacks {len(missing)} of {len(barcodes)} spots, the first of them {missing[0]}"
+        )
+    return rows

@@ -1,0 +1,377 @@
+"""Histology encoders by name: frozen networks that turn a patch into a vector."""
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import huggingface_hub
+import numpy as np
+import timm
+import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from hinge.encoders import stain_texture
+from hinge.encoders.recipes import PATCH_UM, RECIPES, Recipe, build
+from hinge.encoders.weights import load_weights
+from hinge.errors import ConfigError, WeightsError
+from hinge.files import arrays_digest
+
+RANDOM_SEED = 0
+
+
+class Preprocess(nn.Module):
+    """Patches as read from an image to what a network takes.
+
+    Parameters
+    ----------
+    patch_px
+        Side of the network's input.
+    mean, std
+        Normalisation of R, G, B in [0, 1].
+    interpolation
+        How a patch of another size is resized, always with antialiasing.
+    """
+
+    def __init__(
+        self,
+        patch_px: int,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+        interpolation: Literal["bilinear", "bicubic"] = "bicubic",
+    ) -> None:
+        super().__init__()
+        self.patch_px, self.mean, self.std = patch_px, tuple(mean), tuple(std)
+        self.interpolation = InterpolationMode(interpolation)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Uint8 (B, H, W, 3) to float32 (B, 3, patch_px, patch_px)."""
+        x = patches.permute(0, 3, 1, 2)
+        if x.shape[-1] != self.patch_px or x.shape[-2] != self.patch_px:
+            x = TF.resize(x, [self.patch_px, self.patch_px], self.interpolation, antialias=True)
+        return TF.normalize(x.to(torch.float32) / 255, self.mean, self.std)
+
+    def describe(self) -> str:
+        """Everything that decides the result, as text."""
+        return f"{self.patch_px} px, mean {self.mean}, std {self.std}, {self.interpolation.value}"
+
+
+class Joined(nn.Module):
+    """Several encoders side by side on the same patches."""
+
+    def __init__(self, encoders: "Sequence[Encoder]") -> None:
+        super().__init__()
+        self.members = nn.ModuleList(nn.Sequential(encoder.transform, encoder.module) for encoder in encoders)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Uint8 (B, H, W, 3) to (B, d), the members' features one after the other."""
+        return torch.cat([member(patches).to(torch.float32) for member in self.members], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """A frozen histology encoder.
+
+    Attributes
+    ----------
+    name
+        As `load_encoder` takes it.
+    dim
+        Numbers per patch, d.
+    patch_um
+        Side of a patch in µm that it is meant for.
+    patch_px
+        Side of a patch in pixels to read.
+    digest
+        SHA-256 of the weights and of what is done to a patch before them.
+    transform
+        Uint8 patches (B, H, W, 3) to what `module` takes.
+    module
+        The network, in eval mode and without gradients.
+    feature_dtype
+        Type that its features are stored in.
+    """
+
+    name: str
+    dim: int
+    patch_um: float
+    patch_px: int
+    digest: str
+    transform: nn.Module
+    module: nn.Module
+    feature_dtype: Literal["float16", "float32"] = "float16"
+    device: torch.device = torch.device("cpu")
+
+    def encode(self, batch: np.ndarray, dtype: Literal["float32", "bfloat16"] | None = None) -> np.ndarray:
+        """Features of a batch of patches.
+
+        Parameters
+        ----------
+        batch
+            RGB, uint8 (B, H, W, 3); resized if it is not `patch_px` wide.
+        dtype
+            What the network computes in; None: bfloat16 on CUDA, float32 elsewhere.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 (B, d).
+
+        Raises
+        ------
+        ConfigError
+            If `dtype` is neither of the two.
+        """
+        if dtype not in (None, "float32", "bfloat16"):
+            raise ConfigError(f"an encoder computes in float32 or bfloat16, not in {dtype!r}")
+        kind = self.device.type
+        half = dtype == "bfloat16" or (dtype is None and kind == "cuda")
+        patches = torch.from_numpy(batch).to(self.device)
+        with torch.inference_mode():
+            x = self.transform(patches)
+            with torch.autocast(kind, torch.bfloat16) if half else contextlib.nullcontext():
+                features = self.module(x)
+        return features.to("cpu", torch.float32).numpy()
+
+
+def load_encoder(
+    name_or_path: str, device: str | torch.device | None = None, weights: str | Path | None = None
+) -> Encoder:
+    """Load a histology encoder, frozen and in eval mode.
+
+    Parameters
+    ----------
+    name_or_path
+        One of
+
+        - `stain-texture`: colour and texture statistics, no weights;
+        - a published encoder, `RECIPES`: `uni`, `conch`, `virchow2`, `spafoundation`, ...;
+        - a timm model with pretrained weights: `timm:NAME` or `NAME`;
+        - `hf-hub:owner/repo`: a timm model on the Hugging Face Hub;
+        - `NAME@FILE`: one of the published encoders or a timm model, with weights from a local `.safetensors`,
+          `.pth`, `.pt` or `.bin`;
+        - a folder, or a weight file in it, beside a `config.json` as `timm.models.save_for_hf` writes it;
+        - `random:NAME`: a published encoder or timm model with random weights from a fixed seed;
+
+        or several of these joined by `+`, whose features are concatenated.
+    device
+        Where it computes; None: CUDA if there is one, else the CPU.
+    weights
+        Weight file of a published encoder or timm model; the same as `NAME@FILE`.
+
+    Returns
+    -------
+    Encoder
+        Ready to use.
+
+    Raises
+    ------
+    ConfigError
+        If there is no encoder of that name, or encoders of different patches are joined.
+    WeightsError
+        If weights are missing (the message says which file to fetch and where to put it), damaged, or of
+        another network.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = str(name_or_path)
+    if weights is not None:
+        if "@" in name or "+" in name:
+            raise ConfigError(
+                f"weights= goes with one plain encoder name, not with {name!r}; write NAME@FILE+NAME@FILE"
+            )
+        name = f"{name}@{weights}"
+    parts = [name] if _is_path(name.partition("@")[2] or name) else name.split("+")
+    encoders = [_load_one(part, device) for part in parts]
+    return encoders[0] if len(encoders) == 1 else _join(encoders, device)
+
+
+def _is_path(name: str) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(name).exists()
+    return False
+
+
+def _load_one(name: str, device: torch.device) -> Encoder:
+    if name == "stain-texture":
+        return _stain_texture(device)
+    plain, at, file = name.partition("@")
+    if name.startswith("hf-hub:") or name.startswith("hf_hub:"):  # here @ is a revision of the repository
+        return _from_timm(name, name.replace("hf_hub:", "hf-hub:"), None, device)
+    source, _, architecture = plain.rpartition(":")
+    if at and not file:
+        raise ConfigError(f"encoder {name!r} names no weight file after @")
+    if source == "random":
+        if at:
+            raise ConfigError(f"encoder {name!r} cannot have both random weights and a weight file")
+        return _random(name, architecture, device)
+    if source == "" and plain in RECIPES:
+        return _published(name, RECIPES[plain], Path(file) if at else None, device)
+    if source in ("", "timm") and timm.is_model(architecture.split(".")[0]):
+        return _from_timm(name, architecture, Path(file) if at else None, device)
+    path = Path(name).expanduser()
+    if source == "" and not at and (path.exists() or path.suffix in (".safetensors", ".pth", ".pt", ".bin")):
+        return _from_folder(name, path, device)
+    raise ConfigError(
+        f"there is no encoder {name!r}; choose stain-texture, {', '.join(RECIPES)}, a timm model, hf-hub:owner/repo "
+        "or NAME@FILE"
+    )
+
+
+def _frozen(
+    name: str, module: nn.Module, transform: nn.Module, dim: int, device: torch.device, notes: str = ""
+) -> Encoder:
+    module = module.eval().requires_grad_(False)
+    facts = np.frombuffer(f"{transform.describe()} {notes}".encode(), dtype=np.uint8)
+    digest = arrays_digest({**module.state_dict(), "preprocessing": facts})
+    return Encoder(
+        name, dim, PATCH_UM, transform.patch_px, digest, transform, module.to(device), device=device
+    )
+
+
+def _stain_texture(device: torch.device) -> Encoder:
+    return Encoder(
+        name="stain-texture",
+        dim=stain_texture.DIM,
+        patch_um=PATCH_UM,
+        patch_px=112,
+        digest=hashlib.sha256(f"stain-texture {stain_texture.VERSION}".encode()).hexdigest(),
+        transform=Preprocess(112, interpolation="bilinear"),
+        module=stain_texture.StainTexture().eval().to(device),
+        feature_dtype="float32",
+        device=device,
+    )
+
+
+def _published(name: str, recipe: Recipe, file: Path | None, device: torch.device) -> Encoder:
+    if file is None:
+        file = _fetch(name, recipe)
+    elif not file.is_file():
+        raise WeightsError(f"encoder {name}: there is no file {file}; it is {recipe.file} of {recipe.page}")
+    module = build(recipe)
+    load_weights(module, file, name.partition("@")[0])
+    return _frozen(name, module, _preprocess(recipe), recipe.dim, device, recipe.pooling)
+
+
+def _preprocess(recipe: Recipe) -> Preprocess:
+    return Preprocess(recipe.patch_px, recipe.mean, recipe.std, recipe.interpolation)
+
+
+def _fetch(name: str, recipe: Recipe) -> Path:
+    """The weight file from the user's hub cache, or else from the hub."""
+    if recipe.repo is None:
+        raise WeightsError(
+            f"the weights of {name} are on no hub: fetch {recipe.file} from {recipe.page} ({recipe.licence}), put it "
+            f"anywhere and name it as {name}@/path/to/{recipe.file}"
+        )
+    cached = huggingface_hub.try_to_load_from_cache(recipe.repo, recipe.file)
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        return Path(huggingface_hub.hf_hub_download(recipe.repo, recipe.file))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        refused = isinstance(error, GatedRepoError)
+        raise WeightsError(
+            f"the weights of {name} {'may not be fetched yet' if refused else 'are not here and could not be fetched'}: "
+            f"{f'ask for access on {recipe.page}, then ' if recipe.gated else ''}run "
+            f"`hf download {recipe.repo} {recipe.file}` ({recipe.licence}), or put that file anywhere and name it as "
+            f"{name}@/path/to/{recipe.file}"
+        ) from error
+
+
+def _random(name: str, architecture: str, device: torch.device) -> Encoder:
+    # modules draw from the global generator: give it back as it was
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        if architecture in RECIPES:
+            recipe = RECIPES[architecture]
+            return _frozen(name, build(recipe), _preprocess(recipe), recipe.dim, device, recipe.pooling)
+        if not timm.is_model(architecture.split(".")[0]):
+            raise ConfigError(
+                f"encoder {name!r} needs a timm model or one of {', '.join(RECIPES)} after random:"
+            )
+        return _finished(name, timm.create_model(architecture, num_classes=0), device)
+
+
+def _from_timm(name: str, model: str, file: Path | None, device: torch.device) -> Encoder:
+    if file is not None:
+        module = timm.create_model(model, num_classes=0)
+        load_weights(module, file, model)
+        return _finished(name, module, device)
+    try:
+        module = timm.create_model(model, pretrained=True, num_classes=0)
+    except Exception as error:  # hub, network, timm and torch each raise their own
+        config = None if model.startswith("hf-hub:") else timm.get_pretrained_cfg(model)
+        repo = model.removeprefix("hf-hub:") if config is None else config.hf_hub_id
+        if not repo:
+            raise WeightsError(
+                f"timm has no pretrained weights for {model}: name a file of them as {name}@FILE"
+            ) from error
+        repo = model if repo == "timm/" else repo
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"the weights of {name} are not here and could not be fetched ({reason[:200]}): run `hf download {repo}` where "
+            f"there is a network, ask for access on https://huggingface.co/{repo} if that is refused, or put its weight "
+            f"file anywhere and name it as NAME@FILE"
+        ) from error
+    return _finished(name, module, device)
+
+
+def _from_folder(name: str, path: Path, device: torch.device) -> Encoder:
+    folder = path if path.is_dir() else path.parent
+    files = [path] if not path.is_dir() else [folder / f for f in ("model.safetensors", "pytorch_model.bin")]
+    file = next((f for f in files if f.is_file()), None)
+    if file is None:
+        raise WeightsError(f"encoder {name}: there is no file {' or '.join(map(str, files))}")
+    if not (folder / "config.json").is_file():
+        raise WeightsError(
+            f"{file} does not say of which network it is: put timm's config.json beside it, or name the network as "
+            f"NAME@{file}"
+        )
+    try:
+        module = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
+    except Exception as error:
+        raise WeightsError(f"{folder / 'config.json'} does not describe a timm model: {error}") from error
+    load_weights(module, file, module.pretrained_cfg.get("architecture") or name)
+    return _finished(name, module, device)
+
+
+def _finished(name: str, module: nn.Module, device: torch.device) -> Encoder:
+    """An encoder from a timm model, with the preprocessing that timm attaches to it."""
+    data = resolve_model_data_config(module)
+    px = data["input_size"][-1]
+    interpolation = data["interpolation"] if data["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    with torch.no_grad():
+        shape = module.eval()(torch.zeros(1, 3, px, px)).shape
+    if len(shape) != 2:
+        raise ConfigError(
+            f"encoder {name!r} gives features of shape {tuple(shape[1:])}, not one vector a patch"
+        )
+    transform = Preprocess(px, data["mean"], data["std"], interpolation)
+    return _frozen(name, module, transform, shape[1], device)
+
+
+def _join(encoders: list[Encoder], device: torch.device) -> Encoder:
+    sides = {encoder.patch_um for encoder in encoders}
+    if len(sides) > 1:
+        listed = ", ".join(f"{encoder.name} {encoder.patch_um:g} µm" for encoder in encoders)
+        raise ConfigError(f"encoders of different patches cannot be joined: {listed}")
+    digest = hashlib.sha256("+".join(encoder.digest for encoder in encoders).encode()).hexdigest()
+    return Encoder(
+        name="+".join(encoder.name for encoder in encoders),
+        dim=sum(encoder.dim for encoder in encoders),
+        patch_um=encoders[0].patch_um,
+        patch_px=max(encoder.patch_px for encoder in encoders),
+        digest=digest,
+        transform=nn.Identity(),
+        module=Joined(encoders).eval(),
+        feature_dtype="float32"
+        if any(encoder.feature_dtype == "float32" for encoder in encoders)
+        else "float16",
+        device=device,
+    )

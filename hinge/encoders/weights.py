@@ -1,0 +1,145 @@
+"""Reading published checkpoints into the networks of `hinge.encoders.recipes`.
+
+Checkpoints name their tensors in one of three ways: as timm does, as transformers does (Phikon, Hibou), or as
+CONCH does (the image tower beside a text tower). All are brought to the network's own names, and every tensor
+of the network has to be found.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from hinge.encoders.recipes import AttentionPooledViT, PooledTokens
+from hinge.errors import WeightsError
+
+# what was needed in training only, or can be computed, by the first part of its name
+_LEFT_OUT = {"head", "fc", "classifier", "pooler", "mask_token", "masked_embed"}
+_CONCH_LEFT_OUT = {"attn_pool_caption", "ln_caption", "proj_contrast"}
+
+_FROM_TRANSFORMERS = [
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^encoder\.layer\.", "blocks."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.mlp\.weights_in\.", ".mlp.fc1."),
+    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"^layernorm\.", "norm."),
+]
+_ATTENTION = re.compile(r"(blocks\.\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a `.safetensors`, or of a torch file with weights only, without wrappers' prefixes.
+
+    Raises
+    ------
+    WeightsError
+        If the file is missing, damaged, holds other things than weights, or no tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"there is no weight file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            content = safetensors.torch.load_file(path)
+        else:
+            # training scripts leave their arguments in the file: a Namespace, which holds no code
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise a dozen kinds for a file that is not theirs
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"{path} cannot be read as a file of weights alone (nothing else is ever loaded): {reason}"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise WeightsError(f"{path} holds no tensors by name")
+    return {re.sub(r"^((module|backbone|_orig_mod)\.)+", "", str(name)): t for name, t in tensors.items()}
+
+
+def load_weights(network: nn.Module, path: str | Path, name: str) -> None:
+    """Fill a network from a checkpoint.
+
+    Parameters
+    ----------
+    network
+        What `build` or timm made.
+    path
+        Checkpoint.
+    name
+        The encoder's name, for errors.
+
+    Raises
+    ------
+    WeightsError
+        As `read_checkpoint`, and if the checkpoint is of another network.
+    """
+    state = read_checkpoint(path)
+    if any(key.startswith("visual.") for key in state):
+        state = {key.removeprefix("visual."): t for key, t in state.items() if key.startswith("visual.")}
+        state = {key: t for key, t in state.items() if key.split(".")[0] not in _CONCH_LEFT_OUT}
+    core = network.vit if isinstance(network, PooledTokens) else network
+    if any(key.endswith("embeddings.cls_token") for key in state):
+        state = _from_transformers(state)
+    wanted = core.state_dict()
+    if isinstance(core, AttentionPooledViT):
+        positions = state.get("trunk.pos_embed")
+        if positions is not None and positions.shape != wanted["trunk.pos_embed"].shape:
+            state["trunk.pos_embed"] = core.resize_positions(positions, core.trunk.patch_embed.grid_size[0])
+    adapt = getattr(sys.modules[type(core).__module__], "checkpoint_filter_fn", None)
+    try:
+        if adapt is not None:  # timm's own: older names, other image sizes
+            state = adapt(state, core)
+    except (KeyError, RuntimeError, ValueError, IndexError) as error:
+        raise WeightsError(f"{path} holds no weights of {name}: {error}") from error
+    state = {key: t for key, t in state.items() if key in wanted or key.split(".")[0] not in _LEFT_OUT}
+    for what, keys in (("lacks", wanted.keys() - state.keys()), ("also holds", state.keys() - wanted.keys())):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            raise WeightsError(f"{path} holds no weights of {name}: it {what} {len(keys)} tensors ({shown})")
+    for key, tensor in state.items():
+        if tensor.shape != wanted[key].shape:
+            raise WeightsError(
+                f"{path} holds no weights of {name}: {key} has shape {tuple(tensor.shape)} "
+                f"and should have {tuple(wanted[key].shape)}"
+            )
+    core.load_state_dict(state)
+
+
+def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A transformers ViT, DINOv2 or DINOv2 with registers in timm's names."""
+    state = {re.sub(r"^(vit|dinov2|dinov2_with_registers)\.", "", key): t for key, t in state.items()}
+    classes, positions = state.pop("embeddings.cls_token"), state.pop("embeddings.position_embeddings")
+    state.pop("embeddings.mask_token", None)
+    registers = state.pop("embeddings.register_tokens", None)
+    if registers is not None:  # timm adds positions to patch tokens only, once registers come between
+        classes, positions = classes + positions[:, :1], positions[:, 1:]
+        state["reg_token"] = registers
+    state["cls_token"], state["pos_embed"] = classes, positions
+    renamed, parts = {}, {}
+    for key, tensor in state.items():
+        for pattern, replacement in _FROM_TRANSFORMERS:
+            key = re.sub(pattern, replacement, key)
+        if match := re.fullmatch(
+            r"(blocks\.\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)", key
+        ):
+            block, part, kind = match.groups()
+            parts.setdefault(f"{block}.attn.qkv.{kind}", {})[part] = tensor
+        else:
+            renamed[key] = tensor
+    for key, found in parts.items():
+        if len(found) == 3:
+            renamed[key] = torch.cat([found["query"], found["key"], found["value"]])
+    return renamed
