@@ -150,17 +150,17 @@ class Run:
     def backbone(self) -> CellFMModel:
         """The expression model; pre-trained if it is not there yet."""
         settings = self.config.backbone
-        if settings.path is not None:
-            return CellFMModel.from_pretrained(settings.path).eval()
+        here = self.folder / "backbone"
+        if settings.path is not None or (here / "config.json").exists():
+            return CellFMModel.from_pretrained(settings.path or here).eval()
         panel = self.panel()
         values = []
-        if not (self.folder / "backbone" / "config.json").exists():
-            for name in self.config.data.pretrain:
-                slide = self.slide(name, require_image=False)
-                values.append(panel_values(slide, panel.genes, self.config.transform))
-                self._slides.pop(name)  # counts of all genes; the panel is all that is needed
+        for name in self.config.data.pretrain:
+            slide = self.slide(name, require_image=False)
+            values.append(panel_values(slide, panel.genes, self.config.transform))
+            self._slides.pop(name)  # it holds counts of all genes; the panel is all that is needed
         return pretrain_expression(
-            np.concatenate(values) if values else np.empty((0, len(panel.genes)), np.float32),
+            np.concatenate(values),
             panel.genes,
             CellFMConfig(
                 hidden_size=settings.hidden_size,
@@ -169,7 +169,7 @@ class Run:
                 num_value_bins=settings.num_value_bins,
             ),
             PretrainConfig(**settings.pretrain),
-            self.folder / "backbone",
+            here,
             seed=self.config.seed,
         )
 

@@ -1,4 +1,4 @@
-"""Simulated tissue keeps its docstring's promises: a known truth, shared biology, an image that shows cells."""
+"""Simulated tissue keeps its promises: a known truth, shared biology, an image that shows the cells."""
 
 from pathlib import Path
 
@@ -116,9 +116,12 @@ def test_oracle_draws_are_reproducible_and_new(pair, draws):
 
 def test_measured_counts_are_as_one_of_the_draws(pair, draws):
     """The rank of each count among the draws is uniform: spread and shape fit, not only the mean."""
-    measured = counts(pair[0])
-    rank = (draws < measured).mean(0) + 0.5 * (draws == measured).mean(0)
-    assert np.histogram(rank, 5, (0, 1))[0] / rank.size == pytest.approx([0.2] * 5, abs=0.06)
+    ranks = []
+    for slide, drawn in zip(pair, (draws, oracle_draws(pair[1], 150, seed=1)), strict=True):
+        measured = counts(slide)
+        ranks.append((drawn < measured).mean(0) + 0.5 * (drawn == measured).mean(0))
+    share = np.histogram(ranks, 5, (0, 1))[0] / np.size(ranks)
+    assert share == pytest.approx([0.2] * 5, abs=0.05)
 
 
 def test_genes_vary_together_given_the_image(pair, draws):
@@ -128,7 +131,7 @@ def test_genes_vary_together_given_the_image(pair, draws):
     mixed = np.random.default_rng(0).integers(len(draws), size=(1, *draw.shape))
     mixed = np.log2(np.take_along_axis(draws, mixed, 0)[0] + 1)
     errors = [np.sqrt(np.mean((gene_correlations(values) - measured) ** 2)) for values in (draw, mixed)]
-    assert errors[0] < 0.7 * errors[1]
+    assert errors[0] < 0.85 * errors[1]
 
     residual = np.log1p(draws / draws.sum(2, keepdims=True) * 1e4)
     residual = residual[0] - residual.mean(0)

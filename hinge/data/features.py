@@ -33,8 +33,8 @@ class FeatureHeader:
     n_views, dim
         Shape of `features` beside the number of spots.
     coords
-        Full-resolution pixel x, y, float64 (n, 2): the patches' centres; TRIDENT and CLAM write their upper left
-        corners.
+        Full-resolution pixel x, y, float64 (n, 2): the patches' centres; TRIDENT and CLAM write their upper
+        left corners.
     barcodes
         str (n,), None where the file has none.
     encoder, digest
@@ -149,17 +149,17 @@ class FeatureWriter:
     def write(self, indices: np.ndarray, features: np.ndarray) -> None:
         """Store features (b, views, d) of the spots at `indices` (b,)."""
         order = np.argsort(indices)
-        values = np.asarray(features)[order]
+        indices, values = np.asarray(indices)[order], np.asarray(features)[order]
         with np.errstate(over="ignore"):
             values = values.astype(self._dtype)
         wrong = ~np.isfinite(values).all(axis=(1, 2))
         if wrong.any():
-            spot = self._barcodes[np.asarray(indices)[order][wrong][0]]
+            spot, encoder = self._barcodes[indices[wrong][0]], self._attributes["encoder"]
             raise DataError(
-                f"{self.path} was not written: encoder {self._attributes['encoder']} gives spot {spot} a feature that "
-                f"is no finite {self._dtype} ({int(wrong.sum())} such spots in this batch)"
+                f"{self.path} was not written: {encoder} gives spot {spot} a feature that is no finite "
+                f"{self._dtype} ({int(wrong.sum())} such spots in this batch)"
             )
-        self._features[np.asarray(indices)[order]] = values
+        self._features[indices] = values
         self._written[indices] = True
 
     def __exit__(self, *raised: Any) -> None:

@@ -104,12 +104,9 @@ def _difference(path: Path, slide: AnnData, encoder: Encoder, views: int, patch_
     header = read_feature_header(path)
     if header.digest != encoder.digest or header.dim != encoder.dim:
         return f"by another encoder ({header.encoder or 'unnamed'}, not {encoder.name})"
-    if (
-        header.patch_um is None
-        or abs(header.patch_um - patch_um) > 1e-6
-        or header.patch_px != encoder.patch_px
-    ):
-        return f"with patches of {header.patch_um} µm and {header.patch_px} px, not {patch_um:g} µm and {encoder.patch_px} px"
+    made, asked = (header.patch_um, header.patch_px), (float(patch_um), encoder.patch_px)
+    if made != asked:
+        return f"with patches of {made[0]} µm and {made[1]} px, not {asked[0]} µm and {asked[1]} px"
     if header.n_views != views:
         return f"with {header.n_views} views, not {views}"
     if header.barcodes is None or list(header.barcodes) != list(slide.obs_names):

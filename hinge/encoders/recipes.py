@@ -144,15 +144,14 @@ class PlainPool(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """CTransPath's patch embedding: convolutions in place of Swin's one (Wang et al., Med. Image Anal. 2022)."""
+    """CTransPath's patch embedding: convolutions in place of one (Wang et al., Med. Image Anal. 2022)."""
 
     def __init__(
         self, img_size: Any, patch_size: Any, embed_dim: int, norm_layer: type[nn.Module], **_: Any
     ) -> None:
         super().__init__()
-        self.grid_size = tuple(
-            s // p for s, p in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True)
-        )
+        sizes = zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True)
+        self.grid_size = tuple(image // patch for image, patch in sizes)
         narrow, wide = embed_dim // 8, embed_dim // 4
         self.proj = nn.Sequential(
             nn.Conv2d(3, narrow, 3, stride=2, padding=1, bias=False),

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ import huggingface_hub
 import numpy as np
 import timm
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
@@ -106,7 +106,11 @@ class Encoder:
     transform: nn.Module
     module: nn.Module
     feature_dtype: Literal["float16", "float32"] = "float16"
-    device: torch.device = torch.device("cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(itertools.chain(self.module.parameters(), self.module.buffers())).device
 
     def encode(self, batch: np.ndarray, dtype: Literal["float32", "bfloat16"] | None = None) -> np.ndarray:
         """Features of a batch of patches.
@@ -154,8 +158,8 @@ def load_encoder(
         - a published encoder, `RECIPES`: `uni`, `conch`, `virchow2`, `spafoundation`, ...;
         - a timm model with pretrained weights: `timm:NAME` or `NAME`;
         - `hf-hub:owner/repo`: a timm model on the Hugging Face Hub;
-        - `NAME@FILE`: one of the published encoders or a timm model, with weights from a local `.safetensors`,
-          `.pth`, `.pt` or `.bin`;
+        - `NAME@FILE`: a published encoder or timm model with weights from a local `.safetensors`, `.pth`,
+          `.pt` or `.bin`;
         - a folder, or a weight file in it, beside a `config.json` as `timm.models.save_for_hf` writes it;
         - `random:NAME`: a published encoder or timm model with random weights from a fixed seed;
 
@@ -182,13 +186,11 @@ def load_encoder(
     name = str(name_or_path)
     if weights is not None:
         if "@" in name or "+" in name:
-            raise ConfigError(
-                f"weights= goes with one plain encoder name, not with {name!r}; write NAME@FILE+NAME@FILE"
-            )
+            raise ConfigError(f"weights= goes with one plain encoder name, not with {name!r}")
         name = f"{name}@{weights}"
     parts = [name] if _is_path(name.partition("@")[2] or name) else name.split("+")
     encoders = [_load_one(part, device) for part in parts]
-    return encoders[0] if len(encoders) == 1 else _join(encoders, device)
+    return encoders[0] if len(encoders) == 1 else _join(encoders)
 
 
 def _is_path(name: str) -> bool:
@@ -201,37 +203,36 @@ def _load_one(name: str, device: torch.device) -> Encoder:
     if name == "stain-texture":
         return _stain_texture(device)
     plain, at, file = name.partition("@")
+    file = Path(file).expanduser() if file else None
     if name.startswith("hf-hub:") or name.startswith("hf_hub:"):  # here @ is a revision of the repository
         return _from_timm(name, name.replace("hf_hub:", "hf-hub:"), None, device)
     source, _, architecture = plain.rpartition(":")
-    if at and not file:
+    if at and file is None:
         raise ConfigError(f"encoder {name!r} names no weight file after @")
     if source == "random":
         if at:
             raise ConfigError(f"encoder {name!r} cannot have both random weights and a weight file")
         return _random(name, architecture, device)
     if source == "" and plain in RECIPES:
-        return _published(name, RECIPES[plain], Path(file) if at else None, device)
+        return _published(name, RECIPES[plain], file, device)
     if source in ("", "timm") and timm.is_model(architecture.split(".")[0]):
-        return _from_timm(name, architecture, Path(file) if at else None, device)
+        return _from_timm(name, architecture, file, device)
     path = Path(name).expanduser()
-    if source == "" and not at and (path.exists() or path.suffix in (".safetensors", ".pth", ".pt", ".bin")):
+    if name and not at and (path.exists() or path.suffix in (".safetensors", ".pth", ".pt", ".bin")):
         return _from_folder(name, path, device)
     raise ConfigError(
-        f"there is no encoder {name!r}; choose stain-texture, {', '.join(RECIPES)}, a timm model, hf-hub:owner/repo "
-        "or NAME@FILE"
+        f"there is no encoder {name!r}; choose stain-texture, {', '.join(RECIPES)}, a timm model, "
+        "hf-hub:owner/repo or NAME@FILE"
     )
 
 
 def _frozen(
-    name: str, module: nn.Module, transform: nn.Module, dim: int, device: torch.device, notes: str = ""
+    name: str, module: nn.Module, transform: Preprocess, dim: int, device: torch.device, notes: str = ""
 ) -> Encoder:
     module = module.eval().requires_grad_(False)
     facts = np.frombuffer(f"{transform.describe()} {notes}".encode(), dtype=np.uint8)
     digest = arrays_digest({**module.state_dict(), "preprocessing": facts})
-    return Encoder(
-        name, dim, PATCH_UM, transform.patch_px, digest, transform, module.to(device), device=device
-    )
+    return Encoder(name, dim, PATCH_UM, transform.patch_px, digest, transform, module.to(device))
 
 
 def _stain_texture(device: torch.device) -> Encoder:
@@ -239,12 +240,11 @@ def _stain_texture(device: torch.device) -> Encoder:
         name="stain-texture",
         dim=stain_texture.DIM,
         patch_um=PATCH_UM,
-        patch_px=112,
+        patch_px=stain_texture.PATCH_PX,
         digest=hashlib.sha256(f"stain-texture {stain_texture.VERSION}".encode()).hexdigest(),
-        transform=Preprocess(112, interpolation="bilinear"),
+        transform=Preprocess(stain_texture.PATCH_PX),
         module=stain_texture.StainTexture().eval().to(device),
         feature_dtype="float32",
-        device=device,
     )
 
 
@@ -264,38 +264,38 @@ def _preprocess(recipe: Recipe) -> Preprocess:
 
 def _fetch(name: str, recipe: Recipe) -> Path:
     """The weight file from the user's hub cache, or else from the hub."""
+    put = f"put it anywhere and name it as {name}@/path/to/{recipe.file}"
     if recipe.repo is None:
         raise WeightsError(
-            f"the weights of {name} are on no hub: fetch {recipe.file} from {recipe.page} ({recipe.licence}), put it "
-            f"anywhere and name it as {name}@/path/to/{recipe.file}"
+            f"the weights of {name} ({recipe.licence}) are on no hub: "
+            f"fetch {recipe.file} from {recipe.page}, {put}"
         )
     cached = huggingface_hub.try_to_load_from_cache(recipe.repo, recipe.file)
     if isinstance(cached, str):
         return Path(cached)
     try:
         return Path(huggingface_hub.hf_hub_download(recipe.repo, recipe.file))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        refused = isinstance(error, GatedRepoError)
+    except Exception as error:  # hub and network have many ways to say no
+        ask = f"ask for access on {recipe.page}, then " if recipe.gated else ""
         raise WeightsError(
-            f"the weights of {name} {'may not be fetched yet' if refused else 'are not here and could not be fetched'}: "
-            f"{f'ask for access on {recipe.page}, then ' if recipe.gated else ''}run "
-            f"`hf download {recipe.repo} {recipe.file}` ({recipe.licence}), or put that file anywhere and name it as "
-            f"{name}@/path/to/{recipe.file}"
+            f"the weights of {name} ({recipe.licence}) are not in the hub cache and could not be fetched: "
+            f"{ask}run `hf download {recipe.repo} {recipe.file}`, or fetch that file elsewhere, {put}"
         ) from error
 
 
 def _random(name: str, architecture: str, device: torch.device) -> Encoder:
+    if architecture not in RECIPES and not timm.is_model(architecture.split(".")[0]):
+        raise ConfigError(
+            f"encoder {name!r}: after random: stands a timm model or one of {', '.join(RECIPES)}"
+        )
     # modules draw from the global generator: give it back as it was
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
-        if architecture in RECIPES:
-            recipe = RECIPES[architecture]
-            return _frozen(name, build(recipe), _preprocess(recipe), recipe.dim, device, recipe.pooling)
-        if not timm.is_model(architecture.split(".")[0]):
-            raise ConfigError(
-                f"encoder {name!r} needs a timm model or one of {', '.join(RECIPES)} after random:"
-            )
-        return _finished(name, timm.create_model(architecture, num_classes=0), device)
+        recipe = RECIPES.get(architecture)
+        module = build(recipe) if recipe else timm.create_model(architecture, num_classes=0)
+    if recipe is None:
+        return _finished(name, module, device)
+    return _frozen(name, module, _preprocess(recipe), recipe.dim, device, recipe.pooling)
 
 
 def _from_timm(name: str, model: str, file: Path | None, device: torch.device) -> Encoder:
@@ -307,38 +307,42 @@ def _from_timm(name: str, model: str, file: Path | None, device: torch.device) -
         module = timm.create_model(model, pretrained=True, num_classes=0)
     except Exception as error:  # hub, network, timm and torch each raise their own
         config = None if model.startswith("hf-hub:") else timm.get_pretrained_cfg(model)
-        repo = model.removeprefix("hf-hub:") if config is None else config.hf_hub_id
+        repo = model.removeprefix("hf-hub:") if model.startswith("hf-hub:") else config and config.hf_hub_id
+        reason = _first_line(error)
         if not repo:
-            raise WeightsError(
-                f"timm has no pretrained weights for {model}: name a file of them as {name}@FILE"
-            ) from error
-        repo = model if repo == "timm/" else repo
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            message = f"timm has no weights for {model} ({reason}); name a file as {model}@FILE"
+            raise WeightsError(message) from error
         raise WeightsError(
-            f"the weights of {name} are not here and could not be fetched ({reason[:200]}): run `hf download {repo}` where "
-            f"there is a network, ask for access on https://huggingface.co/{repo} if that is refused, or put its weight "
-            f"file anywhere and name it as NAME@FILE"
+            f"the weights of {name} are not in the hub cache and could not be fetched ({reason}): run "
+            f"`hf download {repo}` (ask for access on https://huggingface.co/{repo} where it is gated), or "
+            "fetch its weight file elsewhere, put it anywhere and name it as NAME@/path/to/file"
         ) from error
     return _finished(name, module, device)
 
 
 def _from_folder(name: str, path: Path, device: torch.device) -> Encoder:
     folder = path if path.is_dir() else path.parent
-    files = [path] if not path.is_dir() else [folder / f for f in ("model.safetensors", "pytorch_model.bin")]
+    files = [folder / f for f in ("model.safetensors", "pytorch_model.bin")] if path.is_dir() else [path]
     file = next((f for f in files if f.is_file()), None)
     if file is None:
         raise WeightsError(f"encoder {name}: there is no file {' or '.join(map(str, files))}")
     if not (folder / "config.json").is_file():
         raise WeightsError(
-            f"{file} does not say of which network it is: put timm's config.json beside it, or name the network as "
-            f"NAME@{file}"
+            f"{file} does not say of which network it is: put timm's config.json beside it, or give the "
+            f"network's name as NAME@{file}"
         )
     try:
         module = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
-    except Exception as error:
-        raise WeightsError(f"{folder / 'config.json'} does not describe a timm model: {error}") from error
-    load_weights(module, file, module.pretrained_cfg.get("architecture") or name)
+    except Exception as error:  # whatever the file makes timm stumble over
+        raise WeightsError(
+            f"{folder / 'config.json'} does not describe a timm model: {_first_line(error)}"
+        ) from error
+    load_weights(module, file, name)
     return _finished(name, module, device)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _finished(name: str, module: nn.Module, device: torch.device) -> Encoder:
@@ -349,29 +353,23 @@ def _finished(name: str, module: nn.Module, device: torch.device) -> Encoder:
     with torch.no_grad():
         shape = module.eval()(torch.zeros(1, 3, px, px)).shape
     if len(shape) != 2:
-        raise ConfigError(
-            f"encoder {name!r} gives features of shape {tuple(shape[1:])}, not one vector a patch"
-        )
+        raise ConfigError(f"encoder {name!r} gives {tuple(shape[1:])} numbers a patch and not one vector")
     transform = Preprocess(px, data["mean"], data["std"], interpolation)
     return _frozen(name, module, transform, shape[1], device)
 
 
-def _join(encoders: list[Encoder], device: torch.device) -> Encoder:
-    sides = {encoder.patch_um for encoder in encoders}
-    if len(sides) > 1:
+def _join(encoders: list[Encoder]) -> Encoder:
+    if len({encoder.patch_um for encoder in encoders}) > 1:
         listed = ", ".join(f"{encoder.name} {encoder.patch_um:g} µm" for encoder in encoders)
         raise ConfigError(f"encoders of different patches cannot be joined: {listed}")
-    digest = hashlib.sha256("+".join(encoder.digest for encoder in encoders).encode()).hexdigest()
+    exact = any(encoder.feature_dtype == "float32" for encoder in encoders)
     return Encoder(
         name="+".join(encoder.name for encoder in encoders),
         dim=sum(encoder.dim for encoder in encoders),
         patch_um=encoders[0].patch_um,
         patch_px=max(encoder.patch_px for encoder in encoders),
-        digest=digest,
+        digest=hashlib.sha256("+".join(encoder.digest for encoder in encoders).encode()).hexdigest(),
         transform=nn.Identity(),
         module=Joined(encoders).eval(),
-        feature_dtype="float32"
-        if any(encoder.feature_dtype == "float32" for encoder in encoders)
-        else "float16",
-        device=device,
+        feature_dtype="float32" if exact else "float16",
     )

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 VERSION = 1
 """Part of the digest: features of different versions do not mix."""
 
+PATCH_PX = 112
+"""Side of the patches it is made for: at 224 px it was no better and four times slower."""
+
 STEPS = (1, 2, 4)
 """Distances in pixels at which neighbours are compared."""
 
@@ -32,9 +35,9 @@ _TINY = 1e-6
 class StainTexture(nn.Module):
     """Colour, stain and texture statistics of patches.
 
-    With x the patch's R, G, B in [0, 1], stains are hematoxylin, eosin and DAB from the optical density -log(x)
-    by the colour deconvolution of Ruifrok and Johnston (Anal. Quant. Cytol. Histol. 23, 2001; scikit-image's
-    matrix), and "the three planes" are grey (mean of R, G, B), hematoxylin and eosin:
+    With x the patch's R, G, B in [0, 1], stains are hematoxylin, eosin and DAB from the optical density
+    -log(x) by the colour deconvolution of Ruifrok and Johnston (Anal. Quant. Cytol. Histol. 23, 2001;
+    scikit-image's matrix), and "the three planes" are grey (mean of R, G, B), hematoxylin and eosin:
 
     - mean and deviation of R, G, B and of the three stains (12);
     - mean and deviation of the red and green shares of R + G + B and of the saturation (6);
@@ -107,28 +110,24 @@ def _neighbour_differences(plane: Tensor) -> Tensor:
     levels = (plane * 16).clamp(0, 15.99).floor()
     found = []
     for step in STEPS:
-        squared = (
-            (levels[..., step:] - levels[..., :-step]) ** 2,
-            (levels[..., step:, :] - levels[..., :-step, :]) ** 2,
-        )
+        across = (levels[..., step:] - levels[..., :-step]) ** 2
+        down = (levels[..., step:, :] - levels[..., :-step, :]) ** 2
         found.append(sum(d.flatten(1).mean(dim=1) for d in (across, down)) / 2)
         found.append(sum((1 / (1 + d)).flatten(1).mean(dim=1) for d in (across, down)) / 2)
     return torch.stack(found, dim=1)
 
 
-def _in_windows(
-    planes: Tensor, side: int, combine: Callable[[Tensor, Tensor], Tensor], outside: float
-) -> Tensor:
-    """Combine the square of odd side around each pixel, (B, C, H, W), with `outside` beyond the patch."""
+def _in_windows(planes: Tensor, side: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Combine the square of odd side around each pixel, (B, C, H, W); the patch's border goes on beyond it."""
     # rows, then columns, as whole shifted planes: many times faster than torch's pooling
     height, width = planes.shape[-2:]
-    padded = F.pad(planes, (side // 2,) * 4, value=outside)
+    padded = F.pad(planes, (side // 2,) * 4, mode="replicate")
     rows = reduce(combine, (padded[..., k : k + width] for k in range(side)))
     return reduce(combine, (rows[..., k : k + height, :] for k in range(side)))
 
 
 def _local_mean(planes: Tensor, side: int) -> Tensor:
-    return _in_windows(planes, side, torch.add, 0.0) / side**2
+    return _in_windows(planes, side, torch.add) / side**2
 
 
 def _coherence(down: Tensor, across: Tensor) -> Tensor:
@@ -149,7 +148,7 @@ def _peaks(hematoxylin: Tensor) -> Tensor:
     dark = smooth > smooth.mean(dim=(2, 3), keepdim=True) + 1e-3
     found = []
     for side in PEAK_WINDOWS:
-        peaks = (smooth == _in_windows(smooth, side, torch.maximum, -torch.inf)) & dark
+        peaks = (smooth == _in_windows(smooth, side, torch.maximum)) & dark
         number = peaks.sum(dim=(1, 2, 3))
         found.append(number / smooth[0].numel())
         for height in (smooth, smooth - surroundings):

@@ -55,6 +55,7 @@ METHODS = {
     "ridge-cv+residual": "The mean of ridge-cv; its draws add Gaussian noise, correlated between genes as "
     "the cross-validated residuals are.",
     "training-correlation": "The gene-gene correlations of the training slides.",
+    "oracle": "Draws from the distribution that simulated tissue was drawn from, given what its image shows.",
     "noise-ceiling": "What a prediction free of error would reach, given how few counts were measured.",
 }
 """What the page says about each method beside its name."""

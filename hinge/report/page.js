@@ -128,7 +128,7 @@ function fillSettings() {
 }
 
 const MODEL = "hinge";
-const CEILING = "noise-ceiling";
+const CEILINGS = new Set(["noise-ceiling", "oracle"]);
 const ALL = "\u0000all";
 
 const betterMark = (better) => {
@@ -157,7 +157,7 @@ function setUpScores() {
   const unique = (name) => [...new Set(rows.map((row) => row[name]).filter((value) => value !== undefined && value !== null))];
   const slides = unique("slide");
   const transforms = unique("transform");
-  const methodOrder = unique("method").sort((a, b) => (b === MODEL) - (a === MODEL) || (a === CEILING) - (b === CEILING));
+  const methodOrder = unique("method").sort((a, b) => (b === MODEL) - (a === MODEL) || CEILINGS.has(a) - CEILINGS.has(b));
 
   for (const transform of transforms) byId("scores-transform").append(new Option(transform, transform));
   byId("scores-transform-label").hidden = transforms.length < 2;
@@ -197,7 +197,7 @@ function setUpScores() {
     const most = Math.max(...lines.flatMap((line) => shown.map((metric) => line.values[metric]?.slides ?? 0)));
     const best = {};
     for (const metric of shown) {
-      const rivals = lines.filter((line) => line.method !== CEILING && line.values[metric]?.slides === most);
+      const rivals = lines.filter((line) => !CEILINGS.has(line.method) && line.values[metric]?.slides === most);
       const distances = rivals.map((line) => distanceFromIdeal(line.values[metric].value, definitions[metric].better));
       best[metric] = rivals.length > 1 ? Math.min(...distances) : NaN;
     }
@@ -222,12 +222,12 @@ function setUpScores() {
         if (entry && entry.slides < most) {
           partial = true;
           cell.append("*");
-        } else if (entry && line.method !== CEILING && distanceFromIdeal(entry.value, definitions[metric].better) === best[metric]) {
+        } else if (entry && !CEILINGS.has(line.method) && distanceFromIdeal(entry.value, definitions[metric].better) === best[metric]) {
           cell.className = "best";
         }
         row.append(cell);
       }
-      const body = bodies[line.method === CEILING ? 1 : 0];
+      const body = bodies[CEILINGS.has(line.method) ? 1 : 0];
       body.append(row);
       if (!mean || !byId("scores-each").checked) continue;
       for (const slide of slides) {
@@ -241,7 +241,7 @@ function setUpScores() {
     byId("scores-table").replaceChildren(make("thead", {}, header), ...bodies.filter((body) => body.children.length));
     byId("scores-note").textContent = [
       "The best method of each column is marked, ties at the printed digits included.",
-      lines.some((line) => line.method === CEILING) ? "The noise ceiling is what a perfect prediction could reach on counts this noisy; it does not compete." : "",
+      lines.some((line) => CEILINGS.has(line.method)) ? "The noise ceiling is what a perfect prediction could reach on counts this noisy; it does not compete." : "",
       partial ? "* known on fewer slides than the others, so not compared." : "",
     ].join(" ");
   }
