@@ -68,7 +68,8 @@ class ModelConfig(_Section):
     modulation_rank: int | None = Field(None, ge=1)
     gate: Literal["sigmoid", "linear"] = "sigmoid"
     condition_on_visible: Literal["current", "next"] | None = "current"
-    feature_path: bool = True
+    gene_path: bool = True
+    num_factors: int = Field(8, ge=1)
     feature_dropout: float = Field(0.0, ge=0, lt=1)
     feature_noise: float = Field(0.0, ge=0)
     dropout: float = Field(0.0, ge=0, lt=1)

@@ -93,7 +93,7 @@ def test_saved_weights_are_the_trained_ones_only(tmp_path):
     frozen = backbone()
     model = HingeModel.from_backbone(frozen, FEATURES, GENES, head="censored_gaussian", modulation_rank=3)
     with torch.no_grad():
-        model.path.weight.normal_()
+        model.path.mean.weight.normal_()
     model.set_feature_statistics(torch.randn(50, FEATURES) * 3 + 1)
     model.save_pretrained(tmp_path / "model")
     from safetensors.torch import load_file

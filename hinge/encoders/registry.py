@@ -303,17 +303,15 @@ def _from_timm(name: str, model: str, file: Path | None, device: torch.device) -
         module = timm.create_model(model, num_classes=0)
         load_weights(module, file, model)
         return _finished(name, module, device)
+    on_hub = model.startswith("hf-hub:")
+    if not on_hub and not timm.is_model_pretrained(model):
+        raise WeightsError(f"timm has no weights for {model}; name a file of them as {model}@/path/to/file")
     try:
         module = timm.create_model(model, pretrained=True, num_classes=0)
     except Exception as error:  # hub, network, timm and torch each raise their own
-        config = None if model.startswith("hf-hub:") else timm.get_pretrained_cfg(model)
-        repo = model.removeprefix("hf-hub:") if model.startswith("hf-hub:") else config and config.hf_hub_id
-        reason = _first_line(error)
-        if not repo:
-            message = f"timm has no weights for {model} ({reason}); name a file as {model}@FILE"
-            raise WeightsError(message) from error
+        repo = model.removeprefix("hf-hub:") if on_hub else timm.get_pretrained_cfg(model).hf_hub_id
         raise WeightsError(
-            f"the weights of {name} are not in the hub cache and could not be fetched ({reason}): run "
+            f"the weights of {name} are not here and could not be fetched ({_first_line(error)}): run "
             f"`hf download {repo}` (ask for access on https://huggingface.co/{repo} where it is gated), or "
             "fetch its weight file elsewhere, put it anywhere and name it as NAME@/path/to/file"
         ) from error

@@ -118,7 +118,7 @@ def _neighbour_differences(plane: Tensor) -> Tensor:
 
 
 def _in_windows(planes: Tensor, side: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Combine the square of odd side around each pixel, (B, C, H, W); the patch's border goes on beyond it."""
+    """Combine the square of odd side around each pixel, (B, C, H, W); beyond the patch its border goes on."""
     # rows, then columns, as whole shifted planes: many times faster than torch's pooling
     height, width = planes.shape[-2:]
     padded = F.pad(planes, (side // 2,) * 4, mode="replicate")

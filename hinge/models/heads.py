@@ -123,14 +123,12 @@ class CensoredGaussianOutput:
 class PointHead(nn.Module):
     """Takes the decoded value as it is."""
 
-    num_parameters_per_gene = 1
-
     def __init__(self, hidden_size: int, num_genes: int):
         super().__init__()
 
-    def forward(self, location: Tensor, tokens: Tensor, shift: Tensor | None) -> PointOutput:
-        """location (B, G), tokens (B, G, D), shift (B, G, 1) or None → PointOutput."""
-        return PointOutput(location if shift is None else location + shift[..., 0])
+    def forward(self, location: Tensor, tokens: Tensor, log_scale: Tensor | None) -> PointOutput:
+        """location (B, G) → PointOutput; the rest is not needed."""
+        return PointOutput(location)
 
 
 class GaussianHead(nn.Module):
@@ -138,8 +136,6 @@ class GaussianHead(nn.Module):
 
     `output` is the distribution made of the two: `GaussianOutput` or `CensoredGaussianOutput`.
     """
-
-    num_parameters_per_gene = 2
 
     def __init__(self, hidden_size: int, num_genes: int, output: type):
         super().__init__()
@@ -149,13 +145,11 @@ class GaussianHead(nn.Module):
         nn.init.zeros_(self.log_scale.weight)
         nn.init.zeros_(self.log_scale.bias)
 
-    def forward(self, location: Tensor, tokens: Tensor, shift: Tensor | None):
-        """location (B, G), tokens (B, G, D), shift (B, G, 2) or None → the output distribution."""
-        log_scale = self.log_scale(tokens.to(self.log_scale.weight.dtype)).squeeze(-1).float() + self.gene_log_scale
-        if shift is not None:
-            location = location + shift[..., 0]
-            log_scale = log_scale + shift[..., 1]
-        return self.output(location, log_scale.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE).exp())
+    def forward(self, location: Tensor, tokens: Tensor, log_scale: Tensor | None):
+        """location (B, G), tokens (B, G, D), log_scale (B, G) to add, or None → the output distribution."""
+        own = self.log_scale(tokens.to(self.log_scale.weight.dtype)).squeeze(-1).float() + self.gene_log_scale
+        total = own if log_scale is None else own + log_scale
+        return self.output(location, total.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE).exp())
 
 
 HEADS = {

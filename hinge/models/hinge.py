@@ -16,11 +16,13 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hinge.backbones.cellfm import CellFMModel
 from hinge.errors import WeightsError
 from hinge.files import arrays_digest, atomic_path
 from hinge.models.heads import HEADS, HeadOutput
+from hinge.models.path import GenePath
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 TIME_WIDTH = 256
@@ -120,11 +122,6 @@ def soft_norm(h: Tensor, mix: Tensor) -> Tensor:
     return (1 - eta) * h + eta * F.layer_norm(h, h.shape[-1:], eps=SOFT_NORM_EPS)
 
 
-def saturating_share(share, saturation):
-    """φ(s) = s(1 + c)/(s + c): 0 at 0, 1 at 1, half-way near s = c; the share of visible genes as the path sees it."""
-    return share * (1 + saturation) / (share + saturation)
-
-
 class HingeModel(ModelMixin, ConfigMixin):
     """The denoiser: what the masked genes of a spot are, given the visible ones and the patch.
 
@@ -146,9 +143,8 @@ class HingeModel(ModelMixin, ConfigMixin):
     condition_on_visible
         `"current"`: the visible genes are part of the condition; `"next"`: those visible after the coming step,
         as in the released code; None: they are not.
-    feature_path
-        A linear path, starting at zero, from the features to the head's parameters of every gene: one for a
-        fully masked spot, and one that comes in with the visible genes (see `saturating_share`).
+    gene_path, num_factors
+        Whether there is a `GenePath`, and its number of factors.
     feature_dropout, feature_noise
         Share of features dropped and standard deviation of the noise on standardised features in training.
     dropout
@@ -170,7 +166,8 @@ class HingeModel(ModelMixin, ConfigMixin):
         modulation_rank: int | None = None,
         gate: str = "sigmoid",
         condition_on_visible: str | None = "current",
-        feature_path: bool = True,
+        gene_path: bool = True,
+        num_factors: int = 8,
         feature_dropout: float = 0.0,
         feature_noise: float = 0.0,
         dropout: float = 0.0,
@@ -192,25 +189,13 @@ class HingeModel(ModelMixin, ConfigMixin):
         # features are standardised with the training spots' statistics (`set_feature_statistics`)
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
         self.register_buffer("feature_std", torch.ones(feature_dim))
-        if feature_path:
-            outputs = num_genes * self.head_parameters
-            self.path = nn.Linear(feature_dim, outputs)
-            self.path_visible = nn.Linear(feature_dim, outputs)
-            for path in (self.path, self.path_visible):
-                nn.init.zeros_(path.weight)
-                nn.init.zeros_(path.bias)
-            # a few visible genes already tell most of what all of them do
-            self.register_buffer("path_saturation", torch.tensor(0.1))
-        else:
-            self.path = None
+        self.path = GenePath(feature_dim, num_genes, num_factors) if gene_path else None
+        if gene_path and head == "point":  # a point has no scale to learn
+            self.path.log_scale.requires_grad_(False)
+            self.path.visible_log_scale.requires_grad_(False)
         self.gradient_checkpointing = False
         # outside the module registry: frozen, stored once elsewhere, and not part of this model's weights
         object.__setattr__(self, "_backbone", None)
-
-    @property
-    def head_parameters(self) -> int:
-        """Numbers that describe one gene's distribution."""
-        return 1 if self.config.head == "point" else 2
 
     @property
     def backbone(self) -> CellFMModel:
@@ -313,12 +298,31 @@ class HingeModel(ModelMixin, ConfigMixin):
         HeadOutput
             Distribution over (B, G).
         """
-        backbone, config = self.backbone, self.config
         features = self.standardise(features)
         if feature_mask is not None:
             features = features * feature_mask
+        h = self.tokens(values, visible, timestep, features, gene_ids, next_visible)
+        location, log_scale = self.backbone.decode(h).float(), None
+        if self.path is not None:
+            location, log_scale = self.path(location, values, visible, features)
+        return self.value_head(location, h[:, self.backbone.num_prefix_tokens :], log_scale)
+
+    def tokens(
+        self,
+        values: Tensor,
+        visible: Tensor,
+        timestep: Tensor,
+        features: Tensor,
+        gene_ids: Tensor,
+        next_visible: Tensor | None = None,
+    ) -> Tensor:
+        """The modulated backbone's tokens before its decoder, (B, P + G, D).
+
+        Arguments as those of `forward`, but `features` (B, d) are standardised.
+        """
+        backbone, config = self.backbone, self.config
         visible = visible.to(features.dtype)
-        z = self.condition(timestep, features, next_visible.to(features.dtype) if next_visible is not None else visible)
+        z = self.condition(timestep, features, visible if next_visible is None else next_visible.to(features.dtype))
         layers, decoder = self.modulation(z)
 
         h = backbone.embed(values, visible, gene_ids)
@@ -330,13 +334,11 @@ class HingeModel(ModelMixin, ConfigMixin):
             key_mask = early if number < config.num_layers // 2 else late
             arguments = (block, h, vectors, mix, key_mask, value_scale)
             if self.gradient_checkpointing and self.training:
-                h = torch.utils.checkpoint.checkpoint(self._modulated_block, *arguments, use_reentrant=False)
+                h = checkpoint(self._modulated_block, *arguments, use_reentrant=False)
             else:
                 h = self._modulated_block(*arguments)
         shift, scale = decoder.to(h.dtype)
-        h = shift + (1 + scale) * soft_norm(h, self.modulation.norm_mix_decoder)
-        location = backbone.decode(h).float()
-        return self.value_head(location, h[:, backbone.num_prefix_tokens :], self._feature_shift(features, visible))
+        return shift + (1 + scale) * soft_norm(h, self.modulation.norm_mix_decoder)
 
     def _modulated_block(self, block, h, vectors, mix, key_mask, value_scale) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = vectors
@@ -347,14 +349,6 @@ class HingeModel(ModelMixin, ConfigMixin):
 
     def _dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)
-
-    def _feature_shift(self, features: Tensor, visible: Tensor) -> Tensor | None:
-        """(B, G, parameters of the head), or None without a feature path."""
-        if self.path is None:
-            return None
-        share = saturating_share(visible.mean(dim=1, keepdim=True), self.path_saturation)
-        shift = self.path(features) + share * self.path_visible(features)
-        return shift.float().view(len(features), -1, self.head_parameters)
 
     def digest(self) -> str:
         """SHA-256 over the trained weights."""

@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from pydantic import Field
-from sklearn.linear_model import Ridge, RidgeCV
-from sklearn.model_selection import GroupKFold, cross_val_predict
 from torch import Tensor, nn
 
 from hinge.data.spots import SpotTable
@@ -16,7 +14,8 @@ from hinge.diffusion.objective import draw_timesteps, loss_mask, spot_weights
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.errors import DataError
 from hinge.loop import LoopConfig, LoopResult, make_accelerator, run_loop, step_generator
-from hinge.models.hinge import HingeModel, saturating_share
+from hinge.models.hinge import HingeModel
+from hinge.training.closed_form import fit_gene_path
 
 # fixed times, evenly spread, at which every held-out spot is scored: one random time a spot would be too noisy
 # to compare checkpoints by
@@ -36,7 +35,7 @@ class TrainingConfig(LoopConfig):
     weighting: Literal["spot", "gene"] = "spot"
     validation_share: float = Field(0.1, ge=0, lt=1)
     validation_groups: Literal["spot", "tile", "slide"] = "tile"
-    closed_form_start: bool = Field(True, description="fit the feature path by ridge before the first step")
+    closed_form_start: bool = Field(True, description="solve for the gene path before the first step")
     gradient_checkpointing: bool = False
 
 
@@ -88,132 +87,6 @@ def split_spots(spots: SpotTable, share: float, groups: str, seed: int) -> tuple
         taken += counts[index]
     is_held = np.isin(group, held)
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
-
-
-@torch.no_grad()
-def fit_feature_path(
-    model: HingeModel,
-    scheduler: MaskedDiffusionScheduler,
-    gene_ids: Tensor,
-    features: Tensor,
-    values: Tensor,
-    groups: np.ndarray,
-    seed: int,
-) -> float:
-    """Solve for the feature path in closed form, so that training starts from ridge and not from nothing.
-
-    For fully masked spots the path becomes the ridge regression of what the backbone leaves unexplained
-    (penalty by cross-validation over groups of spots). The part that comes in with the share s of visible genes
-    becomes −κ times that, plus biases, with κ and biases by least squares on partly masked spots; the head's
-    log-scales become the logarithm of what is then left, as a line in s.
-
-    Parameters
-    ----------
-    model
-        With a feature path. Only the path and the head's bias are set.
-    scheduler, gene_ids
-        Of the diffusion and the panel.
-    features, values
-        (n, d) unaugmented features and (n, G) expression of the training spots.
-    groups
-        (n,) what cross-validation keeps together.
-    seed
-        Of the masks.
-
-    Returns
-    -------
-    float
-        The ridge penalty that was chosen.
-    """
-    num_spots, num_genes = values.shape
-    device = model.feature_mean.device
-    per_gene = model.head_parameters
-    x = model.standardise(features.to(device)).cpu().numpy().astype(np.float64)
-
-    def location(timesteps: Tensor, uniform: Tensor, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        parts, seen = [], []
-        for start in range(0, num_spots, 256):
-            rows = slice(start, start + 256)
-            filled, visible = scheduler.add_mask(
-                values[rows], timesteps[rows], uniform=uniform[rows], noise=noise[rows]
-            )
-            inputs = (filled, visible, timesteps[rows], features[rows])
-            following = scheduler.visible_at(timesteps[rows] - 1, uniform[rows])
-            output = model(*(tensor.to(device) for tensor in inputs), gene_ids, next_visible=following.to(device))
-            parts.append(output.location.cpu())
-            seen.append(visible)
-        return torch.cat(parts).double().numpy(), torch.cat(seen).numpy()
-
-    generator = step_generator(seed, 22)
-    target = values.double().numpy()
-    total = scheduler.config.num_train_timesteps
-
-    def at_time(step: int) -> tuple[np.ndarray, np.ndarray]:
-        return location(
-            torch.full((num_spots,), step),
-            torch.rand(num_spots, num_genes, generator=generator),
-            torch.randn(num_spots, num_genes, generator=generator),
-        )
-
-    predicted, _ = at_time(total)
-    residual = target - predicted
-    folds = min(5, len(np.unique(groups)))
-    splits = list(GroupKFold(folds).split(x, groups=groups)) if folds > 1 else None
-    ridge = RidgeCV(alphas=np.logspace(-1, 5, 25), cv=splits).fit(x, residual)
-    path = ridge.predict(x) - ridge.intercept_
-    # out of fold: in-fold residuals are too small to tell the spread by
-    held_out = (
-        cross_val_predict(Ridge(ridge.alpha_), x, residual, cv=splits) if splits is not None else ridge.predict(x)
-    )
-    spread = [np.log(np.clip((residual - held_out).std(axis=0), 0.05, None))]
-
-    shares, left, weights = [], [], []
-    for share in (0.96, 0.9, 0.8, 0.6, 0.4, 0.2, 0.04):
-        step = min(max(round(share * total), 1), max(total - 1, 1))
-        predicted, visible = at_time(step)
-        shares.append(visible.mean(dtype=np.float64))
-        left.append(target - predicted - ridge.intercept_)
-        weights.append(1.0 - visible)
-
-    def partly_visible(saturation: float) -> tuple[float, float, np.ndarray, np.ndarray]:
-        """Least squares of left ≈ (1 − κφ)·path + φ·bias over masked genes: error, κ, bias, log-scales at φ."""
-        phi = saturating_share(np.asarray(shares), saturation)
-        top = sum(
-            (w * (path - (r - (w * r).sum(0) / np.maximum(w.sum(0), 1))) * f * path).sum()
-            for f, r, w in zip(phi, left, weights, strict=True)
-        )
-        bottom = sum((w * (f * path) ** 2).sum() for f, w in zip(phi, weights, strict=True))
-        kappa = float(np.clip(top / max(bottom, 1e-12), 0, 1))
-        rest = [r - (1 - kappa * f) * path for f, r in zip(phi, left, strict=True)]
-        bias = sum(f * (w * r).sum(0) for f, r, w in zip(phi, rest, weights, strict=True)) / np.maximum(
-            sum(f**2 * w.sum(0) for f, w in zip(phi, weights, strict=True)), 1e-12
-        )
-        variances = [
-            (w * (r - f * bias) ** 2).sum(0) / np.maximum(w.sum(0), 1)
-            for f, r, w in zip(phi, rest, weights, strict=True)
-        ]
-        log_scales = np.log(np.clip(np.sqrt(variances), 0.05, None))
-        error = sum((v * w.sum(0)).sum() for v, w in zip(variances, weights, strict=True))
-        return error, kappa, bias, log_scales
-
-    saturation = min((0.01, 0.03, 0.1, 0.3, 1.0), key=lambda value: partly_visible(value)[0])
-    _, kappa, slope, log_scales = partly_visible(saturation)
-    phi = np.concatenate([[0.0], saturating_share(np.asarray(shares), saturation)])
-    line = np.polynomial.polynomial.polyfit(phi, np.vstack([*spread, log_scales]), 1)
-    model.path_saturation.fill_(saturation)
-
-    def write(parameter: Tensor, which: int, content: np.ndarray) -> None:
-        view = parameter.view(num_genes, per_gene, *parameter.shape[1:])
-        view[:, which] = torch.from_numpy(np.ascontiguousarray(content)).to(parameter)
-
-    write(model.path.weight, 0, ridge.coef_.reshape(num_genes, -1))
-    write(model.path.bias, 0, ridge.intercept_)
-    write(model.path_visible.weight, 0, -kappa * ridge.coef_.reshape(num_genes, -1))
-    write(model.path_visible.bias, 0, slope)
-    if per_gene == 2:
-        write(model.path.bias, 1, line[0])
-        write(model.path_visible.bias, 1, line[1])
-    return float(ridge.alpha_)
 
 
 class _Denoising(nn.Module):
@@ -275,7 +148,7 @@ def train_hinge(
         # also before a resumed run: the checkpoint then replaces the parameters, the saturation is a buffer
         model.to(device)
         groups = spot_groups(spots.subset(training), "tile")
-        fit_feature_path(model, scheduler, gene_ids, features[training, 0], values[training], groups, seed)
+        fit_gene_path(model, scheduler, gene_ids, features[training, 0], values[training], groups, seed)
     total = config.num_steps(len(training) * num_views)
     warm_steps = round(config.warm_start_share * total)
     dropout, noise_scale = model.config.feature_dropout, model.config.feature_noise
