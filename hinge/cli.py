@@ -12,16 +12,17 @@ from hinge.errors import ConfigError, HingeError
 
 app = typer.Typer(
     name="hinge",
-    help="Spatial gene expression from histology: several draws of every spot's expression from an H&E slide.",
+    help="Spatial gene expression from histology: draws of every spot's expression from an H&E slide.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RunFolder = Annotated[Path, typer.Argument(help="Folder of a run, as hinge train wrote it.", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML file of a run.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings that differ, e.g. training.epochs=10.", show_default=False)
+    list[str] | None,
+    typer.Argument(help="Settings, e.g. training.epochs=10.", show_default=False),
 ]
 
 
@@ -35,10 +36,14 @@ def main() -> None:
     try:
         app()
     except HingeError as error:
-        print(f"hinge: {error}", file=sys.stderr)
+        # libraries whose words are passed on may take several lines
+        print("hinge:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder in place of a file, no permission
+        print("hinge:", " ".join(str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
 
 
 def _run(config: Path, overrides: list[str] | None):
@@ -64,12 +69,18 @@ def _print_scores(path: Path) -> None:
 @app.command()
 def features(
     path: Annotated[Path, typer.Argument(help="Slide or data set.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the feature files.", show_default=False)],
-    sample: Annotated[list[str] | None, typer.Option(help="Sample of the data set; repeat for several.")] = None,
-    encoder: Annotated[str, typer.Option(help="timm or hf-hub: name, checkpoint, stain-texture; + joins.")] = (
-        "stain-texture"
-    ),
-    patch_um: Annotated[float | None, typer.Option(help="Side of a patch in µm.  [default: the encoder's]")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the feature files.", show_default=False)
+    ],
+    sample: Annotated[
+        list[str] | None, typer.Option(help="Sample of the data set; repeat for several.")
+    ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="timm or hf-hub: name, checkpoint, stain-texture; + joins.")
+    ] = "stain-texture",
+    patch_um: Annotated[
+        float | None, typer.Option(help="Side of a patch in µm.  [default: the encoder's]")
+    ] = None,
     views: Annotated[int, typer.Option(help="1, or 8 for all flips and quarter turns.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Patches in one forward pass.")] = 64,
     image: Annotated[Path | None, typer.Option(help="Image, where the slide does not name it.")] = None,
@@ -84,7 +95,10 @@ def features(
     from hinge.encoders import extract_features, load_encoder
 
     loaded = load_encoder(encoder)
-    for name in sample or list_samples(path):
+    names = sample or list_samples(path)
+    if image is not None and len(names) > 1:
+        raise ConfigError("--image is the image of one slide; name it with --sample")
+    for name in names:
         slide = read_slide(path, name, image=image, um_per_px=um_per_px)
         target = output / f"{name}.{encoder.replace('/', '_').replace(':', '_')}.h5"
         written = extract_features(
@@ -100,7 +114,9 @@ def panel(
     sample: Annotated[list[str] | None, typer.Option(help="Training sample; repeat for several.")] = None,
     method: Annotated[str, typer.Option(help="hmhvg or hvg.")] = "hmhvg",
     genes: Annotated[int, typer.Option(help="Size of the panel.")] = 200,
-    from_list: Annotated[Path | None, typer.Option("--list", help="Text file, one gene symbol a line.")] = None,
+    from_list: Annotated[
+        Path | None, typer.Option("--list", help="Text file, one gene symbol a line.")
+    ] = None,
 ) -> None:
     """Choose the genes to predict, from training slides only.
 
@@ -108,22 +124,32 @@ def panel(
     """
     from hinge.data.panel import select_panel
     from hinge.data.readers import list_samples, read_slide
+    from hinge.data.spots import load_spots
     from hinge.run import read_panel
 
-    if from_list is not None:
-        chosen = read_panel(from_list)
+    names = sample or list_samples(path)
+    slides = [read_slide(path, name, require_image=False) for name in names]
+    if from_list is None:
+        chosen = select_panel(slides, method, genes)
     else:
-        names = sample or list_samples(path)
-        chosen = select_panel([read_slide(path, name, require_image=False) for name in names], method, genes)
+        chosen = read_panel(from_list)
+        for slide in slides:
+            load_spots(slide, chosen, "log2p1")  # tells which genes a slide lacks
     print(f"panel: {chosen.save(output)} ({len(chosen.genes)} genes)")
 
 
 @app.command("pretrain-expression")
 def pretrain_expression(
-    paths: Annotated[list[Path], typer.Argument(help="h5ad files or data sets with counts.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the backbone.", show_default=False)],
+    paths: Annotated[
+        list[Path], typer.Argument(help="h5ad files or data sets with counts.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the backbone.", show_default=False)
+    ],
     sample: Annotated[list[str] | None, typer.Option(help="Only these samples; repeat for several.")] = None,
-    panel: Annotated[Path | None, typer.Option(help="Genes of the vocabulary.  [default: all shared ones]")] = None,
+    panel: Annotated[
+        Path | None, typer.Option(help="Genes of the vocabulary.  [default: all shared ones]")
+    ] = None,
     transform: Annotated[str, typer.Option(help="log2p1 or log1p_cp10k.")] = "log1p_cp10k",
     hidden_size: Annotated[int, typer.Option()] = 128,
     num_hidden_layers: Annotated[int, typer.Option()] = 4,
@@ -178,13 +204,20 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 def sample(
     run: RunFolder,
     slide: Annotated[
-        list[str] | None, typer.Option(help="Sample of the run's data set, or a slide's h5ad.  [default: test slides]")
+        list[str] | None,
+        typer.Option(help="Sample of the run's data set, or a slide's h5ad.  [default: test slides]"),
     ] = None,
     draws: Annotated[int | None, typer.Option(help="Draws a spot.  [default: the run's]", min=1)] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of revealing genes.  [default: the run's]", min=1)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of revealing genes.  [default: the run's]", min=1)
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.  [default: the run's]", min=0)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Spot-draws at a time; no effect on the result.", min=1)] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="h5ad to write, for one slide.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Spot-draws at a time; no effect on the result.", min=1)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="h5ad to write, for one slide.")
+    ] = None,
 ) -> None:
     """Draw the expression of every spot of a slide, several times.
 
@@ -202,14 +235,18 @@ def sample(
     for name in names:
         # a file is a slide from elsewhere; everything else is a sample of the run's own data set
         source = {"slide": read_slide(name)} if Path(name).is_file() else {"name": name}
-        path = opened.sample(**source, output=output, draws=draws, steps=steps, seed=seed, batch_size=batch_size)
+        path = opened.sample(
+            **source, output=output, draws=draws, steps=steps, seed=seed, batch_size=batch_size
+        )
         print(f"draws: {path}")
 
 
 @app.command()
 def evaluate(
     run: RunFolder,
-    slide: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: test slides]")] = None,
+    slide: Annotated[
+        list[str] | None, typer.Option(help="Sample; repeat for several.  [default: test slides]")
+    ] = None,
 ) -> None:
     """Score the draws beside baselines and the noise ceiling.
 
@@ -245,7 +282,9 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for slides and results.")] = Path("hinge-demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for slides and results.")] = Path(
+        "hinge-demo"
+    ),
     seed: Annotated[int, typer.Option(help="Of the tissue and of everything after it.", min=0)] = 0,
 ) -> None:
     """Simulate tissue, train on it, sample a held-out slide, score and report. No download, minutes on a CPU.

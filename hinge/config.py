@@ -1,34 +1,48 @@
 """A run as a configuration: YAML file plus `key=value` overrides, checked before anything starts."""
 
+import os
+import reprlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hinge.backbones import PretrainConfig
 from hinge.errors import ConfigError
 from hinge.files import atomic_path
+from hinge.training import TrainingConfig
+
+# absolute, so that a run means the same files from whatever folder it is opened
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.realpath(os.path.expanduser(path))))]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(_Section):
     """Slides: which folder, and which samples in it do what."""
 
-    path: Path
+    path: AbsolutePath = Field(description="a data set: file or folder with slides")
     format: str | None = None
-    train: list[str] = Field(min_length=1)
+    train: list[str] = Field(min_length=1, description="a list of samples")
     test: list[str] = []
     pretrain: list[str] = Field([], description="counts without images, for the expression backbone")
 
     @model_validator(mode="after")
     def _apart(self):
+        for key in ("train", "test", "pretrain"):
+            names = getattr(self, key)
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise ValueError(f"{', '.join(repeated)} stands in {key} more than once")
         for one, other in (("train", "test"), ("pretrain", "train"), ("pretrain", "test")):
             both = sorted(set(getattr(self, one)) & set(getattr(self, other)))
             if both:
-                raise ValueError(f"{', '.join(both)} stand in both {one} and {other}; a slide can serve one of them")
+                raise ValueError(
+                    f"{', '.join(both)} stands in {one} and in {other}; a slide can serve one of them"
+                )
         return self
 
 
@@ -37,7 +51,9 @@ class PanelConfig(_Section):
 
     method: Literal["hmhvg", "hvg", "file"] = "hmhvg"
     genes: int = Field(200, ge=1)
-    file: Path | None = Field(None, description="panel.json, or a text file with one symbol a line (method file)")
+    file: AbsolutePath | None = Field(
+        None, description="panel.json, or a text file with one symbol a line (method file)"
+    )
 
 
 class FeaturesConfig(_Section):
@@ -47,18 +63,31 @@ class FeaturesConfig(_Section):
     patch_um: float | None = Field(None, gt=0, description="side of a patch in µm; None: the encoder's own")
     views: Literal[1, 8] = 1
     batch_size: int = Field(64, ge=1)
-    folder: Path | None = Field(None, description="where feature files lie; None: in the run's folder")
+    folder: AbsolutePath | None = Field(
+        None, description="where feature files lie; None: in the run's folder"
+    )
 
 
 class BackboneConfig(_Section):
     """The expression model: pre-trained weights, or the size of one that is pre-trained here."""
 
-    path: Path | None = Field(None, description="a pre-trained CellFM; None: pre-train one on data.pretrain")
+    path: AbsolutePath | None = Field(
+        None, description="a pre-trained CellFM; None: pre-train one on data.pretrain"
+    )
     hidden_size: int = Field(128, ge=8)
     num_hidden_layers: int = Field(4, ge=2)
     num_attention_heads: int = Field(4, ge=1)
     num_value_bins: int = Field(64, ge=4)
-    pretrain: dict[str, Any] = Field({}, description="see hinge.backbones.PretrainConfig")
+    pretrain: PretrainConfig = PretrainConfig()
+
+    @model_validator(mode="after")
+    def _divisible(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        return self
 
 
 class ModelConfig(_Section):
@@ -99,7 +128,7 @@ class SamplingConfig(_Section):
 class RunConfig(_Section):
     """Everything one run needs."""
 
-    output: Path
+    output: AbsolutePath = Field(description="the folder of the run")
     seed: int = Field(0, ge=0)
     transform: Literal["log2p1", "log1p_cp10k"] = "log2p1"
     data: DataConfig
@@ -108,28 +137,23 @@ class RunConfig(_Section):
     backbone: BackboneConfig = BackboneConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
-    training: dict[str, Any] = Field({}, description="see hinge.training.TrainingConfig")
+    training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
-
-    @field_validator("training")
-    @classmethod
-    def _training_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
-        from hinge.training import TrainingConfig
-
-        return TrainingConfig(**value).model_dump(mode="json")
 
     @model_validator(mode="after")
     def _consistent(self):
-        from hinge.backbones import PretrainConfig
-
-        if self.backbone.path is None:
-            if not self.data.pretrain:
-                raise ValueError("give backbone.path, or samples to pre-train on as data.pretrain")
-            self.backbone.pretrain = PretrainConfig(**self.backbone.pretrain).model_dump(mode="json")
+        if self.backbone.path is None and not self.data.pretrain:
+            raise ValueError("give backbone.path, or samples to pre-train on as data.pretrain")
+        for key, section in (("training", self.training), ("backbone.pretrain", self.backbone.pretrain)):
+            if section.steps is None and section.epochs is None:
+                raise ValueError(f"give either {key}.steps or {key}.epochs")
         if self.panel.method == "file" and self.panel.file is None:
             raise ValueError("panel.method file needs panel.file")
         if self.sampling.steps > self.diffusion.num_train_timesteps:
-            raise ValueError("sampling.steps cannot exceed diffusion.num_train_timesteps")
+            raise ValueError(
+                f"sampling.steps {self.sampling.steps} cannot exceed diffusion.num_train_timesteps "
+                f"{self.diffusion.num_train_timesteps}"
+            )
         return self
 
 
@@ -155,10 +179,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(f"there is no configuration file {path}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, such as output: runs/mine")
@@ -167,18 +191,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         for key in keys[:-1]:
             section = section.get(key) if isinstance(section, dict) else None
         if isinstance(section, dict) and isinstance(section.get(keys[-1]), str):
-            section[keys[-1]] = str((path.parent / Path(section[keys[-1]]).expanduser()).resolve())
+            section[keys[-1]] = str(path.absolute().parent / os.path.expanduser(section[keys[-1]]))
     for override in overrides or []:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"{override!r} is not an override; write key=value, e.g. training.epochs=10")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"the value of {key} is not YAML: {text!r}") from error
-        keys = tuple(key.split("."))
-        if keys in _PATHS and isinstance(value, str):
-            value = str(Path(value).expanduser().resolve())
+        keys = key.split(".")
         section = content
         for part in keys[:-1]:
             section = section.setdefault(part, {})
@@ -189,28 +211,46 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 def check_config(content: dict[str, Any], name: str) -> RunConfig:
-    """Validate a run's keys and values; a ConfigError names the first key that is wrong and what it takes."""
+    """Validate a run's keys and values; a ConfigError names the first key that is wrong and what it takes.
+
+    Relative paths are relative to the working directory.
+    """
     try:
-        return RunConfig(**content)
+        return RunConfig.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the configuration"
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = f"there is no such key; {_allowed_keys(first['loc'])}"
-        elif first["type"] != "value_error" and not isinstance(first["input"], dict):
-            message = f"{message[0].lower()}{message[1:]}, not {first['input']!r}"
-        raise ConfigError(f"{name}: {where}: {message}") from error
+        raise ConfigError(f"{name}: {explain(error, RunConfig)}") from error
 
 
-def _allowed_keys(location: tuple) -> str:
-    model: Any = RunConfig
-    for part in location[:-1]:
-        field = getattr(model, "model_fields", {}).get(part)
-        model = field.annotation if field is not None else None
-    if not hasattr(model, "model_fields"):
-        return "see the class named in the documentation of its section"
-    return f"it takes {', '.join(model.model_fields)}"
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first mistake in one sentence: which key of `model`, what it takes, what it was."""
+    first = error.errors()[0]
+    location, kind, message = first["loc"], first["type"], first["msg"]
+    if kind == "value_error":
+        message = message.removeprefix("Value error, ")
+    elif kind == "extra_forbidden":
+        message = f"there is no such key; {_takes(model, location[:-1])}"
+    elif kind == "missing":
+        message = f"is missing; {_takes(model, location)}"
+    elif kind == "model_type":
+        message = f"{_takes(model, location)}, not {reprlib.repr(first['input'])}"
+    elif kind == "path_type":
+        message = f"it takes a path, not {reprlib.repr(first['input'])}"
+    elif kind == "too_short":
+        message = "it takes at least one item"
+    else:
+        message = f"{message[0].lower()}{message[1:]}, not {reprlib.repr(first['input'])}"
+    return ": ".join([*filter(None, [".".join(str(part) for part in location)]), message])
+
+
+def _takes(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """What stands at a key: the keys of a section, or the description of a value."""
+    description = None
+    for part in location:
+        field = model.model_fields[part]
+        model, description = field.annotation, field.description
+    if description is not None:
+        return f"it takes {description}"
+    return f"it takes the keys {', '.join(model.model_fields)}"
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

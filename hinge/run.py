@@ -14,16 +14,21 @@
 Each stage reads what the one before wrote, recognises what is finished and can be run again.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from anndata import AnnData
+from pydantic import ValidationError
 
-from hinge.backbones import CellFMConfig, CellFMModel, PretrainConfig, pretrain_expression
-from hinge.config import RunConfig, check_config, load_config, save_config
+from hinge.backbones import CellFMConfig, CellFMModel, pretrain_expression
+from hinge.config import BackboneConfig, RunConfig, explain, load_config, save_config
+from hinge.data.features import read_features
 from hinge.data.panel import Panel, select_panel
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import slide_name
@@ -38,7 +43,7 @@ from hinge.files import atomic_path, read_json, write_json
 from hinge.loop import make_accelerator, write_environment
 from hinge.models import HingeModel
 from hinge.report import report_slide, write_report
-from hinge.training import TrainingConfig, split_spots, train_hinge
+from hinge.training import split_spots, train_hinge
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +82,16 @@ class Run:
     # --- files -----------------------------------------------------------------------------------
 
     @property
+    def config_path(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
     def panel_path(self) -> Path:
         return self.folder / "panel.json"
+
+    @property
+    def backbone_path(self) -> Path:
+        return self.config.backbone.path or self.folder / "backbone"
 
     @property
     def model_path(self) -> Path:
@@ -122,7 +135,9 @@ class Run:
             if config.method == "file":
                 panel = read_panel(config.file)
             else:
-                panel = select_panel([self.slide(name) for name in self.config.data.train], config.method, config.genes)
+                panel = select_panel(
+                    [self.slide(name) for name in self.config.data.train], config.method, config.genes
+                )
             panel.save(self.panel_path)
             logger.info("wrote %s (%d genes)", self.panel_path, len(panel.genes))
         return Panel.load(self.panel_path)
@@ -148,40 +163,34 @@ class Run:
         return concatenate_spots(tables)
 
     def backbone(self) -> CellFMModel:
-        """The expression model; pre-trained if it is not there yet."""
-        settings = self.config.backbone
-        here = self.folder / "backbone"
-        if settings.path is not None or (here / "config.json").exists():
-            return CellFMModel.from_pretrained(settings.path or here).eval()
-        panel = self.panel()
-        values = []
+        """The expression model, from elsewhere or pre-trained in this run.
+
+        Raises
+        ------
+        WeightsError
+            It is missing or damaged.
+        """
+        return load_backbone(self.backbone_path)
+
+    def pretraining_values(self) -> np.ndarray:
+        """Transformed counts (n, G) on the panel of the slides to pre-train on."""
+        genes, values = self.panel().genes, []
         for name in self.config.data.pretrain:
             slide = self.slide(name, require_image=False)
-            values.append(panel_values(slide, panel.genes, self.config.transform))
+            values.append(panel_values(slide, genes, self.config.transform))
             self._slides.pop(name)  # it holds counts of all genes; the panel is all that is needed
-        return pretrain_expression(
-            np.concatenate(values),
-            panel.genes,
-            CellFMConfig(
-                hidden_size=settings.hidden_size,
-                num_hidden_layers=settings.num_hidden_layers,
-                num_attention_heads=settings.num_attention_heads,
-                num_value_bins=settings.num_value_bins,
-            ),
-            PretrainConfig(**settings.pretrain),
-            here,
-            seed=self.config.seed,
-        )
+        return stack_values(values, genes)
 
     def gene_ids(self, backbone: CellFMModel) -> torch.Tensor:
         """Vocabulary ids (G,) of the panel."""
         vocabulary = {gene: index + 1 for index, gene in enumerate(backbone.config.gene_names or [])}
         if not vocabulary:
-            raise WeightsError(f"the backbone {self.config.backbone.path} brings no gene vocabulary")
+            raise WeightsError(f"the backbone {self.backbone_path} brings no gene vocabulary")
         missing = [gene for gene in self.panel().genes if gene not in vocabulary]
         if missing:
             raise DataError(
-                f"{len(missing)} genes of the panel are not in the backbone's vocabulary: {', '.join(missing[:5])}"
+                f"{len(missing)} genes of the panel are not in the vocabulary of {self.backbone_path}: "
+                f"{', '.join(missing[:5])}"
             )
         return torch.tensor([vocabulary[gene] for gene in self.panel().genes])
 
@@ -208,19 +217,39 @@ class Run:
         ConfigError
             The folder holds a run with other settings.
         """
-        self._claim()
-        accelerator = make_accelerator(TrainingConfig(**self.config.training))
-        # one process reads slides, chooses genes and extracts features; the others then find them
-        with accelerator.main_process_first():
-            if accelerator.is_main_process:
-                write_environment(self.folder / "environment.json")
-            spots = self.spots(self.config.data.train)
-        backbone = self.backbone()
+        config, settings = self.config.training, self.config.backbone
         if (self.model_path / HingeModel.config_name).exists():
+            self._claim()
             logger.info("%s is finished", self.model_path)
             return self.model_path
-        config = TrainingConfig(**self.config.training)
         accelerator = make_accelerator(config)
+        # one process reads slides, chooses genes and extracts features; the others then find them
+        with accelerator.main_process_first(), self._undone_on_error():
+            self._claim()
+            data = self.config.data
+            unknown = [name for name in data.test if name not in list_samples(data.path, data.format)]
+            if unknown:
+                raise DataError(f"there is no sample {unknown[0]!r} in {data.path}, and data.test names it")
+            spots = self.spots(data.train)
+            pretrained = (self.backbone_path / "config.json").exists()
+            if pretrained or settings.path is not None:
+                backbone = self.backbone()
+                self.gene_ids(backbone)
+            else:
+                values = self.pretraining_values()
+            if accelerator.is_main_process:
+                write_environment(self.folder / "environment.json")
+        if not pretrained:
+            architecture = settings.model_dump(exclude={"path", "pretrain"})
+            backbone = pretrain_expression(
+                values,
+                spots.genes,
+                CellFMConfig(**architecture),
+                settings.pretrain,
+                self.backbone_path,
+                seed=self.config.seed,
+            )
+            accelerator = make_accelerator(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             model = HingeModel.from_backbone(
@@ -230,7 +259,7 @@ class Run:
             backbone.to(torch.bfloat16)
         scheduler = MaskedDiffusionScheduler(**self.config.diffusion.model_dump())
         if accelerator.is_main_process:
-            self._write_split(spots, config)
+            self._write_split(spots)
             frozen = sum(parameter.numel() for parameter in backbone.parameters())
             logger.info("%s trainable parameters, %s frozen", f"{model.num_trainable():,}", f"{frozen:,}")
         result = train_hinge(
@@ -278,6 +307,11 @@ class Run:
             slide = self.slide(name)
         settings = self.config.sampling
         draws, steps = draws or settings.draws, steps or settings.steps
+        if steps > self.config.diffusion.num_train_timesteps:
+            raise ConfigError(
+                f"{steps} steps cannot be taken, the run has diffusion.num_train_timesteps "
+                f"{self.config.diffusion.num_train_timesteps}"
+            )
         seed = settings.seed if seed is None else seed
         name = slide_name(slide)
         output = output or self.samples_path(name)
@@ -292,13 +326,13 @@ class Run:
             "encoder": self.encoder.name,
             "encoder_digest": self.encoder.digest,
         }
-        if output.exists() and _same_draws(output, about, name):
+        if output.exists() and _same_draws(output, about, slide):
             logger.info("%s is finished", output)
             return output
-        from hinge.data.features import read_features
-
-        features = read_features(self.features(slide), barcodes=list(slide.obs_names), digest=self.encoder.digest)
-        accelerator = make_accelerator(TrainingConfig(**self.config.training))
+        accelerator = make_accelerator(self.config.training)
+        with accelerator.main_process_first():
+            path = self.features(slide)
+        features = read_features(path, barcodes=list(slide.obs_names), digest=self.encoder.digest)
         pipeline.model.to(accelerator.device)
         mine = np.array_split(np.arange(slide.n_obs), accelerator.num_processes)[accelerator.process_index]
         spots = [f"{name}/{barcode}" for barcode in slide.obs_names]
@@ -312,8 +346,6 @@ class Run:
             batch_size=batch_size or settings.batch_size,
             progress=accelerator.is_main_process,
         )
-        from accelerate.utils import gather_object
-
         parts = gather_object([(result.values, result.expected)])
         if accelerator.is_main_process:
             values = np.concatenate([part[0] for part in parts], axis=1)
@@ -328,14 +360,16 @@ class Run:
         slides = slides or self.config.data.test
         if not slides:
             raise ConfigError(f"{self.folder} names no test slides; give --slide")
+        for name in slides:
+            if not self.samples_path(name).exists():
+                raise DataError(
+                    f"there are no draws of {name} in {self.folder / 'samples'}; run hinge sample first"
+                )
         train = self.spots(self.config.data.train)
         rows = []
         for name in slides:
-            path = self.samples_path(name)
-            if not path.exists():
-                raise DataError(f"there are no draws of {name} in {path.parent}; run hinge sample first")
             test = self.spots([name])
-            draws = read_draws(path)
+            draws = read_draws(self.samples_path(name))
             n_draws, seed = int(draws.uns["hinge"]["draws"]), self.config.seed
             predictions = [prediction_from_draws(draws, test)]
             if "hinge_truth" in self.slide(name).uns:
@@ -345,6 +379,8 @@ class Run:
 
     def report(self) -> Path:
         """Write and return `report.html` from the scores and draws that are there."""
+        if not self.scores_path.exists():
+            raise DataError(f"there are no scores in {self.folder}; run hinge evaluate first")
         scores = read_json(self.scores_path)
         names = list(dict.fromkeys(row["slide"] for row in scores["rows"]))
         slides = [report_slide(read_draws(self.samples_path(name)), self.slide(name)) for name in names]
@@ -361,23 +397,36 @@ class Run:
 
     def _claim(self) -> None:
         """Write config.yaml, or make sure that the one there says the same."""
-        path = self.folder / "config.yaml"
-        if not path.exists():
-            save_config(self.config, path)
+        if not self.config_path.exists():
+            save_config(self.config, self.config_path)
             return
-        there = load_config(path).model_dump(mode="json")
-        here = check_config(self.config.model_dump(mode="json"), "the configuration").model_dump(mode="json")
-        for key in here:
-            # how it is sampled may change from call to call; where it lies does not matter
-            if key not in ("output", "sampling") and here[key] != there[key]:
-                inner = key
-                if isinstance(here[key], dict):
-                    inner = next(f"{key}.{name}" for name in here[key] if here[key][name] != there[key].get(name))
-                raise ConfigError(f"{self.folder} holds a run with another {inner}; choose another output folder")
+        # how it is sampled may change from call to call; where it lies does not matter
+        here, there = (
+            config.model_dump(mode="json", exclude={"output", "sampling"})
+            for config in (self.config, load_config(self.config_path))
+        )
+        key = _difference(here, there)
+        if key is not None:
+            raise ConfigError(f"{self.folder} holds a run with another {key}; choose another output folder")
 
-    def _write_split(self, spots: SpotTable, config: TrainingConfig) -> None:
+    @contextlib.contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Remove what a run wrote that could not start: it must not stand in the way of the next try."""
+        files = [self.config_path, self.panel_path, self.folder / "environment.json"]
+        written = [file for file in files if not file.exists()]
+        try:
+            yield
+        except BaseException:
+            for file in written:
+                file.unlink(missing_ok=True)
+            for folder in (self.folder / "features", self.folder):
+                with contextlib.suppress(OSError):  # not there, or not empty: kept
+                    folder.rmdir()
+            raise
+
+    def _write_split(self, spots: SpotTable) -> None:
+        data, config = self.config.data, self.config.training
         _, held = split_spots(spots, config.validation_share, config.validation_groups, self.config.seed)
-        data = self.config.data
         write_json(
             self.folder / "split.json",
             {
@@ -394,7 +443,9 @@ def read_panel(path: Path) -> Panel:
     if path.suffix == ".json":
         return Panel.load(path)
     try:
-        lines = path.read_text().split("\n")
+        lines = path.read_text("utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the genes in {path}: {error}") from error
     return Panel.from_list([line.strip() for line in lines if line.strip()])
@@ -411,6 +462,44 @@ def panel_values(slide: AnnData, genes: list[str], transform: str) -> np.ndarray
     total = np.asarray(slide.X.sum(axis=1), dtype=np.float32).ravel()
     values = get_transform(transform).forward(counts, total)
     return values[np.nansum(counts, axis=1) > 0]
+
+
+def stack_values(values: list[np.ndarray], genes: list[str]) -> np.ndarray:
+    """Several slides' `panel_values` below each other; a gene that none of them has is a DataError."""
+    stacked = np.concatenate(values)
+    missing = [gene for gene, known in zip(genes, np.isfinite(stacked).any(axis=0), strict=True) if not known]
+    if missing:
+        raise DataError(
+            f"{len(missing)} genes of the panel are in none of the files to pre-train on: "
+            f"{', '.join(missing[:5])}"
+        )
+    return stacked
+
+
+def load_backbone(folder: str | Path) -> CellFMModel:
+    """Read a CellFM that `save_pretrained` wrote, in eval mode; safetensors only.
+
+    Raises
+    ------
+    WeightsError
+        The folder lacks a file, a file is damaged, or the weights are not all there.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"{folder} holds no backbone: config.json is missing")
+    try:
+        model, found = CellFMModel.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # a damaged file ends in almost any exception
+        raise WeightsError(f"the backbone in {folder} cannot be read: {error}") from error
+    # transformers would go on with random numbers in their place
+    wrong = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]))
+    if wrong:
+        raise WeightsError(
+            f"the weights in {folder} are not those of a CellFM of its config.json: {wrong[0]}"
+        )
+    return model.eval()
 
 
 def write_draws(
@@ -457,9 +546,24 @@ def read_draws(path: str | Path) -> AnnData:
     return draws
 
 
-def _same_draws(path: Path, about: dict, name: str) -> bool:
-    there = read_draws(path).uns["hinge"]
-    return there.get("name") == name and all(there.get(key) == value for key, value in about.items())
+def _same_draws(path: Path, about: dict, slide: AnnData) -> bool:
+    there = read_draws(path)
+    facts = {"name": slide_name(slide), **about}
+    return (
+        all(there.uns["hinge"].get(key) == value for key, value in facts.items())
+        and list(there.obs_names) == list(slide.obs_names)
+        and np.array_equal(there.obsm.get("spatial"), slide.obsm["spatial"])
+    )
+
+
+def _difference(here: dict, there: dict) -> str | None:
+    """First key, with dots for sections, at which two configurations differ."""
+    for key, value in here.items():
+        other = there.get(key)
+        if value == other:
+            continue
+        return f"{key}.{_difference(value, other)}" if isinstance(value, dict) else key
+    return None
 
 
 def pretrain_on_files(
@@ -487,28 +591,29 @@ def pretrain_on_files(
     transform
         Units of the values.
     architecture, settings
-        Of `CellFMConfig` and `PretrainConfig`.
+        Keys of `BackboneConfig` and of its `pretrain`.
     seed
         Of the weights and the masks.
     """
     try:
-        config = PretrainConfig(**settings)
-        size = CellFMConfig(**architecture)
-    except ValueError as error:
-        raise ConfigError(f"these settings cannot be used: {' '.join(str(error).split())}") from error
+        config = BackboneConfig.model_validate({**architecture, "pretrain": settings})
+    except ValidationError as error:
+        raise ConfigError(f"pre-training cannot start: {explain(error, BackboneConfig)}") from error
+    listed = [(path, sample) for path in paths for sample in list_samples(path)]
+    unknown = sorted(set(samples or []) - {sample for _, sample in listed})
+    if unknown:
+        raise DataError(f"there is no sample {', '.join(unknown)} in {', '.join(map(str, paths))}")
     slides = [
         read_slide(path, sample, require_image=False)
-        for path in paths
-        for sample in list_samples(path)
+        for path, sample in listed
         if samples is None or sample in samples
     ]
-    if not slides:
-        raise DataError(f"there are no such samples in {', '.join(map(str, paths))}")
     if panel is not None:
         genes = read_panel(panel).genes
     else:
         genes = sorted(set.intersection(*(set(slide.var_names) for slide in slides)))
         if not genes:
             raise DataError("the count files share no gene; give --panel")
-    values = np.concatenate([panel_values(slide, genes, transform) for slide in slides])
-    return pretrain_expression(values, genes, size, config, output, seed=seed)
+    values = stack_values([panel_values(slide, genes, transform) for slide in slides], genes)
+    size = CellFMConfig(**config.model_dump(exclude={"path", "pretrain"}))
+    return pretrain_expression(values, genes, size, config.pretrain, output, seed=seed)

@@ -34,8 +34,8 @@ class Draws:
     values
         (K, n, G) float32, one slice a draw.
     expected
-        (n, G) float32: the value head's mean when each gene is revealed, averaged over draws. It has less
-        Monte-Carlo error than the mean of the draws (Rao–Blackwell).
+        (n, G) float32: the value head's mean in the first, fully masked pass, which is E[expression | features]
+        without the Monte-Carlo error of a mean of draws (averaged over draws where the fill is noise).
     """
 
     values: np.ndarray
@@ -127,14 +127,14 @@ class HingePipeline(DiffusionPipeline):
     def _reverse(
         self, features: Tensor, gene_ids: Tensor, uniforms: Tensor, num_inference_steps: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Features (B, d), uniforms (B, 3, G) → sampled values and head means at revealing, (B, G) each."""
+        """Features (B, d), uniforms (B, 3, G) → sampled values and the head's means of the first pass, (B, G) each."""
         scheduler, model = self.scheduler, self.model
         scheduler.set_timesteps(num_inference_steps)
         order, quantile, fill = uniforms.unbind(dim=1)
         noise = torch.special.ndtri(fill).float()
         values = torch.zeros_like(noise)
         visible = torch.zeros_like(noise)
-        means = torch.zeros_like(noise)
+        means = None
         for timestep in scheduler.timesteps.tolist():
             end = torch.full((len(values),), scheduler.previous_timestep(timestep), dtype=torch.int64)
             next_visible = scheduler.visible_at(end, order)
@@ -149,7 +149,8 @@ class HingePipeline(DiffusionPipeline):
                 next_visible=next_visible,
             )
             step = scheduler.step(output.sample(quantile).float(), timestep, values, visible, order)
-            means = torch.where(step.revealed > 0, output.mean.float(), means)
+            if means is None:
+                means = output.mean.float()
             values, visible = step.values, step.visible
         return values.cpu().numpy(), means.cpu().numpy()
 

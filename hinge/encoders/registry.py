@@ -340,7 +340,8 @@ def _from_folder(name: str, path: Path, device: torch.device) -> Encoder:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """Why it failed, in a few words."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0][:200]
 
 
 def _finished(name: str, module: nn.Module, device: torch.device) -> Encoder:

@@ -12,10 +12,12 @@ from hinge.loop import step_generator
 from hinge.models.hinge import HingeModel
 from hinge.models.path import saturating_share
 
-# fractions of the diffusion's time at which partly masked spots are looked at
-TIMES = (0.97, 0.9, 0.8, 0.6, 0.4, 0.2, 0.04)
-SATURATIONS = (0.01, 0.03, 0.1, 0.3, 1.0)
+# masked shares at which partly masked spots are looked at
+MASKED_SHARES = (0.99, 0.97, 0.9, 0.75, 0.5, 0.25, 0.1)
+SATURATIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SMALLEST_SCALE = 0.05
+# the factors may take over from the backbone, but not so far that training it has no effect any more
+LEAST_BACKBONE_MIX = -0.75
 
 
 @torch.no_grad()
@@ -108,8 +110,10 @@ def fit_gene_path(
     write(path.log_noise, np.log(noise_variance))
 
     shares, columns, left, weights = [], [], [], []
-    for time in TIMES if total > 1 else ():
-        decoded, visible = decoded_at(min(max(round(time * total), 1), total - 1))
+    curve = scheduler.num_masked(np.arange(total + 1), num_genes) / num_genes
+    steps = {int(np.abs(curve[1:-1] - share).argmin()) + 1 for share in MASKED_SHARES} if total > 1 else set()
+    for step in sorted(step for step in steps if 0 < curve[step] < 1):
+        decoded, visible = decoded_at(step)
         expected = torch.from_numpy(offset + regression).float().to(device)
         seen = torch.from_numpy(visible).float().to(device)
         factors = path.factors(values.to(device), seen, expected).cpu().double().numpy()
@@ -134,7 +138,11 @@ def fit_gene_path(
             free = column - f * column_bias[:, None, :]
             gram += np.einsum("ing,jng,ng->ij", free, free, w)
             right += np.einsum("ing,ng,ng->i", free, rest - f * left_bias, w)
-        mix = np.linalg.solve(gram + 1e-6 * np.trace(gram) * np.eye(3) + 1e-12 * np.eye(3), right)
+        gram += (1e-6 * np.trace(gram) + 1e-12) * np.eye(3)
+        mix = np.linalg.solve(gram, right)
+        if not LEAST_BACKBONE_MIX <= mix[0] <= 0:
+            mix[0] = np.clip(mix[0], LEAST_BACKBONE_MIX, 0)
+            mix[1:] = np.linalg.solve(gram[1:, 1:], right[1:] - gram[1:, 0] * mix[0])
         bias = left_bias - np.einsum("i,ig->g", mix, column_bias)
         variances, error = [], 0.0
         for f, w, column, rest in zip(phi, weights, scaled, left, strict=True):
@@ -154,7 +162,9 @@ def fit_gene_path(
         phi = np.concatenate([phi, saturating_share(np.asarray(shares), saturation)])
         variances = np.vstack([variances, partly])
     log_scales = np.log(np.maximum(np.sqrt(variances), SMALLEST_SCALE))
-    line = np.polynomial.polynomial.polyfit(phi, log_scales, 1 if len(phi) > 1 else 0)
+    # a variance of many masked genes is known better than one of few
+    counts = np.array([num_spots, *(w.sum() / num_genes for w in weights)])
+    line = np.polynomial.polynomial.polyfit(phi, log_scales, 1 if len(phi) > 1 else 0, w=np.sqrt(counts))
     write(path.log_scale.bias, line[0])
     write(path.visible_log_scale, line[1] if len(line) > 1 else np.zeros(num_genes))
     return float(ridge.alpha_)

@@ -147,7 +147,9 @@ def train_hinge(
     if config.closed_form_start and model.path is not None:
         # also before a resumed run: the checkpoint then replaces the parameters, the saturation is a buffer
         model.to(device)
-        groups = spot_groups(spots.subset(training), "tile")
+        # a test slide is another slide: hold slides out where there are several
+        several = len(np.unique(spots.slide[training])) > 1
+        groups = spot_groups(spots.subset(training), "slide" if several else "tile")
         fit_gene_path(model, scheduler, gene_ids, features[training, 0], values[training], groups, seed)
     total = config.num_steps(len(training) * num_views)
     warm_steps = round(config.warm_start_share * total)
