@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,8 @@ def main() -> None:
     # libraries announce themselves on every start; what matters comes as an exception
     for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1")):
         os.environ.setdefault(name, value)
+    # hinge says so itself, in a sentence that names the first of them
+    warnings.filterwarnings("ignore", "(Observation|Variable) names are not unique")
     try:
         app()
     except HingeError as error:
@@ -69,18 +72,12 @@ def _print_scores(path: Path) -> None:
 @app.command()
 def features(
     path: Annotated[Path, typer.Argument(help="Slide or data set.", show_default=False)],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the feature files.", show_default=False)
-    ],
-    sample: Annotated[
-        list[str] | None, typer.Option(help="Sample of the data set; repeat for several.")
-    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the feature files.", show_default=False)],
+    sample: Annotated[list[str] | None, typer.Option(help="Sample of the data set; repeat for several.")] = None,
     encoder: Annotated[
         str, typer.Option(help="timm or hf-hub: name, checkpoint, stain-texture; + joins.")
     ] = "stain-texture",
-    patch_um: Annotated[
-        float | None, typer.Option(help="Side of a patch in µm.  [default: the encoder's]")
-    ] = None,
+    patch_um: Annotated[float | None, typer.Option(help="Side of a patch in µm.  [default: the encoder's]")] = None,
     views: Annotated[int, typer.Option(help="1, or 8 for all flips and quarter turns.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Patches in one forward pass.")] = 64,
     image: Annotated[Path | None, typer.Option(help="Image, where the slide does not name it.")] = None,
@@ -114,9 +111,7 @@ def panel(
     sample: Annotated[list[str] | None, typer.Option(help="Training sample; repeat for several.")] = None,
     method: Annotated[str, typer.Option(help="hmhvg or hvg.")] = "hmhvg",
     genes: Annotated[int, typer.Option(help="Size of the panel.")] = 200,
-    from_list: Annotated[
-        Path | None, typer.Option("--list", help="Text file, one gene symbol a line.")
-    ] = None,
+    from_list: Annotated[Path | None, typer.Option("--list", help="Text file, one gene symbol a line.")] = None,
 ) -> None:
     """Choose the genes to predict, from training slides only.
 
@@ -140,16 +135,10 @@ def panel(
 
 @app.command("pretrain-expression")
 def pretrain_expression(
-    paths: Annotated[
-        list[Path], typer.Argument(help="h5ad files or data sets with counts.", show_default=False)
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the backbone.", show_default=False)
-    ],
+    paths: Annotated[list[Path], typer.Argument(help="h5ad files or data sets with counts.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the backbone.", show_default=False)],
     sample: Annotated[list[str] | None, typer.Option(help="Only these samples; repeat for several.")] = None,
-    panel: Annotated[
-        Path | None, typer.Option(help="Genes of the vocabulary.  [default: all shared ones]")
-    ] = None,
+    panel: Annotated[Path | None, typer.Option(help="Genes of the vocabulary.  [default: all shared ones]")] = None,
     transform: Annotated[str, typer.Option(help="log2p1 or log1p_cp10k.")] = "log1p_cp10k",
     hidden_size: Annotated[int, typer.Option()] = 128,
     num_hidden_layers: Annotated[int, typer.Option()] = 4,
@@ -208,16 +197,12 @@ def sample(
         typer.Option(help="Sample of the run's data set, or a slide's h5ad.  [default: test slides]"),
     ] = None,
     draws: Annotated[int | None, typer.Option(help="Draws a spot.  [default: the run's]", min=1)] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of revealing genes.  [default: the run's]", min=1)
-    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of revealing genes.  [default: the run's]", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.  [default: the run's]", min=0)] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Spot-draws at a time; no effect on the result.", min=1)
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="h5ad to write, for one slide.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="h5ad to write, for one slide.")] = None,
 ) -> None:
     """Draw the expression of every spot of a slide, several times.
 
@@ -235,18 +220,14 @@ def sample(
     for name in names:
         # a file is a slide from elsewhere; everything else is a sample of the run's own data set
         source = {"slide": read_slide(name)} if Path(name).is_file() else {"name": name}
-        path = opened.sample(
-            **source, output=output, draws=draws, steps=steps, seed=seed, batch_size=batch_size
-        )
+        path = opened.sample(**source, output=output, draws=draws, steps=steps, seed=seed, batch_size=batch_size)
         print(f"draws: {path}")
 
 
 @app.command()
 def evaluate(
     run: RunFolder,
-    slide: Annotated[
-        list[str] | None, typer.Option(help="Sample; repeat for several.  [default: test slides]")
-    ] = None,
+    slide: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: test slides]")] = None,
 ) -> None:
     """Score the draws beside baselines and the noise ceiling.
 
@@ -282,9 +263,7 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for slides and results.")] = Path(
-        "hinge-demo"
-    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for slides and results.")] = Path("hinge-demo"),
     seed: Annotated[int, typer.Option(help="Of the tissue and of everything after it.", min=0)] = 0,
 ) -> None:
     """Simulate tissue, train on it, sample a held-out slide, score and report. No download, minutes on a CPU.

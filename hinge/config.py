@@ -40,9 +40,7 @@ class DataConfig(_Section):
         for one, other in (("train", "test"), ("pretrain", "train"), ("pretrain", "test")):
             both = sorted(set(getattr(self, one)) & set(getattr(self, other)))
             if both:
-                raise ValueError(
-                    f"{', '.join(both)} stands in {one} and in {other}; a slide can serve one of them"
-                )
+                raise ValueError(f"{', '.join(both)} stands in {one} and in {other}; a slide can serve one of them")
         return self
 
 
@@ -63,17 +61,13 @@ class FeaturesConfig(_Section):
     patch_um: float | None = Field(None, gt=0, description="side of a patch in µm; None: the encoder's own")
     views: Literal[1, 8] = 1
     batch_size: int = Field(64, ge=1)
-    folder: AbsolutePath | None = Field(
-        None, description="where feature files lie; None: in the run's folder"
-    )
+    folder: AbsolutePath | None = Field(None, description="where feature files lie; None: in the run's folder")
 
 
 class BackboneConfig(_Section):
     """The expression model: pre-trained weights, or the size of one that is pre-trained here."""
 
-    path: AbsolutePath | None = Field(
-        None, description="a pre-trained CellFM; None: pre-train one on data.pretrain"
-    )
+    path: AbsolutePath | None = Field(None, description="a pre-trained CellFM; None: pre-train one on data.pretrain")
     hidden_size: int = Field(128, ge=8)
     num_hidden_layers: int = Field(4, ge=2)
     num_attention_heads: int = Field(4, ge=1)
@@ -84,8 +78,7 @@ class BackboneConfig(_Section):
     def _divisible(self):
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
-                f"{self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
             )
         return self
 

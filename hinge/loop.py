@@ -150,17 +150,15 @@ def run_loop(
     HingeError
         The loss was not finite for ten steps in a row; or the run was interrupted (after a checkpoint).
     """
-    accelerator = accelerator or make_accelerator(config)
     folder = Path(folder)
+    accelerator = accelerator or make_accelerator(config, folder)
     total = config.num_steps(num_rows)
     per_epoch = config.steps_per_epoch(num_rows)
     checkpoint_every = config.checkpoint_every or per_epoch
     evaluate_every = config.evaluate_every or per_epoch
     main = accelerator.is_main_process
     if config.batch_size < accelerator.num_processes:
-        raise ConfigError(
-            f"batch_size {config.batch_size} is smaller than the {accelerator.num_processes} processes"
-        )
+        raise ConfigError(f"batch_size {config.batch_size} is smaller than the {accelerator.num_processes} processes")
 
     model.to(accelerator.device)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -173,7 +171,11 @@ def run_loop(
         weight_decay=config.weight_decay,
         fused=accelerator.device.type == "cuda",
     )
-    ema = EMAModel(trainable.values(), decay=config.ema_decay, use_ema_warmup=True, power=0.75) if config.ema_decay else None
+    ema = (
+        EMAModel(trainable.values(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+        if config.ema_decay
+        else None
+    )
     state: dict[str, Any] = {"step": 0, "best_step": None, "best_score": None, "bad_evaluations": 0, "stopped": False}
     latest, best = folder / "latest.safetensors", folder / "best.safetensors"
     if latest.exists():
@@ -187,7 +189,12 @@ def run_loop(
 
     log = _Log(folder / "log.jsonl", state["step"]) if main else None
     if config.tracker != "none":
-        accelerator.init_trackers("hinge", config={"description": description, **config.model_dump(mode="json")})
+        settings = {key: str(value) for key, value in config.model_dump(mode="json").items()}
+        # wandb's own folder belongs beside the log; WANDB_MODE=offline keeps everything there
+        folder.mkdir(parents=True, exist_ok=True)
+        accelerator.init_trackers(
+            "hinge", config={"description": description, **settings}, init_kwargs={"wandb": {"dir": str(folder)}}
+        )
     bar = tqdm(
         total=total,
         initial=state["step"],
@@ -279,14 +286,17 @@ def run_loop(
     return LoopResult(state["step"], state["best_step"], state["best_score"])
 
 
-def make_accelerator(config: LoopConfig) -> Accelerator:
-    """The accelerator of a loop: device and processes from `accelerate launch`, precision from the config."""
+def make_accelerator(config: LoopConfig, folder: str | Path = ".") -> Accelerator:
+    """The accelerator of a loop: device and processes from `accelerate launch`, precision from the config.
+
+    `folder` is where a tracker that writes files puts them.
+    """
     # accelerate keeps the first precision of a process for ever; pre-training and training may differ in theirs
     AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=config.precision,
         log_with=None if config.tracker == "none" else config.tracker,
-        project_dir="." if config.tracker == "tensorboard" else None,
+        project_dir=str(folder) if config.tracker == "tensorboard" else None,
         cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     )
 

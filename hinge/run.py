@@ -135,9 +135,7 @@ class Run:
             if config.method == "file":
                 panel = read_panel(config.file)
             else:
-                panel = select_panel(
-                    [self.slide(name) for name in self.config.data.train], config.method, config.genes
-                )
+                panel = select_panel([self.slide(name) for name in self.config.data.train], config.method, config.genes)
             panel.save(self.panel_path)
             logger.info("wrote %s (%d genes)", self.panel_path, len(panel.genes))
         return Panel.load(self.panel_path)
@@ -222,7 +220,7 @@ class Run:
             self._claim()
             logger.info("%s is finished", self.model_path)
             return self.model_path
-        accelerator = make_accelerator(config)
+        accelerator = make_accelerator(config, self.folder / "training")
         # one process reads slides, chooses genes and extracts features; the others then find them
         with accelerator.main_process_first(), self._undone_on_error():
             self._claim()
@@ -230,6 +228,7 @@ class Run:
             unknown = [name for name in data.test if name not in list_samples(data.path, data.format)]
             if unknown:
                 raise DataError(f"there is no sample {unknown[0]!r} in {data.path}, and data.test names it")
+            self._encoder = load_encoder(self.config.features.encoder)  # a wrong name is told before slides are read
             spots = self.spots(data.train)
             pretrained = (self.backbone_path / "config.json").exists()
             if pretrained or settings.path is not None:
@@ -249,7 +248,7 @@ class Run:
                 self.backbone_path,
                 seed=self.config.seed,
             )
-            accelerator = make_accelerator(config)
+            accelerator = make_accelerator(config, self.folder / "training")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             model = HingeModel.from_backbone(
@@ -362,9 +361,7 @@ class Run:
             raise ConfigError(f"{self.folder} names no test slides; give --slide")
         for name in slides:
             if not self.samples_path(name).exists():
-                raise DataError(
-                    f"there are no draws of {name} in {self.folder / 'samples'}; run hinge sample first"
-                )
+                raise DataError(f"there are no draws of {name} in {self.folder / 'samples'}; run hinge sample first")
         train = self.spots(self.config.data.train)
         rows = []
         for name in slides:
@@ -470,8 +467,7 @@ def stack_values(values: list[np.ndarray], genes: list[str]) -> np.ndarray:
     missing = [gene for gene, known in zip(genes, np.isfinite(stacked).any(axis=0), strict=True) if not known]
     if missing:
         raise DataError(
-            f"{len(missing)} genes of the panel are in none of the files to pre-train on: "
-            f"{', '.join(missing[:5])}"
+            f"{len(missing)} genes of the panel are in none of the files to pre-train on: {', '.join(missing[:5])}"
         )
     return stacked
 
@@ -496,9 +492,7 @@ def load_backbone(folder: str | Path) -> CellFMModel:
     # transformers would go on with random numbers in their place
     wrong = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]))
     if wrong:
-        raise WeightsError(
-            f"the weights in {folder} are not those of a CellFM of its config.json: {wrong[0]}"
-        )
+        raise WeightsError(f"the weights in {folder} are not those of a CellFM of its config.json: {wrong[0]}")
     return model.eval()
 
 
@@ -604,9 +598,7 @@ def pretrain_on_files(
     if unknown:
         raise DataError(f"there is no sample {', '.join(unknown)} in {', '.join(map(str, paths))}")
     slides = [
-        read_slide(path, sample, require_image=False)
-        for path, sample in listed
-        if samples is None or sample in samples
+        read_slide(path, sample, require_image=False) for path, sample in listed if samples is None or sample in samples
     ]
     if panel is not None:
         genes = read_panel(panel).genes

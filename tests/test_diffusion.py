@@ -1,6 +1,7 @@
 """Scheduler, objective and sampling."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_masks_grow_with_time_from_none_to_all(schedule, reveal, steps, genes, s
     visible = [scheduler.visible_at(torch.full((3,), t), uniform) for t in range(steps + 1)]
     assert (visible[0] == 1).all()
     assert (visible[-1] == 0).all()
-    for earlier, later in zip(visible, visible[1:], strict=False):
+    for earlier, later in pairwise(visible):
         assert (later <= earlier).all()
     if reveal == "budget":
         masked = [int(genes - v[0].sum()) for v in visible]

@@ -85,7 +85,9 @@ def test_every_trained_parameter_gets_a_gradient():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     model(**inputs()).loss(torch.rand(5, GENES)).mean().backward()
-    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    missing = [
+        name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
     assert missing == []
 
 

@@ -257,6 +257,18 @@ def test_learning_rates():
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("head", ["point", "gaussian", "censored_gaussian"])
 def test_every_head_trains_in_every_precision(tmp_path, head, precision):
-    model, result = train(tmp_path, make_model(head=head), steps=6, precision=precision, loss_on="revealed", weighting="gene")
+    model, result = train(
+        tmp_path, make_model(head=head), steps=6, precision=precision, loss_on="revealed", weighting="gene"
+    )
     assert result.step == 6
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_trackers_write_into_the_folder(tmp_path, monkeypatch, tracker):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    train(tmp_path / "run", make_model(), steps=3, tracker=tracker)
+    written = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(("tfevents" if tracker == "tensorboard" else ".wandb") in name for name in written)
+    assert all(name.startswith("run/") for name in written)

@@ -76,14 +76,14 @@ def pretrain_expression(
             raise ConfigError(f"{folder} holds a backbone pre-trained on other genes; choose another folder")
         return model.eval()
 
-    accelerator = accelerator or make_accelerator(config)
+    accelerator = accelerator or make_accelerator(config, folder.with_name(f"{folder.name}-training"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CellFMModel(architecture)
     known = torch.from_numpy(np.isfinite(values).astype(np.float32))
     filled = torch.from_numpy(np.nan_to_num(values, nan=0.0).astype(np.float32))
     order = torch.randperm(len(filled), generator=step_generator(seed, 10)).numpy()
-    num_held = int(round(len(order) * config.validation_share))
+    num_held = round(len(order) * config.validation_share)
     held, training = order[:num_held], order[num_held:]
     task = _MaskedReconstruction(model)
 

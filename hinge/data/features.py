@@ -166,9 +166,7 @@ class FeatureWriter:
         late = None
         if raised[0] is None and not self._written.all():
             missing = int((~self._written).sum())
-            late = DataError(
-                f"{self.path} was not written: {missing} of {len(self._written)} spots are missing"
-            )
+            late = DataError(f"{self.path} was not written: {missing} of {len(self._written)} spots are missing")
             raised = (DataError, late, None)
         self._stack.__exit__(*raised)
         if late is not None:
@@ -187,9 +185,7 @@ def read_feature_header(path: str | Path) -> FeatureHeader:
         return _header(file, path)
 
 
-def read_features(
-    path: str | Path, barcodes: Sequence[str] | None = None, digest: str | None = None
-) -> Features:
+def read_features(path: str | Path, barcodes: Sequence[str] | None = None, digest: str | None = None) -> Features:
     """Read features of all spots, or of some in a given order.
 
     Parameters
@@ -223,9 +219,7 @@ def read_features(
     if wrong.any():
         first = int(np.flatnonzero(wrong)[0])
         spot = first if header.barcodes is None else header.barcodes[first]
-        raise DataError(
-            f"{path}, spot {spot}: a feature is not a finite number ({int(wrong.sum())} such spots)"
-        )
+        raise DataError(f"{path}, spot {spot}: a feature is not a finite number ({int(wrong.sum())} such spots)")
     rows = slice(None) if barcodes is None else _rows(header, list(barcodes), path)
     return Features(
         features=values[rows].astype(np.float32),
@@ -319,7 +313,5 @@ def _rows(header: FeatureHeader, barcodes: list[str], path: str | Path) -> np.nd
     rows = pd.Index(header.barcodes).get_indexer(barcodes)
     missing = [barcode for barcode, row in zip(barcodes, rows, strict=True) if row < 0]
     if missing:
-        raise DataError(
-            f"{path} lacks {len(missing)} of {len(barcodes)} spots, the first of them {missing[0]}"
-        )
+        raise DataError(f"{path} lacks {len(missing)} of {len(barcodes)} spots, the first of them {missing[0]}")
     return rows

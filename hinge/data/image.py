@@ -207,9 +207,7 @@ class SlideImage:
                 f"at most {MAX_DECODED_PIXELS:,}: convert it to a tiled pyramidal TIFF"
             )
         if image.mode.startswith(("I", "F")):
-            raise DataError(
-                f"{self.path} has pixels of type {image.mode}; an image with 8 bits a channel is needed"
-            )
+            raise DataError(f"{self.path} has pixels of type {image.mode}; an image with 8 bits a channel is needed")
         return image
 
     @contextlib.contextmanager

@@ -81,9 +81,7 @@ class Panel(BaseModel):
         return write_json(path, self.model_dump())
 
 
-def select_panel(
-    slides: Sequence[AnnData], method: Literal["hmhvg", "hvg"] = "hmhvg", n_genes: int = 200
-) -> Panel:
+def select_panel(slides: Sequence[AnnData], method: Literal["hmhvg", "hvg"] = "hmhvg", n_genes: int = 200) -> Panel:
     """Choose a panel from slides: give the training slides only.
 
     `hmhvg` (highly expressed and highly variable; HINGE, Fang et al. 2026, after Stem, Zhu et al. 2025): the
@@ -182,9 +180,7 @@ def _hvg(slides: Sequence[AnnData], shared: list[str], n_genes: int) -> list[str
     import scanpy
 
     # scanpy averages over batches: in the order of names, so that the order given does not reach the last bit
-    values = {
-        slide_name(slide): _log_normalised(slide)[:, shared] for slide in sorted(slides, key=slide_name)
-    }
+    values = {slide_name(slide): _log_normalised(slide)[:, shared] for slide in sorted(slides, key=slide_name)}
     together = anndata.concat(values, label="slide", index_unique="/")
     table = scanpy.pp.highly_variable_genes(together, n_top_genes=n_genes, batch_key="slide", inplace=False)
     table.index = together.var_names

@@ -43,15 +43,11 @@ class PatchReader:
         If the slide has no image, or while iterating if the image is missing or damaged.
     """
 
-    def __init__(
-        self, slide: AnnData, patch_um: float, patch_px: int, batch_size: int = 64, workers: int = 2
-    ) -> None:
+    def __init__(self, slide: AnnData, patch_um: float, patch_px: int, batch_size: int = 64, workers: int = 2) -> None:
         if not (math.isfinite(patch_um) and patch_um > 0 and patch_px >= 1):
             raise ConfigError(f"a patch needs a side above 0, not {patch_um} µm and {patch_px} px")
         if batch_size < 1 or workers < 1:
-            raise ConfigError(
-                f"reading patches needs batch_size and workers above 0, not {batch_size} and {workers}"
-            )
+            raise ConfigError(f"reading patches needs batch_size and workers above 0, not {batch_size} and {workers}")
         name = slide_name(slide)
         facts = slide.uns["hinge"]
         if not facts.get("image_path"):

@@ -429,9 +429,7 @@ def _raster_index(points_um: np.ndarray, shape: tuple[int, ...]) -> tuple[np.nda
 # ------------------------------------------------------------------------------------------------------ image
 
 
-def _render(
-    rng: np.random.Generator, tissue: Tissue, types: Sequence[CellType], um_per_px: float
-) -> np.ndarray:
+def _render(rng: np.random.Generator, tissue: Tissue, types: Sequence[CellType], um_per_px: float) -> np.ndarray:
     """Paint the tissue: (height, width, 3) uint8."""
     raster = tissue.depth_um.shape
     shape = tuple(round(side * RASTER_UM / um_per_px) for side in raster)

@@ -34,9 +34,7 @@ def slide_name(slide: AnnData) -> str:
     try:
         return str(slide.uns["hinge"]["name"])
     except (KeyError, TypeError, IndexError) as error:
-        raise DataError(
-            "this AnnData is not a slide: it has no uns['hinge']['name']; use read_slide"
-        ) from error
+        raise DataError("this AnnData is not a slide: it has no uns['hinge']['name']; use read_slide") from error
 
 
 def describe_slide(

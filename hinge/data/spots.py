@@ -170,7 +170,6 @@ def _features(path: str | Path, name: str, barcodes: np.ndarray, coords: np.ndar
     if away.max() > _SAME_PLACE_PX:
         worst = int(away.argmax())
         raise DataError(
-            f"features {path} are not of slide {name}: "
-            f"they place spot {barcodes[worst]} {away[worst]:.0f} px away"
+            f"features {path} are not of slide {name}: they place spot {barcodes[worst]} {away[worst]:.0f} px away"
         )
     return stored.features

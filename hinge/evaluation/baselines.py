@@ -69,9 +69,7 @@ def spot_groups(slides: ArrayLike, coords: ArrayLike) -> NDArray:
     return np.argsort(np.argsort(along, kind="stable"), kind="stable") * _FOLDS // len(along)
 
 
-def baseline_predictions(
-    train: SpotTable, test: SpotTable, *, n_draws: int = 20, seed: int = 0
-) -> list[Prediction]:
+def baseline_predictions(train: SpotTable, test: SpotTable, *, n_draws: int = 20, seed: int = 0) -> list[Prediction]:
     """Predict one slide from others by the methods of `fit_baselines`.
 
     Parameters

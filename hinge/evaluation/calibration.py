@@ -108,9 +108,7 @@ def pit_distribution(measured: ArrayLike, draws: ArrayLike, points: ArrayLike) -
     return mass @ count / measured.size
 
 
-def coverage(
-    measured: ArrayLike, draws: ArrayLike, levels: Sequence[float] = CURVE_LEVELS
-) -> NDArray[np.float64]:
+def coverage(measured: ArrayLike, draws: ArrayLike, levels: Sequence[float] = CURVE_LEVELS) -> NDArray[np.float64]:
     """Share of the measured values in the draws' central intervals.
 
     The mass of `pit_distribution` in the central part of width `level`: calibrated draws have coverage =

@@ -52,9 +52,7 @@ def matrix_scores(measured: ArrayLike, predicted: ArrayLike) -> dict[str, float]
     """
     measured, predicted = np.asarray(measured, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     if measured.shape != predicted.shape:
-        raise DataError(
-            f"the predicted correlations are of shape {predicted.shape}, the measured of {measured.shape}"
-        )
+        raise DataError(f"the predicted correlations are of shape {predicted.shape}, the measured of {measured.shape}")
     upper = np.triu_indices(len(measured), k=1)
     measured, predicted = measured[upper], predicted[upper]
     valid = ~np.isnan(measured)

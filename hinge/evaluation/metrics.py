@@ -23,9 +23,7 @@ def as_matrix(values: ArrayLike, what: str) -> NDArray[np.float64]:
         raise DataError(f"{what} must be a matrix of spots x genes, not an array of shape {matrix.shape}")
     if not np.isfinite(matrix).all():
         spot, gene = np.argwhere(~np.isfinite(matrix))[0]
-        raise DataError(
-            f"{what} must hold finite numbers only, but spot {spot}, gene {gene} is {matrix[spot, gene]}"
-        )
+        raise DataError(f"{what} must hold finite numbers only, but spot {spot}, gene {gene} is {matrix[spot, gene]}")
     return matrix
 
 

@@ -34,8 +34,7 @@ class Metric:
 
 _OF_GENE = "Pearson correlation over spots between measured values and predicted mean,"
 _BEST = (
-    _OF_GENE
-    + " mean of the {0} genes where it is highest (of all genes where there are fewer). Genes constant in "
+    _OF_GENE + " mean of the {0} genes where it is highest (of all genes where there are fewer). Genes constant in "
     "the measured slide are left out; genes predicted constant count 0."
 )
 _PAIRS = (
@@ -92,22 +91,19 @@ METRICS: dict[str, Metric] = {
     ),
     "coexpression_rmse_mean": Metric(
         "co-expr. RMSE (mean)",
-        "Root mean squared difference of the gene-gene correlations of measured and predicted mean, "
-        f"{_PAIRS}.",
+        f"Root mean squared difference of the gene-gene correlations of measured and predicted mean, {_PAIRS}.",
         "correlation",
         "lower",
     ),
     "coexpression_r": Metric(
         "co-expr. r",
-        "Pearson correlation between the measured and the drawn gene-gene correlations, "
-        f"{_PAIRS}; {_EACH_DRAW}.",
+        f"Pearson correlation between the measured and the drawn gene-gene correlations, {_PAIRS}; {_EACH_DRAW}.",
         "correlation",
         "higher",
     ),
     "coexpression_rmse": Metric(
         "co-expr. RMSE",
-        "Root mean squared difference of the measured and the drawn gene-gene correlations, "
-        f"{_PAIRS}; {_EACH_DRAW}.",
+        f"Root mean squared difference of the measured and the drawn gene-gene correlations, {_PAIRS}; {_EACH_DRAW}.",
         "correlation",
         "lower",
     ),
@@ -167,9 +163,7 @@ def score(measured: ArrayLike, prediction: Prediction) -> dict[str, float]:
             result |= {f"coexpression_{key}_mean": value for key, value in coexpression.items()}
         if prediction.draws is not None and len(prediction.draws):
             result["crps"] = crps(measured, prediction.draws)
-            result["coverage_50"], result["coverage_90"] = coverage(
-                measured, prediction.draws, (0.5, 0.9)
-            ).tolist()
+            result["coverage_50"], result["coverage_90"] = coverage(measured, prediction.draws, (0.5, 0.9)).tolist()
             coexpression = coexpression_scores(measured, prediction.draws)
             result |= {f"coexpression_{key}": value for key, value in coexpression.items()}
         elif prediction.correlation is not None:
@@ -274,14 +268,11 @@ def prediction_from_draws(draws: AnnData, spots: SpotTable, method: str = "hinge
     """
     about = draws.uns.get("hinge", {})
     if about.get("transform") != spots.transform:
-        raise DataError(
-            f"the draws are in units of {about.get('transform')}, the measured values of {spots.transform}"
-        )
+        raise DataError(f"the draws are in units of {about.get('transform')}, the measured values of {spots.transform}")
     slides = np.unique(spots.slide)
     if len(slides) != 1 or about.get("name") != slides[0]:
         raise DataError(
-            f"the draws are of slide {about.get('name')}, "
-            f"the measured spots of {', '.join(slides) or 'no slide'}"
+            f"the draws are of slide {about.get('name')}, the measured spots of {', '.join(slides) or 'no slide'}"
         )
     rows, columns = draws.obs_names.get_indexer(spots.barcodes), draws.var_names.get_indexer(spots.genes)
     for what, index, names in (("spots", rows, spots.barcodes), ("genes", columns, spots.genes)):

@@ -381,7 +381,9 @@ class HingeModel(ModelMixin, ConfigMixin):
             config = json.loads((folder / cls.config_name).read_text())
             weights = load_file(folder / WEIGHTS_NAME)
         except FileNotFoundError as error:
-            raise WeightsError(f"{folder} holds no hinge model: {Path(error.filename or '').name} is missing") from error
+            raise WeightsError(
+                f"{folder} holds no hinge model: {Path(error.filename or '').name} is missing"
+            ) from error
         except Exception as error:
             raise WeightsError(f"the hinge model in {folder} is damaged: {error}") from error
         model = cls.from_config(config)

@@ -115,9 +115,7 @@ class ReportSlide:
             if not np.isfinite(getattr(self, field)).all():
                 raise DataError(f"slide {self.name}: {field} holds values that are not finite")
         if not n or not n_genes:
-            raise DataError(
-                f"slide {self.name} has {n} spots and {n_genes} genes, the report needs one of each"
-            )
+            raise DataError(f"slide {self.name} has {n} spots and {n_genes} genes, the report needs one of each")
         if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype != np.uint8:
             raise DataError(
                 f"slide {self.name}: the image is {self.image.dtype} {self.image.shape}, "
@@ -209,9 +207,7 @@ def write_report(
             "methods": METHODS,
             "rows": scores.get("rows", []),
         },
-        "slides": [
-            _slide_content(slide) for slide in tqdm(slides, desc="report", unit="slide", disable=None)
-        ],
+        "slides": [_slide_content(slide) for slide in tqdm(slides, desc="report", unit="slide", disable=None)],
     }
     page = resources.files("hinge.report")
     script = page.joinpath("page.js").read_text(encoding="utf-8")

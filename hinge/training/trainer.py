@@ -135,7 +135,7 @@ def train_hinge(
     """
     if len(spots) == 0 or spots.features is None:
         raise DataError("training needs spots with features")
-    accelerator = accelerator or make_accelerator(config)
+    accelerator = accelerator or make_accelerator(config, folder)
     device = accelerator.device
     training, held = split_spots(spots, config.validation_share, config.validation_groups, seed)
     num_views, num_genes = spots.features.shape[1], spots.values.shape[1]

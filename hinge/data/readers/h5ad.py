@@ -32,9 +32,7 @@ def list_samples(path: Path) -> list[str]:
     return [file.stem for file in _files(path)]
 
 
-def read(
-    path: Path, sample: str, *, image: Path | None, um_per_px: float | None, require_image: bool
-) -> AnnData:
+def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None, require_image: bool) -> AnnData:
     """Read one file; its other layers, obs, obsm and uns are kept."""
     file = next(file for file in _files(path) if file.stem == sample)
     try:
@@ -44,9 +42,7 @@ def read(
     slide.X = scipy.sparse.csr_matrix(_counts(slide, file), dtype=np.float32)
     coordinates = slide.obsm.get("spatial")
     if coordinates is None or np.ndim(coordinates) != 2 or np.shape(coordinates)[1] != 2:
-        raise DataError(
-            f"{file} needs pixel x and y of each spot, shape ({slide.n_obs}, 2), in obsm['spatial']"
-        )
+        raise DataError(f"{file} needs pixel x and y of each spot, shape ({slide.n_obs}, 2), in obsm['spatial']")
     try:
         coordinates = np.asarray(coordinates, dtype=np.float64)
     except (TypeError, ValueError) as error:

@@ -37,9 +37,7 @@ def list_samples(path: Path) -> list[str]:
     return sorted(file.name.removesuffix(_COUNTS_SUFFIX) for file in files)
 
 
-def read(
-    path: Path, sample: str, *, image: Path | None, um_per_px: float | None, require_image: bool
-) -> AnnData:
+def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None, require_image: bool) -> AnnData:
     """Read one section: the spots that are selected and have counts, in the order of the counts."""
     root = _root(path)
     genes, counts = _read_counts(root / "ST-cnts" / f"{sample}{_COUNTS_SUFFIX}")
@@ -145,7 +143,5 @@ def _find_image(folder: Path, require_image: bool) -> Path | None:
     if len(images) > 1:
         raise DataError(f"{folder} has {len(images)} images, and one is needed: give it with image=")
     if require_image:
-        raise DataError(
-            f"there is no image in {folder}: give one with image=, or read with require_image=False"
-        )
+        raise DataError(f"there is no image in {folder}: give one with image=, or read with require_image=False")
     return None
