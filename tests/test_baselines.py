@@ -70,9 +70,7 @@ def test_ridge_cv_takes_the_penalty_that_generalises_to_other_groups(data, fitte
     features, values, groups, test_features, *_ = data
     scaler = StandardScaler().fit(features)
     folds = list(LeaveOneGroupOut().split(features, values, groups))
-    search = RidgeCV(ALPHAS, scoring="neg_mean_squared_error", cv=folds).fit(
-        scaler.transform(features), values
-    )
+    search = RidgeCV(ALPHAS, scoring="neg_mean_squared_error", cv=folds).fit(scaler.transform(features), values)
     assert ALPHAS[0] < search.alpha_ < ALPHAS[-1]
     expected = search.predict(scaler.transform(test_features))
     np.testing.assert_allclose(fitted["ridge-cv"].mean, expected, rtol=1e-6)
@@ -117,9 +115,7 @@ def test_residuals_are_those_of_spots_not_trained_on():
     rng = np.random.default_rng(3)
     features = rng.normal(size=(840, 60))
     values = 50 + features @ rng.normal(size=(60, 3)) + rng.normal(size=(840, 3))
-    prediction = fit_baselines(features[:240], values[:240], np.arange(240) % 5, features[240:], n_draws=50)[
-        3
-    ]
+    prediction = fit_baselines(features[:240], values[:240], np.arange(240) % 5, features[240:], n_draws=50)[3]
     drawn = (prediction.draws - prediction.mean).std()
     fit = Ridge().fit(features[:240], values[:240])
     assert drawn == pytest.approx((values[240:] - prediction.mean).std(), rel=0.1)
@@ -202,9 +198,7 @@ def table(data, rows, slide, views=2) -> SpotTable:
 def test_tables_are_predicted_from_the_first_view_and_the_slides(data):
     train, test = table(data, slice(300), data[2]), table(data, slice(300, 400), "d")
     predictions = baseline_predictions(train, test, n_draws=3, seed=5)
-    expected = fit_baselines(
-        train.features[:, 0], train.values, data[2], test.features[:, 0], n_draws=3, seed=5
-    )
+    expected = fit_baselines(train.features[:, 0], train.values, data[2], test.features[:, 0], n_draws=3, seed=5)
     np.testing.assert_array_equal(predictions[3].draws, expected[3].draws)
     one_slide = baseline_predictions(table(data, slice(300), "a"), test)
     assert [prediction.method for prediction in one_slide] == METHODS

@@ -13,7 +13,13 @@ from hinge.errors import ConfigError, DataError
 
 def small(**options) -> CellFMModel:
     torch.manual_seed(0)
-    settings = {"num_genes": 30, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "num_value_bins": 8}
+    settings = {
+        "num_genes": 30,
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_value_bins": 8,
+    }
     return CellFMModel(CellFMConfig(**{**settings, **options})).eval()
 
 
@@ -130,7 +136,12 @@ def published_to_ours(state):
         "gene_decoder.output.weight": state["value_dec.w2.weight"],
     }
     for theirs, name in (("value_enc.value_enc", "value_encoder"), ("ST_enc", "technical_encoder")):
-        for old, new in (("w1.weight", "to_bins.weight"), ("w3.weight", "mix_bins.weight"), ("table.weight",) * 2, ("a", "skip")):
+        for old, new in (
+            ("w1.weight", "to_bins.weight"),
+            ("w3.weight", "mix_bins.weight"),
+            ("table.weight",) * 2,
+            ("a", "skip"),
+        ):
             if f"{theirs}.{old}" in state:
                 ours[f"{name}.{new}"] = state[f"{theirs}.{old}"]
     if "ST_emb" in state:
@@ -158,7 +169,9 @@ TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "nu
 
 def test_pretraining_learns_and_resumes_to_the_same_weights(tmp_path):
     values, genes = expression(), [f"G{i}" for i in range(12)]
-    config = PretrainConfig(steps=40, batch_size=32, learning_rate=3e-3, warmup_steps=5, evaluate_every=10, checkpoint_every=10)
+    config = PretrainConfig(
+        steps=40, batch_size=32, learning_rate=3e-3, warmup_steps=5, evaluate_every=10, checkpoint_every=10
+    )
     whole = pretrain_expression(values, genes, CellFMConfig(**TINY), config, tmp_path / "whole")
     log = [json.loads(line) for line in (tmp_path / "whole-training" / "log.jsonl").read_text().splitlines()]
     scores = [record["validation_loss"] for record in log if "validation_loss" in record]
@@ -185,14 +198,20 @@ def test_pretraining_learns_and_resumes_to_the_same_weights(tmp_path):
     parts = pretrain_expression(values, genes, CellFMConfig(**TINY), config, tmp_path / "parts")
     assert parts.digest() == whole.digest()
     # a finished folder is loaded, not trained again
-    assert pretrain_expression(values, genes, CellFMConfig(**TINY), config, tmp_path / "whole").digest() == whole.digest()
+    assert (
+        pretrain_expression(values, genes, CellFMConfig(**TINY), config, tmp_path / "whole").digest() == whole.digest()
+    )
 
 
 def test_genes_a_file_lacks_are_never_targets(tmp_path):
     values = expression()
     values[:60, 3] = np.nan
     model = pretrain_expression(
-        values, [f"G{i}" for i in range(12)], CellFMConfig(**TINY), PretrainConfig(steps=3, batch_size=16), tmp_path / "b"
+        values,
+        [f"G{i}" for i in range(12)],
+        CellFMConfig(**TINY),
+        PretrainConfig(steps=3, batch_size=16),
+        tmp_path / "b",
     )
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 

@@ -296,9 +296,7 @@ def test_missing_weights_say_what_to_do(name):
 
 
 def test_weights_in_the_hub_cache_are_found(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        registry.RECIPES, "uni", replace(RECIPES["uni"], architecture=TINY, dim=192, arguments=SMALL)
-    )
+    monkeypatch.setitem(registry.RECIPES, "uni", replace(RECIPES["uni"], architecture=TINY, dim=192, arguments=SMALL))
     repo = tmp_path / "hub" / "models--MahmoodLab--UNI"
     snapshot = repo / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -350,9 +348,7 @@ def test_the_digest_covers_what_happens_before_the_weights(small, tmp_path, monk
     torch.save(small(TINY, num_classes=0).state_dict(), tmp_path / "w.pth")
     recipe = replace(RECIPES["spafoundation"], architecture=TINY, dim=192, patch_px=32)
     monkeypatch.setitem(registry.RECIPES, "spafoundation", recipe)
-    one, two = (
-        load_encoder(f"{name}@{tmp_path / 'w.pth'}", device="cpu") for name in (TINY, "spafoundation")
-    )
+    one, two = (load_encoder(f"{name}@{tmp_path / 'w.pth'}", device="cpu") for name in (TINY, "spafoundation"))
     assert one.digest != two.digest
     assert not np.allclose(one.encode(random_patches()), two.encode(random_patches()))
 
@@ -403,9 +399,7 @@ def test_files_that_are_no_weights_of_it(small, tmp_path):
         load({"epoch": 3})
     with pytest.raises(WeightsError, match="holds no tensors by name"):
         load([1, 2])
-    with pytest.raises(
-        WeightsError, match=r"no weights of vit_tiny_patch16_224: it lacks 1 tensors \(norm\.bias\)"
-    ):
+    with pytest.raises(WeightsError, match=r"no weights of vit_tiny_patch16_224: it lacks 1 tensors \(norm\.bias\)"):
         load({k: v for k, v in state.items() if k != "norm.bias"})
     with pytest.raises(WeightsError, match=r"it also holds 1 tensors \(other\.weight\)"):
         load({**state, "other.weight": torch.zeros(2)})
@@ -511,9 +505,7 @@ def test_extraction(tiny_slide, tmp_path, meter, views, capsys):
     assert (found.encoder, found.patch_um, found.patch_px) == ("meter", 50.0, 20)
     red = found.features[:, 0, 0].reshape(6, 5)
     assert (np.diff(red, axis=1) > 0.05).all()  # the slide's image gets redder from left to right
-    np.testing.assert_allclose(
-        found.features[:, :, :3], found.features[:, :1, :3].repeat(views, 1), atol=2e-3
-    )
+    np.testing.assert_allclose(found.features[:, :, :3], found.features[:, :1, :3].repeat(views, 1), atol=2e-3)
     corners = found.features[0, :, 3:].round(3)
     assert len({tuple(corner) for corner in corners}) == (1 if views == 1 else 4)
     assert capsys.readouterr() == ("", "")
@@ -548,9 +540,7 @@ def test_a_file_of_other_features_is_never_used(tiny_slide, tmp_path, meter, cha
     slide.obsm["spatial"] = slide.obsm["spatial"] + change.pop("shift", 0.0)
     keywords = {key: change.pop(key) for key in ("views", "patch_um") if key in change}
     other = replace(meter, **change)
-    with pytest.raises(
-        DataError, match=rf"tiny\.h5 was made {message}.*: overwrite it, or write to another folder"
-    ):
+    with pytest.raises(DataError, match=rf"tiny\.h5 was made {message}.*: overwrite it, or write to another folder"):
         extract_features(slide, other, path, **keywords)
     assert path.read_bytes() == content
     extract_features(slide, other, path, overwrite=True, **keywords)

@@ -327,12 +327,8 @@ def test_mutated_files_are_read_or_refused(tmp_path, weights, steps):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", torch.float16])
 def test_conversion(tmp_path, weights, dtype):
-    path = write(
-        tmp_path / "w.ckpt", checkpoint({**weights, "moment1.gene_emb": torch.ones(10, 6)}, piece=40)
-    )
-    out = convert_mindspore(
-        path, tmp_path / "folder", dtype, lambda name: None if name == "ids" else f"new.{name}"
-    )
+    path = write(tmp_path / "w.ckpt", checkpoint({**weights, "moment1.gene_emb": torch.ones(10, 6)}, piece=40))
+    out = convert_mindspore(path, tmp_path / "folder", dtype, lambda name: None if name == "ids" else f"new.{name}")
     assert out == tmp_path / "folder" / "model.safetensors"
     assert [file.name for file in out.parent.iterdir()] == ["model.safetensors"]
     to = getattr(torch, dtype) if isinstance(dtype, str) else dtype

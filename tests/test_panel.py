@@ -118,9 +118,7 @@ def test_hvg_agrees_with_scanpy_on_one_slide():
 @pytest.mark.parametrize("method", ["hmhvg", "hvg"])
 def test_too_few_genes(method):
     slides = [make_slide("a", GENES, 1), make_slide("b", GENES[100:], 2)]
-    with pytest.raises(
-        DataError, match=rf"panel of 50 genes .* method {method} finds 20 in a, b \(20 genes are in"
-    ):
+    with pytest.raises(DataError, match=rf"panel of 50 genes .* method {method} finds 20 in a, b \(20 genes are in"):
         select_panel(slides, method, 50)
 
 

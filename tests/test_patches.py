@@ -22,9 +22,7 @@ def test_every_spot_once_and_centred(tiny_slide, batch_size):
         for indices, patches in batches:
             assert patches.dtype == np.uint8 and patches.shape[1:] == (20, 20, 3)
             for index, patch in zip(indices, patches, strict=True):
-                np.testing.assert_array_equal(
-                    patch, image.read_region(slide.obsm["spatial"][index], 50.0, 20, 2.5)
-                )
+                np.testing.assert_array_equal(patch, image.read_region(slide.obsm["spatial"][index], 50.0, 20, 2.5))
 
 
 def test_a_patch_over_the_edge_is_white_there(tiny_slide):

@@ -86,9 +86,7 @@ def test_no_raw_counts_anywhere(write_slide):
     def spoil(slide):
         slide.X = slide.X * 0.5
 
-    with pytest.raises(
-        DataError, match=r"tiny\.h5ad has no raw counts: X holds values that are not integers and"
-    ):
+    with pytest.raises(DataError, match=r"tiny\.h5ad has no raw counts: X holds values that are not integers and"):
         read_slide(write_slide(edit=spoil))
 
     def drop(slide):
@@ -111,9 +109,7 @@ def test_um_per_px_in_order_of_precedence(write_slide):
     assert read_slide(path).uns["hinge"]["um_per_px"] == pytest.approx(100 / 40)
 
     path = write_slide(name="bare", edit=without("um_per_px", "spot_pitch_um", "spot_diameter_um"))
-    with pytest.raises(
-        DataError, match=r"neither .*bare\.h5ad nor its image tells the resolution: give .*um_per_px="
-    ):
+    with pytest.raises(DataError, match=r"neither .*bare\.h5ad nor its image tells the resolution: give .*um_per_px="):
         read_slide(path)
     told = read_slide(path, um_per_px=0.5).uns
     assert told["hinge"]["spot_pitch_um"] == pytest.approx(20)
@@ -140,9 +136,7 @@ def test_which_image(write_slide, tmp_path):
     path = write_slide()
     moved = tmp_path / "elsewhere.png"
     shutil.move(path.with_suffix(".png"), moved)
-    with pytest.raises(
-        DataError, match=r"tiny\.h5ad has no image: there is no tiny\{\.tif,.*give one with image="
-    ):
+    with pytest.raises(DataError, match=r"tiny\.h5ad has no image: there is no tiny\{\.tif,.*give one with image="):
         read_slide(path)
     assert read_slide(path, image=moved).uns["hinge"]["image_path"] == str(moved)
 
@@ -154,9 +148,7 @@ def test_which_image(write_slide, tmp_path):
     moved.unlink()  # the file was copied here from another machine: the image beside it serves
     assert read_slide(path).uns["hinge"]["image_path"] == str(path.with_suffix(".png"))
     path.with_suffix(".png").unlink()
-    with pytest.raises(
-        DataError, match=r"image_path'\] \.\./elsewhere\.png does not exist and there is no other"
-    ):
+    with pytest.raises(DataError, match=r"image_path'\] \.\./elsewhere\.png does not exist and there is no other"):
         read_slide(path)
     with pytest.raises(DataError, match=r"there is no image file .*nowhere\.png"):
         read_slide(path, image=tmp_path / "nowhere.png")
@@ -203,9 +195,7 @@ def test_damaged_files(tiny_slide):
 
 
 def test_h5ad_without_coordinates(write_slide):
-    with pytest.raises(
-        DataError, match=r"needs pixel x and y of each spot, shape \(30, 2\), in obsm\['spatial'\]"
-    ):
+    with pytest.raises(DataError, match=r"needs pixel x and y of each spot, shape \(30, 2\), in obsm\['spatial'\]"):
         read_slide(write_slide(edit=lambda slide: slide.obsm.pop("spatial")))
 
 
@@ -295,9 +285,7 @@ def test_validation_of_slides_made_in_memory(tiny_slide):
     with pytest.raises(DataError, match="has nan µm per pixel; give its resolution with um_per_px="):
         validate_slide(slide)
     slide.obsm["spatial"] = slide.obsm["spatial"][:, :1]
-    with pytest.raises(
-        DataError, match=r"needs numbers of shape \(30, 2\), pixel x and y, .* not float64 \(30, 1\)"
-    ):
+    with pytest.raises(DataError, match=r"needs numbers of shape \(30, 2\), pixel x and y, .* not float64 \(30, 1\)"):
         validate_slide(slide)
     del slide.obsm["spatial"]
     with pytest.raises(DataError, match="has no spot coordinates"):
@@ -318,9 +306,7 @@ def array_section(tmp_path):
     pixels = 50 * np.stack([x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)], axis=1)
     pixels += rng.normal(0, 2, pixels.shape)
     pixels[20] += 200
-    table = pd.DataFrame(
-        {"x": x, "y": y, "new_x": x, "new_y": y, "pixel_x": pixels[:, 0], "pixel_y": pixels[:, 1]}
-    )
+    table = pd.DataFrame({"x": x, "y": y, "new_x": x, "new_y": y, "pixel_x": pixels[:, 0], "pixel_y": pixels[:, 1]})
     table["selected"] = 1
     counts = pd.DataFrame(
         rng.poisson(2, (42, 6)), index=[f"{i}x{j}" for i, j in zip(x, y, strict=True)], columns=list("ABCDEF")
@@ -360,9 +346,7 @@ def test_her2st_keeps_selected_spots_with_counts(array_section, caplog):
     with caplog.at_level(logging.INFO, logger="hinge"):
         slide = read_slide(write(counts=counts.drop(index="5x5"), table=table))
     assert list(slide.obs_names) == [name for name in counts.index[2:] if name != "5x5"]
-    assert (
-        "Z1: left out 1 selected spots without counts and 2 spots with counts that are not sel" in caplog.text
-    )
+    assert "Z1: left out 1 selected spots without counts and 2 spots with counts that are not sel" in caplog.text
 
 
 def test_her2st_without_image(array_section):
@@ -377,9 +361,7 @@ def test_her2st_without_image(array_section):
     with pytest.raises(DataError, match=r"there is no image in .*Z1: give one with image="):
         read_slide(root)
     slide = read_slide(root, require_image=False)
-    assert "image_path" not in slide.uns["hinge"] and slide.uns["hinge"]["um_per_px"] == pytest.approx(
-        4, rel=0.01
-    )
+    assert "image_path" not in slide.uns["hinge"] and slide.uns["hinge"]["um_per_px"] == pytest.approx(4, rel=0.01)
 
 
 def test_her2st_spots_of_another_section(array_section):
@@ -462,9 +444,7 @@ def test_unknown_formats_list_what_there_is(tmp_path):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(
-    "samples", [["A1", "C1", "D5", "F3"], pytest.param(None, id="all", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("samples", [["A1", "C1", "D5", "F3"], pytest.param(None, id="all", marks=pytest.mark.slow)])
 def test_real_sections_read(her2st, samples):
     assert len(list_samples(her2st)) == 29
     for sample in samples or list_samples(her2st):

@@ -107,9 +107,7 @@ def test_one_spot_and_one_gene_and_constant_genes(slide):
     spot = score(slide.values[:1], Prediction("x", mean=full.mean[:1], draws=full.draws[:, :1]))
     assert defined(spot) == {"mse", "mae", "crps", "coverage_50", "coverage_90"}
     gene = score(slide.values[:, :1], Prediction("x", mean=full.mean[:, :1], draws=full.draws[:, :, :1]))
-    assert {name for name in METRICS if np.isnan(gene[name])} == {
-        n for n in METRICS if n.startswith("coexpr")
-    }
+    assert {name for name in METRICS if np.isnan(gene[name])} == {n for n in METRICS if n.startswith("coexpr")}
     measured = slide.values.copy()
     measured[:, :3] = 0
     assert defined(score(measured, full)) == set(METRICS)
@@ -158,9 +156,7 @@ def test_a_slide_is_scored_beside_baselines_and_ceiling(transform):
 
 
 def test_scoring_twice_gives_the_same_file(slide, tmp_path):
-    files = [
-        write_scores(tmp_path / name, evaluate_slide(spots(), slide, [], n_draws=3, seed=4)) for name in "ab"
-    ]
+    files = [write_scores(tmp_path / name, evaluate_slide(spots(), slide, [], n_draws=3, seed=4)) for name in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
     rows, other = (evaluate_slide(spots(), slide, [], n_draws=3, seed=seed) for seed in (4, 5))
     for number, metric in ((3, "crps"), (5, "pcc_50")):

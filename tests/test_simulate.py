@@ -153,9 +153,7 @@ def spot_statistics(slide: ad.AnnData) -> np.ndarray:
     for x, y in slide.obsm["spatial"].astype(int):
         patch = picture[y - 50 : y + 50, x - 50 : x + 50]
         channels = np.concatenate([patch / 255.0, rgb2hed(patch)], axis=2).reshape(-1, 6)
-        rows.append(
-            np.concatenate([channels.mean(0), channels.std(0), *np.percentile(channels, [10, 90], axis=0)])
-        )
+        rows.append(np.concatenate([channels.mean(0), channels.std(0), *np.percentile(channels, [10, 90], axis=0)]))
     return np.array(rows)
 
 

@@ -140,10 +140,7 @@ def test_features_of_another_slide_with_the_same_barcodes(tiny_slide, tmp_path):
 @pytest.mark.real
 def test_real_spots(her2st):
     panel = Panel.from_list(["FN1", "CD74", "COL1A1"])
-    tables = [
-        load_spots(read_slide(her2st, name, require_image=False), panel, "log1p_cp10k")
-        for name in ("D5", "C1")
-    ]
+    tables = [load_spots(read_slide(her2st, name, require_image=False), panel, "log1p_cp10k") for name in ("D5", "C1")]
     both = concatenate_spots(tables)
     # D5 has a spot without a single count
     assert len(tables[0]) < 306 and (both.total > 0).all() and np.isfinite(both.values).all()

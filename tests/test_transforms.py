@@ -34,9 +34,7 @@ def test_inverse_undoes_forward_in_numpy_and_torch(name, counts, others):
 def test_values_are_those_of_the_definitions():
     counts, total = np.array([[0, 1, 3]]), np.array([1000])
     np.testing.assert_allclose(get_transform("log2p1").forward(counts, total), [[0, 1, 2]], rtol=1e-6)
-    np.testing.assert_allclose(
-        get_transform("log1p_cp10k").forward(counts, total), np.log([[1, 11, 31]]), rtol=1e-6
-    )
+    np.testing.assert_allclose(get_transform("log1p_cp10k").forward(counts, total), np.log([[1, 11, 31]]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -72,17 +72,13 @@ def test_formats(tmp_path, text):
 
 
 def test_save_and_load(tmp_path):
-    table = load(
-        tmp_path, "symbol\tensembl_gene_id\nA\tENSG00000000001.4\nB\t\nC\tENSG00000000003\n", "g.tsv"
-    )
+    table = load(tmp_path, "symbol\tensembl_gene_id\nA\tENSG00000000001.4\nB\t\nC\tENSG00000000003\n", "g.tsv")
     again = GeneVocabulary.load(table.save(tmp_path / "folder" / "vocabulary.json"))
     assert again == table
     assert again.ensembl == {"ENSG00000000001": 1, "ENSG00000000003": 3}
 
 
-@pytest.mark.parametrize(
-    ("n", "rows"), [(1, 8), (7, 8), (8, 16), (27855, 27856), (27852, 27856), (24078, 24080)]
-)
+@pytest.mark.parametrize(("n", "rows"), [(1, 8), (7, 8), (8, 16), (27855, 27856), (27852, 27856), (24078, 24080)])
 def test_rows_of_the_embedding_table(n, rows):
     vocabulary = GeneVocabulary.from_genes(f"G{k}" for k in range(n))
     assert (vocabulary.n_genes, vocabulary.n_embeddings) == (n, rows)
@@ -317,9 +313,7 @@ def test_her2st_genes_in_cellfm(cellfm, her2st, names):
         genes = file.readline().rstrip("\n").split("\t")[1:]
     vocabulary = GeneVocabulary.load(cellfm / "expand_gene_info.csv")
     plain = vocabulary.match(genes)
-    assert plain.summary().startswith(
-        "14,910 of 15,706 genes map: 14,910 by symbol; 796 not in the vocabulary"
-    )
+    assert plain.summary().startswith("14,910 of 15,706 genes map: 14,910 by symbol; 796 not in the vocabulary")
     assert np.array_equal(plain.ids, vocabulary.ids(plain.genes))
     mapping = vocabulary.match(genes, names=names)
     assert {gene: mapping.harmonised[gene] for gene in ("YARS", "CPSF3L", "AES")} == {

@@ -248,9 +248,7 @@ class CellFMModel(PreTrainedModel):
         """SHA-256 over the weights: what an adapter names as its backbone."""
         return arrays_digest(dict(self.state_dict()))
 
-    def embed(
-        self, values: Tensor, visible: Tensor, gene_ids: Tensor, nonzero: Tensor | None = None
-    ) -> Tensor:
+    def embed(self, values: Tensor, visible: Tensor, gene_ids: Tensor, nonzero: Tensor | None = None) -> Tensor:
         """Turn values into tokens.
 
         Parameters
@@ -323,9 +321,7 @@ class CellFMModel(PreTrainedModel):
         query = torch.sigmoid(self.cell_decoder(self.gene_embedding(gene_ids)))
         return (query * tokens[:, :1]).sum(dim=-1)
 
-    def forward(
-        self, values: Tensor, visible: Tensor, gene_ids: Tensor, nonzero: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, values: Tensor, visible: Tensor, gene_ids: Tensor, nonzero: Tensor | None = None) -> Tensor:
         """Tokens after the last layer, (B, P + G, D); see `embed` for the arguments."""
         h = self.embed(values, visible, gene_ids, nonzero)
         early, late = self.key_masks(visible, nonzero)

@@ -161,9 +161,7 @@ class _Wire:
         """Each Value as (offset, tag, tensor type, dims, payload)."""
         for number, kind, start, stop in self.fields(0, self.end):
             if (number, kind) != (1, 2):
-                raise self.damaged(
-                    start, f"field {number}, wire type {kind}, stands where a parameter should"
-                )
+                raise self.damaged(start, f"field {number}, wire type {kind}, stands where a parameter should")
             tag = tensor = None
             for number, kind, first, last in self.fields(start, stop):
                 if (number, kind) == (1, 2):
@@ -223,8 +221,7 @@ class _Wire:
             if entry.stored < entry.n_bytes:
                 raise self.damaged(
                     entry.pieces[-1][1],
-                    f"{_short(tag)} of dims {list(entry.shape)} ends after {entry.stored:,} of "
-                    f"{entry.n_bytes:,} bytes",
+                    f"{_short(tag)} of dims {list(entry.shape)} ends after {entry.stored:,} of {entry.n_bytes:,} bytes",
                 )
         return entries
 

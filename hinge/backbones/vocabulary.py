@@ -323,9 +323,7 @@ class GeneVocabulary:
         genes = list(genes)
         unknown = [gene for gene in genes if gene not in self.id_of]
         if unknown:
-            raise DataError(
-                f"{len(unknown):,} of {len(genes):,} genes are not in the vocabulary: {_some(unknown)}"
-            )
+            raise DataError(f"{len(unknown):,} of {len(genes):,} genes are not in the vocabulary: {_some(unknown)}")
         return np.array([self.id_of[gene] for gene in genes], dtype=np.int64)
 
     def extended(self, genes: Iterable[str]) -> "GeneVocabulary":

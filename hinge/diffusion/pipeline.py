@@ -138,8 +138,9 @@ class HingePipeline(DiffusionPipeline):
         for timestep in scheduler.timesteps.tolist():
             end = torch.full((len(values),), scheduler.previous_timestep(timestep), dtype=torch.int64)
             next_visible = scheduler.visible_at(end, order)
-            if torch.equal(next_visible, visible):
-                continue  # nothing is revealed in this step
+            # the first pass also gives the expectation; later ones in which nothing is revealed are not needed
+            if means is not None and torch.equal(next_visible, visible):
+                continue
             output = model(
                 scheduler.fill_masked(values, visible, noise),
                 visible,

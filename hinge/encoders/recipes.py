@@ -146,9 +146,7 @@ class PlainPool(nn.Module):
 class ConvStem(nn.Module):
     """CTransPath's patch embedding: convolutions in place of one (Wang et al., Med. Image Anal. 2022)."""
 
-    def __init__(
-        self, img_size: Any, patch_size: Any, embed_dim: int, norm_layer: type[nn.Module], **_: Any
-    ) -> None:
+    def __init__(self, img_size: Any, patch_size: Any, embed_dim: int, norm_layer: type[nn.Module], **_: Any) -> None:
         super().__init__()
         sizes = zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True)
         self.grid_size = tuple(image // patch for image, patch in sizes)
@@ -205,9 +203,7 @@ def _enlarged_positions(positions: Tensor, side: int) -> Tensor:
 TOWERS = {
     "conch": partial(AttentionPooledViT, "vit_base_patch16_224", 512, MultiheadPool, _bilinear_positions),
     "conch-v1.5": partial(AttentionPooledViT, "vit_large_patch16_224", 768, PlainPool, _enlarged_positions),
-    "ctranspath": partial(
-        timm.create_model, "swin_tiny_patch4_window7_224", num_classes=0, embed_layer=ConvStem
-    ),
+    "ctranspath": partial(timm.create_model, "swin_tiny_patch4_window7_224", num_classes=0, embed_layer=ConvStem),
 }
 
 _SWIGLU = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}

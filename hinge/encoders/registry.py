@@ -267,8 +267,7 @@ def _fetch(name: str, recipe: Recipe) -> Path:
     put = f"put it anywhere and name it as {name}@/path/to/{recipe.file}"
     if recipe.repo is None:
         raise WeightsError(
-            f"the weights of {name} ({recipe.licence}) are on no hub: "
-            f"fetch {recipe.file} from {recipe.page}, {put}"
+            f"the weights of {name} ({recipe.licence}) are on no hub: fetch {recipe.file} from {recipe.page}, {put}"
         )
     cached = huggingface_hub.try_to_load_from_cache(recipe.repo, recipe.file)
     if isinstance(cached, str):
@@ -285,9 +284,7 @@ def _fetch(name: str, recipe: Recipe) -> Path:
 
 def _random(name: str, architecture: str, device: torch.device) -> Encoder:
     if architecture not in RECIPES and not timm.is_model(architecture.split(".")[0]):
-        raise ConfigError(
-            f"encoder {name!r}: after random: stands a timm model or one of {', '.join(RECIPES)}"
-        )
+        raise ConfigError(f"encoder {name!r}: after random: stands a timm model or one of {', '.join(RECIPES)}")
     # modules draw from the global generator: give it back as it was
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
@@ -332,9 +329,7 @@ def _from_folder(name: str, path: Path, device: torch.device) -> Encoder:
     try:
         module = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
     except Exception as error:  # whatever the file makes timm stumble over
-        raise WeightsError(
-            f"{folder / 'config.json'} does not describe a timm model: {_first_line(error)}"
-        ) from error
+        raise WeightsError(f"{folder / 'config.json'} does not describe a timm model: {_first_line(error)}") from error
     load_weights(module, file, name)
     return _finished(name, module, device)
 

@@ -132,9 +132,7 @@ def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in state.items():
         for pattern, replacement in _FROM_TRANSFORMERS:
             key = re.sub(pattern, replacement, key)
-        if match := re.fullmatch(
-            r"(blocks\.\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)", key
-        ):
+        if match := re.fullmatch(r"(blocks\.\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)", key):
             block, part, kind = match.groups()
             parts.setdefault(f"{block}.attn.qkv.{kind}", {})[part] = tensor
         else:
