@@ -51,12 +51,12 @@ def run_demo(output: str | Path, seed: int = 0) -> Run:
         "features": {"encoder": "stain-texture", "patch_um": 150.0},
         "backbone": {
             "hidden_size": 64,
-            "pretrain": {"steps": 500, "learning_rate": 2e-3, "precision": "bf16", "evaluate_every": 100},
+            "pretrain": {"steps": 300, "learning_rate": 2e-3, "precision": "bf16", "evaluate_every": 100},
         },
         "model": {"head": "gaussian", "feature_dropout": 0.3},
         "diffusion": {"schedule": "cosine"},
         "training": {
-            "steps": 200,
+            "steps": 150,
             "epochs": None,
             "batch_size": 64,
             "learning_rate": 5e-4,
@@ -64,7 +64,7 @@ def run_demo(output: str | Path, seed: int = 0) -> Run:
             "ema_decay": 0.99,
             "evaluate_every": 20,
         },
-        "sampling": {"draws": 20, "steps": 15},
+        "sampling": {"draws": 20, "steps": 12},
     }
     run = Run(check_config(config, "the demo's configuration"))
     run.all()
