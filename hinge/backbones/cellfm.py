@@ -121,9 +121,9 @@ class Retention(nn.Module):
     def forward(self, x: Tensor, key_mask: Tensor | None, value_scale: Tensor | float) -> Tensor:
         """x (B, N, D), key_mask (B, N) with 0 for tokens that give no key, value_scale (B, 1, 1) or a number."""
         query, key, value, gate = self.qkvu(x).chunk(4, dim=-1)
-        head_scale = (x.shape[-1] // self.num_heads) ** -0.5
-        query = F.relu(query) * head_scale
-        key = F.relu(key) * head_scale
+        root = (x.shape[-1] // self.num_heads) ** 0.5
+        query = F.relu(query) / root
+        key = F.relu(key) / root
         if key_mask is not None:
             key = key * key_mask.unsqueeze(-1).to(key.dtype)
         value = value * value_scale
@@ -131,9 +131,9 @@ class Retention(nn.Module):
         mixed = query @ (key.transpose(-2, -1) @ value)
         # root-mean-square norm without a learned scale; float32 because its square overflows half precision
         mixed = mixed.float()
-        rms = mixed.norm(dim=-1, keepdim=True) * head_scale
+        rms = mixed.norm(dim=-1, keepdim=True) * (1 / root)
         mixed = (mixed / rms.clamp_min(1e-12)).to(x.dtype)
-        return self.out(rearrange(mixed, "b h n d -> b n (h d)") * F.silu(gate))
+        return self.out(rearrange(mixed, "b h n d -> b n (h d)") * (gate * gate.sigmoid()))
 
 
 class GatedLinearUnit(nn.Module):

@@ -338,14 +338,14 @@ class HingeModel(ModelMixin, ConfigMixin):
             else:
                 h = self._modulated_block(*arguments)
         shift, scale = decoder.to(h.dtype)
-        return shift + (1 + scale) * soft_norm(h, self.modulation.norm_mix_decoder)
+        return torch.addcmul(shift, soft_norm(h, self.modulation.norm_mix_decoder), 1 + scale)
 
     def _modulated_block(self, block, h, vectors, mix, key_mask, value_scale) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = vectors
-        mixed = block.retention(shift_a + (1 + scale_a) * soft_norm(h, mix[0]), key_mask, value_scale)
-        h = block.norm1(h * block.residual_scale + gate_a * self._dropout(mixed))
-        fed = block.feed_forward(shift_f + (1 + scale_f) * soft_norm(h, mix[1]))
-        return block.norm2(h * block.residual_scale + gate_f * self._dropout(fed))
+        mixed = block.retention(torch.addcmul(shift_a, soft_norm(h, mix[0]), 1 + scale_a), key_mask, value_scale)
+        h = block.norm1(torch.add(gate_a * self._dropout(mixed), h, alpha=block.residual_scale))
+        fed = block.feed_forward(torch.addcmul(shift_f, soft_norm(h, mix[1]), 1 + scale_f))
+        return block.norm2(torch.add(gate_f * self._dropout(fed), h, alpha=block.residual_scale))
 
     def _dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)
