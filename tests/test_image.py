@@ -1,8 +1,11 @@
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from PIL import Image, ImageFile
 
 from hinge.data import SlideImage, image
@@ -212,3 +215,109 @@ def test_real_slide_image(her2st):
         tissue = opened.read_region((6045, 3776), size_um=154, size_px=224, um_per_px=0.6875)
         glass = opened.read_region((1000, 1000), size_um=154, size_px=224, um_per_px=0.6875)
     assert tissue.std() > 3 * glass.std()
+
+
+# --- pyramids of arrays ---------------------------------------------------------------------------------
+
+
+def write_ome_tiff(path, planar=False, pixels=None, **metadata):
+    """Two levels told apart by their blue channel, the second in a SubIFD, as Bio-Formats and QuPath write it."""
+    pixels = smooth_pixels(1024, 768) if pixels is None else pixels
+    half = pixels[::2, ::2].copy()
+    half[..., 2] = 160
+    options = {"tile": (128, 128), "photometric": "minisblack" if planar else "rgb"}
+    if planar:
+        pixels, half = (np.moveaxis(each, -1, 0) for each in (pixels, half))
+    metadata = {"axes": "CYX" if planar else "YXS", "PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "µm", **metadata}
+    with tifffile.TiffWriter(path, ome=True) as writer:
+        writer.write(pixels, subifds=1, metadata=metadata, **options)
+        writer.write(half, subfiletype=1, **options)
+    return path
+
+
+def write_ome_zarr(path, version="0.4"):
+    pixels = np.moveaxis(smooth_pixels(1024, 768), -1, 0)
+    half = pixels[:, ::2, ::2].copy()
+    half[2] = 160
+    group = zarr.open_group(path, mode="w", zarr_format=2 if version == "0.4" else 3)
+    for name, level in (("0", pixels), ("1", half)):
+        group.create_array(name, data=level, chunks=(3, 128, 128))
+    axes = [{"name": "c", "type": "channel"}, *({"name": n, "type": "space", "unit": "micrometer"} for n in "yx")]
+    datasets = [
+        {
+            "path": str(level),
+            "coordinateTransformations": [{"type": "scale", "scale": [1, 0.5 * 2**level, 0.5 * 2**level]}],
+        }
+        for level in (0, 1)
+    ]
+    scales = [{"version": version, "axes": axes, "datasets": datasets}]
+    group.attrs.update(
+        {"multiscales": scales} if version == "0.4" else {"ome": {"version": "0.5", "multiscales": scales}}
+    )
+    return path
+
+
+@pytest.fixture(params=["ome-tiff", "ome-tiff planar", "ome-zarr 0.4", "ome-zarr 0.5"])
+def arrays(request, tmp_path):
+    kind, _, detail = request.param.partition(" ")
+    if kind == "ome-tiff":
+        path = write_ome_tiff(tmp_path / "slide.ome.tif", planar=bool(detail))
+    else:
+        path = write_ome_zarr(tmp_path / "slide.zarr", detail)
+    with SlideImage(path) as opened:
+        yield opened
+
+
+def test_array_pyramids_read_like_other_pyramids(arrays):
+    full = smooth_pixels(1024, 768)
+    assert arrays.dimensions == (1024, 768) and arrays.um_per_px == pytest.approx(0.5)
+    fine = arrays.read_region((512, 384), size_um=32, size_px=64, um_per_px=0.5)
+    np.testing.assert_array_equal(fine, full[352:416, 480:544])
+    coarse = arrays.read_region((512, 384), size_um=64, size_px=64, um_per_px=0.5)
+    assert (coarse[..., 2] == 160).all()
+    np.testing.assert_array_equal(coarse[..., :2], full[::2, ::2][160:224, 224:288, :2])
+    corner = arrays.read_region((0, 768), size_um=32, size_px=64, um_per_px=0.5)
+    assert (corner[:, :32] == 255).all() and (corner[32:] == 255).all()
+    np.testing.assert_array_equal(corner[:32, 32:], full[-32:, :32])
+    assert (arrays.read_region((-900, -900), size_um=32, size_px=64, um_per_px=0.5) == 255).all()
+
+
+def test_thumbnails_of_array_pyramids(arrays):
+    small = arrays.thumbnail(100)
+    assert small.shape == (75, 100, 3) and (abs(small[..., 2].astype(int) - 160) <= 1).all()
+    np.testing.assert_allclose(small[40, :, 0], (np.arange(100) + 0.5) * 2.5, atol=3)
+    assert arrays.thumbnail(5000).shape == (768, 1024, 3)
+
+
+def test_array_pyramids_that_are_no_slide(tmp_path):
+    path = write_ome_tiff(tmp_path / "deep.ome.tif", pixels=smooth_pixels().astype(np.uint16))
+    with pytest.raises(DataError, match=r"deep\.ome\.tif has pixels of type uint16; an image with 8 bits a channel"):
+        SlideImage(path)
+    tifffile.imwrite(tmp_path / "five.ome.tif", np.zeros((5, 64, 64), np.uint8), metadata={"axes": "CYX"})
+    with pytest.raises(DataError, match=r"five\.ome\.tif has 5 channels, and an RGB image is needed"):
+        SlideImage(tmp_path / "five.ome.tif")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=r"folder is a folder and no OME-Zarr image"):
+        SlideImage(tmp_path / "folder")
+    path = write_ome_zarr(tmp_path / "broken.zarr")
+    shutil.rmtree(path / "1")
+    with pytest.raises(DataError, match=r"broken\.zarr is damaged or not an image"):
+        SlideImage(path)
+    path = write_ome_tiff(tmp_path / "cut.ome.tif")
+    path.write_bytes(path.read_bytes()[:50_000])
+    with pytest.raises(DataError, match=r"cut\.ome\.tif is damaged or not an image"), SlideImage(path) as opened:
+        opened.read_region((500, 700), size_um=200, size_px=64, um_per_px=0.5)
+
+
+def test_grey_ome_tiff_is_shown_grey(tmp_path):
+    grey = smooth_pixels()[..., 0]
+    tifffile.imwrite(tmp_path / "grey.ome.tif", grey, metadata={"axes": "YX"})
+    with SlideImage(tmp_path / "grey.ome.tif") as opened:
+        region = opened.read_region((100, 80), size_um=32, size_px=32, um_per_px=1.0)
+        assert opened.um_per_px is None
+    np.testing.assert_array_equal(region, grey[64:96, 84:116, None].repeat(3, axis=2))
+
+
+def test_names_of_images():
+    names = {"a.svs": "a", "b.1.ome.tif": "b.1", "c.OME.TIFF": "c", "d.TIF": "d", "e.h5ad": "", "f.zarr": ""}
+    assert {name: image.image_name(Path(name)) for name in names} == names

@@ -1,7 +1,7 @@
 """Whole-slide images: one class that crops any region at any resolution.
 
-Pyramidal scans (SVS, NDPI, MRXS, tiled TIFF and whatever else OpenSlide knows) are read tile by tile; all
-other images (JPEG, PNG, striped TIFF) are decoded once by Pillow and cropped from memory.
+Pyramidal scans (SVS, NDPI, MRXS, tiled TIFF and whatever else OpenSlide knows), OME-TIFF and OME-Zarr are read
+tile by tile; all other images (JPEG, PNG, striped TIFF) are decoded once by Pillow and cropped from memory.
 """
 
 import contextlib
@@ -16,7 +16,14 @@ import numpy as np
 import openslide
 from PIL import Image
 
+from hinge.data.arrays import open_arrays
 from hinge.errors import DataError
+
+# Endings under which a slide's image is looked for, whole-slide formats first.
+IMAGE_SUFFIXES = (
+    *(".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".svslide", ".bif"),
+    *(".ome.tif", ".ome.tiff", ".tif", ".tiff", ".btf", ".png", ".jpg", ".jpeg"),
+)
 
 # Pillow warns from 89 megapixels on, for fear of web uploads; ordinary slides are larger. What has to be
 # decoded whole may have a gigapixel (4 GB in memory); images that are read by tile have no limit.
@@ -40,7 +47,8 @@ class SlideImage:
     Parameters
     ----------
     path
-        Image file: any format of OpenSlide or Pillow with 8 bits a channel.
+        Image file: any format of OpenSlide or Pillow, or OME-TIFF, with 8 bits a channel; or the folder of an
+        OME-Zarr image.
 
     Raises
     ------
@@ -55,9 +63,15 @@ class SlideImage:
         self._flat: Image.Image | None = None
         self._decoded = False
         self._pyramid: openslide.OpenSlide | None = None
-        if not self.path.is_file():
+        if not self.path.exists():
             raise DataError(f"there is no image file {self.path}")
         with self._damage_named():
+            # before OpenSlide, which sees neither the levels nor the channels that OME-TIFF keeps apart
+            self._arrays = open_arrays(self.path)
+            if self._arrays:
+                return
+            if self.path.is_dir():
+                raise DataError(f"{self.path} is a folder and no OME-Zarr image")
             if openslide.OpenSlide.detect_format(self.path):
                 self._pyramid = openslide.OpenSlide(self.path)
             else:
@@ -66,13 +80,15 @@ class SlideImage:
     @property
     def dimensions(self) -> tuple[int, int]:
         """Width and height in full-resolution pixels."""
-        return self._pyramid.dimensions if self._pyramid else self._flat.size
+        return (self._arrays or self._pyramid).dimensions if self._flat is None else self._flat.size
 
     @property
     def um_per_px(self) -> float | None:
         """Microns per full-resolution pixel as the file's metadata tell it, None where they do not."""
         value = 0.0
-        if self._pyramid:
+        if self._arrays:
+            value = self._arrays.um_per_px or 0.0
+        elif self._pyramid:
             value = float(self._pyramid.properties.get(openslide.PROPERTY_NAME_MPP_X) or 0)
         elif tags := getattr(self._flat, "tag_v2", None):
             pixels, unit = float(tags.get(282, 0)), _TIFF_RESOLUTION_UNIT_UM.get(tags.get(296), 0.0)
@@ -141,7 +157,9 @@ class SlideImage:
             RGB, uint8 (h, w, 3).
         """
         with self._damage_named():
-            if self._pyramid:
+            if self._arrays:
+                small = self._arrays.thumbnail(max_px)
+            elif self._pyramid:
                 small = self._pyramid.get_thumbnail((max_px, max_px))
             elif self._decoded:
                 small = self._flat.copy()
@@ -152,7 +170,7 @@ class SlideImage:
 
     def close(self) -> None:
         """Release the file and the decoded pixels."""
-        for image in (self._pyramid, self._flat):
+        for image in (self._arrays, self._pyramid, self._flat):
             if image is not None:
                 image.close()
 
@@ -169,14 +187,19 @@ class SlideImage:
 
     def _choose_level(self, downsample: float) -> tuple[int, float]:
         """Coarsest level that is not coarser than wanted, and its own downsample factor."""
+        # levels are seldom exact powers: 4.0003 serves a wanted 4
+        if self._arrays:
+            level = self._arrays.choose_level(downsample * 1.01)
+            return level, self._arrays.level_downsamples[level]
         if not self._pyramid:
             return 0, 1.0
-        # levels are seldom exact powers: 4.0003 serves a wanted 4
         level = self._pyramid.get_best_level_for_downsample(downsample * 1.01)
         return level, self._pyramid.level_downsamples[level]
 
     def _crop(self, left: int, top: int, width: int, level: int, downsample: float) -> Image.Image:
         """Square in pixels of one level, white outside the image."""
+        if self._arrays:
+            return self._arrays.crop(left, top, width, width, level)
         if self._pyramid:
             corner = (round(left * downsample), round(top * downsample))
             return _to_rgb(self._pyramid.read_region(corner, level, (width, width)))
@@ -214,8 +237,19 @@ class SlideImage:
     def _damage_named(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, SyntaxError, ValueError, openslide.OpenSlideError) as error:
+        except DataError:
+            raise
+        # imagecodecs raises RuntimeErrors, and damaged metadata lack keys
+        except (OSError, SyntaxError, ValueError, LookupError, RuntimeError, openslide.OpenSlideError) as error:
             raise DataError(f"{self.path} is damaged or not an image that can be read: {error}") from error
+
+
+def image_name(path: Path) -> str:
+    """Name of an image without its ending, `.ome.tif` counting as one ending; "" for what is no image file."""
+    for suffix in sorted(IMAGE_SUFFIXES, key=len, reverse=True):
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return ""
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,0 +1,160 @@
+"""Pyramids of chunked arrays as images: OME-TIFF (through tifffile) and OME-Zarr, which SpatialData stores hold."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+import zarr
+from PIL import Image
+
+from hinge.errors import DataError
+
+_TIFF_SUFFIXES = {".tif", ".tiff", ".btf", ".tf2", ".tf8"}
+_UM = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3}
+_BAND_ROWS = 2048
+
+
+class ArrayPyramid:
+    """Levels of one RGB image, finest first.
+
+    Parameters
+    ----------
+    name
+        What errors call it.
+    levels
+        Arrays with slice access, all with the same `axes`.
+    axes
+        One letter per axis: Y, X, and C or S for channels; axes of another letter are read at 0.
+    um_per_px
+        Microns per pixel of level 0, None where the file does not tell.
+    close
+        Called to release the file.
+
+    Raises
+    ------
+    DataError
+        If the values are not 8 bits, or there are not 1, 3 or 4 channels.
+    """
+
+    def __init__(
+        self, name: str, levels: list[Any], axes: str, um_per_px: float | None, close: Callable[[], None]
+    ) -> None:
+        self.um_per_px, self.close = um_per_px, close
+        self._levels, self._axes = levels, axes.upper()
+        if "Y" not in self._axes or "X" not in self._axes:
+            raise DataError(f"{name} is not a plane: its axes are {axes}")
+        long = [axis for axis in "CS" if axis in self._axes and self._size(0, axis) > 1]
+        self._channels = long[0] if long else None
+        n = self._size(0, self._channels) if self._channels else 1
+        if len(long) > 1 or n not in (1, 3, 4):
+            raise DataError(f"{name} has {n} channels, and an RGB image is needed")
+        if levels[0].dtype != np.uint8:
+            raise DataError(f"{name} has pixels of type {levels[0].dtype}; an image with 8 bits a channel is needed")
+        width = self._size(0, "X")
+        self.dimensions = (width, self._size(0, "Y"))
+        self.level_downsamples = [width / self._size(level, "X") for level in range(len(levels))]
+
+    def choose_level(self, downsample: float) -> int:
+        """The coarsest level that is not coarser than `downsample`."""
+        return max(level for level, factor in enumerate(self.level_downsamples) if factor <= max(downsample, 1.0))
+
+    def crop(self, left: int, top: int, width: int, height: int, level: int) -> Image.Image:
+        """RGB rectangle in pixels of a level, white outside the image."""
+        right, bottom = (self._size(level, axis) for axis in "XY")
+        x = slice(min(max(left, 0), right), min(max(left + width, 0), right))
+        y = slice(min(max(top, 0), bottom), min(max(top + height, 0), bottom))
+        canvas = np.full((height, width, 3), 255, np.uint8)
+        if x.start < x.stop and y.start < y.stop:
+            canvas[y.start - top : y.stop - top, x.start - left : x.stop - left] = self._read(level, y, x)
+        return Image.fromarray(canvas)
+
+    def thumbnail(self, max_px: int) -> Image.Image:
+        """The whole image, its long side near `max_px` or above; read by bands, so memory stays small."""
+        level = self.choose_level(max(self.dimensions) / max_px)
+        width, height = self._size(level, "X"), self._size(level, "Y")
+        factor = max(1, max(width, height) // max_px)
+        rows = factor * max(1, _BAND_ROWS // factor)
+        bands = [
+            np.asarray(self.crop(0, top, width, min(rows, height - top), level).reduce(factor))
+            for top in range(0, height, rows)
+        ]
+        return Image.fromarray(np.concatenate(bands))
+
+    def _size(self, level: int, axis: str) -> int:
+        return int(self._levels[level].shape[self._axes.index(axis)])
+
+    def _read(self, level: int, y: slice, x: slice) -> np.ndarray:
+        """RGB (h, w, 3) of a part that lies within the level."""
+        taken = {"Y": y, "X": x, self._channels: slice(0, 3)}
+        pixels = np.asarray(self._levels[level][tuple(taken.get(axis, 0) for axis in self._axes)])
+        if self._channels is None:
+            return pixels[..., None]
+        order = [axis for axis in self._axes if axis in taken]
+        return pixels.transpose([order.index(axis) for axis in ("Y", "X", self._channels)])
+
+
+def open_arrays(path: Path) -> ArrayPyramid | None:
+    """Open an OME-TIFF or an OME-Zarr folder; None for anything else.
+
+    Raises
+    ------
+    DataError
+        As `ArrayPyramid`.
+    """
+    if path.is_dir():
+        return _open_ome_zarr(path)
+    if path.suffix.lower() not in _TIFF_SUFFIXES:
+        return None
+    try:
+        file = tifffile.TiffFile(path)
+    except tifffile.TiffFileError:
+        return None
+    if not file.is_ome:
+        file.close()
+        return None
+    try:
+        # macro and label images are series of their own; the slide is the largest
+        series = max(file.series, key=lambda each: each.sizes.get("width", 0) * each.sizes.get("height", 0))
+        levels = [zarr.open_array(series.aszarr(level=level), mode="r") for level in range(len(series.levels))]
+        return ArrayPyramid(str(path), levels, series.axes, _ome_um_per_px(file), file.close)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _ome_um_per_px(file: tifffile.TiffFile) -> float | None:
+    images = tifffile.xml2dict(file.ome_metadata)["OME"]["Image"]
+    pixels = (images[0] if isinstance(images, list) else images)["Pixels"]
+    size, unit = pixels.get("PhysicalSizeX"), _UM.get(pixels.get("PhysicalSizeXUnit", "µm"))
+    return None if size is None or unit is None else float(size) * unit
+
+
+def _open_ome_zarr(path: Path) -> ArrayPyramid | None:
+    scales = _multiscales(path)
+    if scales is None:
+        return None
+    axes = [axis["name"] for axis in scales["axes"]]
+    datasets = scales["datasets"]
+    levels = [zarr.open_array(path / each["path"], mode="r") for each in datasets]
+    um_per_px = None
+    unit = next((_UM.get(axis.get("unit", "")) for axis in scales["axes"] if axis["name"] == "x"), None)
+    steps = [each["scale"] for each in datasets[0].get("coordinateTransformations", []) if each["type"] == "scale"]
+    if unit and steps:
+        um_per_px = float(steps[0][axes.index("x")]) * unit
+    return ArrayPyramid(str(path), levels, "".join(axes), um_per_px, lambda: None)
+
+
+def _multiscales(path: Path) -> dict[str, Any] | None:
+    """The multiscales metadata of an OME-Zarr image folder (versions 0.4 and 0.5)."""
+    for name, keys in (("zarr.json", ("attributes", "ome")), (".zattrs", ())):
+        if not (path / name).is_file():
+            continue
+        content = json.loads((path / name).read_text())
+        for key in keys:
+            content = content.get(key, {})
+        if content.get("multiscales"):
+            return content["multiscales"][0]
+    return None
