@@ -11,12 +11,16 @@ these are the defaults. The published torch ports use torch's own defaults (0.01
 `negative_slope` and `layer_norm_eps` to reproduce them.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hinge.backbones.checkpoints import fill, open_state, read_our_config, read_published
+from hinge.errors import ConfigError, WeightsError
 from hinge.files import arrays_digest
 
 
@@ -238,6 +242,77 @@ class CellFMModel(PreTrainedModel):
                 nn.init.normal_(token, std=0.5)
             if module.config.technical_tokens:
                 nn.init.normal_(module.technical_tokens, std=0.5)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        num_attention_heads: int | None = None,
+        technical_tokens: bool | None = None,
+        zero_input: str | None = None,
+        masked_input: str | None = None,
+        negative_slope: float | None = None,
+        layer_norm_eps: float | None = None,
+    ) -> "CellFMModel":
+        """Load weights: ours, or those that were published, whose kind and size are recognised.
+
+        Memory peaks at the size of the model in `dtype` plus the largest tensor of the file.
+
+        Parameters
+        ----------
+        path
+            A folder that `save_pretrained` or `hinge convert` wrote; a MindSpore checkpoint (`.ckpt`); a state
+            dict of the torch port (`.pth`, `.pt`, `.safetensors`); or a checkpoint of the authors' HINGE code, of
+            which this takes the backbone.
+        dtype
+            Of the weights, e.g. `torch.bfloat16`; None: as stored.
+        num_attention_heads
+            Needed for a published file whose width is not 1536 (which has 48): the tensors do not tell it.
+        technical_tokens, zero_input, masked_input, negative_slope, layer_norm_eps
+            As in CellFMConfig. None: as the file says; for published ones, those that its weights were trained
+            with: 0.2 and 1e-7 for CellFM, whatever file they come in, 0.01 and 1e-6 for HINGE. The torch port
+            itself computes with 0.01 and 1e-5.
+
+        Returns
+        -------
+        CellFMModel
+            In eval mode, on the CPU.
+
+        Raises
+        ------
+        WeightsError
+            The file is missing, damaged, foreign or not whole.
+        ConfigError
+            An argument is needed or does not fit.
+        """
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, None)
+            if not isinstance(dtype, torch.dtype):
+                raise ConfigError("dtype must be float32, bfloat16 or float16")
+        options = {
+            "technical_tokens": technical_tokens,
+            "zero_input": zero_input,
+            "masked_input": masked_input,
+            "negative_slope": negative_slope,
+            "layer_norm_eps": layer_norm_eps,
+        }
+        try:
+            if Path(path).is_dir():
+                given = {name: value for name, value in options.items() if value is not None}
+                config = CellFMConfig.from_dict({**read_our_config(path), **given})
+                state = open_state(path)
+                sources = {name: (name,) for name in state.shapes}
+            else:
+                published = read_published(path, num_attention_heads, **options)
+                config, state, sources = CellFMConfig(**published.config), published.state, published.sources
+        except (ValueError, TypeError) as error:
+            raise WeightsError(f"the backbone in {path} cannot be built: {error}") from error
+        with torch.device("meta"):
+            model = cls(config)
+        fill(model, state, sources, dtype)
+        return model.eval()
 
     @property
     def num_prefix_tokens(self) -> int:

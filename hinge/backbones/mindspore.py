@@ -1,4 +1,4 @@
-"""Reading MindSpore checkpoints (`.ckpt`) without MindSpore, and rewriting them as safetensors.
+"""Reading MindSpore checkpoints (`.ckpt`) without MindSpore.
 
 A checkpoint is a row of protobuf messages, which joined are again one message::
 
@@ -13,12 +13,11 @@ The index is read through a memory map, which touches a few bytes a tensor. The 
 file when asked for: protobuf aligns nothing, so most of them could not be used in place anyway.
 """
 
-import json
 import math
 import mmap
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -26,8 +25,7 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
-from hinge.errors import ConfigError, WeightsError
-from hinge.files import atomic_path
+from hinge.errors import WeightsError
 
 _DTYPES = {
     "Float16": torch.float16,
@@ -43,21 +41,6 @@ _DTYPES = {
     "UInt32": torch.uint32,
     "UInt64": torch.uint64,
     "Bool": torch.bool,
-}
-_SAFETENSORS_NAMES = {
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.bool: "BOOL",
 }
 # notes and generator states that MindSpore stores among the parameters
 _NOT_TENSORS = {"str", "random_op"}
@@ -304,14 +287,6 @@ class MindSporeCheckpoint:
                 at += stop - start
         return _as_dtype(buffer, entry.dtype).reshape(entry.shape)
 
-    def chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """Read one tensor as flat parts of at most 4 MB, in order."""
-        entry = self._entry(name)
-        with open(self.path, "rb") as file:
-            for start, stop in entry.pieces:
-                for chunk in _chunks(self.path, file, start, stop):
-                    yield _as_dtype(torch.frombuffer(chunk, dtype=torch.uint8), entry.dtype)
-
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
             raise WeightsError(
@@ -344,98 +319,6 @@ def read_mindspore(path: str | Path, include_optimizer: bool = False) -> dict[st
     checkpoint = MindSporeCheckpoint(path, include_optimizer)
     names = checkpoint.keys()
     return {name: checkpoint.tensor(name) for name in names}
-
-
-def convert_mindspore(
-    path: str | Path,
-    out: str | Path,
-    dtype: str | torch.dtype = "float32",
-    rename: Callable[[str], str | None] | None = None,
-) -> Path:
-    """Rewrite the weights of a MindSpore checkpoint as one safetensors file, in parts of 4 MB.
-
-    Parameters
-    ----------
-    path
-        The `.ckpt` file.
-    out
-        A file name ending in `.safetensors`, or a folder, which gets `model.safetensors`.
-    dtype
-        `float32`, `bfloat16` or `float16`, for all floating-point tensors; others keep their type.
-    rename
-        Gives each tensor its new name; a tensor for which it gives None is left out.
-
-    Returns
-    -------
-    Path
-        The file written.
-
-    Raises
-    ------
-    WeightsError
-        As `MindSporeCheckpoint`; two tensors get the same name; a finite weight becomes infinite in `dtype`.
-    ConfigError
-        `dtype` is another than the three.
-    """
-    to = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if to not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
-    out = Path(out)
-    if out.suffix != ".safetensors":
-        out = out / "model.safetensors"
-    checkpoint = MindSporeCheckpoint(path)
-
-    names = checkpoint.keys()
-    sources: dict[str, str] = {}
-    for name in names:
-        new = rename(name) if rename else name
-        if new in sources or new == "__metadata__":
-            other = _short(sources[new]) if new in sources else "the metadata of safetensors"
-            raise WeightsError(f"{path}: {_short(name)} would take the name {_short(new)} of {other}")
-        if new is not None:
-            sources[new] = name
-
-    def target(name: str) -> torch.dtype:
-        stored = checkpoint.dtype(name)
-        return to if stored.is_floating_point else stored
-
-    def overflows(stored: torch.Tensor, converted: torch.Tensor) -> bool:
-        infinite = converted.isinf() if converted.is_floating_point() else torch.tensor(False)
-        return bool(infinite.any()) and not stored[infinite].isinf().all()
-
-    # wide types first, so that every tensor starts at a multiple of its element size
-    order = sorted(sources, key=lambda new: -target(sources[new]).itemsize)
-    header: dict[str, dict] = {"__metadata__": {"format": "pt", "converted_from": Path(path).name}}
-    at = 0
-    for new in order:
-        name = sources[new]
-        start, at = at, at + math.prod(checkpoint.shape(name)) * target(name).itemsize
-        header[new] = {
-            "dtype": _SAFETENSORS_NAMES[target(name)],
-            "shape": list(checkpoint.shape(name)),
-            "data_offsets": [start, at],
-        }
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-
-    with (
-        atomic_path(out) as temporary,
-        open(temporary, "wb") as file,
-        tqdm(total=at, desc=out.name, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        file.write(len(head).to_bytes(8, "little"))
-        file.write(head)
-        for new in order:
-            name = sources[new]
-            for chunk in checkpoint.chunks(name):
-                converted = chunk.to(target(name))
-                if overflows(chunk, converted):
-                    raise WeightsError(
-                        f"{path}: {_short(name)} has weights beyond the range of {str(to)[6:]}; "
-                        "convert to float32 or bfloat16"
-                    )
-                bar.update(file.write(memoryview(converted.view(torch.uint8).numpy())))
-    return out
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -307,6 +307,22 @@ class GeneVocabulary:
             symbols.setdefault(number, symbol)
         return [symbols[number] for number in sorted(symbols)]
 
+    def numbered(self) -> list[str]:
+        """One symbol an id where the ids are 1, 2, 3 …, as a backbone's config holds them.
+
+        Raises
+        ------
+        WeightsError
+            The ids have gaps.
+        """
+        genes = self.genes
+        if len(genes) != self.n_genes:
+            raise WeightsError(
+                f"the vocabulary has gaps ({len(genes):,} ids up to {self.n_genes:,}), so it cannot be stored with the "
+                "weights; name its file as backbone.vocabulary of a run"
+            )
+        return genes
+
     def ids(self, genes: Iterable[str]) -> np.ndarray:
         """Ids of genes under exactly the symbols of the vocabulary.
 

@@ -1,0 +1,198 @@
+"""Checkpoints of the authors' HINGE code, `{"model": state dict}`: into our two parts and back.
+
+Their file holds the frozen backbone and the trained conditioning in one; we keep them apart, the backbone as in
+`hinge.backbones` and the rest as a HingeModel. Both ways every number stays as it is.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hinge.backbones.cellfm import CellFMModel
+from hinge.backbones.checkpoints import PublishedCellFM, export_cellfm, read_published
+from hinge.errors import ConfigError, WeightsError
+from hinge.files import atomic_path
+from hinge.models.hinge import HingeModel
+
+logger = logging.getLogger(__name__)
+
+# what the released code trains and samples with
+RELEASED_MODEL = {
+    "head": "point",
+    "modulation_rank": None,
+    "condition_on_visible": "next",
+    "gene_path": False,
+    "standardise_features": False,
+    "dropout": 0.1,
+}
+_GENE_IDS = "gg"
+
+
+@dataclass(frozen=True)
+class ImportedHinge:
+    """A checkpoint of the authors' code, read.
+
+    Attributes
+    ----------
+    model
+        With its backbone attached, in eval mode.
+    gene_ids
+        int64 (G,), the panel's ids in the vocabulary.
+    """
+
+    model: HingeModel
+    gene_ids: Tensor
+
+
+def conditioning_names(num_layers: int) -> dict[str, tuple[str, ...]]:
+    """For each of our trained tensors the names in the authors' code; several are joined along the first axis."""
+    names: dict[str, tuple[str, ...]] = {}
+    for ours, theirs in (("time", "time"), ("features", "label"), ("visible", "mask")):
+        for k in "02":
+            for kind in ("weight", "bias"):
+                names[f"condition.{ours}.{k}.{kind}"] = (f"cond_embed.{theirs}.{k}.{kind}",)
+    layers = [f"retentionblocks.{k}" for k in range(num_layers)]
+    for kind in ("weight", "bias"):
+        names[f"modulation.{kind}"] = (*(f"{layer}.adaln.proj.{kind}" for layer in layers), f"final_layer.proj.{kind}")
+    names["modulation.norm_mix"] = tuple(f"{layer}.pre_norm{n}._lambda_bias" for layer in layers for n in "12")
+    names["modulation.norm_mix_decoder"] = ("final_layer.pre_norm._lambda_bias",)
+    return names
+
+
+def import_hinge(
+    path: str | Path,
+    gate: str | None = None,
+    num_attention_heads: int | None = None,
+    backbone: CellFMModel | None = None,
+) -> ImportedHinge:
+    """Read a checkpoint of the authors' HINGE code.
+
+    Parameters
+    ----------
+    path
+        The `.pth` file, read with `weights_only=True`; safetensors with the same names will do.
+    gate
+        `"sigmoid"` or `"linear"`; None: judged by the gates' biases, which start at 6 and at 1 and stay near.
+    num_attention_heads
+        Needed unless the width is 1536.
+    backbone
+        The backbone of the same file, where it has been read already.
+
+    Raises
+    ------
+    WeightsError
+        The file is no such checkpoint, or not whole.
+    ConfigError
+        `num_attention_heads` or `gate` is needed.
+    """
+    published = read_hinge(path, num_attention_heads)
+    state = {name.removeprefix(published.prefix): name for name in published.state.shapes}
+    size = published.config["num_hidden_layers"], published.config["hidden_size"]
+    names = conditioning_names(size[0])
+    if "cond_embed.mask.0.weight" not in state:  # conditioned on time and features alone
+        names = {ours: theirs for ours, theirs in names.items() if not ours.startswith("condition.visible.")}
+    missing = [name for theirs in [*names.values(), (_GENE_IDS,)] for name in theirs if name not in state]
+    if missing:
+        raise WeightsError(
+            f"{path} is not a whole checkpoint of the HINGE code: {len(missing):,} tensors are missing, the first of "
+            f"them {missing[0]}"
+        )
+    used = {name for theirs in names.values() for name in theirs} | {_GENE_IDS}
+    used |= {name.removeprefix(published.prefix) for theirs in published.sources.values() for name in theirs}
+    unused = sorted(state.keys() - used)
+    if unused:
+        logger.info("%s: %d tensors are not used, e.g. %s", path, len(unused), unused[0])
+
+    def read(name: str) -> Tensor:
+        return published.state.read(state[name]).clone()
+
+    gene_ids = read(_GENE_IDS).long()
+    biases = torch.stack([read(name) for name in names["modulation.bias"][:-1]]).view(size[0], 6, size[1])
+    model = HingeModel.from_backbone(
+        backbone or CellFMModel.from_pretrained(path, num_attention_heads=num_attention_heads),
+        feature_dim=published.state.shapes[state["cond_embed.label.0.weight"]][1],
+        num_genes=len(gene_ids),
+        gate=gate or _judge_gate(biases[:, 2::3], path),
+        **{**RELEASED_MODEL, "condition_on_visible": "next" if "cond_embed.mask.0.weight" in state else None},
+    )
+    own = model.state_dict()
+    for ours, theirs in names.items():
+        parts = [read(name) for name in theirs]
+        joined = parts[0] if len(parts) == 1 else torch.stack(parts) if parts[0].ndim == 0 else torch.cat(parts)
+        if joined.numel() != own[ours].numel():
+            raise WeightsError(
+                f"{path}: {theirs[0]} does not fit a model of width {size[1]:,} and {len(gene_ids):,} genes"
+            )
+        own[ours] = joined.view(own[ours].shape)
+    model.load_state_dict(own)
+    return ImportedHinge(model.eval(), gene_ids)
+
+
+def export_hinge(model: HingeModel, gene_ids: Tensor) -> dict[str, Tensor]:
+    """The state dict that the authors' code has for a model, backbone included.
+
+    Raises
+    ------
+    ConfigError
+        The model has something that their code has no place for.
+    """
+    config = model.config
+    for option in ("head", "modulation_rank", "gene_path", "standardise_features"):
+        if config[option] != RELEASED_MODEL[option]:
+            raise ConfigError(
+                f"the authors' code has no place for model.{option} {config[option]}; only models with "
+                f"{RELEASED_MODEL[option]} there can be exported"
+            )
+    if config.condition_on_visible == "current":
+        raise ConfigError("the authors' code has no place for model.condition_on_visible current, only for next")
+    state, exported = model.state_dict(), export_cellfm(model.backbone, "hinge")
+    for ours, theirs in conditioning_names(config.num_layers).items():
+        if ours not in state:
+            continue
+        if ours == "modulation.norm_mix":
+            parts = state[ours].flatten().unbind()
+        elif len(theirs) > 1:  # six vectors a layer, two before the decoder
+            parts = state[ours].split([6 * config.hidden_size] * config.num_layers + [2 * config.hidden_size])
+        else:
+            parts = (state[ours],)
+        for name, part in zip(theirs, parts, strict=True):
+            exported[name] = part.detach().cpu().clone()
+    exported[_GENE_IDS] = gene_ids.detach().cpu().long().clone()
+    return exported
+
+
+def write_hinge(model: HingeModel, gene_ids: Tensor, out: str | Path) -> Path:
+    """Write `export_hinge` as the file that the authors' code loads."""
+    state = export_hinge(model, gene_ids)
+    with atomic_path(out) as temporary:
+        torch.save({"model": state}, temporary)
+    return Path(out)
+
+
+def read_hinge(path: str | Path, num_attention_heads: int | None = None) -> PublishedCellFM:
+    """Recognise a checkpoint of the authors' code; reads no contents.
+
+    Raises
+    ------
+    WeightsError
+        The file is of another kind.
+    """
+    published = read_published(path, num_attention_heads)
+    if published.dialect != "hinge":
+        raise WeightsError(f"{path} holds a CellFM alone, not a model of the HINGE code; use hinge convert cellfm")
+    return published
+
+
+def _judge_gate(biases: Tensor, path: str | Path) -> str:
+    median = biases.median().item()
+    for gate, low, high in (("sigmoid", 3.0, 9.0), ("linear", 0.5, 1.5)):
+        if low <= median <= high:
+            logger.info("%s: the gates are %s, judged by the median %.2f of their biases", path, gate, median)
+            return gate
+    raise ConfigError(
+        f"{path} does not tell whether its gates are sigmoid or linear (their biases have the median {median:.2f}, "
+        "where 6 and 1 are the starts); give the gate (--gate on the command line)"
+    )
