@@ -96,7 +96,7 @@ def features(
     if image is not None and len(names) > 1:
         raise ConfigError("--image is the image of one slide; name it with --sample")
     for name in names:
-        slide = read_slide(path, name, image=image, um_per_px=um_per_px)
+        slide = read_slide(path, name, image=image, um_per_px=um_per_px, require_counts=False)
         target = output / f"{name}.{encoder.replace('/', '_').replace(':', '_')}.h5"
         written = extract_features(
             slide, loaded, target, views=views, batch_size=batch_size, patch_um=patch_um, overwrite=overwrite
@@ -194,7 +194,7 @@ def sample(
     run: RunFolder,
     slide: Annotated[
         list[str] | None,
-        typer.Option(help="Sample of the run's data set, or a slide's h5ad.  [default: test slides]"),
+        typer.Option(help="Sample of the run's data set, or a slide from elsewhere.  [default: test slides]"),
     ] = None,
     draws: Annotated[int | None, typer.Option(help="Draws a spot.  [default: the run's]", min=1)] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of revealing genes.  [default: the run's]", min=1)] = None,
@@ -202,13 +202,19 @@ def sample(
     batch_size: Annotated[
         int | None, typer.Option(help="Spot-draws at a time; no effect on the result.", min=1)
     ] = None,
+    um_per_px: Annotated[
+        float | None, typer.Option(help="Resolution, where a slide from elsewhere does not say.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="h5ad to write, for one slide.")] = None,
 ) -> None:
     """Draw the expression of every spot of a slide, several times.
 
-    Example: hinge sample runs/her2st --slide C5 --draws 20 --steps 20 --seed 0
+    A slide from elsewhere may be an H&E image alone: its tissue is found, and spots are laid over it at the distance
+    of the training slides.
+
+    Example: hinge sample runs/her2st --slide C5 --draws 20 --steps 20 --seed 0, or: hinge sample runs/her2st --slide
+    biopsy.svs
     """
-    from hinge.data.readers import read_slide
     from hinge.run import Run
 
     opened = Run.open(run)
@@ -218,10 +224,11 @@ def sample(
     if output is not None and len(names) > 1:
         raise ConfigError("--output takes the draws of one slide; leave it out for several")
     for name in names:
-        # a file is a slide from elsewhere; everything else is a sample of the run's own data set
-        source = {"slide": read_slide(name)} if Path(name).is_file() else {"name": name}
-        path = opened.sample(**source, output=output, draws=draws, steps=steps, seed=seed, batch_size=batch_size)
-        print(f"draws: {path}")
+        data, path = opened.config.data, Path(name)
+        elsewhere = path.is_file() or (path.is_dir() and name not in [*data.train, *data.test, *data.pretrain])
+        source = {"slide": opened.slide_at(path, um_per_px)} if elsewhere else {"name": name}
+        written = opened.sample(**source, output=output, draws=draws, steps=steps, seed=seed, batch_size=batch_size)
+        print(f"draws: {written}")
 
 
 @app.command()

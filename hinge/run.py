@@ -122,6 +122,30 @@ class Run:
             self._slides[name] = read_slide(data.path, name, format=data.format, require_image=require_image)
         return self._slides[name]
 
+    def slide_at(self, path: Path, um_per_px: float | None = None) -> AnnData:
+        """A slide from elsewhere, to be sampled; over an image alone spots are laid as in training."""
+        pitch, diameter = self.spot_grid()
+        return read_slide(
+            path, um_per_px=um_per_px, require_counts=False, spot_pitch_um=pitch, spot_diameter_um=diameter
+        )
+
+    def spot_grid(self) -> tuple[float, float]:
+        """Distance between the training slides' spots and their diameter, µm."""
+        written = self.folder / "split.json"
+        facts = read_json(written) if written.exists() else {}
+        if "spot_pitch_um" not in facts:
+            facts = self._training_grid()
+        pitch, diameter = facts["spot_pitch_um"], facts["spot_diameter_um"]
+        if not pitch or not np.isfinite(pitch):
+            raise DataError(f"the training slides of {self.folder} do not tell the distance between their spots")
+        return pitch, diameter if diameter and np.isfinite(diameter) else pitch / 2
+
+    def _training_grid(self) -> dict[str, float]:
+        slides = [self.slide(name).uns["hinge"] for name in self.config.data.train]
+        return {
+            key: float(np.median([facts[key] for facts in slides])) for key in ("spot_pitch_um", "spot_diameter_um")
+        }
+
     @property
     def encoder(self) -> Encoder:
         if self._encoder is None:
@@ -430,6 +454,7 @@ class Run:
                 "train": data.train,
                 "test": data.test,
                 "pretrain": data.pretrain,
+                **self._training_grid(),
                 "validation_spots": [f"{spots.slide[index]}/{spots.barcodes[index]}" for index in held],
             },
         )

@@ -1,6 +1,6 @@
 """What a slide is: an AnnData of raw counts that knows its image, and the checks that make it one.
 
-X                    (n, G) CSR float32, raw integer counts
+X                    (n, G) CSR float32, raw integer counts; G = 0 for a slide that is an image alone
 obs_names            unique barcodes, var_names unique gene symbols
 obsm["spatial"]      (n, 2) float64, x and y in full-resolution pixels
 uns["spatial"][name] images and scalefactors as scanpy and squidpy write them (slides with an image)
@@ -105,7 +105,7 @@ def describe_slide(
     return slide
 
 
-def validate_slide(slide: AnnData, require_image: bool = True) -> None:
+def validate_slide(slide: AnnData, require_image: bool = True, require_counts: bool = True) -> None:
     """Make sure that an AnnData is a slide as this package means it.
 
     Parameters
@@ -114,6 +114,8 @@ def validate_slide(slide: AnnData, require_image: bool = True) -> None:
         As a reader made it.
     require_image
         Whether a slide without image, or with an unknown resolution, is refused.
+    require_counts
+        Whether a slide that is an image alone, and so has no genes, is refused.
 
     Raises
     ------
@@ -123,7 +125,12 @@ def validate_slide(slide: AnnData, require_image: bool = True) -> None:
     name = slide_name(slide)
     if slide.n_obs == 0:
         raise DataError(f"slide {name} has no spots")
-    if slide.n_vars == 0:
+    if slide.n_vars == 0 and slide.uns["hinge"].get("source_format") == "image":
+        if require_counts:
+            raise DataError(
+                f"slide {name} is an image without counts: it can be sampled, but neither trained on nor scored"
+            )
+    elif slide.n_vars == 0:
         raise DataError(f"slide {name} has no genes")
     for what, index in (("barcode", slide.obs_names), ("gene", slide.var_names)):
         repeated = index[index.duplicated()]

@@ -10,10 +10,11 @@ from types import ModuleType
 from anndata import AnnData
 
 from hinge.data.readers import h5ad, her2st
+from hinge.data.readers import image as image_reader
 from hinge.data.slide import validate_slide
 from hinge.errors import DataError
 
-FORMATS: dict[str, ModuleType] = {"her2st": her2st, "h5ad": h5ad}
+FORMATS: dict[str, ModuleType] = {"her2st": her2st, "h5ad": h5ad, "image": image_reader}
 
 
 def recognise_format(path: str | Path) -> str:
@@ -54,6 +55,8 @@ def read_slide(
     image: str | Path | None = None,
     um_per_px: float | None = None,
     require_image: bool = True,
+    require_counts: bool = True,
+    **grid: float,
 ) -> AnnData:
     """Read one slide and make sure that it is sound.
 
@@ -71,6 +74,11 @@ def read_slide(
         Microns per full-resolution pixel, where it shall not be worked out from the spots or the image.
     require_image
         False also reads slides that have no image, for what needs counts alone; their `um_per_px` may be NaN.
+    require_counts
+        False also reads images without counts: their tissue is found, a grid of spots laid over it, and the
+        slide has no genes.
+    **grid
+        `spot_pitch_um` and `spot_diameter_um` of that grid; other formats know their own and take none.
 
     Returns
     -------
@@ -94,14 +102,17 @@ def read_slide(
         raise DataError(f"{asked} in {path}, which has {shown or 'none'}")
     if um_per_px is not None and not 0 < um_per_px < float("inf"):
         raise DataError(f"um_per_px must be a positive number of microns per pixel, not {um_per_px}")
+    if reader is image_reader and require_counts:
+        raise DataError(f"{path} is an image without counts: it can be sampled, but neither trained on nor scored")
     slide = reader.read(
         path,
         sample,
         image=None if image is None else Path(image),
         um_per_px=um_per_px,
         require_image=require_image,
+        **(grid if reader is image_reader else {}),
     )
-    validate_slide(slide, require_image=require_image)
+    validate_slide(slide, require_image=require_image, require_counts=require_counts)
     return slide
 
 

@@ -1,0 +1,163 @@
+"""Slides that are an image and nothing else: where their tissue lies, and a grid of spots over it."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+from anndata import AnnData
+from scipy.ndimage import uniform_filter
+from skimage.filters import apply_hysteresis_threshold, gaussian, threshold_otsu
+from skimage.morphology import remove_small_holes, remove_small_objects
+
+from hinge.data.image import SlideImage, image_name
+from hinge.data.slide import describe_slide
+from hinge.errors import DataError
+
+# Visium's, for a slide that is laid out for no model in particular
+DEFAULT_PITCH_UM, DEFAULT_DIAMETER_UM = 100.0, 55.0
+
+_MASK_UM = 10.0  # side of a pixel of the mask
+_BLUR_UM = 20.0
+_SMALLEST_MM2 = 0.02  # smaller pieces are debris, smaller holes belong to the tissue
+_GLASS_DENSITY = 0.25  # glass absorbs less green than this (natural logarithm), the palest tissue more
+_LEAST_CONTRAST = 0.05  # in green density, between tissue and glass
+_LEAST_SATURATION = 0.04  # below it lie shadows, dust and black borders
+_INK_MARGIN = 8  # green above red by more: marker ink, no stain of H&E
+
+
+def find_tissue(image: SlideImage, um_per_px: float) -> np.ndarray:
+    """Where an H&E image shows tissue.
+
+    Both stains absorb green, so tissue is what is dense in green. Otsu's threshold on the blurred density finds
+    what surely is tissue; it grows into whatever adjoins it and is nearer to it than to the glass, so that pale
+    stroma and fat are kept. Grey things (shadows, dust, black borders) and marker ink count as glass.
+
+    Parameters
+    ----------
+    image
+        The slide's image.
+    um_per_px
+        Microns per full-resolution pixel.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool (h, w), the whole image at about 10 µm a pixel; all False where nothing is stained, all True where no
+        glass is in the picture.
+    """
+    width, height = image.dimensions
+    small = image.thumbnail(max(16, math.ceil(max(width, height) * um_per_px / _MASK_UM)))
+    step_um = width * um_per_px / small.shape[1]
+    colour = small.astype(np.float32)
+    brightest = colour.max(axis=2)
+    saturation = (brightest - colour.min(axis=2)) / np.maximum(brightest, 1)
+    no_stain = (saturation < _LEAST_SATURATION) | (colour[..., 1] > colour[..., 0] + _INK_MARGIN) | (brightest < 40)
+    density = np.where(no_stain, 0, -np.log((colour[..., 1] + 1) / 256))
+    density = gaussian(density, _BLUR_UM / step_um)
+    if np.ptp(density) < _LEAST_CONTRAST:
+        return np.full(density.shape, bool(density.mean() > _GLASS_DENSITY))
+    sure = threshold_otsu(density)
+    pale, dense = np.median(density[density <= sure]), np.median(density[density > sure])
+    if pale > _GLASS_DENSITY:
+        return np.ones(density.shape, bool)
+    if dense - pale < _LEAST_CONTRAST:
+        return np.zeros(density.shape, bool)
+    mask = apply_hysteresis_threshold(density, (pale + sure) / 2, sure)
+    smallest = round(_SMALLEST_MM2 * 1e6 / step_um**2)
+    return remove_small_holes(remove_small_objects(mask, max_size=smallest), max_size=smallest)
+
+
+def lay_spots(mask: np.ndarray, dimensions: tuple[int, int], pitch_px: float, diameter_px: float) -> np.ndarray:
+    """A square grid of spots, centred on the image, of those at least half on tissue.
+
+    Parameters
+    ----------
+    mask
+        bool (h, w) over the whole image, as `find_tissue` gives it.
+    dimensions
+        Width and height of the image in full-resolution pixels.
+    pitch_px, diameter_px
+        Distance between spots and size of one, in full-resolution pixels.
+
+    Returns
+    -------
+    numpy.ndarray
+        int (n, 2), column and row in the grid; column c of C lies at x = (width + (2c + 1 - C) pitch) / 2.
+    """
+    shape = [max(1, math.floor(side / pitch_px)) for side in dimensions]
+    scale = mask.shape[1] / dimensions[0]
+    share = uniform_filter(mask.astype(np.float32), max(1, round(diameter_px * scale)))
+    columns, rows = (grid.ravel() for grid in np.meshgrid(np.arange(shape[0]), np.arange(shape[1])))
+    places = _places(np.stack([columns, rows], axis=1), shape, dimensions, pitch_px)
+    x, y = np.minimum((places * scale).astype(int), np.array(mask.shape[::-1]) - 1).T
+    on_tissue = share[y, x] >= 0.5
+    return np.stack([columns[on_tissue], rows[on_tissue]], axis=1)
+
+
+def slide_from_image(
+    image: str | Path,
+    um_per_px: float | None = None,
+    spot_pitch_um: float = DEFAULT_PITCH_UM,
+    spot_diameter_um: float = DEFAULT_DIAMETER_UM,
+    name: str | None = None,
+) -> AnnData:
+    """Make a slide of an H&E image alone: spots on a square grid over its tissue, and no genes.
+
+    Parameters
+    ----------
+    image
+        Whole-slide image.
+    um_per_px
+        Microns per full-resolution pixel; None where the image itself tells.
+    spot_pitch_um, spot_diameter_um
+        Of the grid; a model is best asked at the spots' size and distance that it was trained on.
+    name
+        The slide's name; by default the image's.
+
+    Returns
+    -------
+    AnnData
+        A slide with n spots named `<column>x<row>` and 0 genes.
+
+    Raises
+    ------
+    DataError
+        If the image is missing or damaged, tells no resolution, or shows no tissue.
+    """
+    path = Path(image)
+    with SlideImage(path) as opened:
+        um_per_px = um_per_px or opened.um_per_px
+        if um_per_px is None:
+            raise DataError(
+                f"{path} does not tell its resolution: give microns per full-resolution pixel with um_per_px="
+            )
+        dimensions = opened.dimensions
+        mask = find_tissue(opened, um_per_px)
+    pitch_px = spot_pitch_um / um_per_px
+    cells = lay_spots(mask, dimensions, pitch_px, spot_diameter_um / um_per_px)
+    if not len(cells):
+        raise DataError(f"no tissue was found in {path} ({mask.mean():.1%} of it looks stained)")
+    shape = [max(1, math.floor(side / pitch_px)) for side in dimensions]
+    slide = AnnData(
+        X=scipy.sparse.csr_matrix((len(cells), 0), dtype=np.float32),
+        obs=pd.DataFrame(
+            {"array_x": cells[:, 0], "array_y": cells[:, 1]}, index=[f"{column}x{row}" for column, row in cells]
+        ),
+        obsm={"spatial": _places(cells, shape, dimensions, pitch_px)},
+    )
+    return describe_slide(
+        slide,
+        name or image_name(path) or path.name,
+        image_path=path,
+        um_per_px=um_per_px,
+        spot_pitch_um=spot_pitch_um,
+        spot_diameter_um=spot_diameter_um,
+        source_format="image",
+    )
+
+
+def _places(cells: np.ndarray, shape: list[int], dimensions: tuple[int, int], pitch_px: float) -> np.ndarray:
+    """Full-resolution pixel x, y (n, 2) of columns and rows (n, 2) of a grid centred on the image."""
+    return (np.asarray(dimensions) + (2 * cells + 1 - np.asarray(shape)) * pitch_px) / 2
