@@ -284,5 +284,70 @@ def demo(
     print(f"report: {opened.report_path}")
 
 
+convert = typer.Typer(help="Published weights into ours, and a trained model into the authors' format.")
+app.add_typer(convert, name="convert", no_args_is_help=True)
+
+Checkpoint = Annotated[Path, typer.Argument(help="Published file.", show_default=False)]
+OutFolder = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the backbone's weights.")]
+Vocabulary = Annotated[
+    Path | None, typer.Option(help="Table of the genes that the weights know, to store their names with them.")
+]
+Heads = Annotated[int | None, typer.Option(help="Attention heads.  [default: 48 at width 1536]", min=1)]
+
+
+@convert.command("cellfm")
+def convert_cellfm(
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    dtype: Dtype = "fp32",
+    vocabulary: Vocabulary = None,
+    heads: Heads = None,
+) -> None:
+    """Rewrite CellFM's weights (MindSpore .ckpt, or a torch state dict) as a folder for backbone.path.
+
+    Example: hinge convert cellfm CellFM_800M_weight.ckpt cellfm-800m --dtype bf16 --vocabulary expand_gene_info.csv
+    """
+    from hinge import convert as conversion
+
+    written = conversion.convert_cellfm(checkpoint, out, dtype, vocabulary, heads)
+    print(f"backbone: {written}")
+
+
+@convert.command("hinge")
+def convert_hinge(
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    dtype: Dtype = "fp32",
+    vocabulary: Vocabulary = None,
+    heads: Heads = None,
+    gate: Annotated[str | None, typer.Option(help="sigmoid or linear.  [default: judged by the weights]")] = None,
+) -> None:
+    """Rewrite a checkpoint of the authors' HINGE code as a folder with backbone and model.
+
+    Example: hinge convert hinge best_model.pth runs/authors --vocabulary expand_gene_info.csv
+    """
+    from hinge import convert as conversion
+
+    if gate not in (None, "sigmoid", "linear"):
+        raise ConfigError(f"--gate must be sigmoid or linear, not {gate!r}")
+    written = conversion.convert_hinge(checkpoint, out, dtype, gate, vocabulary, heads)
+    print(f"model: {written}")
+
+
+@convert.command("to-authors")
+def convert_to_authors(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of hinge convert hinge.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help=".pth file to write.", show_default=False)],
+) -> None:
+    """Write a trained model, backbone included, as the checkpoint that the authors' HINGE code loads.
+
+    Example: hinge convert to-authors runs/released model.pth
+    """
+    from hinge import convert as conversion
+
+    print(f"checkpoint: {conversion.export_hinge_folder(run, out)}")
+
+
 if __name__ == "__main__":
     main()

@@ -17,6 +17,10 @@ from hinge.training import TrainingConfig
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.realpath(os.path.expanduser(path))))]
 
 
+# where the published implementations of CellFM differ from each other
+PUBLISHED_CONSTANTS = ("masked_input", "negative_slope", "layer_norm_eps")
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -67,7 +71,18 @@ class FeaturesConfig(_Section):
 class BackboneConfig(_Section):
     """The expression model: pre-trained weights, or the size of one that is pre-trained here."""
 
-    path: AbsolutePath | None = Field(None, description="a pre-trained CellFM; None: pre-train one on data.pretrain")
+    path: AbsolutePath | None = Field(
+        None,
+        description="a pre-trained CellFM, published file or folder of hinge's; None: pre-train one on data.pretrain",
+    )
+    vocabulary: AbsolutePath | None = Field(None, description="a table of the genes that the weights at path know")
+    gene_names: AbsolutePath | None = Field(None, description="HGNC's table, to find genes under previous names")
+    unknown_genes: Literal["drop", "new"] = Field(
+        "drop", description="drop (from the panel) or new (a new embedding) for genes that the weights do not know"
+    )
+    masked_input: Literal["mask_token", "value_plus_zero_token"] | None = None
+    negative_slope: float | None = Field(None, ge=0, lt=1, description="a number from 0 to 1; None: the weights' own")
+    layer_norm_eps: float | None = Field(None, gt=0, description="a number above 0; None: the weights' own")
     hidden_size: int = Field(128, ge=8)
     num_hidden_layers: int = Field(4, ge=2)
     num_attention_heads: int = Field(4, ge=1)
@@ -82,6 +97,21 @@ class BackboneConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _of_given_weights(self):
+        for key in ("vocabulary", *PUBLISHED_CONSTANTS):
+            if self.path is None and getattr(self, key) is not None:
+                raise ValueError(f"{key} says how to read given weights; it needs path")
+        return self
+
+    def architecture(self) -> dict[str, int]:
+        """Size of a CellFM that is pre-trained here."""
+        return self.model_dump(include={"hidden_size", "num_hidden_layers", "num_attention_heads", "num_value_bins"})
+
+    def constants(self) -> dict[str, Any]:
+        """What shall be other than the weights say; arguments of `CellFMModel.from_pretrained`."""
+        return self.model_dump(include=set(PUBLISHED_CONSTANTS))
+
 
 class ModelConfig(_Section):
     """The denoiser; see hinge.models.HingeModel."""
@@ -92,6 +122,7 @@ class ModelConfig(_Section):
     condition_on_visible: Literal["current", "next"] | None = "current"
     gene_path: bool = True
     num_factors: int = Field(8, ge=1)
+    standardise_features: bool = True
     feature_dropout: float = Field(0.0, ge=0, lt=1)
     feature_noise: float = Field(0.0, ge=0)
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -151,7 +182,15 @@ class RunConfig(_Section):
 
 
 # where a path may stand in a configuration file
-_PATHS = (("output",), ("data", "path"), ("panel", "file"), ("features", "folder"), ("backbone", "path"))
+_PATHS = (
+    ("output",),
+    ("data", "path"),
+    ("panel", "file"),
+    ("features", "folder"),
+    ("backbone", "path"),
+    ("backbone", "vocabulary"),
+    ("backbone", "gene_names"),
+)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -1,11 +1,19 @@
-"""A checkpoint of the authors' HINGE code into a run's folder, and a trained model into such a checkpoint."""
+"""Published weights rewritten as ours, and a trained model as the authors' code loads it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from hinge.backbones import CellFMModel
-from hinge.backbones.checkpoints import DTYPES, vocabulary_for, write_folder
+from hinge.backbones import CellFMConfig, CellFMModel
+from hinge.backbones.checkpoints import (
+    DTYPES,
+    PublishedCellFM,
+    check_shapes,
+    read_published,
+    stream_safetensors,
+    vocabulary_for,
+)
 from hinge.data.panel import Panel
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.errors import ConfigError, DataError, WeightsError
@@ -23,6 +31,72 @@ RELEASED_DIFFUSION = {
     "fill": "noise",
 }
 _GENE_IDS_NAME = "gene_ids.json"
+
+
+def convert_cellfm(
+    path: str | Path,
+    out: str | Path,
+    dtype: str = "fp32",
+    vocabulary: str | Path | None = None,
+    num_attention_heads: int | None = None,
+    **options: Any,
+) -> Path:
+    """Rewrite published weights as a folder that `CellFMModel.from_pretrained` reads, in parts of 4 MB.
+
+    Parameters
+    ----------
+    path
+        A published file.
+    out
+        The folder; gets `config.json` and `model.safetensors`.
+    dtype
+        `fp32`, `bf16` or `fp16`.
+    vocabulary
+        The user's file of gene symbols, whose names then go into `config.json`; its ids must be 1, 2, 3 …
+    num_attention_heads, options
+        As `read_published`.
+
+    Raises
+    ------
+    WeightsError
+        The file cannot be read as a CellFM, the vocabulary is not its own, or a weight becomes infinite.
+    ConfigError
+        `dtype` is another, or the number of heads is needed.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be {', '.join(DTYPES)}, not {dtype!r}")
+    published = read_published(path, num_attention_heads, **options)
+    return _write_backbone(published, out, dtype, _genes(published, vocabulary))
+
+
+def _genes(published: PublishedCellFM, vocabulary: str | Path | None) -> list[str] | None:
+    """The vocabulary's genes in the order of their ids, if it is that of the weights."""
+    if vocabulary is None:
+        return None
+    return vocabulary_for(vocabulary, CellFMConfig(**published.config).num_embeddings).numbered()
+
+
+def _refuse_existing(out: str | Path) -> None:
+    if Path(out).exists():
+        raise ConfigError(f"{out} is there already; name a new folder")
+
+
+def _write_backbone(published: PublishedCellFM, out: str | Path, dtype: str, genes: list[str] | None) -> Path:
+    """Write `config.json` and `model.safetensors`; the folder appears when both are whole."""
+    _refuse_existing(out)
+    cellfm = CellFMConfig(**published.config, gene_names=genes)
+    if genes is not None:
+        cellfm.num_genes = len(genes)
+    with torch.device("meta"):
+        parameters = dict(CellFMModel(cellfm).named_parameters())
+    check_shapes(parameters, published.state, published.sources)
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        cellfm.architectures = ["CellFMModel"]
+        cellfm.save_pretrained(folder)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        stream_safetensors(published.state, published.sources, shapes, folder / "model.safetensors", DTYPES[dtype])
+    return Path(out)
 
 
 def convert_hinge(
@@ -58,24 +132,20 @@ def convert_hinge(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be {', '.join(DTYPES)}, not {dtype!r}")
     published = read_hinge(path, num_attention_heads)
-    config, symbols = dict(published.config), {}
-    if vocabulary is not None:
-        genes = vocabulary_for(vocabulary, config["num_genes"] + 1)
-        symbols = {number: symbol for symbol, number in reversed(genes.id_of.items())}
-        config |= {"num_genes": genes.n_genes, "gene_names": genes.numbered()}
+    genes = _genes(published, vocabulary)
+    _refuse_existing(out)
     with atomic_path(out) as folder:
         folder.mkdir()
-        write_folder(published, config, folder / "backbone", dtype)
+        _write_backbone(published, folder / "backbone", dtype, genes)
         backbone = CellFMModel.from_pretrained(folder / "backbone")
         imported = import_hinge(path, gate, num_attention_heads, backbone)
         imported.model.save_pretrained(folder / "model")
         MaskedDiffusionScheduler(**RELEASED_DIFFUSION).save_config(folder / "model")
         write_json(folder / _GENE_IDS_NAME, imported.gene_ids.tolist())
-        if vocabulary is not None:
-            unknown = [number for number in imported.gene_ids.tolist() if number not in symbols]
-            if unknown:
-                raise WeightsError(f"{vocabulary} has no gene for the id {unknown[0]}, which {path} uses")
-            Panel.from_list([symbols[number] for number in imported.gene_ids.tolist()]).save(folder / "panel.json")
+        if genes is not None:
+            if not 1 <= imported.gene_ids.min() <= imported.gene_ids.max() <= len(genes):
+                raise WeightsError(f"{path} uses ids that {vocabulary} has no gene for")
+            Panel.from_list([genes[number - 1] for number in imported.gene_ids.tolist()]).save(folder / "panel.json")
     return Path(out)
 
 
@@ -90,6 +160,8 @@ def export_hinge_folder(folder: str | Path, out: str | Path) -> Path:
         The model has something that the authors' code has no place for.
     """
     folder = Path(folder)
+    if Path(out).is_dir():
+        raise ConfigError(f"{out} is a folder; name the file to write, e.g. {Path(out) / 'model.pth'}")
     if (folder / "config.yaml").is_file():
         run = Run.open(folder)
         model = run.pipeline().model

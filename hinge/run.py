@@ -3,6 +3,7 @@
     config.yaml        the resolved configuration
     environment.json   versions and device
     panel.json         genes, chosen from the training slides
+    genes.json         which of them the backbone knows, where its weights come from elsewhere
     features/          one HDF5 file per slide and encoder (unless features.folder says otherwise)
     backbone/          the expression model, where it was pre-trained in this run
     split.json         slides and validation spots
@@ -17,6 +18,7 @@ Each stage reads what the one before wrote, recognises what is finished and can 
 import contextlib
 import logging
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import anndata as ad
@@ -27,6 +29,9 @@ from anndata import AnnData
 from pydantic import ValidationError
 
 from hinge.backbones import CellFMConfig, CellFMModel, pretrain_expression
+from hinge.backbones.cellfm import read_config
+from hinge.backbones.checkpoints import vocabulary_for
+from hinge.backbones.vocabulary import GeneMapping, GeneNames, GeneVocabulary
 from hinge.config import BackboneConfig, RunConfig, explain, load_config, save_config
 from hinge.data.features import read_features
 from hinge.data.panel import Panel, select_panel
@@ -94,6 +99,10 @@ class Run:
         return self.config.backbone.path or self.folder / "backbone"
 
     @property
+    def genes_path(self) -> Path:
+        return self.folder / "genes.json"
+
+    @property
     def model_path(self) -> Path:
         return self.folder / "model"
 
@@ -153,13 +162,19 @@ class Run:
         return self._encoder
 
     def panel(self) -> Panel:
-        """The panel; chosen from the training slides and written if it is not there yet."""
+        """The panel; chosen from the training slides and written if it is not there yet.
+
+        Genes that a backbone from elsewhere does not know are dropped from it, unless `backbone.unknown_genes`
+        says otherwise.
+        """
         config = self.config.panel
         if not self.panel_path.exists():
             if config.method == "file":
                 panel = read_panel(config.file)
             else:
                 panel = select_panel([self.slide(name) for name in self.config.data.train], config.method, config.genes)
+            if self.config.backbone.path is not None:
+                panel = panel.model_copy(update={"genes": self._match_panel(panel.genes)})
             panel.save(self.panel_path)
             logger.info("wrote %s (%d genes)", self.panel_path, len(panel.genes))
         return Panel.load(self.panel_path)
@@ -185,14 +200,20 @@ class Run:
         return concatenate_spots(tables)
 
     def backbone(self) -> CellFMModel:
-        """The expression model, from elsewhere or pre-trained in this run.
+        """The expression model, from elsewhere or pre-trained in this run, in the type its weights are stored in.
 
         Raises
         ------
         WeightsError
             It is missing or damaged.
         """
-        return load_backbone(self.backbone_path)
+        settings = self.config.backbone
+        model = CellFMModel.from_pretrained(self.backbone_path, **settings.constants())
+        if settings.unknown_genes == "new":
+            mapping = self._match(self.panel().genes, "new")
+            ids = dict(zip(mapping.genes, mapping.ids.tolist(), strict=True))
+            model.add_genes({gene: ids[gene] for gene in mapping.new}, self.config.seed)
+        return model
 
     def pretraining_values(self) -> np.ndarray:
         """Transformed counts (n, G) on the panel of the slides to pre-train on."""
@@ -205,16 +226,62 @@ class Run:
 
     def gene_ids(self, backbone: CellFMModel) -> torch.Tensor:
         """Vocabulary ids (G,) of the panel."""
-        vocabulary = {gene: index + 1 for index, gene in enumerate(backbone.config.gene_names or [])}
-        if not vocabulary:
-            raise WeightsError(f"the backbone {self.backbone_path} brings no gene vocabulary")
-        missing = [gene for gene in self.panel().genes if gene not in vocabulary]
-        if missing:
-            raise DataError(
-                f"{len(missing)} genes of the panel are not in the vocabulary of {self.backbone_path}: "
-                f"{', '.join(missing[:5])}"
+        on_missing = "new" if self.config.backbone.unknown_genes == "new" else "error"
+        ids = torch.from_numpy(self._match(self.panel().genes, on_missing).ids)
+        if ids.max() >= backbone.gene_embedding.num_embeddings:
+            raise WeightsError(f"this backbone has no embedding for the new genes of {self.panel_path}")
+        return ids
+
+    @cached_property
+    def vocabulary(self) -> GeneVocabulary:
+        """The genes that the backbone knows, from `backbone.vocabulary` or else stored with its weights.
+
+        Raises
+        ------
+        WeightsError
+            Neither is there, or the file is of other weights.
+        """
+        file, backbone = self.config.backbone.vocabulary, read_config(self.backbone_path)
+        if file is not None:
+            return vocabulary_for(file, backbone.num_embeddings)
+        if not backbone.gene_names:
+            raise WeightsError(
+                f"the backbone {self.backbone_path} brings no gene vocabulary; name its file as backbone.vocabulary"
             )
-        return torch.tensor([vocabulary[gene] for gene in self.panel().genes])
+        return GeneVocabulary.from_genes(backbone.gene_names)
+
+    def _match(self, genes: list[str], on_missing: str) -> GeneMapping:
+        table = self.config.backbone.gene_names
+        return self.vocabulary.match(genes, on_missing, GeneNames(table) if table is not None else None)
+
+    def _match_panel(self, genes: list[str]) -> list[str]:
+        """The genes of a panel that stay in it; tells and writes what the backbone knows of them and of the slides."""
+        mapping = self._match(genes, self.config.backbone.unknown_genes)
+        dropped = len(genes) - len(mapping.genes)
+        end = f"; {dropped} dropped from the panel (backbone.unknown_genes: new keeps them)" if dropped else ""
+        logger.info("panel: %s%s", mapping.summary(), end)
+        slides = {}
+        for name in self.config.data.train:
+            known = self._match(list(self.slide(name).var_names), "drop")
+            slides[name] = {"genes": self.slide(name).n_vars, "mapped": len(known.genes), "summary": known.summary()}
+            logger.info("%s: %d of %d genes are in the vocabulary", name, len(known.genes), self.slide(name).n_vars)
+        report = {
+            "vocabulary": str(self.config.backbone.vocabulary or self.backbone_path),
+            "panel": {
+                "genes": len(genes),
+                "mapped": len(mapping.rules),
+                "summary": mapping.summary(),
+                "harmonised": mapping.harmonised,
+                "missing": mapping.missing,
+                "duplicates": mapping.duplicates,
+                "dropped": [gene for gene in genes if gene not in mapping.genes],
+                "new": mapping.new,
+            },
+            "slides": slides,
+        }
+        write_json(self.genes_path, report)
+        logger.info("wrote %s", self.genes_path)
+        return mapping.genes
 
     def pipeline(self) -> HingePipeline:
         """The trained model and its scheduler, ready to sample.
@@ -227,7 +294,10 @@ class Run:
         if not (self.model_path / HingeModel.config_name).exists():
             raise DataError(f"{self.folder} holds no trained model; run hinge train first")
         scheduler = MaskedDiffusionScheduler.from_config(read_json(self.model_path / "scheduler_config.json"))
-        return HingePipeline(HingeModel.from_pretrained(self.model_path, self.backbone()), scheduler)
+        backbone = self.backbone()
+        model = HingeModel.from_pretrained(self.model_path, backbone)
+        backbone.float()  # draws are made in float32, whatever the weights are stored in
+        return HingePipeline(model, scheduler)
 
     # --- stages ----------------------------------------------------------------------------------
 
@@ -254,8 +324,8 @@ class Run:
                 raise DataError(f"there is no sample {unknown[0]!r} in {data.path}, and data.test names it")
             self._encoder = load_encoder(self.config.features.encoder)  # a wrong name is told before slides are read
             spots = self.spots(data.train)
-            pretrained = (self.backbone_path / "config.json").exists()
-            if pretrained or settings.path is not None:
+            pretrained = settings.path is not None or (self.backbone_path / "config.json").exists()
+            if pretrained:
                 backbone = self.backbone()
                 self.gene_ids(backbone)
             else:
@@ -263,11 +333,10 @@ class Run:
             if accelerator.is_main_process:
                 write_environment(self.folder / "environment.json")
         if not pretrained:
-            architecture = settings.model_dump(exclude={"path", "pretrain"})
             backbone = pretrain_expression(
                 values,
                 spots.genes,
-                CellFMConfig(**architecture),
+                CellFMConfig(**settings.architecture()),
                 settings.pretrain,
                 self.backbone_path,
                 seed=self.config.seed,
@@ -278,8 +347,7 @@ class Run:
             model = HingeModel.from_backbone(
                 backbone, spots.features.shape[2], spots.values.shape[1], **self.config.model.model_dump()
             )
-        if config.precision == "bf16":
-            backbone.to(torch.bfloat16)
+        backbone.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
         scheduler = MaskedDiffusionScheduler(**self.config.diffusion.model_dump())
         if accelerator.is_main_process:
             self._write_split(spots)
@@ -433,7 +501,7 @@ class Run:
     @contextlib.contextmanager
     def _undone_on_error(self) -> Iterator[None]:
         """Remove what a run wrote that could not start: it must not stand in the way of the next try."""
-        files = [self.config_path, self.panel_path, self.folder / "environment.json"]
+        files = [self.config_path, self.panel_path, self.genes_path, self.folder / "environment.json"]
         written = [file for file in files if not file.exists()]
         try:
             yield
@@ -495,30 +563,6 @@ def stack_values(values: list[np.ndarray], genes: list[str]) -> np.ndarray:
             f"{len(missing)} genes of the panel are in none of the files to pre-train on: {', '.join(missing[:5])}"
         )
     return stacked
-
-
-def load_backbone(folder: str | Path) -> CellFMModel:
-    """Read a CellFM that `save_pretrained` wrote, in eval mode; safetensors only.
-
-    Raises
-    ------
-    WeightsError
-        The folder lacks a file, a file is damaged, or the weights are not all there.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise WeightsError(f"{folder} holds no backbone: config.json is missing")
-    try:
-        model, found = CellFMModel.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except Exception as error:  # a damaged file ends in almost any exception
-        raise WeightsError(f"the backbone in {folder} cannot be read: {error}") from error
-    # transformers would go on with random numbers in their place
-    wrong = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]))
-    if wrong:
-        raise WeightsError(f"the weights in {folder} are not those of a CellFM of its config.json: {wrong[0]}")
-    return model.eval()
 
 
 def write_draws(
@@ -632,5 +676,5 @@ def pretrain_on_files(
         if not genes:
             raise DataError("the count files share no gene; give --panel")
     values = stack_values([panel_values(slide, genes, transform) for slide in slides], genes)
-    size = CellFMConfig(**config.model_dump(exclude={"path", "pretrain"}))
+    size = CellFMConfig(**config.architecture())
     return pretrain_expression(values, genes, size, config.pretrain, output, seed=seed)

@@ -95,6 +95,19 @@ class CellFMConfig(PretrainedConfig):
         return (self.num_genes + 1 + 7) // 8 * 8
 
 
+def read_config(path: str | Path) -> CellFMConfig:
+    """Size and variant of a backbone, a folder of ours or a published file, without reading its weights.
+
+    Raises
+    ------
+    WeightsError, ConfigError
+        As `CellFMModel.from_pretrained`.
+    """
+    if Path(path).is_dir():
+        return CellFMConfig.from_dict(read_our_config(path))
+    return CellFMConfig(**read_published(path).config)
+
+
 class ValueEncoder(nn.Module):
     """A value as a soft mixture of learned embeddings (CellFM's auto-discretisation)."""
 
@@ -302,7 +315,10 @@ class CellFMModel(PreTrainedModel):
             if Path(path).is_dir():
                 given = {name: value for name, value in options.items() if value is not None}
                 config = CellFMConfig.from_dict({**read_our_config(path), **given})
-                state = open_state(path)
+                try:
+                    state = open_state(path)
+                except WeightsError as error:
+                    raise WeightsError(f"the backbone in {path} cannot be read: {error}") from error
                 sources = {name: (name,) for name in state.shapes}
             else:
                 published = read_published(path, num_attention_heads, **options)
@@ -318,6 +334,33 @@ class CellFMModel(PreTrainedModel):
     def num_prefix_tokens(self) -> int:
         """Tokens in front of the genes: CLS, and the two technical ones where the model has them."""
         return 3 if self.config.technical_tokens else 1
+
+    @torch.no_grad()
+    def add_genes(self, ids: dict[str, int], seed: int) -> None:
+        """Give genes that the weights do not know an embedding of their own, drawn like those that are trained.
+
+        Parameters
+        ----------
+        ids
+            Gene → id after the last of the vocabulary. The row of such an id may exist: the table is padded to a
+            multiple of 8, and what stands in the padding means nothing.
+        seed
+            Of the draw.
+        """
+        if not ids:
+            return
+        config, table = self.config, self.gene_embedding.weight
+        first = min(ids.values())
+        trained = table[1:first].float()
+        drawn = torch.randn(len(ids), table.shape[1], generator=torch.Generator().manual_seed(seed))
+        drawn = trained.mean(dim=0) + trained.std(dim=0) * drawn
+        config.num_genes = max(config.num_genes, *ids.values())
+        if config.gene_names:
+            config.gene_names = [*config.gene_names, *sorted(ids, key=ids.get)]
+        grown = table.new_zeros(max(config.num_embeddings, len(table)), table.shape[1])
+        grown[: len(table)] = table
+        grown[list(ids.values())] = drawn.to(table)
+        self.gene_embedding = nn.Embedding.from_pretrained(grown, freeze=not table.requires_grad)
 
     def digest(self) -> str:
         """SHA-256 over the weights: what an adapter names as its backbone."""

@@ -27,7 +27,6 @@ from tqdm import tqdm
 from hinge.backbones.mindspore import MindSporeCheckpoint, is_mindspore
 from hinge.backbones.vocabulary import GeneVocabulary
 from hinge.errors import ConfigError, WeightsError
-from hinge.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -434,71 +433,32 @@ def vocabulary_for(path: str | Path, num_embeddings: int) -> GeneVocabulary:
     return vocabulary
 
 
-def convert_cellfm(
-    path: str | Path,
-    out: str | Path,
-    dtype: str = "fp32",
-    vocabulary: str | Path | None = None,
-    num_attention_heads: int | None = None,
-    **options: Any,
-) -> Path:
-    """Rewrite published weights as a folder that `CellFMModel.from_pretrained` reads, in parts of 4 MB.
-
-    Parameters
-    ----------
-    path
-        A published file.
-    out
-        The folder; gets `config.json` and `model.safetensors`.
-    dtype
-        `fp32`, `bf16` or `fp16`.
-    vocabulary
-        The user's file of gene symbols, whose names then go into `config.json`; its ids must be 1, 2, 3 …
-    num_attention_heads, options
-        As `read_published`.
-
-    Raises
-    ------
-    WeightsError
-        The file cannot be read as a CellFM, the vocabulary is not its own, or a weight becomes infinite.
-    ConfigError
-        `dtype` is another, or the number of heads is needed.
-    """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be {', '.join(DTYPES)}, not {dtype!r}")
-    published = read_published(path, num_attention_heads, **options)
-    config = dict(published.config)
-    if vocabulary is not None:
-        genes = vocabulary_for(vocabulary, config["num_genes"] + 1)
-        config |= {"num_genes": genes.n_genes, "gene_names": genes.numbered()}
-    return write_folder(published, config, out, dtype)
-
-
-def write_folder(published: PublishedCellFM, config: dict[str, Any], out: str | Path, dtype: str) -> Path:
-    """Write `config.json` and `model.safetensors`; the folder appears when both are whole."""
-    from hinge.backbones.cellfm import CellFMConfig, CellFMModel  # that module loads with this one
-
-    cellfm = CellFMConfig(**config)
-    with torch.device("meta"):
-        parameters = dict(CellFMModel(cellfm).named_parameters())
-    check_shapes(parameters, published.state, published.sources)
-    with atomic_path(out) as folder:
-        folder.mkdir()
-        cellfm.architectures = ["CellFMModel"]
-        cellfm.save_pretrained(folder)
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        _stream(published.state, published.sources, shapes, folder / "model.safetensors", DTYPES[dtype])
-    return Path(out)
-
-
-def _stream(
+def stream_safetensors(
     state: StateFile,
     sources: dict[str, tuple[str, ...]],
     shapes: dict[str, tuple[int, ...]],
     out: Path,
     dtype: torch.dtype,
 ) -> None:
-    """Write tensors as safetensors; those that are joined along the first axis follow each other in the file."""
+    """Write tensors as one safetensors file, in parts of 4 MB.
+
+    Parameters
+    ----------
+    state, sources
+        The file they come from, and for each tensor the names in it that are joined to it along the first axis;
+        zeros where there are none.
+    shapes
+        Of each tensor.
+    out
+        The file to write.
+    dtype
+        Of all its tensors.
+
+    Raises
+    ------
+    WeightsError
+        A finite weight would become infinite.
+    """
     header: dict[str, dict] = {"__metadata__": {"format": "pt", "converted_from": state.path.name}}
     at = 0
     for name, shape in shapes.items():

@@ -145,6 +145,8 @@ class HingeModel(ModelMixin, ConfigMixin):
         as in the released code; None: they are not.
     gene_path, num_factors
         Whether there is a `GenePath`, and its number of factors.
+    standardise_features
+        Whether features are divided by the training spots' deviations; the released code takes them as they are.
     feature_dropout, feature_noise
         Share of features dropped and standard deviation of the noise on standardised features in training.
     dropout
@@ -168,6 +170,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         condition_on_visible: str | None = "current",
         gene_path: bool = True,
         num_factors: int = 8,
+        standardise_features: bool = True,
         feature_dropout: float = 0.0,
         feature_noise: float = 0.0,
         dropout: float = 0.0,
@@ -261,7 +264,9 @@ class HingeModel(ModelMixin, ConfigMixin):
         self.feature_std.copy_(torch.where(deviation > 1e-8, deviation, torch.ones_like(deviation)))
 
     def standardise(self, features: Tensor) -> Tensor:
-        """Features (B, d) in units of the training spots' deviation, clipped at ±8."""
+        """Features (B, d) in units of the training spots' deviation, clipped at ±8; or as they are."""
+        if not self.config.standardise_features:
+            return features.float()
         return ((features.float() - self.feature_mean) / self.feature_std).clamp(-8, 8)
 
     def forward(
