@@ -32,6 +32,12 @@ def parity() -> Path:
     return _folder("HINGE_PARITY", "parity")
 
 
+@pytest.fixture(scope="session")
+def visium_tiny() -> Path:
+    """A small Space Ranger folder."""
+    return _folder("HINGE_VISIUM_TINY", "visium_tiny")
+
+
 @pytest.fixture
 def write_slide(tmp_path: Path) -> Callable[..., Path]:
     """Write `<tmp_path>/slides/<name>.h5ad` and `<name>.png`, give the h5ad's path.

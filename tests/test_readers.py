@@ -432,10 +432,10 @@ def test_her2st_damaged_files(array_section):
 def test_unknown_formats_list_what_there_is(tmp_path):
     with pytest.raises(DataError, match=r"there is no file or folder .*nowhere"):
         read_slide(tmp_path / "nowhere", format="h5ad")
-    with pytest.raises(DataError, match=r"no slides in a known format \(her2st: a folder .*; h5ad: a file "):
+    with pytest.raises(DataError, match=r"no slides in a known format \(her2st: a folder .*; visium: .*; h5ad: a file "):
         read_slide(tmp_path)
-    with pytest.raises(DataError, match="there is no format 'visium'; choose one of her2st, h5ad"):
-        read_slide(tmp_path, format="visium")
+    with pytest.raises(DataError, match="there is no format 'merfish'; choose one of her2st, visium, h"):
+        read_slide(tmp_path, format="merfish")
     with pytest.raises(DataError, match=r"no sample was named in .* which has none"):
         read_slide(tmp_path, format="h5ad")
 

@@ -74,14 +74,8 @@ class ArrayPyramid:
     def thumbnail(self, max_px: int) -> Image.Image:
         """The whole image, its long side near `max_px` or above; read by bands, so memory stays small."""
         level = self.choose_level(max(self.dimensions) / max_px)
-        width, height = self._size(level, "X"), self._size(level, "Y")
-        factor = max(1, max(width, height) // max_px)
-        rows = factor * max(1, _BAND_ROWS // factor)
-        bands = [
-            np.asarray(self.crop(0, top, width, min(rows, height - top), level).reduce(factor))
-            for top in range(0, height, rows)
-        ]
-        return Image.fromarray(np.concatenate(bands))
+        size = self._size(level, "X"), self._size(level, "Y")
+        return reduce_by_bands(size, max_px, lambda top, rows: self.crop(0, top, size[0], rows, level))
 
     def _size(self, level: int, axis: str) -> int:
         return int(self._levels[level].shape[self._axes.index(axis)])
@@ -94,6 +88,24 @@ class ArrayPyramid:
             return pixels[..., None]
         order = [axis for axis in self._axes if axis in taken]
         return pixels.transpose([order.index(axis) for axis in ("Y", "X", self._channels)])
+
+
+def reduce_by_bands(size: tuple[int, int], max_px: int, read: Callable[[int, int], Image.Image]) -> Image.Image:
+    """Shrink an image of which only a band of rows is held at a time.
+
+    Parameters
+    ----------
+    size
+        Width and height.
+    max_px
+        The result's long side is this or up to twice as long.
+    read
+        Gives `rows` full rows from `top` on.
+    """
+    factor = max(1, max(size) // max_px)
+    step = factor * max(1, _BAND_ROWS // factor)
+    bands = [read(top, min(step, size[1] - top)).reduce(factor) for top in range(0, size[1], step)]
+    return Image.fromarray(np.concatenate([np.asarray(band) for band in bands]))
 
 
 def open_arrays(path: Path) -> ArrayPyramid | None:

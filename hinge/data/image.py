@@ -16,7 +16,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from hinge.data.arrays import open_arrays
+from hinge.data.arrays import open_arrays, reduce_by_bands
 from hinge.errors import DataError
 
 # Endings under which a slide's image is looked for, whole-slide formats first.
@@ -160,7 +160,7 @@ class SlideImage:
             if self._arrays:
                 small = self._arrays.thumbnail(max_px)
             elif self._pyramid:
-                small = self._pyramid.get_thumbnail((max_px, max_px))
+                small = self._thumbnail_of_pyramid(max_px)
             elif self._decoded:
                 small = self._flat.copy()
             else:  # a fresh handle: Pillow decodes a JPEG directly at reduced size
@@ -195,6 +195,16 @@ class SlideImage:
             return 0, 1.0
         level = self._pyramid.get_best_level_for_downsample(downsample * 1.01)
         return level, self._pyramid.level_downsamples[level]
+
+    def _thumbnail_of_pyramid(self, max_px: int) -> Image.Image:
+        # not OpenSlide's own, which holds a whole level: all of it where a scan has only one
+        level = self._pyramid.get_best_level_for_downsample(max(self.dimensions) / max_px)
+        size, downsample = self._pyramid.level_dimensions[level], self._pyramid.level_downsamples[level]
+
+        def read(top: int, rows: int) -> Image.Image:
+            return _to_rgb(self._pyramid.read_region((0, round(top * downsample)), level, (size[0], rows)))
+
+        return reduce_by_bands(size, max_px, read)
 
     def _crop(self, left: int, top: int, width: int, level: int, downsample: float) -> Image.Image:
         """Square in pixels of one level, white outside the image."""
