@@ -19,6 +19,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+download = typer.Typer(help="Download slides.", no_args_is_help=True)
+app.add_typer(download, name="download")
+
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML file of a run.", show_default=False)]
 Overrides = Annotated[
@@ -102,6 +105,38 @@ def features(
             slide, loaded, target, views=views, batch_size=batch_size, patch_um=patch_um, overwrite=overwrite
         )
         print(f"features: {written}")
+
+
+@download.command("hest")
+def download_hest(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the samples.", show_default=False)],
+    id: Annotated[list[str] | None, typer.Option("--id", help="Sample; repeat for several.")] = None,
+    organ: Annotated[list[str] | None, typer.Option(help="Samples of an organ, e.g. Breast.")] = None,
+    oncotree: Annotated[list[str] | None, typer.Option(help="Samples with an OncoTree code, e.g. IDC.")] = None,
+    technology: Annotated[list[str] | None, typer.Option(help="Only these, e.g. Visium.")] = None,
+    species: Annotated[list[str] | None, typer.Option(help="Only these, e.g. 'Homo sapiens'.")] = None,
+    table: Annotated[Path | None, typer.Option(help="HEST-1k's CSV table.  [default: the hub's]")] = None,
+    only_list: Annotated[bool, typer.Option("--list", help="Show the samples, download none.")] = False,
+) -> None:
+    """Download samples of HEST-1k: counts, whole-slide images and metadata. Needs access granted on the hub.
+
+    Example: hinge download hest --oncotree IDC --technology Visium --output hest
+    """
+    from hinge.data.hest import download_sample_table, download_samples, read_sample_table, select_samples
+
+    samples = select_samples(
+        read_sample_table(table or download_sample_table(output)),
+        ids=id or (),
+        organ=organ or (),
+        oncotree=oncotree or (),
+        technology=technology or (),
+        species=species or (),
+    )
+    if only_list:
+        columns = ["id", "organ", "oncotree_code", "species", "st_technology", "spots_under_tissue", "nb_genes"]
+        print(samples[columns].to_string(index=False))
+        return
+    print(f"samples: {download_samples(list(samples['id']), output)} ({len(samples)})")
 
 
 @app.command()

@@ -38,6 +38,12 @@ def visium_tiny() -> Path:
     return _folder("HINGE_VISIUM_TINY", "visium_tiny")
 
 
+@pytest.fixture(scope="session")
+def hest() -> Path:
+    """HEST-1k's table of samples."""
+    return _folder("HINGE_HEST", "hest")
+
+
 @pytest.fixture
 def write_slide(tmp_path: Path) -> Callable[..., Path]:
     """Write `<tmp_path>/slides/<name>.h5ad` and `<name>.png`, give the h5ad's path.

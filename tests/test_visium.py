@@ -218,7 +218,7 @@ def test_visium_of_full_size(tmp_path):
 # --- Visium HD ------------------------------------------------------------------------------------------
 
 
-def write_visium_hd(outs, bins=(8, 16), area_um=160.0, um_per_px=0.5, genes=12, seed=0):
+def write_visium_hd(outs, bins=(8, 16), area_um=160.0, um_per_px=0.5, genes=12, density=0.3, seed=0):
     """Square bins over a capture area of area_um x area_um whose corner is at pixel (20, 30)."""
     rng = np.random.default_rng(seed)
     side_px = math.ceil(area_um / um_per_px) + 60
@@ -234,12 +234,12 @@ def write_visium_hd(outs, bins=(8, 16), area_um=160.0, um_per_px=0.5, genes=12, 
         table["pxl_col_in_fullres"] = 20 + (column + 0.5) * bin_um / um_per_px
         pd.DataFrame(table).to_parquet(folder / "spatial" / "tissue_positions.parquet")
         keep = on_tissue == 1
-        counts = scipy.sparse.random(int(keep.sum()), genes, density=0.3, random_state=seed, format="csr")
+        counts = scipy.sparse.random(int(keep.sum()), genes, density=density, random_state=seed, format="csr")
         counts.data = rng.poisson(1, counts.nnz) + 1.0
         names = [f"GENE{i}" for i in range(genes)]
         write_matrix(folder / "filtered_feature_bc_matrix.h5", counts, np.array(barcodes)[keep], names)
         write_images(folder, side_px, bin_um / um_per_px, microns_per_pixel=um_per_px, bin_size_um=float(bin_um))
-    options = {"tile": (256, 256), "photometric": "rgb", "compression": "deflate"}
+    options = {"tile": (256, 256), "photometric": "rgb", "compression": "jpeg"}
     tifffile.imwrite(outs.parent / "he.tif", np.full((side_px, side_px, 3), 200, np.uint8), **options)
 
 
@@ -262,7 +262,7 @@ def test_visium_hd_has_a_sample_for_each_bin_size(tmp_path):
 @pytest.mark.slow
 def test_visium_hd_of_full_size(tmp_path):
     """A 6.5 mm capture area in 8 µm bins: 659,344 of them, 18,085 genes."""
-    write_visium_hd(tmp_path / "HD1" / "outs", bins=(8,), area_um=6500, genes=1000)
+    write_visium_hd(tmp_path / "HD1" / "outs", bins=(8,), area_um=6500, genes=18_085, density=0.002)
     slide = read_slide(tmp_path)
     assert slide.n_obs == 812**2 - 10 and slide.uns["hinge"]["um_per_px"] == 0.5
 

@@ -157,6 +157,22 @@ def concatenate_spots(tables: Sequence[SpotTable]) -> SpotTable:
     return replace(first, **arrays)
 
 
+def spot_groups(spots: SpotTable, groups: str) -> np.ndarray:
+    """Name of each spot's group, (n,) str: the spot itself, its tile of about 4 × 4 spots, or its slide."""
+    if groups == "slide":
+        return np.asarray(spots.slide).astype(str)
+    if groups == "spot":
+        return np.arange(len(spots)).astype(str)
+    names = np.empty(len(spots), dtype=object)
+    for slide in np.unique(spots.slide):
+        members = np.flatnonzero(spots.slide == slide)
+        coords = spots.coords[members]
+        side = 4 * np.sqrt(max(float(np.prod(np.ptp(coords, axis=0))), 1.0) / len(members))
+        tile = np.floor((coords - coords.min(axis=0)) / side).astype(int)
+        names[members] = [f"{slide}/{x}/{y}" for x, y in tile]
+    return names.astype(str)
+
+
 def _slides(table: SpotTable) -> str:
     return ", ".join(np.unique(table.slide)) or "no slide"
 

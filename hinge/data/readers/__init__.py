@@ -9,12 +9,18 @@ from types import ModuleType
 
 from anndata import AnnData
 
-from hinge.data.readers import h5ad, her2st, visium
+from hinge.data.readers import h5ad, her2st, hest, visium
 from hinge.data.readers import image as image_reader
 from hinge.data.slide import validate_slide
 from hinge.errors import DataError
 
-FORMATS: dict[str, ModuleType] = {"her2st": her2st, "visium": visium, "h5ad": h5ad, "image": image_reader}
+FORMATS: dict[str, ModuleType] = {
+    "her2st": her2st,
+    "hest": hest,
+    "visium": visium,
+    "h5ad": h5ad,
+    "image": image_reader,
+}
 
 
 def recognise_format(path: str | Path) -> str:

@@ -1,5 +1,6 @@
 """Slides as `.h5ad` files, each with its image beside it."""
 
+import glob
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,15 +12,14 @@ import scipy.sparse
 from anndata import AnnData
 from scipy.spatial import KDTree
 
-from hinge.data.image import SlideImage
+from hinge.data.image import IMAGE_SUFFIXES, SlideImage
 from hinge.data.slide import describe_slide
 from hinge.errors import DataError
 
 LAYOUT = (
     "a file <sample>.h5ad or a folder of them, each with raw counts in X or layers['counts'], pixel x and y "
-    "in obsm['spatial'], and an image <sample>.tif (or .tiff, .svs, .ndpi, .png, .jpg, .jpeg) beside it"
+    f"in obsm['spatial'], and an image <sample>.tif beside it (or {', '.join(IMAGE_SUFFIXES)})"
 )
-_IMAGE_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".png", ".jpg", ".jpeg")
 
 
 def recognises(path: Path) -> bool:
@@ -35,6 +35,49 @@ def list_samples(path: Path) -> list[str]:
 def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None, require_image: bool) -> AnnData:
     """Read one file; its other layers, obs, obsm and uns are kept."""
     file = next(file for file in _files(path) if file.stem == sample)
+    slide = open_h5ad(file)
+    coordinates = slide.obsm["spatial"]
+    facts = slide.uns.get("hinge", {})
+    facts = facts if isinstance(facts, Mapping) else {}
+    image = image or _find_image(file, facts, require_image)
+    pitch_px = pitch_in_px(coordinates)
+    pitch_um = positive_length(facts, "spot_pitch_um")
+    if um_per_px is None:
+        um_per_px = positive_length(facts, "um_per_px")
+        if math.isnan(um_per_px):
+            um_per_px = pitch_um / pitch_px
+        if math.isnan(um_per_px) and image:
+            with SlideImage(image) as opened:
+                um_per_px = opened.um_per_px or math.nan
+        if math.isnan(um_per_px) and require_image:
+            raise DataError(
+                f"neither {file} nor its image tells the resolution: give microns per full-resolution pixel "
+                "with um_per_px="
+            )
+    if math.isnan(pitch_um):
+        pitch_um = pitch_px * um_per_px
+    diameter_um = positive_length(facts, "spot_diameter_um")
+    if math.isnan(diameter_um):
+        diameter_um = _spot_diameter_px(slide) * um_per_px
+    return describe_slide(
+        slide,
+        sample,
+        image_path=image,
+        um_per_px=um_per_px,
+        spot_pitch_um=pitch_um,
+        spot_diameter_um=diameter_um,
+        source_format="h5ad",
+    )
+
+
+def open_h5ad(file: Path) -> AnnData:
+    """Read a file's raw counts into X, CSR float32, and its coordinates into obsm["spatial"], float64 (n, 2).
+
+    Raises
+    ------
+    DataError
+        If the file is damaged or lacks either.
+    """
     try:
         slide = anndata.read_h5ad(file)
     except Exception as error:  # a damaged HDF5 file ends in almost any exception
@@ -48,38 +91,7 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
     except (TypeError, ValueError) as error:
         raise DataError(f"{file} has coordinates in obsm['spatial'] that are not numbers") from error
     slide.obsm["spatial"] = coordinates
-
-    facts = slide.uns.get("hinge", {})
-    facts = facts if isinstance(facts, Mapping) else {}
-    image = image or _find_image(file, facts, require_image)
-    pitch_px = _pitch_px(coordinates)
-    pitch_um = _length(facts, "spot_pitch_um")
-    if um_per_px is None:
-        um_per_px = _length(facts, "um_per_px")
-        if math.isnan(um_per_px):
-            um_per_px = pitch_um / pitch_px
-        if math.isnan(um_per_px) and image:
-            with SlideImage(image) as opened:
-                um_per_px = opened.um_per_px or math.nan
-        if math.isnan(um_per_px) and require_image:
-            raise DataError(
-                f"neither {file} nor its image tells the resolution: give microns per full-resolution pixel "
-                "with um_per_px="
-            )
-    if math.isnan(pitch_um):
-        pitch_um = pitch_px * um_per_px
-    diameter_um = _length(facts, "spot_diameter_um")
-    if math.isnan(diameter_um):
-        diameter_um = _spot_diameter_px(slide) * um_per_px
-    return describe_slide(
-        slide,
-        sample,
-        image_path=image,
-        um_per_px=um_per_px,
-        spot_pitch_um=pitch_um,
-        spot_diameter_um=diameter_um,
-        source_format="h5ad",
-    )
+    return slide
 
 
 def _files(path: Path) -> list[Path]:
@@ -107,22 +119,22 @@ def _integral(matrix: Any) -> bool:
 def _find_image(file: Path, facts: Mapping[str, Any], require_image: bool) -> Path | None:
     """The image that the file names (absolute, or relative to it), else the one beside it."""
     named = facts.get("image_path")
-    if named and (file.parent / str(named)).is_file():
+    if named and (file.parent / str(named)).exists():
         return file.parent / str(named)
-    beside = {other.suffix.lower(): other for other in file.parent.iterdir() if other.stem == file.stem}
-    for suffix in _IMAGE_SUFFIXES:
-        if suffix in beside:
-            return beside[suffix]
+    for suffix in IMAGE_SUFFIXES:
+        for other in sorted(file.parent.glob(f"{glob.escape(file.stem)}.*")):
+            if other.name.lower() == file.stem.lower() + suffix:
+                return other
     if require_image:
         told = f"its uns['hinge']['image_path'] {named} does not exist and " if named else ""
         raise DataError(
-            f"{file} has no image: {told}there is no {file.stem}{{{','.join(_IMAGE_SUFFIXES)}}} beside it; "
+            f"{file} has no image: {told}there is no {file.stem}{{{','.join(IMAGE_SUFFIXES)}}} beside it; "
             "give one with image=, or read with require_image=False"
         )
     return None
 
 
-def _length(facts: Mapping[str, Any], key: str) -> float:
+def positive_length(facts: Mapping[str, Any], key: str) -> float:
     """A positive length, or NaN where there is none."""
     try:
         value = float(facts[key])
@@ -131,7 +143,7 @@ def _length(facts: Mapping[str, Any], key: str) -> float:
     return value if 0 < value < math.inf else math.nan
 
 
-def _pitch_px(coordinates: np.ndarray) -> float:
+def pitch_in_px(coordinates: np.ndarray) -> float:
     """Median distance from a spot to its nearest neighbour."""
     coordinates = coordinates[np.isfinite(coordinates).all(axis=1)]
     if len(coordinates) < 2:
@@ -144,6 +156,6 @@ def _spot_diameter_px(slide: AnnData) -> float:
     """Spot diameter as scanpy's scale factors tell it, NaN where they do not."""
     try:
         (library,) = slide.uns["spatial"].values()
-        return _length(library["scalefactors"], "spot_diameter_fullres")
+        return positive_length(library["scalefactors"], "spot_diameter_fullres")
     except (KeyError, TypeError, ValueError, AttributeError):
         return math.nan

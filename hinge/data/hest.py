@@ -1,0 +1,150 @@
+"""Choosing samples of HEST-1k by its table, and downloading them from the Hugging Face hub."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from hinge.errors import ConfigError, DataError
+
+REPOSITORY = "MahmoodLab/hest"
+TABLE = "HEST_v1_1_0.csv"
+PARTS = ("st/{}.h5ad", "wsis/{}.tif", "metadata/{}.json")
+
+_PAGE = f"https://huggingface.co/datasets/{REPOSITORY}"
+_COLUMNS = {
+    "ids": "id",
+    "organ": "organ",
+    "oncotree": "oncotree_code",
+    "technology": "st_technology",
+    "species": "species",
+}
+_logger = logging.getLogger(__name__)
+
+
+def read_sample_table(path: str | Path) -> pd.DataFrame:
+    """HEST-1k's table, one row a sample.
+
+    Raises
+    ------
+    DataError
+        If there is none at `path`, or it lacks a column that samples are chosen by.
+    """
+    try:
+        table = pd.read_csv(path, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not a readable table of samples: {error}") from error
+    missing = [column for column in _COLUMNS.values() if column not in table]
+    if missing:
+        raise DataError(f"{path} is not HEST-1k's table of samples: it has no column {missing[0]}")
+    return table
+
+
+def select_samples(
+    table: pd.DataFrame,
+    ids: Sequence[str] = (),
+    organ: Sequence[str] = (),
+    oncotree: Sequence[str] = (),
+    technology: Sequence[str] = (),
+    species: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Rows of the samples that have one of the given values in each column where any are given.
+
+    Parameters
+    ----------
+    table
+        As `read_sample_table` gives it.
+    ids, organ, oncotree, technology, species
+        Values wanted, in upper or lower case.
+
+    Raises
+    ------
+    ConfigError
+        If nothing is asked for, a value occurs in no sample, or no sample has all of them.
+    """
+    asked = {"ids": ids, "organ": organ, "oncotree": oncotree, "technology": technology, "species": species}
+    asked = {_COLUMNS[key]: list(values) for key, values in asked.items() if values}
+    if not asked:
+        raise ConfigError("say which samples of HEST-1k: by id, organ, oncotree code, technology or species")
+    chosen = pd.Series(True, index=table.index)
+    for column, values in asked.items():
+        there = table[column].astype("string").str.lower().fillna("")
+        for value in values:
+            if not (there == value.lower()).any():
+                known = sorted(table[column].dropna().astype(str).unique())
+                shown = ", ".join(known[:30]) + (", ..." if len(known) > 30 else "")
+                raise ConfigError(f"no sample of HEST-1k has {column} {value!r}; there are {shown}")
+        chosen &= there.isin([value.lower() for value in values])
+    if not chosen.any():
+        conditions = " and ".join(f"{column} {' or '.join(values)}" for column, values in asked.items())
+        raise ConfigError(f"no sample of HEST-1k has {conditions}")
+    return table[chosen]
+
+
+def download_sample_table(folder: str | Path) -> Path:
+    """Fetch HEST-1k's table into a folder, where it is not there yet.
+
+    Raises
+    ------
+    DataError
+        As `download_samples`.
+    """
+    return _fetch(TABLE, Path(folder))
+
+
+def download_samples(ids: Sequence[str], folder: str | Path) -> Path:
+    """Fetch counts, whole-slide image and metadata of samples; files that are there are not fetched again.
+
+    Parameters
+    ----------
+    ids
+        Samples by their id.
+    folder
+        Where they go, in the layout that `read_slide` knows.
+
+    Returns
+    -------
+    Path
+        `folder`.
+
+    Raises
+    ------
+    DataError
+        If the hub cannot be reached, access was not granted, or it has no such file: the sentence says what to do.
+    """
+    folder = Path(folder)
+    names = [part.format(sample) for sample in ids for part in PARTS]
+    for name in tqdm(names, desc="HEST-1k", unit="file", disable=None):
+        _fetch(name, folder)
+    _logger.info("wrote %s (%d samples)", folder, len(ids))
+    return folder
+
+
+def _fetch(name: str, folder: Path) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    # it tells of every retry; what matters comes as an exception
+    huggingface_hub.utils.logging.set_verbosity_error()
+    if (folder / name).is_file():  # the hub's client moves a file here when it is complete
+        return folder / name
+    try:
+        return Path(huggingface_hub.hf_hub_download(REPOSITORY, name, repo_type="dataset", local_dir=folder))
+    except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.LocalTokenNotFoundError) as error:
+        raise DataError(
+            f"HEST-1k is only for those who accepted its terms: do so at {_PAGE} and log in with `hf auth login` "
+            "(or set HF_TOKEN)"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        why = (
+            "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "huggingface.co cannot be reached"
+        )
+        raise DataError(
+            f"{name} cannot be fetched, {why}: go online, or copy st/, wsis/ and metadata/ of {_PAGE} to {folder}"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise DataError(f"{_PAGE} has no file {name}") from error
+    except Exception as error:  # the hub's client passes on what its HTTP library of the day raises
+        raise DataError(f"{name} of {_PAGE} cannot be fetched: {' '.join(str(error).split())}") from error
