@@ -1,0 +1,63 @@
+"""A local copy of HEST-1k (Jaume et al., NeurIPS 2024), or of some of its samples."""
+
+import math
+from pathlib import Path
+
+from anndata import AnnData
+
+from hinge.data.image import SlideImage
+from hinge.data.readers.h5ad import open_h5ad, pitch_in_px, positive_length
+from hinge.data.slide import describe_slide
+from hinge.errors import DataError
+from hinge.files import read_json
+
+LAYOUT = "a folder with st/<sample>.h5ad, wsis/<sample>.tif and metadata/<sample>.json"
+
+
+def recognises(path: Path) -> bool:
+    """Whether a path looks like this layout."""
+    return path.is_dir() and (path / "st").is_dir() and any((path / part).is_dir() for part in ("wsis", "metadata"))
+
+
+def list_samples(path: Path) -> list[str]:
+    """Names of the samples with counts."""
+    return sorted(file.stem for file in (path / "st").glob("[!.]*.h5ad"))
+
+
+def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None, require_image: bool) -> AnnData:
+    """Read one sample; a symbol that stands for several genes gets a suffix from the second on, as in scanpy."""
+    slide = open_h5ad(path / "st" / f"{sample}.h5ad")
+    slide.var_names_make_unique()
+    file = path / "metadata" / f"{sample}.json"
+    facts = read_json(file) if file.is_file() else {}
+    if not isinstance(facts, dict):
+        raise DataError(f"{file} must hold the sample's metadata by name")
+    if image is None:
+        image = path / "wsis" / f"{sample}.tif"
+        if not image.is_file():
+            if require_image:
+                raise DataError(
+                    f"there is no image {image}: download it, give one with image=, or read with require_image=False"
+                )
+            image = None
+    if um_per_px is None:
+        um_per_px = positive_length(facts, "pixel_size_um_estimated")
+        if math.isnan(um_per_px) and image is not None:
+            with SlideImage(image) as opened:
+                um_per_px = opened.um_per_px or math.nan
+        if math.isnan(um_per_px) and require_image:
+            raise DataError(
+                f"neither {file} nor the image tells the resolution: give microns per full-resolution pixel with "
+                "um_per_px="
+            )
+    pitch_um = positive_length(facts, "inter_spot_dist")
+    return describe_slide(
+        slide,
+        sample,
+        image_path=image,
+        um_per_px=um_per_px,
+        # Xenium's cells are pooled into a grid that the metadata do not describe
+        spot_pitch_um=pitch_in_px(slide.obsm["spatial"]) * um_per_px if math.isnan(pitch_um) else pitch_um,
+        spot_diameter_um=positive_length(facts, "spot_diameter"),
+        source_format="hest",
+    )
