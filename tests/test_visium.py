@@ -33,6 +33,13 @@ def write_matrix(path, counts, barcodes, genes, kinds=None):
         features["_all_tag_keys"] = np.array(["genome"], dtype="S")
 
 
+def draw_counts(rng, spots, genes, per_spot):
+    """Counts (spots, genes), CSR, of about per_spot molecules a spot."""
+    total = round(spots * per_spot)
+    places = rng.integers(0, spots, total), rng.integers(0, genes, total)
+    return scipy.sparse.csr_matrix((np.ones(total), places), shape=(spots, genes))
+
+
 def hexagon(rows, columns, pitch_px, turn=0.0):
     """Array row and column and pixel x, y of a hexagonal array in which every other column of a row is left out."""
     row, column = (grid.ravel() for grid in np.mgrid[:rows, :columns])
@@ -63,9 +70,7 @@ def write_visium(outs, rows=8, columns=12, genes=20, pitch_px=100.0, header=True
     (outs / "spatial").mkdir(parents=True)
     name = "tissue_positions.csv" if header else "tissue_positions_list.csv"
     positions.sample(frac=1, random_state=0).to_csv(outs / "spatial" / name, index=False, header=header)
-    n = int(on_tissue.sum())
-    counts = scipy.sparse.random(n, genes, density=min(1.0, depth / 4), random_state=seed, format="csr")
-    counts.data = rng.poisson(depth, counts.nnz) + 1.0
+    counts = draw_counts(rng, int(on_tissue.sum()), genes, per_spot=genes * depth / 4)
     write_matrix(
         outs / "filtered_feature_bc_matrix.h5",
         counts,
@@ -218,7 +223,7 @@ def test_visium_of_full_size(tmp_path):
 # --- Visium HD ------------------------------------------------------------------------------------------
 
 
-def write_visium_hd(outs, bins=(8, 16), area_um=160.0, um_per_px=0.5, genes=12, density=0.3, seed=0):
+def write_visium_hd(outs, bins=(8, 16), area_um=160.0, um_per_px=0.5, genes=12, per_spot=4, seed=0):
     """Square bins over a capture area of area_um x area_um whose corner is at pixel (20, 30)."""
     rng = np.random.default_rng(seed)
     side_px = math.ceil(area_um / um_per_px) + 60
@@ -234,8 +239,7 @@ def write_visium_hd(outs, bins=(8, 16), area_um=160.0, um_per_px=0.5, genes=12, 
         table["pxl_col_in_fullres"] = 20 + (column + 0.5) * bin_um / um_per_px
         pd.DataFrame(table).to_parquet(folder / "spatial" / "tissue_positions.parquet")
         keep = on_tissue == 1
-        counts = scipy.sparse.random(int(keep.sum()), genes, density=density, random_state=seed, format="csr")
-        counts.data = rng.poisson(1, counts.nnz) + 1.0
+        counts = draw_counts(rng, int(keep.sum()), genes, per_spot)
         names = [f"GENE{i}" for i in range(genes)]
         write_matrix(folder / "filtered_feature_bc_matrix.h5", counts, np.array(barcodes)[keep], names)
         write_images(folder, side_px, bin_um / um_per_px, microns_per_pixel=um_per_px, bin_size_um=float(bin_um))
@@ -262,7 +266,7 @@ def test_visium_hd_has_a_sample_for_each_bin_size(tmp_path):
 @pytest.mark.slow
 def test_visium_hd_of_full_size(tmp_path):
     """A 6.5 mm capture area in 8 µm bins: 659,344 of them, 18,085 genes."""
-    write_visium_hd(tmp_path / "HD1" / "outs", bins=(8,), area_um=6500, genes=18_085, density=0.002)
+    write_visium_hd(tmp_path / "HD1" / "outs", bins=(8,), area_um=6500, genes=18_085, per_spot=40)
     slide = read_slide(tmp_path)
     assert slide.n_obs == 812**2 - 10 and slide.uns["hinge"]["um_per_px"] == 0.5
 

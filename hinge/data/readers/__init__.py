@@ -9,7 +9,7 @@ from types import ModuleType
 
 from anndata import AnnData
 
-from hinge.data.readers import h5ad, her2st, hest, visium
+from hinge.data.readers import h5ad, her2st, hest, spatialdata, visium
 from hinge.data.readers import image as image_reader
 from hinge.data.slide import validate_slide
 from hinge.errors import DataError
@@ -18,6 +18,7 @@ FORMATS: dict[str, ModuleType] = {
     "her2st": her2st,
     "hest": hest,
     "visium": visium,
+    "spatialdata": spatialdata,
     "h5ad": h5ad,
     "image": image_reader,
 }

@@ -82,7 +82,7 @@ def open_h5ad(file: Path) -> AnnData:
         slide = anndata.read_h5ad(file)
     except Exception as error:  # a damaged HDF5 file ends in almost any exception
         raise DataError(f"{file} is not a readable h5ad file: {error}") from error
-    slide.X = scipy.sparse.csr_matrix(_counts(slide, file), dtype=np.float32)
+    slide.X = scipy.sparse.csr_matrix(raw_counts(slide, file), dtype=np.float32)
     coordinates = slide.obsm.get("spatial")
     if coordinates is None or np.ndim(coordinates) != 2 or np.shape(coordinates)[1] != 2:
         raise DataError(f"{file} needs pixel x and y of each spot, shape ({slide.n_obs}, 2), in obsm['spatial']")
@@ -100,7 +100,7 @@ def _files(path: Path) -> list[Path]:
     return [path] if path.suffix == ".h5ad" and path.is_file() else []
 
 
-def _counts(slide: AnnData, file: Path) -> Any:
+def raw_counts(slide: AnnData, file: Path) -> Any:
     """X where it holds integers, else the layer `counts`, which then is X and no layer any more."""
     if slide.X is not None and _integral(slide.X):
         return slide.X

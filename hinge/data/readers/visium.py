@@ -66,7 +66,12 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
     bin_um = scales.get("bin_size_um")
     pitch_um, diameter_um = (bin_um, bin_um) if bin_um else (SPOT_PITCH_UM, SPOT_DIAMETER_UM)
     if um_per_px is None:
-        um_per_px = scales.get("microns_per_pixel") or _um_per_px(positions, scales)
+        um_per_px = scales.get("microns_per_pixel")
+    if um_per_px is None:
+        array = positions[["array_row", "array_col"]].to_numpy(np.float64)
+        um_per_px = um_per_px_of_array(array, slide.obsm["spatial"])
+    if math.isnan(um_per_px):
+        um_per_px = _SCALEFACTOR_DIAMETER_UM / scales.get("spot_diameter_fullres", math.nan)
     image = image or _find_image(folder, sample, require_image)
     if image is not None:
         _check_image(image, folder, scales)
@@ -180,15 +185,20 @@ def _read_scalefactors(spatial: Path) -> dict[str, float]:
         raise DataError(f"{file} is not a readable table of scale factors: {error}") from error
 
 
-def _um_per_px(positions: pd.DataFrame, scales: dict[str, float]) -> float:
-    """Microns per pixel from the array's geometry, median over all pairs of spots; from a spot's size if alone."""
-    chosen = positions.iloc[:: math.ceil(len(positions) / _MOST_PAIRED)]
-    array_um = pdist(chosen[["array_row", "array_col"]].to_numpy(np.float64) * _STEP_UM)
-    pixels = pdist(chosen[["pxl_row_in_fullres", "pxl_col_in_fullres"]].to_numpy(np.float64))
-    apart = (array_um > 0) & (pixels > 0)
-    if apart.any():
-        return float(np.median(array_um[apart] / pixels[apart]))
-    return _SCALEFACTOR_DIAMETER_UM / scales["spot_diameter_fullres"] if "spot_diameter_fullres" in scales else math.nan
+def um_per_px_of_array(array: np.ndarray, pixels: np.ndarray) -> float:
+    """Microns per pixel from a hexagonal array's geometry: median over all pairs of spots; NaN for one spot.
+
+    Parameters
+    ----------
+    array
+        Array row and column, float (n, 2).
+    pixels
+        Full-resolution pixel coordinates, float (n, 2).
+    """
+    step = math.ceil(len(array) / _MOST_PAIRED)
+    apart_um, apart_px = pdist(array[::step] * _STEP_UM), pdist(pixels[::step])
+    apart = (apart_um > 0) & (apart_px > 0)
+    return float(np.median(apart_um[apart] / apart_px[apart])) if apart.any() else math.nan
 
 
 def _find_image(folder: Path, sample: str, require_image: bool) -> Path | None:
