@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hinge.data.features import FeatureWriter, read_feature_header, read_features
+from hinge.data.features import FeatureWriter, read_feature_header, read_features, read_features_at
 from hinge.errors import DataError
 
 N, VIEWS, DIM = 7, 2, 5
@@ -199,3 +199,43 @@ def test_attributes_of_another_kind(path, name, value):
         file.attrs[name] = value
     with pytest.raises(DataError, match=f"attribute '{name}' must be one"):
         read_features(path)
+
+
+# --- files without barcodes -------------------------------------------------------------------------------
+
+
+def write_trident(path, corners, side=None, clam=False):
+    """Features that say which patch they are of."""
+    with h5py.File(path, "w") as file:
+        file["features"] = np.arange(len(corners), dtype=np.float32)[:, None].repeat(4, axis=1)
+        file["coords"] = np.asarray(corners)
+        if clam:
+            file["coords"].attrs.update({"patch_size": side, "patch_level": 0, "name": "slide"})
+        elif side:
+            file["coords"].attrs.update({"patch_size": 256, "patch_size_level0": side, "level0_magnification": 40})
+    return path
+
+
+GRID = np.array([(x, y) for y in (100, 612, 1124) for x in (50, 562, 1074)])
+
+
+@pytest.mark.parametrize("options", [{"side": 512}, {"side": 512, "clam": True}, {}])
+def test_spots_find_the_patch_that_they_lie_in(tmp_path, options):
+    path = write_trident(tmp_path / "slide.h5", GRID, **options)
+    found = read_features_at(path, [(60, 110), (800, 900), (1585, 1635), (563, 611)])
+    assert found.features[:, 0, 0].tolist() == [0, 4, 8, 1]
+    assert found.coords[0].tolist() == [50 + 256, 100 + 256] and found.barcodes is None
+
+
+def test_spots_outside_all_patches(tmp_path):
+    path = write_trident(tmp_path / "slide.h5", GRID, side=512)
+    with pytest.raises(
+        DataError, match=r"no patch at pixel \(20, 300\): 1 of 2 spots lie outside its patches of 512 px"
+    ):
+        read_features_at(path, [(300, 300), (20, 300)])
+    path = write_trident(tmp_path / "single.h5", GRID[:1])
+    with pytest.raises(DataError, match=r"single\.h5 does not tell the size of its patches"):
+        read_features_at(path, [(300, 300)])
+    path = write_trident(tmp_path / "wrong.h5", GRID, side=-512)
+    with pytest.raises(DataError, match=r"wrong\.h5: the patches' side must be above 0, not -512 px"):
+        read_features_at(path, [(300, 300)])

@@ -137,6 +137,22 @@ def test_features_of_another_slide_with_the_same_barcodes(tiny_slide, tmp_path):
         load_spots(slide, PANEL, "log2p1", path, drop_empty=False)
 
 
+def test_features_of_trident_are_matched_by_place(tiny_slide, tmp_path):
+    slide = read_slide(tiny_slide)
+    corners = np.array([(x, y) for x in range(-10, 220, 80) for y in range(-10, 260, 80)])
+    with h5py.File(tmp_path / "trident.h5", "w") as file:
+        file["features"], file["coords"] = corners.astype(np.float32), corners
+        file["coords"].attrs["patch_size_level0"] = 80
+    table = load_spots(slide, PANEL, "log2p1", tmp_path / "trident.h5", drop_empty=False)
+    assert table.features.shape == (30, 1, 2)
+    inside = table.coords - table.features[:, 0]
+    assert (inside >= 0).all() and (inside <= 80).all()
+    with h5py.File(tmp_path / "trident.h5", "a") as file:
+        file["coords"][:] = corners + 1000
+    with pytest.raises(DataError, match=r"trident\.h5 has no patch at pixel \(30, 30\): 30 of 30 spots lie outside"):
+        load_spots(slide, PANEL, "log2p1", tmp_path / "trident.h5", drop_empty=False)
+
+
 @pytest.mark.real
 def test_real_spots(her2st):
     panel = Panel.from_list(["FN1", "CD74", "COL1A1"])

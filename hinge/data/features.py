@@ -5,13 +5,15 @@
     barcodes   (n,) UTF-8 strings
     attributes encoder, digest, patch_um, patch_px, hinge_version
 
-Files in the layout of TRIDENT and CLAM, `features` (n, d) and `coords` (n, 2), are read too. A file is taken
-to be anybody's: nothing but numbers and strings inside the file itself is ever read.
+Files in the layout of TRIDENT and CLAM, `features` (n, d) and `coords` (n, 2), are read too: their coords are the
+patches' upper left corners and they have no barcodes, so spots find their patch by place. A file is taken to be
+anybody's: nothing but numbers and strings inside the file itself is ever read.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -19,9 +21,12 @@ from typing import Any, Self
 import h5py
 import numpy as np
 import pandas as pd
+from scipy.spatial import KDTree
 
 from hinge.errors import DataError
 from hinge.files import atomic_path
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +46,8 @@ class FeatureHeader:
         Name and digest of what made them, None where the file does not say.
     patch_um, patch_px
         Side of a patch, None where the file does not say.
+    level0_px
+        Side of a patch in full-resolution pixels as TRIDENT and CLAM write it, None where the file does not say.
     """
 
     n_views: int
@@ -51,6 +58,7 @@ class FeatureHeader:
     digest: str | None
     patch_um: float | None
     patch_px: int | None
+    level0_px: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,6 +240,54 @@ def read_features(path: str | Path, barcodes: Sequence[str] | None = None, diges
     )
 
 
+def read_features_at(path: str | Path, coords: np.ndarray) -> Features:
+    """Read the features of the patches nearest to some places, from a file without barcodes.
+
+    Parameters
+    ----------
+    path
+        A feature file of TRIDENT or CLAM, whose `coords` are the patches' upper left corners.
+    coords
+        Full-resolution pixel x, y of spots, (n, 2).
+
+    Returns
+    -------
+    Features
+        One row per place; its `coords` are the patches' centres.
+
+    Raises
+    ------
+    DataError
+        As `read_features`; and if the file does not tell how large its patches are and has too few to tell, or a
+        place lies in none of them.
+    """
+    header, stored = read_feature_header(path), read_features(path)
+    side = header.level0_px or _grid_step(stored.coords)
+    if side is None:
+        raise DataError(f"{path} does not tell the size of its patches, and one patch alone does not either")
+    centres = stored.coords + side / 2
+    coords = np.asarray(coords, dtype=np.float64)
+    # Chebyshev's distance: a patch is a square
+    away, rows = KDTree(centres).query(coords, p=np.inf)
+    outside = away > side / 2 + 1
+    if outside.any():
+        first = int(np.flatnonzero(outside)[0])
+        raise DataError(
+            f"{path} has no patch at pixel ({coords[first, 0]:g}, {coords[first, 1]:g}): {int(outside.sum())} of "
+            f"{len(coords)} spots lie outside its patches of {side:g} px"
+        )
+    _logger.info("%s: patches' centres lie %.0f px from their spots in the median", path, np.median(away))
+    return replace(stored, features=stored.features[rows], coords=centres[rows])
+
+
+def _grid_step(corners: np.ndarray) -> float | None:
+    """The commonest distance between neighbours on a grid, which is a patch's side where patches do not overlap."""
+    if len(corners) < 2:
+        return None
+    steps, counts = np.unique(KDTree(corners).query(corners, k=2, p=np.inf)[0][:, 1].round(), return_counts=True)
+    return float(steps[counts.argmax()]) or None
+
+
 @contextlib.contextmanager
 def _open(path: str | Path) -> Iterator[h5py.File]:
     if not Path(path).is_file():
@@ -279,6 +335,7 @@ def _header(file: h5py.File, path: str | Path) -> FeatureHeader:
         dim=features.shape[-1],
         coords=places,
         barcodes=None if file.get("barcodes", getlink=True) is None else _barcodes(file, n, path),
+        level0_px=_level0_px(coords, path),
         **attributes,
     )
 
@@ -295,7 +352,17 @@ def _barcodes(file: h5py.File, n: int, path: str | Path) -> np.ndarray:
     return barcodes.to_numpy(dtype=str)
 
 
-def _attribute(file: h5py.File, name: str, kind: type, path: str | Path) -> Any:
+def _level0_px(coords: h5py.Dataset, path: str | Path) -> float | None:
+    """TRIDENT tells a patch's side at level 0; CLAM its side at some level and that level's downsampling."""
+    side = _attribute(coords, "patch_size_level0", float, path)
+    if side is None and _attribute(coords, "patch_level", int, path) == 0:
+        side = _attribute(coords, "patch_size", float, path)
+    if side is not None and not 0 < side < float("inf"):
+        raise DataError(f"{path}: the patches' side must be above 0, not {side:g} px")
+    return side
+
+
+def _attribute(file: h5py.File | h5py.Dataset, name: str, kind: type, path: str | Path) -> Any:
     if name not in file.attrs:
         return None
     value = file.attrs[name]

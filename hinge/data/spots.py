@@ -85,7 +85,8 @@ def load_spots(
     transform_name
         As `get_transform` takes it.
     features_path
-        Feature file of this slide; without it the table has no features.
+        Feature file of this slide; without it the table has no features. In one without barcodes (TRIDENT's and
+        CLAM's) each spot has the patch that it lies in.
     drop_empty
         Leave out spots that have no count in the panel.
 
@@ -178,8 +179,10 @@ def _slides(table: SpotTable) -> str:
 
 
 def _features(path: str | Path, name: str, barcodes: np.ndarray, coords: np.ndarray) -> np.ndarray:
-    from hinge.data.features import read_features
+    from hinge.data.features import read_feature_header, read_features, read_features_at
 
+    if read_feature_header(path).barcodes is None:
+        return read_features_at(path, coords).features
     stored = read_features(path, barcodes=list(barcodes))
     # sections of one study share their barcodes: only the place tells that a file belongs to another one
     away = np.abs(np.asarray(stored.coords, dtype=np.float64) - coords).max(axis=1)
