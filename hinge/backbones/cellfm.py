@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hinge.backbones.checkpoints import fill, open_state, read_our_config, read_published
+from hinge.backbones.checkpoints import fill, is_folder, open_state, read_our_config, read_published
 from hinge.errors import ConfigError, WeightsError
 from hinge.files import arrays_digest
 
@@ -103,7 +103,7 @@ def read_config(path: str | Path) -> CellFMConfig:
     WeightsError, ConfigError
         As `CellFMModel.from_pretrained`.
     """
-    if Path(path).is_dir():
+    if is_folder(path):
         return CellFMConfig.from_dict(read_our_config(path))
     return CellFMConfig(**read_published(path).config)
 
@@ -312,7 +312,7 @@ class CellFMModel(PreTrainedModel):
             "layer_norm_eps": layer_norm_eps,
         }
         try:
-            if Path(path).is_dir():
+            if is_folder(path):
                 given = {name: value for name, value in options.items() if value is not None}
                 config = CellFMConfig.from_dict({**read_our_config(path), **given})
                 try:

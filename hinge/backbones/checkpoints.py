@@ -38,6 +38,7 @@ _SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()
 # where training scripts keep the state dict inside what they save
 _WRAPPERS = ("model", "state_dict", "module", "net")
 _PART_ELEMENTS = 2**20
+_MAPPED_BYTES = 64 * 2**20
 
 # both published sizes; the number of heads leaves no trace in the tensors
 _HEADS_OF_WIDTH = {1536: 48}
@@ -124,10 +125,11 @@ def _open_safetensors(path: Path, files: list[Path]) -> StateFile:
         except Exception as error:  # safetensors has an exception class of its own, and OSError
             raise WeightsError(f"{file} is not a whole safetensors file: {_one_line(error)}") from error
 
+    opened = _Mapping(lambda file: safe_open(file, "pt"))
+
     def read(name: str) -> Tensor:
-        # opened anew each time: pages of a mapping that stays open would count as memory in use
-        with safe_open(home[name], "pt") as content:
-            return content.get_tensor(name)
+        n_bytes = math.prod(shapes[name]) * dtypes[name].itemsize
+        return opened(home[name], n_bytes).get_tensor(name)
 
     return StateFile(path, "safetensors", shapes, dtypes, read)
 
@@ -152,11 +154,27 @@ def _open_torch(path: Path) -> StateFile:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     whole = None if mapped else tensors  # the format before torch 1.6 can only be read as a whole
+    opened = _Mapping(lambda file: load(mapped))
 
     def read(name: str) -> Tensor:
-        return (whole or load(mapped))[name]  # as for safetensors: the pages read go with the mapping
+        n_bytes = math.prod(shapes[name]) * dtypes[name].itemsize
+        return (whole or opened(path, n_bytes))[name]
 
     return StateFile(path, "torch", shapes, dtypes, read)
+
+
+class _Mapping:
+    """A mapped file, opened anew after every 64 MB read: pages of a mapping that stays open count as memory in use."""
+
+    def __init__(self, open_file: Callable[[Path], Any]):
+        self._open, self._path, self._content, self._n_bytes = open_file, None, None, 0
+
+    def __call__(self, path: Path, n_bytes: int) -> Any:
+        if path != self._path or self._n_bytes > _MAPPED_BYTES:
+            self._path, self._content, self._n_bytes = path, None, 0
+            self._content = self._open(path)
+        self._n_bytes += n_bytes
+        return self._content
 
 
 def _one_line(error: Exception) -> str:
@@ -337,6 +355,11 @@ def read_published(path: str | Path, num_attention_heads: int | None = None, **o
 
 
 # -- loading -----------------------------------------------------------------------------------------------
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a path is meant as a folder of ours, there or not, and not as a published file."""
+    return Path(path).is_dir() or not (Path(path).exists() or Path(path).suffix)
 
 
 def read_our_config(folder: str | Path) -> dict[str, Any]:
