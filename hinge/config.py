@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from hinge.backbones import PretrainConfig
 from hinge.errors import ConfigError
 from hinge.files import atomic_path
+from hinge.models.heads import COUNT_HEADS
 from hinge.training import TrainingConfig
 
 # absolute, so that a run means the same files from whatever folder it is opened
@@ -64,6 +65,8 @@ class FeaturesConfig(_Section):
     encoder: str = "stain-texture"
     patch_um: float | None = Field(None, gt=0, description="side of a patch in µm; None: the encoder's own")
     views: Literal[1, 8] = 1
+    neighbours: bool = Field(True, description="whether the mean over a spot and its neighbours is a condition too")
+    standardise_slide: bool = Field(True, description="whether features are in units of their own slide's deviation")
     batch_size: int = Field(64, ge=1)
     folder: AbsolutePath | None = Field(None, description="where feature files lie; None: in the run's folder")
 
@@ -116,12 +119,22 @@ class BackboneConfig(_Section):
 class ModelConfig(_Section):
     """The denoiser; see hinge.models.HingeModel."""
 
-    head: Literal["point", "gaussian", "censored_gaussian"] = "gaussian"
+    head: Literal[
+        "point",
+        "gaussian",
+        "censored_gaussian",
+        "rounded_gaussian",
+        "rounded_mixture",
+        "negative_binomial",
+        "zero_inflated_negative_binomial",
+    ] = "rounded_gaussian"
+    depth: bool = Field(False, description="whether the spot's depth is drawn first and conditions the genes")
     modulation_rank: int | None = Field(None, ge=1)
     gate: Literal["sigmoid", "linear"] = "sigmoid"
     condition_on_visible: Literal["current", "next"] | None = "current"
     gene_path: bool = True
     num_factors: int = Field(8, ge=1)
+    num_slide_factors: int = Field(4, ge=1)
     standardise_features: bool = True
     feature_dropout: float = Field(0.0, ge=0, lt=1)
     feature_noise: float = Field(0.0, ge=0)
@@ -144,9 +157,14 @@ class SamplingConfig(_Section):
     """How slides are sampled."""
 
     draws: int = Field(20, ge=1)
-    steps: int = Field(20, ge=1)
+    steps: int = Field(8, ge=1)
     seed: int = Field(0, ge=0)
     batch_size: int = Field(256, ge=1)
+    coherent: bool = Field(True, description="whether the spots of a draw agree with their neighbours")
+    order: Literal["random", "dependence", "confidence"] = "random"
+    corrections: int = Field(0, ge=0, description="passes that mask and draw a tenth of the genes again")
+    temperature: float = Field(1.0, gt=0)
+    precision: Literal["no", "bf16"] = "no"
 
 
 class RunConfig(_Section):
@@ -171,6 +189,9 @@ class RunConfig(_Section):
         for key, section in (("training", self.training), ("backbone.pretrain", self.backbone.pretrain)):
             if section.steps is None and section.epochs is None:
                 raise ValueError(f"give either {key}.steps or {key}.epochs")
+        if self.model.head in COUNT_HEADS and self.transform == "log1p_cp10k":
+            # which values counts can take depends on the depth
+            self.model.depth = True
         if self.panel.method == "file" and self.panel.file is None:
             raise ValueError("panel.method file needs panel.file")
         if self.sampling.steps > self.diffusion.num_train_timesteps:

@@ -53,7 +53,7 @@ def run_demo(output: str | Path, seed: int = 0) -> Run:
             "hidden_size": 64,
             "pretrain": {"steps": 300, "learning_rate": 2e-3, "precision": "bf16", "evaluate_every": 100},
         },
-        "model": {"head": "gaussian", "feature_dropout": 0.3},
+        "model": {"modulation_rank": 4, "feature_dropout": 0.5},
         "diffusion": {"schedule": "cosine"},
         "training": {
             "steps": 150,
@@ -64,7 +64,7 @@ def run_demo(output: str | Path, seed: int = 0) -> Run:
             "ema_decay": 0.99,
             "evaluate_every": 20,
         },
-        "sampling": {"draws": 20, "steps": 12},
+        "sampling": {"draws": 20, "steps": 8, "precision": "bf16"},
     }
     run = Run(check_config(config, "the demo's configuration"))
     run.all()

@@ -18,6 +18,7 @@ Each stage reads what the one before wrote, recognises what is finished and can 
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from hinge.backbones.cellfm import read_config
 from hinge.backbones.checkpoints import vocabulary_for
 from hinge.backbones.vocabulary import GeneMapping, GeneNames, GeneVocabulary
 from hinge.config import BackboneConfig, RunConfig, explain, load_config, save_config
+from hinge.data.context import slide_features, spot_positions
 from hinge.data.features import read_features
 from hinge.data.panel import Panel, select_panel
 from hinge.data.readers import list_samples, read_slide
@@ -196,8 +198,20 @@ class Run:
         panel, tables = self.panel(), []
         for name in names:
             slide = self.slide(name)
-            tables.append(load_spots(slide, panel, self.config.transform, self.features(slide)))
+            table = load_spots(slide, panel, self.config.transform, self.features(slide))
+            rows = slide.obs_names.get_indexer(table.barcodes)
+            tables.append(replace(table, features=self.conditions(slide)[rows]))
         return concatenate_spots(tables)
+
+    def conditions(self, slide: AnnData) -> np.ndarray:
+        """What the model is told of every spot of a slide: float32 (n, V, d).
+
+        The features of its patch and, where the configuration says so, those of its neighbours, in units of the
+        slide's own mean and standard deviation.
+        """
+        settings = self.config.features
+        stored = read_features(self.features(slide), barcodes=list(slide.obs_names), digest=self.encoder.digest)
+        return slide_features(stored.features, slide.obsm["spatial"], settings.neighbours, settings.standardise_slide)
 
     def backbone(self) -> CellFMModel:
         """The expression model, from elsewhere or pre-trained in this run, in the type its weights are stored in.
@@ -345,7 +359,11 @@ class Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             model = HingeModel.from_backbone(
-                backbone, spots.features.shape[2], spots.values.shape[1], **self.config.model.model_dump()
+                backbone,
+                spots.features.shape[2],
+                spots.values.shape[1],
+                transform=self.config.transform,
+                **self.config.model.model_dump(),
             )
         backbone.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
         scheduler = MaskedDiffusionScheduler(**self.config.diffusion.model_dump())
@@ -412,6 +430,7 @@ class Run:
             "seed": seed,
             "draws": draws,
             "steps": steps,
+            **{key: getattr(settings, key) for key in ("coherent", "order", "corrections", "temperature", "precision")},
             "model_digest": pipeline.model.digest(),
             "backbone_digest": pipeline.model.config.backbone_digest,
             "encoder": self.encoder.name,
@@ -422,19 +441,27 @@ class Run:
             return output
         accelerator = make_accelerator(self.config.training)
         with accelerator.main_process_first():
-            path = self.features(slide)
-        features = read_features(path, barcodes=list(slide.obs_names), digest=self.encoder.digest)
+            self.features(slide)
+        features = self.conditions(slide)[:, 0]
+        gene_ids = self.gene_ids(pipeline.model.backbone)
+        if settings.precision == "bf16":
+            pipeline.model.backbone.to(torch.bfloat16)
         pipeline.model.to(accelerator.device)
         mine = np.array_split(np.arange(slide.n_obs), accelerator.num_processes)[accelerator.process_index]
         spots = [f"{name}/{barcode}" for barcode in slide.obs_names]
         result = pipeline(
-            features.features[mine, 0],
-            self.gene_ids(pipeline.model.backbone),
+            features[mine],
+            gene_ids,
             [spots[index] for index in mine],
             num_draws=draws,
             num_inference_steps=steps,
             seed=seed,
             batch_size=batch_size or settings.batch_size,
+            slide=name if settings.coherent else None,
+            positions=spot_positions(slide.obsm["spatial"])[mine] if settings.coherent else None,
+            order=settings.order,
+            corrections=settings.corrections,
+            temperature=settings.temperature,
             progress=accelerator.is_main_process,
         )
         parts = gather_object([(result.values, result.expected)])

@@ -1,28 +1,21 @@
 """Sampling: a slide's features in, several draws of every spot's expression out."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from scipy.special import ndtri
 from torch import Tensor
 from tqdm import tqdm
 
+from hinge.diffusion.noise import SlideNoise, spot_normals, spot_uniforms
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
+from hinge.errors import DataError
 from hinge.models.hinge import HingeModel
 
-
-def spot_uniforms(seed: int, spot: str, draw: int, num_genes: int) -> np.ndarray:
-    """The random numbers of one draw of one spot: order, value and fill, (3, G) in (0, 1), float64.
-
-    They depend on nothing but the arguments, so a draw is the same in any batch, on any device count.
-    """
-    key = hashlib.sha256(f"{seed}\x00{spot}\x00{draw}".encode()).digest()
-    generator = np.random.Generator(np.random.Philox(key=np.frombuffer(key[:16], dtype=np.uint64)))
-    # the open interval: a quantile at 0 or 1 would be infinite
-    return np.clip(generator.random((3, num_genes)), 1e-12, 1 - 1e-12)
+ORDERS = ("random", "dependence", "confidence")
 
 
 @dataclass
@@ -34,8 +27,8 @@ class Draws:
     values
         (K, n, G) float32, one slice a draw.
     expected
-        (n, G) float32: the value head's mean in the first, fully masked pass, which is E[expression | features]
-        without the Monte-Carlo error of a mean of draws (averaged over draws where the fill is noise).
+        (n, G) float32: the value head's mean in the first pass, in which only observed genes are visible. It is
+        E[expression | features], without the Monte-Carlo error of a mean of draws.
     """
 
     values: np.ndarray
@@ -68,6 +61,14 @@ class HingePipeline(DiffusionPipeline):
         seed: int = 0,
         batch_size: int = 256,
         first_draw: int = 0,
+        slide: str | None = None,
+        positions: np.ndarray | None = None,
+        observed: np.ndarray | None = None,
+        depth: np.ndarray | None = None,
+        order: str = "random",
+        corrections: int = 0,
+        correction_share: float = 0.1,
+        temperature: float = 1.0,
         progress: bool = True,
     ) -> Draws:
         """Draw expression profiles.
@@ -90,6 +91,23 @@ class HingePipeline(DiffusionPipeline):
             Spot-draws in one forward pass; it does not change the result beyond rounding.
         first_draw
             Number of the first draw, to add draws to earlier ones.
+        slide, positions
+            Name of the slide the spots are on, and where (n, 2), in units of the spot pitch. With them the spots of
+            a draw agree: one order of revealing, one slide shift, and noise that is smooth over the slide as far as
+            that of training slides was. Without, every spot is drawn as if it were alone.
+        observed
+            (n, G) measured values in the model's units, NaN where nothing was measured. They pass through to the
+            bit and condition the rest.
+        depth
+            (n,) counts over all genes, where known and the model takes a depth; else it is drawn.
+        order
+            In which order genes are revealed: `"random"`; `"dependence"`, those first that tell most about the rest
+            by the model's factors; `"confidence"`, those first whose value is least uncertain.
+        corrections, correction_share
+            Passes at the end that each mask a random share of the drawn genes again and draw them anew given all
+            others.
+        temperature
+            What the normal numbers behind the values are multiplied with; 1 is the model's own spread.
         progress
             Show a bar over spot-draws (only in a terminal).
 
@@ -97,63 +115,261 @@ class HingePipeline(DiffusionPipeline):
         -------
         Draws
             In the units the model was trained in.
+
+        Raises
+        ------
+        ValueError
+            An order that does not exist.
+        DataError
+            Observed values of another shape, or infinite.
         """
-        device = self.model.feature_mean.device
-        features = torch.as_tensor(np.asarray(features), dtype=torch.float32, device=device)
-        gene_ids = gene_ids.to(device)
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
+        if (slide is None) != (positions is None):
+            raise ValueError("a slide's name and its spots' positions come together")
+        features = torch.as_tensor(np.asarray(features), dtype=torch.float32, device=self.model.feature_mean.device)
+        gene_ids = gene_ids.to(features.device)
         num_spots, num_genes = len(features), len(gene_ids)
+        if observed is not None:
+            observed = np.asarray(observed, dtype=np.float32)
+            if observed.shape != (num_spots, num_genes) or np.isinf(observed).any():
+                raise DataError(
+                    f"observed values must be finite or NaN and of shape {(num_spots, num_genes)}, "
+                    f"these are of shape {observed.shape}"
+                )
+        noise = _Noise(self.model, seed, spots, slide, positions, num_genes, num_inference_steps)
+        fixed_order = self._order(order, num_genes)
         values = np.zeros((num_draws, num_spots, num_genes), dtype=np.float32)
-        expected = np.zeros((num_spots, num_genes), dtype=np.float64)
+        expected = np.zeros((num_spots, num_genes))
         bar = tqdm(total=num_spots * num_draws, desc="draws", unit="draw", disable=None if progress else True)
         with bar:
             for spot_index, draw_index in _batches(num_spots, num_draws, batch_size):
-                uniforms = np.stack(
-                    [
-                        spot_uniforms(seed, spots[spot], first_draw + draw, num_genes)
-                        for spot, draw in zip(spot_index, draw_index, strict=True)
-                    ]
-                )
-                sampled, means = self._reverse(
-                    features[torch.from_numpy(spot_index).to(device)],
+                drawn, means = self._draw(
+                    features,
                     gene_ids,
-                    torch.from_numpy(uniforms).to(device),
+                    noise,
+                    spot_index,
+                    first_draw + draw_index,
+                    observed,
+                    depth,
                     num_inference_steps,
+                    order,
+                    fixed_order,
+                    (corrections, correction_share, temperature),
                 )
-                values[draw_index, spot_index] = sampled
-                np.add.at(expected, spot_index, means.astype(np.float64) / num_draws)
+                values[draw_index, spot_index] = drawn
+                np.add.at(expected, spot_index, means / num_draws)
                 bar.update(len(spot_index))
         return Draws(values, expected.astype(np.float32))
 
-    def _reverse(
-        self, features: Tensor, gene_ids: Tensor, uniforms: Tensor, num_inference_steps: int
+    def _order(self, order: str, num_genes: int) -> np.ndarray | None:
+        """Numbers (G,) in (0, 1) by which genes are revealed, the smallest first; None where spots or draws differ.
+
+        By dependence: greedily the gene that leaves least variance in all others under the factor model (pivots of
+        a Cholesky decomposition of ΛΛᵀ + Ψ by explained variance).
+        """
+        path = self.model.path
+        if order != "dependence" or path is None:
+            return None
+        loadings = path.loadings.double().cpu().numpy()
+        covariance = loadings @ loadings.T + np.diag(path.log_noise.double().exp().cpu().numpy())
+        rank = np.zeros(num_genes)
+        left = np.ones(num_genes, dtype=bool)
+        for place in range(num_genes):
+            explained = (covariance**2).sum(axis=0) / np.maximum(np.diag(covariance), 1e-12)
+            gene = int(np.where(left, explained, -np.inf).argmax())
+            rank[gene], left[gene] = place, False
+            column = covariance[:, gene].copy()
+            covariance -= np.outer(column, column) / max(column[gene], 1e-12)
+        return (rank + 0.5) / num_genes
+
+    def _draw(
+        self, features, gene_ids, noise, spot_index, draw_index, observed, depth, num_steps, order, fixed_order, options
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Features (B, d), uniforms (B, 3, G) → sampled values and the head's means of the first pass, (B, G) each."""
+        """Values and first-pass means (B, G) of spot-draws."""
+        corrections, correction_share, temperature = options
         scheduler, model = self.scheduler, self.model
-        scheduler.set_timesteps(num_inference_steps)
-        order, quantile, fill = uniforms.unbind(dim=1)
-        noise = torch.special.ndtri(fill).float()
-        values = torch.zeros_like(noise)
-        visible = torch.zeros_like(noise)
-        means = None
-        for timestep in scheduler.timesteps.tolist():
-            end = torch.full((len(values),), scheduler.previous_timestep(timestep), dtype=torch.int64)
-            next_visible = scheduler.visible_at(end, order)
-            # the first pass also gives the expectation; later ones in which nothing is revealed are not needed
-            if means is not None and torch.equal(next_visible, visible):
-                continue
-            output = model(
-                scheduler.fill_masked(values, visible, noise),
-                visible,
-                torch.full((len(values),), timestep, device=values.device),
-                features,
-                gene_ids,
-                next_visible=next_visible,
+        device, num_genes = features.device, len(gene_ids)
+        scheduler.set_timesteps(num_steps)
+        total = scheduler.config.num_train_timesteps
+        numbers = noise.of(spot_index, draw_index)
+
+        def tensor(array: np.ndarray, dtype=torch.float32) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device, dtype)
+
+        _, first, row_of = np.unique(spot_index, return_index=True, return_inverse=True)
+        first_row = torch.from_numpy(first).to(device)
+        standardised = model.standardise(features[tensor(spot_index, torch.int64)])
+        order_numbers = numbers.order if fixed_order is None else np.broadcast_to(fixed_order, numbers.order.shape)
+        fill, shift = tensor(numbers.fill), tensor(numbers.shift)
+        values = torch.zeros(len(spot_index), num_genes, device=device)
+        known = torch.zeros_like(values)
+        if observed is not None:
+            measured = observed[spot_index]
+            known = tensor(~np.isnan(measured))
+            values = tensor(np.nan_to_num(measured))
+            # measured genes come first in the order: the schedule then counts them as revealed
+            order_numbers = np.where(np.isnan(measured), order_numbers, order_numbers * 1e-9)
+        rank = tensor(order_numbers, torch.float64)
+        depths = typical_depth = None
+        typical = standardised
+        if model.depth_path is not None:
+            if depth is not None:
+                depths = typical_depth = tensor(depth[spot_index])
+            else:
+                depths = model.depth_path(standardised, tensor(numbers.depth), tensor(numbers.slide_depth))
+                middle = torch.zeros_like(depths)
+                typical_depth = model.depth_path(standardised, middle, middle)
+            typical = model.with_depth(standardised, typical_depth)
+            standardised = model.with_depth(standardised, depths)
+
+        # the latest timestep at which no more genes are visible than a spot has measured
+        kept = num_genes - scheduler.num_masked(np.arange(total + 1), num_genes)
+        latest = torch.from_numpy(total - np.searchsorted(kept[::-1], known.sum(1).cpu().numpy(), side="right") + 1)
+        latest = latest.clamp(1, total)
+
+        def run(visible: Tensor, timestep: Tensor, next_visible: Tensor, rows=slice(None), condition=standardised):
+            """Tokens (B, P + G, D) of some rows."""
+            inputs = (scheduler.fill_masked(values, visible, fill), visible, timestep.to(device), condition)
+            return model.tokens(*(part[rows] for part in inputs), gene_ids, next_visible=next_visible[rows])
+
+        def head(h: Tensor, visible: Tensor):
+            return model.read_out(h, scheduler.fill_masked(values, visible, fill), visible, standardised, shift, depths)
+
+        def expectation(h: Tensor, rows: Tensor):
+            """The head's output for some rows, in the middle of what their slide's shift and depth may be."""
+            output, _ = model.read_out(
+                h,
+                scheduler.fill_masked(values, visible, fill)[rows],
+                visible[rows],
+                typical[rows],
+                None,
+                None if typical_depth is None else typical_depth[rows],
             )
-            step = scheduler.step(output.sample(quantile).float(), timestep, values, visible, order)
+            return output
+
+        def sample(h: Tensor, visible: Tensor, numbers: _Numbers, number: int) -> Tensor:
+            """Values (B, G) that all genes would take if they were revealed together in the step of this number."""
+            output, left = head(h, visible)
+            normal = tensor(numbers.value)
+            if left is not None:
+                normal = model.path.innovation(left, tensor(numbers.factors[:, number]), normal)
+            uniform = torch.special.ndtr(normal.double() * temperature).clamp(1e-12, 1 - 1e-12)
+            return output.sample(uniform).float()
+
+        visible = known
+        means = None
+        # nothing that differs between a spot's draws enters the first pass, but for noise in place of masked values
+        # and, where the condition looks ahead, what the coming step reveals
+        shared = scheduler.config.fill != "noise" and model.config.condition_on_visible != "next"
+        for number, timestep in enumerate(scheduler.timesteps.tolist()):
+            end = torch.full((len(values),), scheduler.previous_timestep(timestep), dtype=torch.int64)
+            at = torch.minimum(torch.full_like(latest, timestep), latest)
             if means is None:
-                means = output.mean.float()
-            values, visible = step.values, step.visible
+                rows = first_row if shared else torch.arange(len(values), device=device)
+                h = run(visible, at, torch.maximum(visible, scheduler.visible_at(end, rank)), rows, typical)
+                means = expectation(h, rows).mean.float()
+                if shared:
+                    back = torch.from_numpy(row_of).to(device)
+                    h, means = h[back], means[back]
+                if depths is not None and depth is None:
+                    # the first pass of the draws is not that of the expectation: each has a depth of its own
+                    h = run(visible, at, torch.maximum(visible, scheduler.visible_at(end, rank)))
+                if order == "confidence":
+                    spread = head(h, visible)[0].spread
+                    rank = torch.where(known > 0, rank, (spread.argsort(1).argsort(1) + 0.5).double() / num_genes)
+                next_visible = torch.maximum(visible, scheduler.visible_at(end, rank))
+            else:
+                next_visible = torch.maximum(visible, scheduler.visible_at(end, rank))
+                if torch.equal(next_visible, visible):
+                    continue
+                h = run(visible, at, next_visible)
+            drawn = sample(h, visible, numbers, number)
+            values = torch.where((next_visible - visible) > 0, drawn, values)
+            visible = next_visible
+        for number in range(corrections):
+            again = tensor(noise.correction(spot_index, draw_index, number) < correction_share) * (1 - known)
+            visible = 1 - again
+            share = again.mean(1).cpu().numpy()
+            at = torch.from_numpy(np.searchsorted(scheduler.masked_share(np.arange(total + 1), num_genes), share))
+            h = run(visible, at.clamp(1, total), torch.ones_like(visible))
+            fresh = noise.of(spot_index, draw_index, number + 1)
+            drawn = sample(h, visible, fresh, 0)
+            values = torch.where(again > 0, drawn, values)
         return values.cpu().numpy(), means.cpu().numpy()
+
+
+@dataclass
+class _Numbers:
+    """Random numbers of spot-draws (B, …), see `hinge.diffusion.noise`; all standard normal but `order` and `shift`."""
+
+    order: np.ndarray
+    value: np.ndarray
+    factors: np.ndarray
+    fill: np.ndarray
+    shift: np.ndarray
+    depth: np.ndarray
+    slide_depth: np.ndarray
+
+
+class _Noise:
+    """Makes the numbers of any spot-draws of one call."""
+
+    def __init__(self, model: HingeModel, seed, spots, slide, positions, num_genes, num_steps):
+        self.seed, self.spots, self.slide, self.num_genes, self.num_steps = seed, spots, slide, num_genes, num_steps
+        self.positions = None if positions is None else np.asarray(positions, dtype=np.float64)
+        path, depth = model.path, model.depth_path
+        self.num_factors, self.loadings, self.range, self.scale = 0, np.zeros((num_genes, 0)), 1.0, 1.0
+        # columns: genes, depth, then the factors of every step
+        share = np.zeros(num_genes + 1)
+        if path is not None:
+            self.num_factors = path.loadings.shape[1]
+            self.loadings = path.slide_loadings.double().cpu().numpy()
+            self.range, self.scale = float(path.spatial_range), float(path.spatial_scale)
+            share[:num_genes] = path.spatial_share.double().cpu().numpy()
+            share = np.concatenate([share, np.tile(path.factor_spatial_share.double().cpu().numpy(), num_steps)])
+        if depth is not None:
+            share[num_genes] = float(depth.spatial_share)
+        self.share = share if positions is not None else np.zeros_like(share)
+        self._slides: dict[tuple, SlideNoise] = {}
+
+    def _slide(self, spot: int, draw: int, again: int) -> SlideNoise:
+        # a spot on its own is a slide of one spot
+        name = self.spots[spot] if self.slide is None else self.slide
+        key = (name, draw, again)
+        if key not in self._slides:
+            if len(self._slides) > 4096:
+                self._slides.clear()
+            seed = self.seed if not again else f"{self.seed} again {again}"
+            self._slides[key] = SlideNoise(seed, name, draw, len(self.share), self.range)
+        return self._slides[key]
+
+    def of(self, spot_index: np.ndarray, draw_index: np.ndarray, again: int = 0) -> _Numbers:
+        genes = self.num_genes
+        seed = self.seed if not again else f"{self.seed} again {again}"
+        pairs = [(self.spots[spot], int(draw)) for spot, draw in zip(spot_index, draw_index, strict=True)]
+        own = np.stack([spot_uniforms(seed, spot, draw, genes) for spot, draw in pairs])
+        further = 1 + self.num_factors * self.num_steps
+        normal = np.hstack([ndtri(own[:, 1]), [spot_normals(seed, spot, draw, further) for spot, draw in pairs]])
+        order, shift, slide_depth = own[:, 0].copy(), np.zeros((len(own), genes)), np.zeros(len(own))
+        for draw in np.unique(draw_index):
+            rows = np.flatnonzero(draw_index == draw)
+            groups = [rows] if self.slide is not None else [[row] for row in rows]
+            for group in groups:
+                slide = self._slide(int(spot_index[group[0]]), int(draw), again)
+                shift[group] = self.loadings @ slide.normal[: self.loadings.shape[1]]
+                slide_depth[group] = slide.normal[genes]
+                if self.slide is not None:
+                    order[group] = slide.order[:genes]
+                if self.share.any():
+                    field = self.scale * slide.field(self.positions[spot_index[group]])
+                    normal[group] = np.sqrt(self.share) * field + np.sqrt(1 - self.share) * normal[group]
+        factors = normal[:, genes + 1 :].reshape(len(own), self.num_steps, self.num_factors)
+        return _Numbers(order, normal[:, :genes], factors, ndtri(own[:, 2]), shift, normal[:, genes], slide_depth)
+
+    def correction(self, spot_index: np.ndarray, draw_index: np.ndarray, number: int) -> np.ndarray:
+        """Uniform numbers (B, G): which genes are masked again."""
+        return self.of(spot_index, draw_index, number + 1).order
 
 
 def _batches(num_spots: int, num_draws: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

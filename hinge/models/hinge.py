@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from hinge.backbones.cellfm import CellFMModel
 from hinge.errors import WeightsError
 from hinge.files import arrays_digest, atomic_path
-from hinge.models.heads import HEADS, HeadOutput
-from hinge.models.path import GenePath
+from hinge.models.heads import COUNT_HEADS, HEADS, CountGrid, HeadOutput
+from hinge.models.path import DepthPath, GenePath
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 TIME_WIDTH = 256
@@ -135,7 +135,13 @@ class HingeModel(ModelMixin, ConfigMixin):
     hidden_size, num_layers
         D and L of the backbone.
     head
-        `"point"` (the paper's), `"gaussian"` or `"censored_gaussian"`.
+        `"point"` (the paper's), `"gaussian"`, `"censored_gaussian"`, or a distribution of counts:
+        `"rounded_gaussian"`, `"rounded_mixture"`, `"negative_binomial"`, `"zero_inflated_negative_binomial"`.
+    transform
+        What the values are of the counts; count heads need it.
+    depth
+        Whether the spot's depth, its count over all genes, is a condition beside the features; a draw draws it
+        first. Count heads under `"log1p_cp10k"` need it: which values counts can take depends on it.
     modulation_rank
         Rank of SoftAdaLN, None for full.
     gate
@@ -143,8 +149,8 @@ class HingeModel(ModelMixin, ConfigMixin):
     condition_on_visible
         `"current"`: the visible genes are part of the condition; `"next"`: those visible after the coming step,
         as in the released code; None: they are not.
-    gene_path, num_factors
-        Whether there is a `GenePath`, and its number of factors.
+    gene_path, num_factors, num_slide_factors
+        Whether there is a `GenePath`, and its numbers of factors.
     standardise_features
         Whether features are divided by the training spots' deviations; the released code takes them as they are.
     feature_dropout, feature_noise
@@ -165,11 +171,14 @@ class HingeModel(ModelMixin, ConfigMixin):
         hidden_size: int,
         num_layers: int,
         head: str = "gaussian",
+        transform: str | None = None,
+        depth: bool = False,
         modulation_rank: int | None = None,
         gate: str = "sigmoid",
         condition_on_visible: str | None = "current",
         gene_path: bool = True,
         num_factors: int = 8,
+        num_slide_factors: int = 4,
         standardise_features: bool = True,
         feature_dropout: float = 0.0,
         feature_noise: float = 0.0,
@@ -184,15 +193,20 @@ class HingeModel(ModelMixin, ConfigMixin):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
+        if head in COUNT_HEADS and transform is None:
+            raise ValueError(f"the head {head} is one of counts and needs the transform of the values")
+        if head in COUNT_HEADS and transform == "log1p_cp10k" and not depth:
+            raise ValueError(f"the head {head} needs the depth under log1p_cp10k")
+        self.depth_path = DepthPath(feature_dim) if depth else None
         self.condition = ConditionEmbedding(
-            feature_dim, num_genes, hidden_size, with_mask=condition_on_visible is not None
+            feature_dim + depth, num_genes, hidden_size, with_mask=condition_on_visible is not None
         )
         self.modulation = SoftAdaLN(hidden_size, num_layers, modulation_rank, gate)
         self.value_head = HEADS[head](hidden_size, num_genes)
         # features are standardised with the training spots' statistics (`set_feature_statistics`)
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
         self.register_buffer("feature_std", torch.ones(feature_dim))
-        self.path = GenePath(feature_dim, num_genes, num_factors) if gene_path else None
+        self.path = GenePath(feature_dim + depth, num_genes, num_factors, num_slide_factors) if gene_path else None
         if gene_path and head == "point":  # a point has no scale to learn
             self.path.log_scale.requires_grad_(False)
             self.path.visible_log_scale.requires_grad_(False)
@@ -269,6 +283,14 @@ class HingeModel(ModelMixin, ConfigMixin):
             return features.float()
         return ((features.float() - self.feature_mean) / self.feature_std).clamp(-8, 8)
 
+    def with_depth(self, features: Tensor, depth: Tensor, whole: Tensor | None = None) -> Tensor:
+        """Standardised features (B, d) → the condition (B, d + 1) with the depth (B,) for a model that takes it.
+
+        `whole` (B, d) are the features without dropout, where `features` have it.
+        """
+        unusual = self.depth_path.standardise(features if whole is None else whole, depth)
+        return torch.cat([features, unusual.unsqueeze(-1)], dim=-1)
+
     def forward(
         self,
         values: Tensor,
@@ -278,6 +300,8 @@ class HingeModel(ModelMixin, ConfigMixin):
         gene_ids: Tensor,
         next_visible: Tensor | None = None,
         feature_mask: Tensor | None = None,
+        slide_shift: Tensor | None = None,
+        depth: Tensor | None = None,
     ) -> HeadOutput:
         """Predict the distribution of every gene's value.
 
@@ -297,6 +321,10 @@ class HingeModel(ModelMixin, ConfigMixin):
             (B, G) genes visible after the coming step; needed with `condition_on_visible="next"`.
         feature_mask
             (B, d) what standardised features are multiplied with (dropout in training); None for no change.
+        slide_shift
+            (B, G) what all spots of the slide are shifted by, in units of values; None for no shift.
+        depth
+            (B,) counts over all genes of each spot; needed where the model has a `DepthPath`.
 
         Returns
         -------
@@ -304,13 +332,34 @@ class HingeModel(ModelMixin, ConfigMixin):
             Distribution over (B, G).
         """
         features = self.standardise(features)
-        if feature_mask is not None:
-            features = features * feature_mask
+        masked = features if feature_mask is None else features * feature_mask
+        features = masked if self.depth_path is None else self.with_depth(masked, depth, features)
         h = self.tokens(values, visible, timestep, features, gene_ids, next_visible)
-        location, log_scale = self.backbone.decode(h).float(), None
+        return self.read_out(h, values, visible, features, slide_shift, depth)[0]
+
+    def read_out(
+        self,
+        h: Tensor,
+        values: Tensor,
+        visible: Tensor,
+        features: Tensor,
+        slide_shift: Tensor | None = None,
+        depth: Tensor | None = None,
+    ) -> tuple[HeadOutput, Tensor | None]:
+        """From tokens (B, P + G, D) to the distribution of every gene's value.
+
+        Other arguments as those of `forward`, but `features` as in `tokens`.
+
+        Returns
+        -------
+        tuple
+            HeadOutput over (B, G), and W (B, K, G) for `GenePath.innovation`, None without a gene path.
+        """
+        location, log_scale, left = self.backbone.decode(h).float(), None, None
         if self.path is not None:
-            location, log_scale = self.path(location, values, visible, features)
-        return self.value_head(location, h[:, self.backbone.num_prefix_tokens :], log_scale)
+            location, log_scale, left = self.path(location, values, visible, features, slide_shift)
+        grid = None if self.config.transform is None else CountGrid(self.config.transform, depth)
+        return self.value_head(location, h[:, self.backbone.num_prefix_tokens :], log_scale, grid), left
 
     def tokens(
         self,
@@ -323,11 +372,12 @@ class HingeModel(ModelMixin, ConfigMixin):
     ) -> Tensor:
         """The modulated backbone's tokens before its decoder, (B, P + G, D).
 
-        Arguments as those of `forward`, but `features` (B, d) are standardised.
+        Arguments as those of `forward`, but `features` are standardised (and `with_depth` where the model has one).
         """
         backbone, config = self.backbone, self.config
         visible = visible.to(features.dtype)
-        z = self.condition(timestep, features, visible if next_visible is None else next_visible.to(features.dtype))
+        shown = next_visible if config.condition_on_visible == "next" else visible
+        z = self.condition(timestep, features, shown.to(features.dtype))
         layers, decoder = self.modulation(z)
 
         h = backbone.embed(values, visible, gene_ids)

@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
-from hinge.data.spots import SpotTable
+from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.objective import draw_timesteps, loss_mask, spot_weights
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.errors import DataError
 from hinge.loop import LoopConfig, LoopResult, make_accelerator, run_loop, step_generator
 from hinge.models.hinge import HingeModel
-from hinge.training.closed_form import fit_gene_path
+from hinge.training.closed_form import fit_depth, fit_gene_path
 
 # fixed times, evenly spread, at which every held-out spot is scored: one random time a spot would be too noisy
 # to compare checkpoints by
@@ -37,22 +37,6 @@ class TrainingConfig(LoopConfig):
     validation_groups: Literal["spot", "tile", "slide"] = "tile"
     closed_form_start: bool = Field(True, description="solve for the gene path before the first step")
     gradient_checkpointing: bool = False
-
-
-def spot_groups(spots: SpotTable, groups: str) -> np.ndarray:
-    """Name of each spot's group, (n,) str: the spot itself, its tile of about 4 × 4 spots, or its slide."""
-    if groups == "slide":
-        return np.asarray(spots.slide).astype(str)
-    if groups == "spot":
-        return np.arange(len(spots)).astype(str)
-    names = np.empty(len(spots), dtype=object)
-    for slide in np.unique(spots.slide):
-        members = np.flatnonzero(spots.slide == slide)
-        coords = spots.coords[members]
-        side = 4 * np.sqrt(max(float(np.prod(np.ptp(coords, axis=0))), 1.0) / len(members))
-        tile = np.floor((coords - coords.min(axis=0)) / side).astype(int)
-        names[members] = [f"{slide}/{x}/{y}" for x, y in tile]
-    return names.astype(str)
 
 
 def split_spots(spots: SpotTable, share: float, groups: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -144,19 +128,26 @@ def train_hinge(
     gene_ids = gene_ids.to(device)
     model.set_feature_statistics(features[training].flatten(0, 1))
     model.gradient_checkpointing = config.gradient_checkpointing
+    shifts = None
     if config.closed_form_start and model.path is not None:
-        # also before a resumed run: the checkpoint then replaces the parameters, the saturation is a buffer
+        # also before a resumed run: the checkpoint then replaces the parameters, but not buffers and shifts
         model.to(device)
-        # a test slide is another slide: hold slides out where there are several
-        several = len(np.unique(spots.slide[training])) > 1
-        groups = spot_groups(spots.subset(training), "slide" if several else "tile")
-        fit_gene_path(model, scheduler, gene_ids, features[training, 0], values[training], groups, seed)
+        of_training = fit_gene_path(model, scheduler, gene_ids, spots.subset(training), seed)
+        shifts = torch.zeros(len(spots), num_genes)
+        for name in np.unique(spots.slide[training]):
+            first = int(np.argmax(spots.slide[training] == name))
+            shifts[torch.from_numpy(spots.slide == name)] = of_training[first]
+    elif model.depth_path is not None:
+        fit_depth(model.to(device), spots.subset(training))
+    depth = torch.from_numpy(np.asarray(spots.total, dtype=np.float32)) if model.depth_path is not None else None
     total = config.num_steps(len(training) * num_views)
     warm_steps = round(config.warm_start_share * total)
     dropout, noise_scale = model.config.feature_dropout, model.config.feature_noise
 
-    def inputs_at(x0: Tensor, timesteps: Tensor, uniform: Tensor, noise: Tensor, condition: Tensor) -> dict:
-        filled, visible = scheduler.add_mask(x0, timesteps, uniform=uniform, noise=noise)
+    def inputs_at(
+        spot: np.ndarray, timesteps: Tensor, uniform: Tensor, noise: Tensor, condition: Tensor
+    ) -> dict[str, Tensor]:
+        filled, visible = scheduler.add_mask(values[spot], timesteps, uniform=uniform, noise=noise)
         inputs = {
             "values": filled,
             "visible": visible,
@@ -164,6 +155,10 @@ def train_hinge(
             "features": condition,
             "next_visible": scheduler.visible_at(timesteps - 1, uniform),
         }
+        if shifts is not None:
+            inputs["slide_shift"] = shifts[spot]
+        if depth is not None:
+            inputs["depth"] = depth[spot]
         return {name: tensor.to(device) for name, tensor in inputs.items()} | {"gene_ids": gene_ids}
 
     def batch_loss(module, step, rows, positions, generator) -> Tensor:
@@ -181,7 +176,7 @@ def train_hinge(
             jitter = torch.randn(condition.shape, generator=generator)
             condition = condition + noise_scale * jitter * model.feature_std.cpu()
         inputs = inputs_at(
-            values[spot][positions], timesteps[positions], uniform[positions], noise[positions], condition[positions]
+            spot[positions], timesteps[positions], uniform[positions], noise[positions], condition[positions]
         )
         if dropout:
             kept = torch.rand(condition.shape, generator=generator) >= dropout
@@ -204,7 +199,7 @@ def train_hinge(
             visible = scheduler.visible_at(timesteps, uniform)
             mask = loss_mask(scheduler, timesteps, visible, uniform, config.loss_on)
             weights = mask / mask.sum(dim=1, keepdim=True).clamp_min(1)
-            inputs = inputs_at(values[spot], timesteps, uniform, noise, features[spot, 0])
+            inputs = inputs_at(spot, timesteps, uniform, noise, features[spot, 0])
             losses = module(values[spot].to(device), **inputs).cpu()
             sums += torch.tensor([(losses * weights).sum().item(), float((mask.sum(dim=1) > 0).sum())])
         return sums

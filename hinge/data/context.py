@@ -1,0 +1,54 @@
+"""What surrounds a spot: positions in units of the spot pitch, features of the neighbourhood and of the slide."""
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+# neighbours on a square lattice are 1 and 1.41 pitches away, on a hexagonal one 1
+NEIGHBOUR_DISTANCE = 1.5
+
+
+def spot_positions(coords: np.ndarray) -> np.ndarray:
+    """Coordinates (n, 2) in pixels → in units of the spot pitch, the median distance to the nearest other spot."""
+    coords = np.asarray(coords, dtype=np.float64)
+    if len(coords) < 2:
+        return np.zeros_like(coords)
+    distance = cKDTree(coords).query(coords, k=2)[0][:, 1]
+    return coords / max(float(np.median(distance)), 1e-12)
+
+
+def slide_features(features: np.ndarray, coords: np.ndarray, neighbours: bool, standardise: bool) -> np.ndarray:
+    """Features of a whole slide as a model takes them.
+
+    Parameters
+    ----------
+    features
+        (n, V, d) of all spots of one slide, view 0 the unaugmented patch.
+    coords
+        (n, 2) pixels.
+    neighbours
+        Append the mean over the spot and its direct neighbours (view 0), which tells of the tissue around and
+        averages out what is accidental in one patch: d becomes 2d.
+    standardise
+        Subtract the slide's mean and divide by its standard deviation (view 0), feature by feature. Staining and
+        scanner differ between slides and shift all features; counts are not needed for it, so it may be done to a
+        slide that is to be predicted.
+
+    Returns
+    -------
+    ndarray
+        (n, V, d or 2d) float32.
+    """
+    features = np.asarray(features, dtype=np.float32)
+    if neighbours:
+        near = cKDTree(spot_positions(coords)).query_ball_point(spot_positions(coords), NEIGHBOUR_DISTANCE)
+        around = np.stack([features[rows, 0].mean(axis=0, dtype=np.float64) for rows in near]).astype(np.float32)
+        repeated = np.repeat(around[:, None], features.shape[1], axis=1)
+        features = np.concatenate([features, repeated], axis=2)
+    if standardise:
+        plain = features[:, 0].astype(np.float64)
+        deviation = plain.std(axis=0)
+        # a feature that is constant on the slide says nothing there; rounding must not blow it up
+        constant = deviation <= 1e-6 * np.maximum(np.abs(plain).max(axis=0), 1e-12)
+        features = (features - plain.mean(axis=0)) / np.where(constant, 1.0, deviation)
+        features[:, :, constant] = 0
+    return features.astype(np.float32)
