@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,16 @@ from test_mindspore import content_of, value
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.backbones.checkpoints import export_cellfm, open_state, published_names, read_published
 from hinge.backbones.mindspore import read_mindspore
-from hinge.convert import convert_cellfm
+from hinge.backbones.vocabulary import GeneVocabulary
+from hinge.cli import main
+from hinge.config import load_config
+from hinge.convert import RELEASED_DIFFUSION, convert_cellfm, convert_hinge, export_hinge_folder
+from hinge.data import read_slide, select_panel, simulate_tissue
 from hinge.errors import ConfigError, WeightsError
+from hinge.files import read_json
 from hinge.models import HingeModel
+from hinge.models.checkpoints import RELEASED_MODEL, import_hinge, write_hinge
+from hinge.run import Run, read_draws
 
 
 def small(**options) -> CellFMModel:
@@ -398,3 +406,219 @@ def test_trainable_shares_at_800m(published_800m):
     modulation = sum(parameter.numel() for parameter in model.modulation.parameters())
     assert round(modulation / 1e6) == 571  # 566 M in the 40 layers, and what comes before the decoder
     assert round(40 * 6 * 1536 * 1536 / 1e6) == 566
+
+
+# -- in a run ------------------------------------------------------------------------------------------------
+
+RELEASED = Path(__file__).parents[1] / "configs" / "paper" / "released.yaml"
+
+
+@pytest.fixture(scope="module")
+def tissue(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tissue")
+    simulate_tissue(folder, n_slides=3, grid=(5, 5), n_genes=30, um_per_px=2.0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def panel(tissue) -> list[str]:
+    return select_panel([read_slide(tissue, name) for name in ("sim0", "sim1")], "hmhvg", 12).genes
+
+
+@pytest.fixture(scope="module")
+def published(tissue, panel, tmp_path_factory) -> tuple[Path, Path]:
+    """A MindSpore checkpoint, and its vocabulary: two genes of the panel are missing, one is in lower case."""
+    folder = tmp_path_factory.mktemp("published")
+    slide = read_slide(tissue, "sim0")
+    genes = [gene for gene in slide.var_names if gene not in panel[3:5]]
+    genes = [gene.lower() if gene == panel[0] else gene for gene in genes]
+    model = small(num_genes=len(genes), hidden_size=16, num_hidden_layers=2)
+    checkpoint = write_mindspore(folder / "weights.ckpt", export_cellfm(model, "mindspore"))
+    (folder / "genes.csv").write_text("\n".join(["symbol", *genes]))
+    return checkpoint, folder / "genes.csv"
+
+
+def released_run(tissue: Path, output: Path, *overrides: str) -> Run:
+    """The released configuration on tiny slides and weights; only sizes differ."""
+    small_scale = [
+        f"output={output}",
+        f"data={{path: {tissue}, train: [sim0, sim1], test: [sim2]}}",
+        "panel.genes=12",
+        "features={encoder: stain-texture, views: 8}",
+        "training.epochs=null",
+        "training.steps=2",
+        "training.batch_size=8",
+        "training.precision='no'",
+        "sampling={draws: 2, steps: 3}",
+    ]
+    return Run(load_config(RELEASED, [*small_scale, *overrides]))
+
+
+def test_the_released_configuration_says_what_the_released_code_does():
+    config = load_config(RELEASED)
+    assert RELEASED_MODEL.items() <= config.model.model_dump().items()
+    assert RELEASED_DIFFUSION.items() <= config.diffusion.model_dump().items()
+    assert (config.training.loss_on, config.training.weighting) == ("revealed", "gene")
+    assert config.backbone.constants() == {
+        "masked_input": "value_plus_zero_token",
+        "negative_slope": 0.01,
+        "layer_norm_eps": 1e-6,
+    }
+    # epochs 20 and 35 of 40
+    assert [config.training.learning_rate_at(step, 40) for step in (0, 19, 20, 34, 35)] == pytest.approx(
+        [1e-4, 1e-4, 2e-5, 2e-5, 4e-6]
+    )
+
+
+def test_released_configuration_on_published_weights(tissue, panel, published, tmp_path, caplog):
+    checkpoint, vocabulary = published
+    backbone = convert_cellfm(checkpoint, tmp_path / "backbone", num_attention_heads=4)
+    run = released_run(
+        tissue, tmp_path / "run", f"backbone.path={backbone}", f"backbone.vocabulary={vocabulary}", "model.gate=linear"
+    )
+    with caplog.at_level("INFO", logger="hinge"):
+        run.train()
+    # two genes are not in the vocabulary; one is there in lower case and keeps the slide's name in the panel
+    assert run.panel().genes == [gene for gene in panel if gene not in panel[3:5]]
+    report = read_json(run.genes_path)
+    assert report["panel"]["dropped"] == report["panel"]["missing"] == panel[3:5]
+    assert report["panel"]["harmonised"] == {panel[0]: panel[0].lower()}
+    assert report["slides"]["sim1"]["mapped"] == report["slides"]["sim1"]["genes"] - 2
+    assert f"10 of 12 genes map: 9 by symbol, 1 by case; 2 not in the vocabulary: {panel[3]}, {panel[4]}" in caplog.text
+    assert "2 dropped from the panel" in caplog.text
+    model = run.pipeline().model
+    frozen = sum(parameter.numel() for parameter in model.backbone.parameters())
+    assert f"{model.num_trainable():,} trainable parameters, {frozen:,} frozen" in caplog.text
+    known = GeneVocabulary.load(vocabulary)
+    assert run.gene_ids(model.backbone).tolist() == known.match(run.panel().genes).ids.tolist()
+    assert (model.backbone.config.negative_slope, model.config.gate) == (0.01, "linear")
+    assert read_draws(run.sample("sim2")).shape == (25, 10)
+
+    # what was trained leaves as the authors' checkpoint and comes back as the same model
+    written = export_hinge_folder(run.folder, tmp_path / "model.pth")
+    again = import_hinge(written, num_attention_heads=4, gate="linear")
+    assert again.gene_ids.tolist() == run.gene_ids(model.backbone).tolist()
+    weights, trained = again.model.state_dict(), model.state_dict()
+    assert all(torch.equal(weights[name], trained[name]) for name in trained if not name.startswith("feature_"))
+
+
+def test_an_imported_model_draws(tissue, published, panel, tmp_path):
+    checkpoint, vocabulary = published
+    known = [gene for gene in panel if gene not in (panel[0], *panel[3:5])]
+    ids = torch.from_numpy(GeneVocabulary.load(vocabulary).ids(known))
+    backbone = convert_cellfm(checkpoint, tmp_path / "backbone", "fp32", vocabulary, 4)
+    width = released_run(tissue, tmp_path / "other", f"backbone.path={backbone}").spots(["sim0"]).features.shape[2]
+    constants = load_config(RELEASED).backbone.constants()
+    model = HingeModel.from_backbone(
+        CellFMModel.from_pretrained(backbone, **constants), width, len(known), gate="sigmoid", **RELEASED_MODEL
+    )
+    out = convert_hinge(
+        write_hinge(model, ids, tmp_path / "authors.pth"), tmp_path / "out", "fp32", None, vocabulary, 4
+    )
+    run = released_run(tissue, out, f"backbone.path={out / 'backbone'}")
+    trained = files_of(out / "model")
+    run.all()
+    assert files_of(out / "model") == trained  # nothing was trained again
+    assert run.panel().genes == known
+    assert list(read_draws(run.samples_path("sim2")).var_names) == known
+    again = torch.load(export_hinge_folder(out, tmp_path / "again.pth"), weights_only=True)["model"]
+    first = torch.load(tmp_path / "authors.pth", weights_only=True)["model"]
+    assert same(again, first)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_new_genes_get_embeddings_of_their_own(tissue, panel, published, tmp_path):
+    checkpoint, vocabulary = published
+    backbone = convert_cellfm(checkpoint, tmp_path / "backbone", "bf16", vocabulary, 4)
+    run = released_run(tissue, tmp_path / "run", f"backbone.path={backbone}", "backbone.unknown_genes=new")
+    run.train()
+    assert run.panel().genes == panel
+    assert read_json(run.genes_path)["panel"]["new"] == panel[3:5]
+    original, extended = CellFMModel.from_pretrained(backbone), run.backbone()
+    last = original.config.num_genes
+    ids = run.gene_ids(extended).tolist()
+    assert [ids[3], ids[4]] == [last + 1, last + 2]
+    rows, before = extended.gene_embedding.weight.float(), original.gene_embedding.weight.float()
+    assert torch.equal(rows[: last + 1], before[: last + 1])
+    # drawn like the trained ones, also where a row of padding was there before, and each time the same
+    assert 0.2 < rows[last + 1 : last + 3].std() / before[1 : last + 1].std() < 2
+    assert not torch.equal(rows[last + 1], rows[last + 2])
+    assert run.backbone().digest() == extended.digest() != original.digest()
+    assert read_draws(run.sample("sim2")).shape == (25, 12)
+    with pytest.raises(WeightsError, match="no embedding for the new genes"):
+        original.gene_embedding = torch.nn.Embedding.from_pretrained(original.gene_embedding.weight[: last + 1])
+        run.gene_ids(original)
+
+
+def test_a_run_needs_the_genes_of_its_weights(tissue, published, tmp_path):
+    checkpoint, _ = published
+    backbone = convert_cellfm(checkpoint, tmp_path / "backbone", num_attention_heads=4)
+    run = released_run(tissue, tmp_path / "run", f"backbone.path={backbone}")
+    with pytest.raises(WeightsError, match=r"brings no gene vocabulary; name its file as backbone\.vocabulary"):
+        run.train()
+    assert not run.folder.exists()
+    (tmp_path / "genes.csv").write_text("\n".join(f"G{k}" for k in range(60)))
+    run = released_run(
+        tissue, tmp_path / "run", f"backbone.path={backbone}", f"backbone.vocabulary={tmp_path / 'genes.csv'}"
+    )
+    with pytest.raises(WeightsError, match="does not belong to these weights"):
+        run.train()
+    with pytest.raises(ConfigError, match=r"backbone: masked_input says how to read given weights"):
+        load_config(RELEASED, ["backbone.path=null", "data.pretrain=[C1]"])
+
+
+# -- the command line ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hinge(monkeypatch, capsys):
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hinge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def test_convert_commands(hinge, published, parity, tmp_path):
+    checkpoint, vocabulary = published
+    out = tmp_path / "cellfm"
+    options = ("--dtype", "bf16", "--heads", 4, "--vocabulary", vocabulary)
+    code, printed, _ = hinge("convert", "cellfm", checkpoint, out, *options)
+    assert (code, printed) == (0, f"backbone: {out}\n")
+    assert CellFMModel.from_pretrained(out).dtype == torch.bfloat16
+    recording = parity / "hinge_reference_random.safetensors"
+    assert hinge("convert", "hinge", recording, tmp_path / "hinge", "--heads", 4, "--gate", "sigmoid")[0] == 0
+    assert hinge("convert", "to-authors", tmp_path / "hinge", tmp_path / "back.pth")[0] == 0
+    state = {key[6:]: tensor for key, tensor in load_file(recording).items() if key.startswith("state.")}
+    assert same(torch.load(tmp_path / "back.pth", weights_only=True)["model"], state)
+
+
+def test_convert_commands_refuse_in_one_sentence(hinge, published, tmp_path):
+    checkpoint = published[0]
+    content = checkpoint.read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.pth").write_text("PK not weights")
+    out, before = tmp_path / "out", sorted(tmp_path.iterdir())
+    for arguments, says in (
+        (("cellfm", tmp_path / "cut.ckpt", out, "--heads", 4), "at byte"),
+        (("cellfm", tmp_path / "text.pth", out), "not a readable torch state dict"),
+        (("cellfm", tmp_path / "none.ckpt", out), "there is no file"),
+        (("cellfm", checkpoint, out), "--heads"),
+        (("cellfm", checkpoint, out, "--heads", 4, "--dtype", "fp8"), "not 'fp8'"),
+        (("cellfm", checkpoint, tmp_path, "--heads", 4), "is there already"),
+        (("cellfm", checkpoint, out, "--heads", 4, "--vocabulary", checkpoint), "cannot read the gene vocabulary"),
+        (("hinge", checkpoint, out, "--heads", 4), "holds a CellFM alone"),
+        (("hinge", checkpoint, out, "--gate", "open"), "--gate must be sigmoid or linear"),
+        (("to-authors", tmp_path, out), "neither the folder of a run"),
+        (("to-authors", tmp_path, tmp_path), "is a folder"),
+    ):
+        code, printed, said = hinge("convert", *arguments)
+        assert (code, printed) == (2, ""), arguments
+        assert said.startswith("hinge: ") and said.count("\n") == 1, said
+        assert says in said, said
+        assert sorted(tmp_path.iterdir()) == before
