@@ -292,6 +292,34 @@ def report(run: RunFolder) -> None:
 
 
 @app.command()
+def export(
+    run: RunFolder,
+    format: Annotated[str, typer.Option(help="geojson (QuPath), spatialdata, cellxgene or zarr.", show_default=False)],
+    slide: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: test slides]")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="What to write, for one slide.")] = None,
+    gene: Annotated[list[str] | None, typer.Option(help="geojson: only these genes; repeat for several.")] = None,
+    full_image: Annotated[bool, typer.Option("--full-image", help="spatialdata: the image in full.")] = False,
+    metadata: Annotated[Path | None, typer.Option(help="cellxgene: YAML file of ontology terms.")] = None,
+    gene_ids: Annotated[Path | None, typer.Option(help="cellxgene: table of symbols and Ensembl ids.")] = None,
+) -> None:
+    """Write draws for other tools. samples/NAME.h5ad is already what scanpy and squidpy read.
+
+    Example: hinge export runs/her2st --slide C5 --format geojson --gene ERBB2
+    """
+    from hinge.export import export_draws
+    from hinge.run import Run
+
+    opened = Run.open(run)
+    names = slide or opened.config.data.test
+    if not names:
+        raise ConfigError("the run names no test slides; give --slide")
+    if output is not None and len(names) > 1:
+        raise ConfigError("--output takes one slide; leave it out for several")
+    for name in names:
+        print(f"{format}: {export_draws(opened, name, format, output, gene, full_image, metadata, gene_ids)}")
+
+
+@app.command()
 def run(config: ConfigFile, overrides: Overrides = None) -> None:
     """All stages: train, sample the test slides, evaluate, report. Finished ones are skipped.
 

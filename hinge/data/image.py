@@ -142,11 +142,22 @@ class SlideImage:
                 f"in {self.path}, and at most {MAX_REGION_PX} can be read at once"
             )
         with self._damage_named():
-            crop = self._crop(left - margin, top - margin, width, level, downsample)
+            crop = self._crop(left - margin, top - margin, width, width, level, downsample)
         if side != size_px:
             box = (margin, margin, margin + side, margin + side)
             crop = crop.resize((size_px, size_px), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
         return np.asarray(crop)
+
+    def read_pixels(self, left: int, top: int, width: int, height: int) -> np.ndarray:
+        """A rectangle of full-resolution pixels as they are, white outside the image.
+
+        Returns
+        -------
+        numpy.ndarray
+            RGB, uint8 (height, width, 3).
+        """
+        with self._damage_named():
+            return np.asarray(self._crop(left, top, width, height, 0, 1.0))
 
     def thumbnail(self, max_px: int) -> np.ndarray:
         """The whole image with its long side reduced to at most `max_px`.
@@ -206,22 +217,22 @@ class SlideImage:
 
         return reduce_by_bands(size, max_px, read)
 
-    def _crop(self, left: int, top: int, width: int, level: int, downsample: float) -> Image.Image:
-        """Square in pixels of one level, white outside the image."""
+    def _crop(self, left: int, top: int, width: int, height: int, level: int, downsample: float) -> Image.Image:
+        """Rectangle in pixels of one level, white outside the image."""
         if self._arrays:
-            return self._arrays.crop(left, top, width, width, level)
+            return self._arrays.crop(left, top, width, height, level)
         if self._pyramid:
             corner = (round(left * downsample), round(top * downsample))
-            return _to_rgb(self._pyramid.read_region(corner, level, (width, width)))
+            return _to_rgb(self._pyramid.read_region(corner, level, (width, height)))
         with self._decode_lock:
             if not self._decoded:
                 self._flat = _to_rgb(self._flat)
                 self._decoded = True
         image_width, image_height = self._flat.size
-        inside = (max(left, 0), max(top, 0), min(left + width, image_width), min(top + width, image_height))
-        if inside == (left, top, left + width, top + width):
+        inside = (max(left, 0), max(top, 0), min(left + width, image_width), min(top + height, image_height))
+        if inside == (left, top, left + width, top + height):
             return self._flat.crop(inside)
-        canvas = Image.new("RGB", (width, width), "white")
+        canvas = Image.new("RGB", (width, height), "white")
         if inside[0] < inside[2] and inside[1] < inside[3]:
             canvas.paste(self._flat.crop(inside), (inside[0] - left, inside[1] - top))
         return canvas

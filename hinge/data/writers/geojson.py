@@ -1,0 +1,97 @@
+"""GeoJSON for QuPath: spots as detections with measurements."""
+
+import json
+import math
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from anndata import AnnData
+from tqdm import tqdm
+
+from hinge.data.slide import slide_name
+from hinge.errors import DataError
+from hinge.files import atomic_path
+
+_CORNERS = 24  # of the polygon that stands for a round spot
+_COLOUR = [96, 96, 160]
+_DIGITS = 5  # significant ones of a measurement
+
+
+def write_geojson(draws: AnnData, path: str | Path, genes: Sequence[str] | None = None) -> Path:
+    """Write each spot as a polygon in full-resolution pixels, with measurements `<gene> mean` and `<gene> sd`.
+
+    QuPath reads the file through "Import objects from file". Round spots become polygons of 24 corners, the bins of
+    Visium HD squares.
+
+    Parameters
+    ----------
+    draws
+        One slide's draws.
+    path
+        File to write, e.g. `C5.geojson`.
+    genes
+        Which of the genes become measurements; None for all.
+
+    Returns
+    -------
+    Path
+        `path`.
+
+    Raises
+    ------
+    DataError
+        If the draws lack a gene, or do not tell their spots' size.
+    """
+    name, facts = slide_name(draws), draws.uns["hinge"]
+    genes = list(draws.var_names) if genes is None else list(genes)
+    columns = draws.var_names.get_indexer(genes)
+    if (columns < 0).any():
+        missing = [gene for gene, column in zip(genes, columns, strict=True) if column < 0]
+        raise DataError(f"the draws of {name} lack {', '.join(missing[:5])}")
+    outline = _outline(facts, name)
+    mean, deviation = np.asarray(draws.X)[:, columns], np.asarray(draws.layers["std"])[:, columns]
+    namespace = uuid.uuid5(uuid.NAMESPACE_URL, f"hinge/{name}")
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        # spot by spot: a whole-slide file as one object would be held twice in memory
+        file.write('{"type": "FeatureCollection", "features": [\n')
+        spots = zip(draws.obs_names, np.asarray(draws.obsm["spatial"]), mean, deviation, strict=True)
+        for number, (barcode, place, values, spread) in enumerate(
+            tqdm(spots, total=draws.n_obs, desc=Path(path).name, unit="spot", disable=None)
+        ):
+            measurements = {}
+            for gene, value, sd in zip(genes, values, spread, strict=True):
+                measurements[f"{gene} mean"], measurements[f"{gene} sd"] = _short(value), _short(sd)
+            feature = {
+                "type": "Feature",
+                "id": str(uuid.uuid5(namespace, barcode)),
+                "geometry": {"type": "Polygon", "coordinates": [np.round(place + outline, 2).tolist()]},
+                "properties": {
+                    "objectType": "detection",
+                    "name": str(barcode),
+                    "classification": {"name": "Spot", "color": _COLOUR},
+                    "measurements": measurements,
+                },
+            }
+            file.write((",\n" if number else "") + json.dumps(feature))
+        file.write("\n]}\n")
+    return Path(path)
+
+
+def _outline(facts: dict, name: str) -> np.ndarray:
+    """A closed ring around a spot's centre, pixels (corners + 1, 2)."""
+    diameter = facts.get("spot_diameter_um", math.nan)
+    if not math.isfinite(diameter):
+        diameter = facts.get("spot_pitch_um", math.nan) / 2
+    radius = diameter / facts.get("um_per_px", math.nan) / 2
+    if not (math.isfinite(radius) and radius > 0):
+        raise DataError(f"the draws of {name} do not tell how large a spot is")
+    if facts.get("source_format") == "visium_hd":
+        return radius * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1)], dtype=float)
+    angles = np.arange(_CORNERS + 1) % _CORNERS * 2 * math.pi / _CORNERS
+    return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")

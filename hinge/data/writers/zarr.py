@@ -1,0 +1,74 @@
+"""Draws as a chunked Zarr array, for when they are too many to be layers."""
+
+from pathlib import Path
+
+import numpy as np
+import zarr
+from anndata import AnnData
+
+from hinge.errors import DataError
+from hinge.files import atomic_path
+
+_CHUNK_SPOTS, _CHUNK_GENES = 1024, 32
+
+
+def write_draws_zarr(draws: AnnData, path: str | Path) -> Path:
+    """Write an AnnData Zarr store whose `obsm["draws"]` (spots, genes, draws) is chunked over spots and genes.
+
+    One gene's draws over a region, or one spot's over some genes, are read without the rest:
+    `zarr.open_group(path)["obsm/draws"][rows, columns]`.
+
+    Parameters
+    ----------
+    draws
+        One slide's draws, as layers.
+    path
+        Folder to write, e.g. `C5.zarr`; an existing one is replaced.
+
+    Returns
+    -------
+    Path
+        `path`.
+
+    Raises
+    ------
+    DataError
+        If there are no draws in the layers.
+    """
+    names = sorted(name for name in draws.layers if name.startswith("draw_"))
+    if not names:
+        raise DataError(f"there are no draws in the layers to write to {path}")
+    kept = {name: layer for name, layer in draws.layers.items() if name not in names}
+    rest = AnnData(draws.X, obs=draws.obs, var=draws.var, uns=draws.uns, obsm=dict(draws.obsm), layers=kept)
+    with atomic_path(path) as temporary:
+        rest.write_zarr(temporary)
+        group = zarr.open_group(temporary, mode="r+", use_consolidated=False)["obsm"]
+        shape = (*draws.shape, len(names))
+        chunks = (min(_CHUNK_SPOTS, shape[0]), min(_CHUNK_GENES, shape[1]), shape[2])
+        array = group.create_array("draws", shape=shape, chunks=chunks, dtype="float32")
+        array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        for start in range(0, shape[0], _CHUNK_SPOTS):
+            rows = slice(start, start + _CHUNK_SPOTS)
+            array[rows] = np.stack([np.asarray(draws.layers[name][rows]) for name in names], axis=-1)
+        zarr.consolidate_metadata(temporary)
+    return Path(path)
+
+
+def attach_draws(draws: AnnData, path: str | Path) -> AnnData:
+    """Give an AnnData the draws of a store as layers `draw_000`…; changed in place.
+
+    Raises
+    ------
+    DataError
+        If the store is missing or damaged, or of other spots or genes.
+    """
+    try:
+        array = zarr.open_group(path, mode="r")["obsm/draws"]
+        values = np.moveaxis(array[:], -1, 0)
+    except Exception as error:  # a damaged store ends in almost any exception
+        raise DataError(f"{path} is not a readable store of draws: {error}") from error
+    if values.shape[1:] != draws.shape:
+        raise DataError(f"{path} holds draws of {values.shape[1:]} spots and genes, not of {draws.shape}")
+    for number, draw in enumerate(values):
+        draws.layers[f"draw_{number:03d}"] = draw
+    return draws
