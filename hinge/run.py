@@ -41,6 +41,7 @@ from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import slide_name
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots
 from hinge.data.transforms import get_transform
+from hinge.data.writers import attach_draws, write_draws_zarr
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
 from hinge.encoders import Encoder, extract_features, load_encoder
 from hinge.errors import ConfigError, DataError, WeightsError
@@ -53,6 +54,8 @@ from hinge.report import report_slide, write_report
 from hinge.training import split_spots, train_hinge
 
 logger = logging.getLogger(__name__)
+
+MOST_BYTES_IN_LAYERS = 2 << 30  # draws; a Visium slide's 20 draws of 200 genes are 80 MB
 
 
 class Run:
@@ -597,6 +600,9 @@ def write_draws(
 ) -> None:
     """Write draws as AnnData: X the mean, layers std, expected and draw_000 ….
 
+    Draws of more than `MOST_BYTES_IN_LAYERS` go to a chunked array in `<slide>.draws.zarr` beside the file, so that
+    the file still opens at once in scanpy; `read_draws` brings them back.
+
     Parameters
     ----------
     path
@@ -621,6 +627,11 @@ def write_draws(
     result.obsm["spatial"] = slide.obsm["spatial"]
     result.uns["spatial"] = slide.uns.get("spatial", {})
     result.uns["hinge"] = {**slide.uns["hinge"], **about}
+    if values.nbytes > MOST_BYTES_IN_LAYERS:
+        store = write_draws_zarr(result, Path(path).with_suffix(".draws.zarr"))
+        for number in range(len(values)):
+            del result.layers[f"draw_{number:03d}"]
+        result.uns["hinge"]["draws_store"] = store.name
     with atomic_path(path) as temporary:
         result.write_h5ad(temporary, compression="gzip")
 
@@ -633,6 +644,8 @@ def read_draws(path: str | Path) -> AnnData:
         raise DataError(f"{path} is not a readable h5ad file: {error}") from error
     if "draws" not in draws.uns.get("hinge", {}):
         raise DataError(f"{path} holds no draws: uns['hinge'] does not describe any")
+    if "draws_store" in draws.uns["hinge"]:
+        attach_draws(draws, Path(path).parent / str(draws.uns["hinge"]["draws_store"]))
     return draws
 
 

@@ -15,6 +15,7 @@ import zarr
 from PIL import Image
 from test_visium import write_visium
 
+from hinge import run
 from hinge.data import read_slide
 from hinge.data.writers import attach_draws, write_cellxgene, write_draws_zarr, write_geojson, write_spatialdata
 from hinge.errors import ConfigError, DataError
@@ -155,6 +156,19 @@ def test_draws_come_back_as_layers(drawn, tmp_path):
         attach_draws(draws[:29].copy(), store)
     with pytest.raises(DataError, match=r"nowhere\.zarr is not a readable store of draws"):
         attach_draws(draws, tmp_path / "nowhere.zarr")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_many_draws_lie_beside_the_h5ad(tiny_slide, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "MOST_BYTES_IN_LAYERS", 1000)
+    path = tmp_path / "tiny.h5ad"
+    values = draw(read_slide(tiny_slide), path)
+    assert list(anndata.read_h5ad(path).layers) == ["expected", "std"]
+    draws = read_draws(path)
+    np.testing.assert_array_equal(np.stack([draws.layers[f"draw_{i:03d}"] for i in range(3)]), values)
+    shutil.rmtree(tmp_path / "tiny.draws.zarr")
+    with pytest.raises(DataError, match=r"tiny\.draws\.zarr is not a readable store of draws"):
+        read_draws(path)
 
 
 # --- SpatialData ----------------------------------------------------------------------------------------
