@@ -201,19 +201,20 @@ class Run:
         panel, tables = self.panel(), []
         for name in names:
             slide = self.slide(name)
-            table = load_spots(slide, panel, self.config.transform, self.features(slide))
+            path = self.features(slide)
+            table = load_spots(slide, panel, self.config.transform, path)
             rows = slide.obs_names.get_indexer(table.barcodes)
-            tables.append(replace(table, features=self.conditions(slide)[rows]))
+            tables.append(replace(table, features=self.conditions(slide, path)[rows]))
         return concatenate_spots(tables)
 
-    def conditions(self, slide: AnnData) -> np.ndarray:
-        """What the model is told of every spot of a slide: float32 (n, V, d).
+    def conditions(self, slide: AnnData, path: Path) -> np.ndarray:
+        """What the model is told of every spot of a slide: float32 (n, V, d); `path` is the slide's feature file.
 
         The features of its patch and, where the configuration says so, those of its neighbours, in units of the
         slide's own mean and standard deviation.
         """
         settings = self.config.features
-        stored = read_features(self.features(slide), barcodes=list(slide.obs_names), digest=self.encoder.digest)
+        stored = read_features(path, barcodes=list(slide.obs_names), digest=self.encoder.digest)
         return slide_features(stored.features, slide.obsm["spatial"], settings.neighbours, settings.standardise_slide)
 
     def backbone(self) -> CellFMModel:
@@ -444,8 +445,8 @@ class Run:
             return output
         accelerator = make_accelerator(self.config.training)
         with accelerator.main_process_first():
-            self.features(slide)
-        features = self.conditions(slide)[:, 0]
+            path = self.features(slide)
+        features = self.conditions(slide, path)[:, 0]
         gene_ids = self.gene_ids(pipeline.model.backbone)
         if settings.precision == "bf16":
             pipeline.model.backbone.to(torch.bfloat16)

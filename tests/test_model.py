@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -9,6 +10,7 @@ from scipy import stats
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.errors import WeightsError
 from hinge.models import CensoredGaussianOutput, GaussianOutput, HingeModel, PointOutput
+from hinge.models.heads import COUNT_HEADS, HEADS, CountGrid, NegativeBinomialOutput, RoundedGaussianOutput
 
 GENES, FEATURES = 10, 6
 
@@ -33,13 +35,15 @@ def inputs(batch=5):
 
 @pytest.mark.parametrize("width,layers", [(16, 2), (16, 4), (32, 7), (64, 40)])
 @pytest.mark.parametrize("rank", [None, 4])
-@pytest.mark.parametrize("head", ["point", "gaussian", "censored_gaussian"])
+@pytest.mark.parametrize("head", list(HEADS))
 def test_equals_the_backbone_at_initialisation(width, layers, rank, head):
     frozen = backbone(width, layers)
     batch = inputs()
     with torch.no_grad():
         expected = frozen.decode(frozen(batch["values"], batch["visible"], batch["gene_ids"]))
-        linear = HingeModel.from_backbone(frozen, FEATURES, GENES, head=head, gate="linear", modulation_rank=rank)
+        linear = HingeModel.from_backbone(
+            frozen, FEATURES, GENES, head=head, transform="log2p1", gate="linear", modulation_rank=rank
+        )
         # what separates them is the norm's share of σ(−12) = 6e-6
         torch.testing.assert_close(linear(**batch).location, expected, atol=2e-3, rtol=1e-3)
         linear.modulation.norm_mix.fill_(-math.inf)
@@ -166,3 +170,77 @@ def test_extreme_values_stay_finite():
 def test_wrong_options_are_named():
     with pytest.raises(ValueError, match="gate must be one of"):
         HingeModel.from_backbone(backbone(), FEATURES, GENES, gate="open")
+
+
+def count_model(head, transform="log2p1"):
+    depth = transform == "log1p_cp10k"
+    model = HingeModel.from_backbone(
+        backbone(), FEATURES, GENES, head=head, transform=transform, depth=depth, gene_path=False
+    ).eval()
+    return model, ({"depth": torch.tensor([500.0, 2000.0, 9000.0, 80.0, 3000.0])} if depth else {})
+
+
+@pytest.mark.parametrize("head", COUNT_HEADS)
+@pytest.mark.parametrize("transform", ["log2p1", "log1p_cp10k"])
+def test_count_heads_are_distributions_over_counts(head, transform):
+    model, extra = count_model(head, transform)
+    with torch.no_grad():
+        output = model(**inputs(), **extra)
+        grid = output.grid
+        counts = torch.arange(0, 4000).float()
+        mass = torch.stack(
+            [output.log_prob(grid.values(torch.full((5, GENES), float(k)))).exp() for k in counts[:1200].tolist()]
+        )
+        # the mass of all counts is one, and the quantile function is that of the mass
+        total = mass.sum(0)
+        heavy = total > 0.995
+        assert heavy.float().mean() > 0.8
+        torch.testing.assert_close(total[heavy], torch.ones_like(total[heavy]), atol=6e-3, rtol=0)
+        below = mass.cumsum(0)
+        for level in (0.1, 0.5, 0.9):
+            drawn = grid.counts(output.sample(torch.full((5, GENES), level, dtype=torch.float64)))
+            assert (drawn == drawn.round()).all() and (drawn >= 0).all()
+            at = below.gather(0, drawn.long().clamp(max=1199)[None])[0]
+            before = torch.where(drawn > 0, below.gather(0, (drawn.long() - 1).clamp(0, 1199)[None])[0], 0)
+            assert (at[heavy] >= level - 2e-3).all() and (before[heavy] <= level + 2e-3).all()
+
+
+def test_count_distributions_against_scipy():
+    grid = CountGrid("log2p1")
+    counts = torch.tensor([[0.0, 1.0, 7.0, 90.0, 1000.0, 60000.0]])
+    values = grid.values(counts)
+    location = torch.tensor([[0.3, 1.5, 2.0, 6.0, 10.0, 16.0]])
+    scale = torch.full_like(location, 0.7)
+    whole = counts.numpy().astype(np.float64)
+    low, high = np.log2(whole + 0.5), np.log2(whole + 1.5)
+    low[counts.numpy() == 0] = -np.inf
+    frozen = stats.norm(location.numpy().astype(np.float64), 0.7)
+    expected = np.log(frozen.cdf(high) - frozen.cdf(low))
+    got = RoundedGaussianOutput(location, scale, grid).log_prob(values)
+    np.testing.assert_allclose(got.numpy(), expected, atol=2e-3)
+    mean, shape = torch.tensor([[2.0, 2.0, 5.0, 50.0, 900.0, 5e4]]), torch.full((1, 6), 3.0)
+    output = NegativeBinomialOutput(location, mean, shape, None, grid)
+    expected = stats.nbinom(3.0, (3.0 / (3.0 + mean)).numpy()).logpmf(counts.numpy())
+    np.testing.assert_allclose(output.log_prob(values).numpy(), expected, rtol=1e-3)
+    inflated = NegativeBinomialOutput(location, mean, shape, torch.full((1, 6), 0.25), grid)
+    zero = 0.25 + 0.75 * np.exp(expected[0, 0])
+    np.testing.assert_allclose(inflated.log_prob(values)[0, 0].exp().item(), zero, rtol=1e-3)
+
+
+@pytest.mark.parametrize("head", COUNT_HEADS)
+def test_count_heads_stay_finite_up_to_a_million_counts(head):
+    model, _ = count_model(head)
+    values = torch.tensor([[0.0, 1.0, 20.0]]).repeat(5, 4)[:, :GENES]
+    batch = inputs()
+    loss = model(**batch).loss(values)
+    loss.mean().backward()
+    assert torch.isfinite(loss).all()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+def test_count_heads_need_to_know_the_transform_and_the_depth():
+    with pytest.raises(ValueError, match="transform"):
+        HingeModel.from_backbone(backbone(), FEATURES, GENES, head="rounded_gaussian")
+    with pytest.raises(ValueError, match="depth"):
+        HingeModel.from_backbone(backbone(), FEATURES, GENES, head="negative_binomial", transform="log1p_cp10k")

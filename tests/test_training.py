@@ -14,7 +14,7 @@ import torch
 import hinge.loop as loop
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.data.spots import SpotTable
-from hinge.diffusion import MaskedDiffusionScheduler
+from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
 from hinge.errors import ConfigError, DataError, HingeError
 from hinge.loop import LoopConfig, batch_rows
 from hinge.models import HingeModel
@@ -88,14 +88,14 @@ def test_training_learns(tmp_path):
 
 
 def test_the_closed_form_start_is_ridge_for_fully_masked_spots():
-    from sklearn.linear_model import Ridge
+    from sklearn.linear_model import RidgeCV
 
     spots, model, scheduler = table(90), make_model(), MaskedDiffusionScheduler(10, "linear")
     features, values = torch.from_numpy(spots.features[:, 0]), torch.from_numpy(spots.values)
     model.set_feature_statistics(features)
     before = model.modulation.bias.clone()
-    ids, groups = torch.arange(1, GENES + 1), np.arange(90) // 9
-    alpha = fit_gene_path(model, scheduler, ids, features, values, groups, seed=0)
+    ids = torch.arange(1, GENES + 1)
+    fit_gene_path(model, scheduler, ids, spots, seed=0)
     masked = {
         "values": torch.zeros(90, GENES),
         "visible": torch.zeros(90, GENES),
@@ -106,10 +106,101 @@ def test_the_closed_form_start_is_ridge_for_fully_masked_spots():
     with torch.no_grad():
         predicted = model(**masked).location
     x = model.standardise(features).numpy()
-    expected = Ridge(alpha).fit(x, values.numpy()).predict(x)
+    # both slides are left out once
+    rows = [np.flatnonzero(spots.slide == name) for name in ("s0", "s1")]
+    folds = [(rows[1], rows[0]), (rows[0], rows[1])]
+    expected = RidgeCV(alphas=np.logspace(-1, 6, 29), cv=folds).fit(x, values.numpy()).predict(x)
     # the modulation's opening gate adds what a features-free backbone predicts: a constant that ridge absorbs
     np.testing.assert_allclose(predicted.numpy(), expected, atol=0.02)
     assert torch.equal(model.modulation.bias, before)
+
+
+def slides_with_shifts() -> SpotTable:
+    """Six slides of 12 × 12 spots: values = features + slide shift + one smooth factor + noise of each gene."""
+    rng = np.random.default_rng(0)
+    y, x = (grid.ravel() for grid in np.mgrid[:12, :12])
+    coords, tables = np.stack([x, y], axis=1) * 200.0, []
+    distance = np.linalg.norm(coords[:, None] - coords[None], axis=2) / 200
+    smooth = np.linalg.cholesky(np.exp(-distance / 2) + 1e-9 * np.eye(144))
+    weight, loadings = rng.normal(size=(FEATURES, GENES)), np.linspace(0.4, 1.2, GENES)
+    for number in range(6):
+        features = rng.normal(size=(144, 1, FEATURES)).astype(np.float32)
+        shift = (number - 2.5) / 1.5 * np.linspace(-1, 1, GENES)
+        factor = smooth @ rng.normal(size=144)
+        factor -= factor.mean()  # what a smooth factor has in common over a slide is a slide shift too
+        values = 6 + 0.5 * features[:, 0] @ weight + shift + np.outer(factor, loadings)
+        values = (values + 0.3 * rng.normal(size=values.shape)).astype(np.float32)
+        counts = np.maximum(np.round(np.exp2(values) - 1), 0).astype(np.float32)
+        tables.append((np.full(144, f"s{number}"), coords, features, counts, factor))
+    slide, place, features, counts, factor = (np.concatenate(parts) for parts in zip(*tables, strict=True))
+    total = 1000 * np.exp(0.4 * features[:, 0, 0] + 0.5 * rng.normal(size=len(slide)))
+    return SpotTable(
+        slide=slide,
+        barcodes=np.array([f"b{i}" for i in range(len(slide))]),
+        coords=place,
+        features=features,
+        counts=counts,
+        total=np.round(total).astype(np.float32),
+        values=np.log2(counts + 1).astype(np.float32),
+        genes=[f"G{i}" for i in range(GENES)],
+        transform="log2p1",
+    )
+
+
+def test_the_closed_form_start_tells_slide_shifts_from_factors_and_finds_what_is_smooth():
+    spots = slides_with_shifts()
+    model = make_model(head="rounded_gaussian", transform="log2p1", num_factors=2)
+    model.set_feature_statistics(torch.from_numpy(spots.features[:, 0]))
+    scheduler, ids = MaskedDiffusionScheduler(10, "linear"), torch.arange(1, GENES + 1)
+    shifts = fit_gene_path(model, scheduler, ids, spots, seed=0)
+    path = model.path
+    expected = np.stack([(number - 2.5) / 1.5 * np.linspace(-1, 1, GENES) for number in range(6)])
+    for number in range(6):
+        np.testing.assert_allclose(shifts[144 * number].numpy(), expected[number], atol=0.3)
+    # one direction of slide shifts, and none of it in the factors
+    direction = path.slide_loadings[:, 0].numpy()
+    assert abs(np.corrcoef(direction, np.linspace(-1, 1, GENES))[0, 1]) > 0.95
+    strongest = path.loadings[:, path.loadings.norm(dim=0).argmax()].detach().numpy()
+    assert np.corrcoef(np.abs(strongest), np.linspace(0.4, 1.2, GENES))[0, 1] > 0.95
+    assert path.factor_spatial_share.max() > 0.7
+    assert path.spatial_share.mean() < 0.25
+    assert 1 <= float(path.spatial_range) <= 4
+
+    # a slide drawn from it: smooth maps where spots of a draw agree, rough ones where they do not
+    test = spots.subset(spots.slide == "s1")
+    pipeline = HingePipeline(model.eval(), scheduler)
+    arguments = {"num_draws": 6, "num_inference_steps": 3, "progress": False}
+    place = test.coords / 200
+    agree = pipeline(test.features[:, 0], ids, list(test.barcodes), slide="s1", positions=place, **arguments).values
+    alone = pipeline(test.features[:, 0], ids, list(test.barcodes), **arguments).values
+    near = np.linalg.norm(place[:, None] - place[None], axis=2)
+    pairs = np.nonzero((near > 0) & (near < 1.1))
+
+    def neighbours_correlate(values):
+        own = values - values.mean(axis=0)
+        return np.mean([np.corrcoef(own[pairs[0], g], own[pairs[1], g])[0, 1] for g in range(GENES)])
+
+    measured = neighbours_correlate(test.values)
+    drawn = np.mean([neighbours_correlate(draw) for draw in agree])
+    assert abs(drawn - measured) < 0.15
+    assert np.mean([neighbours_correlate(draw) for draw in alone]) < drawn - 0.15
+
+
+def test_the_depth_is_regressed_on_the_features_and_drawn_first():
+    spots = slides_with_shifts()
+    model = make_model(head="rounded_gaussian", transform="log1p_cp10k", depth=True, num_factors=2)
+    model.set_feature_statistics(torch.from_numpy(spots.features[:, 0]))
+    fit_gene_path(model, MaskedDiffusionScheduler(10, "linear"), torch.arange(1, GENES + 1), spots, seed=0)
+    features = model.standardise(torch.from_numpy(spots.features[:, 0]))
+    predicted = model.depth_path.mean(features).squeeze(-1).detach().numpy()
+    assert np.corrcoef(predicted, spots.features[:, 0, 0])[0, 1] > 0.95
+    assert abs(float(model.depth_path.scale) - 0.5) < 0.1
+    normal = torch.randn(len(features), generator=torch.Generator().manual_seed(0))
+    depth = model.depth_path(features, normal, torch.zeros_like(normal))
+    assert abs(np.log(depth.numpy()).std() - np.log(spots.total).std()) < 0.1
+    torch.testing.assert_close(
+        model.depth_path.standardise(features, depth), normal, atol=0.05 + float(model.depth_path.slide_scale), rtol=0.1
+    )
 
 
 class Killed(Exception):

@@ -195,7 +195,7 @@ class HingePipeline(DiffusionPipeline):
         numbers = noise.of(spot_index, draw_index)
 
         def tensor(array: np.ndarray, dtype=torch.float32) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device, dtype)
+            return torch.tensor(np.asarray(array), device=device, dtype=dtype)
 
         _, first, row_of = np.unique(spot_index, return_index=True, return_inverse=True)
         first_row = torch.from_numpy(first).to(device)
@@ -268,7 +268,7 @@ class HingePipeline(DiffusionPipeline):
             if means is None:
                 rows = first_row if shared else torch.arange(len(values), device=device)
                 h = run(visible, at, torch.maximum(visible, scheduler.visible_at(end, rank)), rows, typical)
-                means = expectation(h, rows).mean.float()
+                means = torch.where(known[rows] > 0, values[rows], expectation(h, rows).mean.float())
                 if shared:
                     back = torch.from_numpy(row_of).to(device)
                     h, means = h[back], means[back]
