@@ -240,6 +240,9 @@ def sample(
     um_per_px: Annotated[
         float | None, typer.Option(help="Resolution, where a slide from elsewhere does not say.")
     ] = None,
+    observed: Annotated[
+        Path | None, typer.Option(help="h5ad with measured genes; the others are drawn given them.", show_default=False)
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="h5ad to write, for one slide.")] = None,
 ) -> None:
     """Draw the expression of every spot of a slide, several times.
@@ -258,11 +261,21 @@ def sample(
         raise ConfigError("the run names no test slides; give --slide")
     if output is not None and len(names) > 1:
         raise ConfigError("--output takes the draws of one slide; leave it out for several")
+    if observed is not None and len(names) > 1:
+        raise ConfigError("--observed takes measurements of one slide; leave it out for several")
     for name in names:
         data, path = opened.config.data, Path(name)
         elsewhere = path.is_file() or (path.is_dir() and name not in [*data.train, *data.test, *data.pretrain])
         source = {"slide": opened.slide_at(path, um_per_px)} if elsewhere else {"name": name}
-        written = opened.sample(**source, output=output, draws=draws, steps=steps, seed=seed, batch_size=batch_size)
+        written = opened.sample(
+            **source,
+            output=output,
+            draws=draws,
+            steps=steps,
+            seed=seed,
+            batch_size=batch_size,
+            observed=observed,
+        )
         print(f"draws: {written}")
 
 

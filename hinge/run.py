@@ -36,6 +36,7 @@ from hinge.backbones.vocabulary import GeneMapping, GeneNames, GeneVocabulary
 from hinge.config import BackboneConfig, RunConfig, explain, load_config, save_config
 from hinge.data.context import slide_features, spot_positions
 from hinge.data.features import read_features
+from hinge.data.observed import read_observed
 from hinge.data.panel import Panel, select_panel
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import slide_name
@@ -47,7 +48,7 @@ from hinge.encoders import Encoder, extract_features, load_encoder
 from hinge.errors import ConfigError, DataError, WeightsError
 from hinge.evaluation.oracle import oracle_prediction
 from hinge.evaluation.score import evaluate_slide, prediction_from_draws, write_scores
-from hinge.files import atomic_path, read_json, write_json
+from hinge.files import atomic_path, file_digest, read_json, write_json
 from hinge.loop import make_accelerator, write_environment
 from hinge.models import HingeModel
 from hinge.report import report_slide, write_report
@@ -402,6 +403,7 @@ class Run:
         steps: int | None = None,
         seed: int | None = None,
         batch_size: int | None = None,
+        observed: Path | None = None,
     ) -> Path:
         """Draw the expression of a slide's spots; finished draws with the same settings are kept.
 
@@ -415,6 +417,9 @@ class Run:
             Where the h5ad goes; by default `samples/<slide>.h5ad` in the run's folder.
         draws, steps, seed, batch_size
             As in the configuration where None.
+        observed
+            h5ad with measured counts of some genes in some or all spots: they stay as they are, and the rest is drawn
+            given them. See `hinge.data.observed.read_observed`.
         """
         if slide is None:
             slide = self.slide(name)
@@ -434,6 +439,7 @@ class Run:
             "seed": seed,
             "draws": draws,
             "steps": steps,
+            "observed": "" if observed is None else file_digest(observed),
             **{key: getattr(settings, key) for key in ("coherent", "order", "corrections", "temperature", "precision")},
             "model_digest": pipeline.model.digest(),
             "backbone_digest": pipeline.model.config.backbone_digest,
@@ -443,6 +449,9 @@ class Run:
         if output.exists() and _same_draws(output, about, slide):
             logger.info("%s is finished", output)
             return output
+        measured = depth = None
+        if observed is not None:
+            measured, depth = read_observed(observed, slide, self.panel().genes, self.config.transform)
         accelerator = make_accelerator(self.config.training)
         with accelerator.main_process_first():
             path = self.features(slide)
@@ -463,6 +472,8 @@ class Run:
             batch_size=batch_size or settings.batch_size,
             slide=name if settings.coherent else None,
             positions=spot_positions(slide.obsm["spatial"])[mine] if settings.coherent else None,
+            observed=None if measured is None else measured[mine],
+            depth=None if depth is None else depth[mine],
             order=settings.order,
             corrections=settings.corrections,
             temperature=settings.temperature,

@@ -29,7 +29,7 @@ COLUMNS = {
     "coexpression_r_pooled": "pooled r",
     "coexpression_rmse_pooled": "RMSE",
     "moran_ratio": "Moran's I ratio",
-    "two_sample_auc": "C2ST AUC",
+    "c2st_auc": "C2ST AUC",
 }
 
 

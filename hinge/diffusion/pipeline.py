@@ -99,7 +99,7 @@ class HingePipeline(DiffusionPipeline):
             (n, G) measured values in the model's units, NaN where nothing was measured. They pass through to the
             bit and condition the rest.
         depth
-            (n,) counts over all genes, where known and the model takes a depth; else it is drawn.
+            (n,) counts over all genes, NaN where not known. What a model that takes a depth is not told, it draws.
         order
             In which order genes are revealed: `"random"`; `"dependence"`, those first that tell most about the rest
             by the model's factors; `"confidence"`, those first whose value is least uncertain.
@@ -214,12 +214,13 @@ class HingePipeline(DiffusionPipeline):
         depths = typical_depth = None
         typical = standardised
         if model.depth_path is not None:
+            depths = model.depth_path(standardised, tensor(numbers.depth), tensor(numbers.slide_depth))
+            middle = torch.zeros_like(depths)
+            typical_depth = model.depth_path(standardised, middle, middle)
             if depth is not None:
-                depths = typical_depth = tensor(depth[spot_index])
-            else:
-                depths = model.depth_path(standardised, tensor(numbers.depth), tensor(numbers.slide_depth))
-                middle = torch.zeros_like(depths)
-                typical_depth = model.depth_path(standardised, middle, middle)
+                known_depth = tensor(np.asarray(depth)[spot_index])
+                depths = torch.where(known_depth.isnan(), depths, known_depth)
+                typical_depth = torch.where(known_depth.isnan(), typical_depth, known_depth)
             typical = model.with_depth(standardised, typical_depth)
             standardised = model.with_depth(standardised, depths)
 
@@ -272,7 +273,7 @@ class HingePipeline(DiffusionPipeline):
                 if shared:
                     back = torch.from_numpy(row_of).to(device)
                     h, means = h[back], means[back]
-                if depths is not None and depth is None:
+                if depths is not None and not torch.equal(depths, typical_depth):
                     # the first pass of the draws is not that of the expectation: each has a depth of its own
                     h = run(visible, at, torch.maximum(visible, scheduler.visible_at(end, rank)))
                 if order == "confidence":

@@ -1,0 +1,86 @@
+"""Measured genes that draws are conditioned on, for example of an imaging panel."""
+
+import logging
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+from anndata import AnnData
+from scipy.sparse import issparse
+
+from hinge.data.slide import slide_name
+from hinge.data.transforms import get_transform
+from hinge.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def read_observed(
+    path: str | Path, slide: AnnData, genes: list[str], transform: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read measured counts and lay them over a slide's spots and a panel's genes.
+
+    Parameters
+    ----------
+    path
+        h5ad with raw counts: barcodes of the slide (all or some), genes (those outside the panel are left out). A
+        NaN is a value that was not measured. `obs["total_counts"]` is each spot's count over all genes; without
+        it, log1p_cp10k cannot be computed, since the sum of a panel is not the depth.
+    slide
+        Whose spots are drawn.
+    genes
+        The panel, G symbols.
+    transform
+        Of the values.
+
+    Returns
+    -------
+    tuple
+        Values (n, G) with NaN where nothing was measured, and the depth (n,) with NaN where it is not known; None
+        where it is known nowhere.
+
+    Raises
+    ------
+    DataError
+        The file is unreadable, shares no spot or no gene with slide and panel, holds negative or infinite counts or
+        repeated names, or lacks a total that is needed.
+    """
+    try:
+        measured = ad.read_h5ad(path)
+    except Exception as error:
+        raise DataError(f"{path} is not a readable h5ad file: {error}") from error
+    for names, what in ((measured.obs_names, "barcode"), (measured.var_names, "gene")):
+        if not names.is_unique:
+            raise DataError(f"{path} holds the {what} {names[names.duplicated()][0]} more than once")
+    rows, columns = slide.obs_names.get_indexer(measured.obs_names), measured.var_names.get_indexer(genes)
+    name = slide_name(slide)
+    if (rows < 0).all():
+        raise DataError(f"{path} shares no barcode with slide {name}, whose first is {slide.obs_names[0]}")
+    if (columns < 0).all():
+        raise DataError(f"{path} holds no gene of the panel, which begins {', '.join(genes[:3])}")
+    here, there = np.flatnonzero(rows >= 0), np.flatnonzero(columns >= 0)
+    counts = measured.X[here][:, columns[there]]
+    counts = np.asarray(counts.toarray() if issparse(counts) else counts, dtype=np.float64)
+    if (counts < 0).any() or np.isinf(counts).any() or (np.nan_to_num(counts) % 1 != 0).any():
+        raise DataError(f"{path} must hold raw counts: whole numbers from 0 on, or NaN")
+    depth = None
+    if "total_counts" in measured.obs:
+        try:
+            total = measured.obs["total_counts"].to_numpy(dtype=np.float64)[here]
+        except ValueError as error:
+            raise DataError(f"obs['total_counts'] of {path} is not numeric") from error
+        if not (total > 0).all():
+            raise DataError(f"obs['total_counts'] of {path} must be above 0")
+        depth = np.full(slide.n_obs, np.nan)
+        depth[rows[here]] = total
+    elif transform == "log1p_cp10k":
+        raise DataError(f"{path} lacks obs['total_counts'], each spot's count over all genes, which log1p_cp10k needs")
+    values = np.full((slide.n_obs, len(genes)), np.nan, dtype=np.float32)
+    laid = np.full((len(here), len(genes)), np.nan)
+    laid[:, there] = counts
+    total = np.ones(len(here)) if depth is None else depth[rows[here]]
+    values[rows[here]] = get_transform(transform).forward(laid, total)
+    logger.info(
+        "%s: %d of %d panel genes measured in %d of %d spots", path, len(there), len(genes), len(here), slide.n_obs
+    )
+    return values, depth

@@ -1,0 +1,132 @@
+"""Draws given measured genes: read, laid over the slide, kept to the bit, refused where they do not fit."""
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from scipy.sparse import csr_matrix
+
+from hinge.config import check_config
+from hinge.data import simulate_tissue
+from hinge.data.observed import read_observed
+from hinge.errors import DataError
+from hinge.run import Run, read_draws
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("tissue")
+    simulate_tissue(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
+    simulate_tissue(folder, n_slides=1, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
+    content = {
+        "output": str(folder / "run"),
+        "transform": "log1p_cp10k",
+        "data": {"path": str(folder), "train": ["sim0", "sim1"], "test": ["sim2"], "pretrain": ["sim10"]},
+        "panel": {"genes": 20},
+        "backbone": {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_value_bins": 8,
+            "pretrain": {"steps": 4, "batch_size": 16},
+        },
+        "training": {"epochs": None, "steps": 4, "batch_size": 16},
+        "sampling": {"draws": 3, "steps": 4},
+    }
+    run = Run(check_config(content, "test"))
+    run.train()
+    return run
+
+
+def panel_file(run, path, genes=8, spots=20, totals=True, edit=None):
+    slide, panel = run.slide("sim2"), run.panel().genes
+    part = slide[:spots, panel[:genes]]
+    obs = pd.DataFrame(index=part.obs_names)
+    if totals:
+        obs["total_counts"] = np.asarray(slide.X.sum(axis=1)).ravel()[:spots]
+    measured = AnnData(csr_matrix(part.X), obs=obs, var=pd.DataFrame(index=part.var_names))
+    if edit is not None:
+        measured = edit(measured) or measured
+    measured.write_h5ad(path)
+    return path
+
+
+def test_measured_values_stay_and_the_rest_is_drawn(run, tmp_path):
+    path = panel_file(run, tmp_path / "panel.h5ad")
+    drawn = read_draws(run.sample("sim2", output=tmp_path / "draws.h5ad", observed=path))
+    values, depth = read_observed(path, run.slide("sim2"), run.panel().genes, "log1p_cp10k")
+    known = ~np.isnan(values)
+    assert known.sum() == 8 * 20
+    assert np.isnan(depth[20:]).all() and (depth[:20] > 0).all()
+    for number in range(3):
+        assert np.array_equal(drawn.layers[f"draw_{number:03d}"][known], values[known])
+    assert (drawn.layers["std"][~known] > 0).mean() > 0.3
+    free = read_draws(run.sample("sim2", output=tmp_path / "free.h5ad"))
+    assert not np.array_equal(drawn.layers["draw_000"][:20, 8:], free.layers["draw_000"][:20, 8:])
+    # the same file again is recognised, another one is not
+    before = (tmp_path / "draws.h5ad").stat().st_mtime_ns
+    run.sample("sim2", output=tmp_path / "draws.h5ad", observed=path)
+    assert (tmp_path / "draws.h5ad").stat().st_mtime_ns == before
+    run.sample("sim2", output=tmp_path / "draws.h5ad", observed=panel_file(run, tmp_path / "other.h5ad", genes=5))
+    assert (tmp_path / "draws.h5ad").stat().st_mtime_ns != before
+
+
+def test_the_log2_transform_needs_no_totals(run, tmp_path):
+    path = panel_file(run, tmp_path / "panel.h5ad", totals=False)
+    values, depth = read_observed(path, run.slide("sim2"), run.panel().genes, "log2p1")
+    assert depth is None
+    np.testing.assert_allclose(
+        np.exp2(values[:20, :8]) - 1, run.slide("sim2")[:20, run.panel().genes[:8]].X.toarray(), atol=1e-3
+    )
+
+
+def rename_spots(measured):
+    measured.obs_names = [f"x{i}" for i in range(len(measured))]
+
+
+def rename_genes(measured):
+    measured.var_names = [f"x{i}" for i in range(measured.n_vars)]
+
+
+def negative(measured):
+    measured.X = measured.X.toarray() - 5.0
+
+
+def fractions(measured):
+    measured.X = measured.X.toarray() + 0.5
+
+
+def twice(measured):
+    return ad.concat([measured, measured])
+
+
+def empty_total(measured):
+    measured.obs["total_counts"] = 0
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (rename_spots, "shares no barcode with slide sim2"),
+        (rename_genes, "holds no gene of the panel"),
+        (negative, "raw counts"),
+        (fractions, "raw counts"),
+        (twice, "more than once"),
+        (empty_total, "must be above 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(run, tmp_path, edit, message):
+    path = panel_file(run, tmp_path / "panel.h5ad", edit=edit)
+    with pytest.raises(DataError, match=message):
+        run.sample("sim2", output=tmp_path / "draws.h5ad", observed=path)
+    assert not (tmp_path / "draws.h5ad").exists()
+
+
+def test_a_missing_total_and_a_file_of_another_kind_are_named(run, tmp_path):
+    slide, genes = run.slide("sim2"), run.panel().genes
+    with pytest.raises(DataError, match="total_counts"):
+        read_observed(panel_file(run, tmp_path / "p.h5ad", totals=False), slide, genes, "log1p_cp10k")
+    (tmp_path / "text.h5ad").write_text("no")
+    with pytest.raises(DataError, match="not a readable h5ad"):
+        read_observed(tmp_path / "text.h5ad", slide, genes, "log2p1")
