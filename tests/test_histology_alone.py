@@ -1,0 +1,105 @@
+"""From an image without counts to draws that other tools open: what `hinge sample` and `hinge export` do with it."""
+
+import json
+import shutil
+
+import anndata
+import numpy as np
+import pytest
+import typer.testing
+import yaml
+from PIL import Image
+
+from hinge.cli import app
+from hinge.data import simulate_tissue
+from hinge.errors import ConfigError, DataError
+from hinge.export import export_draws
+from hinge.run import Run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small run on simulated tissue, and an image of other tissue on a glass slide."""
+    folder = tmp_path_factory.mktemp("alone")
+    simulate_tissue(folder / "slides", n_slides=2, grid=(6, 6), n_genes=40, um_per_px=2.0)
+    simulate_tissue(folder / "slides", n_slides=1, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
+    content = {
+        "output": "run",
+        "data": {"path": "slides", "train": ["sim0"], "pretrain": ["sim10"]},
+        "panel": {"genes": 20},
+        "backbone": {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_value_bins": 8,
+            "pretrain": {"steps": 4, "batch_size": 16},
+        },
+        "training": {"epochs": None, "steps": 4, "batch_size": 16},
+        "sampling": {"draws": 2, "steps": 3},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(content))
+    result = typer.testing.CliRunner().invoke(app, ["train", "--config", str(folder / "run.yaml")])
+    assert result.exit_code == 0, result.output
+    tissue = Image.open(folder / "slides" / "sim1.jpg")
+    glass = Image.new("RGB", (tissue.width + 800, tissue.height + 600), (242, 240, 243))
+    glass.paste(tissue, (500, 300))
+    glass.save(folder / "biopsy.png")
+    return folder, tissue.size
+
+
+def test_an_image_is_sampled_at_the_training_pitch(trained, tmp_path):
+    folder, (width, height) = trained
+    arguments = ["sample", str(folder / "run"), "--slide", str(folder / "biopsy.png"), "--um-per-px", "2.0"]
+    result = typer.testing.CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    draws = anndata.read_h5ad(folder / "run" / "samples" / "biopsy.h5ad")
+    facts = draws.uns["hinge"]
+    assert (facts["spot_pitch_um"], facts["spot_diameter_um"]) == (200, 100) and draws.n_vars == 20
+    assert np.isfinite(draws.X).all() and {"draw_000", "draw_001", "std", "expected"} == set(draws.layers)
+    # spots every 100 px, on the pasted tissue and not on glass
+    x, y = draws.obsm["spatial"].T
+    assert ((x > 460) & (x < 540 + width) & (y > 260) & (y < 340 + height)).all()
+    assert draws.n_obs > 0.5 * width * height / 100**2
+    # a spot is known by its place in the grid, and its draws depend on nothing but itself
+    path = folder / "run" / "samples" / "biopsy.h5ad"
+    written = path.stat().st_mtime_ns
+    assert typer.testing.CliRunner().invoke(app, arguments).exit_code == 0 and path.stat().st_mtime_ns == written
+
+
+def test_an_old_run_tells_the_pitch_through_its_slides(trained, tmp_path):
+    folder, _ = trained
+    shutil.copytree(folder / "run", tmp_path / "run")
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert split.pop("spot_pitch_um") == 200 and split.pop("spot_diameter_um") == 100
+    (tmp_path / "run" / "split.json").write_text(json.dumps(split))
+    assert Run.open(tmp_path / "run").spot_grid() == (200, 100)
+
+
+def test_an_image_without_resolution_is_refused(trained):
+    folder, _ = trained
+    with pytest.raises(DataError, match=r"biopsy\.png does not tell its resolution: give .* um_per_px="):
+        Run.open(folder / "run").slide_at(folder / "biopsy.png")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exports_of_a_run(trained):
+    folder, _ = trained
+    run = Run.open(folder / "run")
+    run.sample("sim1")
+    result = typer.testing.CliRunner().invoke(
+        app, ["export", str(folder / "run"), "--slide", "sim1", "--format", "geojson"]
+    )
+    assert result.exit_code == 0, result.output
+    features = json.loads((folder / "run" / "exports" / "sim1.geojson").read_text())["features"]
+    assert len(features) == 36 and len(features[0]["properties"]["measurements"]) == 40
+    assert anndata.read_zarr(export_draws(run, "sim1", "zarr")).obsm["draws"].shape == (36, 20, 2)
+    with pytest.raises(
+        ConfigError, match="there is no format 'svg' to export to; choose one of geojson, spatialdata, c"
+    ):
+        export_draws(run, "sim1", "svg")
+    with pytest.raises(DataError, match=r"there are no draws of sim7 in .*samples; run hinge sample first"):
+        export_draws(run, "sim7", "geojson")
+    with pytest.raises(
+        ConfigError, match="CELLxGENE's schema needs organism_ontology_term_id, tissue_ontology_term_id"
+    ):
+        export_draws(run, "sim1", "cellxgene")
