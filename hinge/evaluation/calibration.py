@@ -50,7 +50,7 @@ def crps(measured: ArrayLike, draws: ArrayLike) -> float:
     .. [1] Ferro, "Fair scores for ensemble forecasts", Quarterly Journal of the Royal Meteorological Society
        140, 2014.
     """
-    measured, draws = _check(measured, draws)
+    measured, draws = check_draws(measured, draws)
     if len(draws) < 2:
         return float("nan")
     import scoringrules  # compiles for seconds when imported, and coverage does without it
@@ -93,7 +93,7 @@ def pit_distribution(measured: ArrayLike, draws: ArrayLike, points: ArrayLike) -
     ----------
     .. [1] Czado, Gneiting, Held, "Predictive model assessment for count data", Biometrics 65, 2009.
     """
-    measured, draws = _check(measured, draws)
+    measured, draws = check_draws(measured, draws)
     measured = measured.astype(np.float32)
     ranks = len(draws) + 1
     below = np.zeros(measured.shape, dtype=np.int64)
@@ -136,7 +136,14 @@ def coverage(measured: ArrayLike, draws: ArrayLike, levels: Sequence[float] = CU
     return np.where(resolved, upper - lower, np.nan)
 
 
-def _check(measured: ArrayLike, draws: ArrayLike) -> tuple[NDArray[np.float64], NDArray]:
+def check_draws(measured: ArrayLike, draws: ArrayLike) -> tuple[NDArray[np.float64], NDArray]:
+    """Give `measured` (n, G) in float64 and `draws` (K, n, G), of the same spots and genes and finite, or raise.
+
+    Raises
+    ------
+    DataError
+        If the shapes do not match, there is no draw, or a value is not finite.
+    """
     measured, draws = as_matrix(measured, "the measured slide"), np.asarray(draws)
     if draws.ndim != 3 or draws.shape[1:] != measured.shape or not len(draws):
         raise DataError(

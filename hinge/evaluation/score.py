@@ -15,11 +15,17 @@ from tqdm import tqdm
 from hinge.data.spots import SpotTable
 from hinge.errors import DataError
 from hinge.evaluation.baselines import Prediction, baseline_predictions
-from hinge.evaluation.calibration import coverage, crps
+from hinge.evaluation.calibration import check_draws, coverage, crps
 from hinge.evaluation.ceiling import noise_ceiling
 from hinge.evaluation.coexpression import coexpression_scores, correlation_matrix, matrix_scores
 from hinge.evaluation.metrics import as_matrix, constant_genes, mean_scores, summarise_pcc
+from hinge.evaluation.multivariate import energy_score, variogram_score
+from hinge.evaluation.spatial import moran_scores, spot_structure, ssim_of_maps
+from hinge.evaluation.two_sample import round_to_counts, two_sample_auc
 from hinge.files import write_json
+
+_DRAWS_TESTED = 2  # draws of the two-sample tests, which take a second each
+_DRAWS_MAPPED = 2  # draws whose maps are compared by SSIM, which takes a millisecond a map
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,69 @@ def score(measured: ArrayLike, prediction: Prediction) -> dict[str, float]:
     except DataError as error:
         raise DataError(f"{prediction.method} cannot be scored: {error}") from error
     return result
+
+
+def score_draws(
+    measured: ArrayLike,
+    draws: ArrayLike,
+    coordinates: ArrayLike | None = None,
+    features: ArrayLike | None = None,
+    *,
+    total: ArrayLike | None = None,
+    transform: str | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Score draws of one slide by everything that looks at more than a mean.
+
+    Parameters
+    ----------
+    measured
+        Values (n, G) in transform units.
+    draws
+        Values (K, n, G) in transform units.
+    coordinates
+        Position of each spot (n, 2), in any unit; None leaves out what looks at maps.
+    features
+        Histology features (n, d); None leaves out `c2st_features_auc`.
+    total, transform
+        Measured counts (n,) over all genes and the transform's name; without them `c2st_counts_auc` is left out.
+    seed
+        Of the folds of the two-sample test.
+
+    Returns
+    -------
+    dict
+        The metrics of `METRICS` that draws have, NaN where their number or the slide does not allow.
+
+    Raises
+    ------
+    DataError
+        If something does not fit, or a value is not finite.
+    """
+    measured, draws = check_draws(measured, draws)
+    coverage_50, coverage_90 = coverage(measured, draws, (0.5, 0.9)).tolist()
+    coexpression = coexpression_scores(measured, draws)
+    scores = {
+        "coexpression_r": coexpression["r"],
+        "coexpression_rmse": coexpression["rmse"],
+        "crps": crps(measured, draws),
+        "energy": float(energy_score(measured, draws).mean()),
+        "variogram": float(variogram_score(measured, draws).mean()),
+        "coverage_50": coverage_50,
+        "coverage_90": coverage_90,
+        "c2st_auc": two_sample_auc(measured, draws, n_draws=_DRAWS_TESTED, seed=seed),
+        "ssc": spot_structure(measured, draws),
+    }
+    if features is not None:
+        scores["c2st_features_auc"] = two_sample_auc(measured, draws, features, n_draws=_DRAWS_TESTED, seed=seed)
+    if total is not None and transform is not None:
+        counts = round_to_counts(draws[:_DRAWS_TESTED], total, transform)
+        scores["c2st_counts_auc"] = two_sample_auc(measured, counts, n_draws=_DRAWS_TESTED, seed=seed)
+    if coordinates is not None:
+        moran = moran_scores(measured, draws, coordinates)
+        scores["moran"], scores["moran_ratio"] = moran["draw"], moran["ratio"]
+        scores["ssim"] = ssim_of_maps(measured, draws[:_DRAWS_MAPPED], coordinates)
+    return scores
 
 
 def evaluate_slide(

@@ -1,0 +1,213 @@
+"""Whether drawn maps are as smooth, and spots as alike, as those of measured tissue."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csr_matrix
+from scipy.spatial import KDTree
+
+from hinge.errors import DataError
+from hinge.evaluation.calibration import check_draws
+from hinge.evaluation.metrics import as_matrix, constant_genes, gene_pcc
+
+# neighbours lie within this many pitches: the 4 of a square lattice (the next are at 1.41) and the 6 of a
+# hexagonal one (the next are at 1.73), with room for spots that sit a little off their place
+_REACH = 1.25
+_PIXELS_PER_PITCH = 2  # of the raster that maps are compared on; rows of a hexagonal lattice interleave
+_WINDOW = 7  # pixels a side of the SSIM's window, 3.5 spots
+
+
+def lattice_pitch(coordinates: ArrayLike) -> float:
+    """Distance between neighbouring spots: the median distance to the nearest one, NaN for a single spot.
+
+    Parameters
+    ----------
+    coordinates
+        Position of each spot (n, 2), in any unit.
+    """
+    coordinates = as_matrix(coordinates, "the coordinates")
+    if len(coordinates) < 2:
+        return float("nan")
+    distance = KDTree(coordinates).query(coordinates, k=2)[0][:, 1]
+    pitch = float(np.median(distance))
+    if pitch <= 0:
+        raise DataError("spots have no pitch: most of them lie at the place of another")
+    return pitch
+
+
+def neighbour_weights(coordinates: ArrayLike) -> csr_matrix:
+    """Weights between neighbours on the spot lattice, each spot's summing to 1.
+
+    Parameters
+    ----------
+    coordinates
+        Position of each spot (n, 2), in any unit.
+
+    Returns
+    -------
+    csr_matrix
+        (n, n): 1 / (number of neighbours) for the spots within 1.25 pitches; an isolated spot's row is empty.
+    """
+    coordinates = as_matrix(coordinates, "the coordinates")
+    n = len(coordinates)
+    if n < 2:
+        return csr_matrix((n, n))
+    pairs = KDTree(coordinates).query_pairs(_REACH * lattice_pitch(coordinates), output_type="ndarray")
+    rows, columns = np.concatenate([pairs, pairs[:, ::-1]]).T
+    count = np.bincount(rows, minlength=n)
+    return csr_matrix((1.0 / count[rows], (rows, columns)), shape=(n, n))
+
+
+def morans_i(values: ArrayLike, weights: csr_matrix) -> NDArray[np.float64]:
+    """Moran's I of each gene's map: about 0 without spatial pattern, towards 1 for a smooth one.
+
+    Parameters
+    ----------
+    values
+        Values (n, G).
+    weights
+        (n, n) of `neighbour_weights`.
+
+    Returns
+    -------
+    ndarray
+        (G,). NaN for constant genes, and for all where no spot has a neighbour.
+    """
+    values = as_matrix(values, "the expression")
+    if weights.shape != (len(values), len(values)):
+        raise DataError(f"weights between {weights.shape[0]} spots do not fit the expression of {len(values)}")
+    constant, total = constant_genes(values), weights.sum()
+    if total == 0:
+        return np.full(values.shape[1], np.nan)
+    values = values - values.mean(axis=0)
+    square = (values**2).sum(axis=0)
+    square[constant] = np.nan
+    return len(values) / total * (values * (weights @ values)).sum(axis=0) / square
+
+
+def moran_scores(measured: ArrayLike, draws: ArrayLike, coordinates: ArrayLike) -> dict[str, float]:
+    """Compare the spatial autocorrelation of drawn maps with that of the measured ones.
+
+    Parameters
+    ----------
+    measured
+        Values (n, G) in transform units.
+    draws
+        Values (K, n, G). Each draw is scored by itself: the mean of the draws is smoother than any of them.
+    coordinates
+        (n, 2), in any unit.
+
+    Returns
+    -------
+    dict
+        `measured` and `draw`, Moran's I of the measured slide and of a draw (mean over draws), mean over the
+        genes that vary in the measured slide, a gene constant in a draw counting 0; `ratio`, the second over
+        the first; `r`, Pearson correlation over genes of the two. NaN where there is nothing to compare.
+    """
+    measured, draws = check_draws(measured, draws)
+    weights = neighbour_weights(_coordinates(coordinates, len(measured)))
+    truth = morans_i(measured, weights)
+    known = np.isfinite(truth)
+    if not known.any():
+        return dict.fromkeys(("measured", "draw", "ratio", "r"), float("nan"))
+    drawn = np.mean([np.nan_to_num(morans_i(draw, weights), nan=0.0) for draw in draws], axis=0)
+    truth, drawn = truth[known], drawn[known]
+    # of a map without pattern, nothing is a share
+    patterned = truth.mean() > 0
+    return {
+        "measured": float(truth.mean()),
+        "draw": float(drawn.mean()),
+        "ratio": float(drawn.mean() / truth.mean()) if patterned else float("nan"),
+        "r": float(gene_pcc(truth[:, None], drawn[:, None])[0]),
+    }
+
+
+def spot_structure(measured: ArrayLike, draws: ArrayLike) -> float:
+    """Spot-spot structural correlation: are the same spots alike in a draw as on the measured slide?
+
+    Pearson correlation, over pairs of different spots, between the spot-spot correlation matrices of the
+    measured slide and of a draw; mean over draws. Each gene's mean over the spots is taken off before spots are
+    correlated over genes, else all spots would be alike in what genes are abundant anywhere.
+
+    Parameters
+    ----------
+    measured
+        Values (n, G) in transform units.
+    draws
+        Values (K, n, G).
+
+    Returns
+    -------
+    float
+        NaN with fewer than three spots or two genes, or where all measured spots are the same. A spot without
+        any variation in a draw goes with none (correlation 0).
+    """
+    measured, draws = check_draws(measured, draws)
+    n_spots, n_genes = measured.shape
+    if n_spots < 3 or n_genes < 2:
+        return float("nan")
+    upper = np.triu_indices(n_spots, k=1)
+
+    def structure(values: NDArray) -> NDArray[np.float64]:
+        values = np.asarray(values, dtype=np.float64)
+        values = values - values.mean(axis=0)
+        values = values - values.mean(axis=1, keepdims=True)
+        size = np.linalg.norm(values, axis=1, keepdims=True)
+        values = np.divide(values, size, out=np.zeros_like(values), where=size > 1e-9)
+        return (values @ values.T)[upper][:, None]
+
+    truth = structure(measured)
+    return float(np.mean([gene_pcc(truth, structure(draw))[0] for draw in draws]))
+
+
+def ssim_of_maps(measured: ArrayLike, predicted: ArrayLike, coordinates: ArrayLike) -> float:
+    """Structural similarity (SSIM) of each gene's predicted map to its measured one, mean over genes.
+
+    Maps are drawn on a raster of half the pitch, each pixel with the value of the nearest spot; the SSIM of a
+    7 x 7 window is averaged over the pixels within the tissue. The data range is the gene's measured one.
+
+    Parameters
+    ----------
+    measured
+        Values (n, G).
+    predicted
+        One prediction (n, G), or draws (K, n, G), each scored by itself.
+    coordinates
+        (n, 2), in any unit.
+
+    Returns
+    -------
+    float
+        At most 1. NaN where every gene is constant in the measured slide, or the slide is smaller than the
+        window.
+    """
+    from skimage.metrics import structural_similarity
+
+    measured, predicted = as_matrix(measured, "the measured slide"), np.asarray(predicted, dtype=np.float64)
+    measured, draws = check_draws(measured, predicted[None] if predicted.ndim == 2 else predicted)
+    coordinates = _coordinates(coordinates, len(measured))
+    varies = ~constant_genes(measured)
+    if len(measured) < 2 or not varies.any():
+        return float("nan")
+    step = lattice_pitch(coordinates) / _PIXELS_PER_PITCH
+    size = np.floor(np.ptp(coordinates, axis=0) / step + 1e-6).astype(int) + 1
+    if size.min() < _WINDOW:
+        return float("nan")
+    grid = np.stack(np.meshgrid(*(np.arange(side) for side in size), indexing="ij"), axis=-1) * step
+    distance, nearest = KDTree(coordinates - coordinates.min(axis=0)).query(grid)
+    inside = distance <= _PIXELS_PER_PITCH * step
+    scores = []
+    for gene in np.flatnonzero(varies):
+        truth = measured[nearest, gene]
+        for draw in draws:
+            _, similarity = structural_similarity(
+                truth, draw[:, gene][nearest], win_size=_WINDOW, data_range=np.ptp(measured[:, gene]), full=True
+            )
+            scores.append(similarity[inside].mean())
+    return float(np.mean(scores))
+
+
+def _coordinates(coordinates: ArrayLike, n_spots: int) -> NDArray[np.float64]:
+    coordinates = as_matrix(coordinates, "the coordinates")
+    if coordinates.shape != (n_spots, 2):
+        raise DataError(f"coordinates must be of shape ({n_spots}, 2), not {coordinates.shape}")
+    return coordinates
