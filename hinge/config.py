@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from hinge.backbones import PretrainConfig
 from hinge.errors import ConfigError
 from hinge.files import atomic_path
-from hinge.models.heads import COUNT_HEADS
+from hinge.models.heads import needs_depth
 from hinge.training import TrainingConfig
 
 # absolute, so that a run means the same files from whatever folder it is opened
@@ -128,7 +128,10 @@ class ModelConfig(_Section):
         "negative_binomial",
         "zero_inflated_negative_binomial",
     ] = "rounded_gaussian"
-    depth: bool = Field(False, description="whether the spot's depth is drawn first and conditions the genes")
+    depth: bool | None = Field(
+        None,
+        description="whether the spot's depth is drawn first and conditions the genes; None: where the head needs it",
+    )
     modulation_rank: int | None = Field(None, ge=1)
     gate: Literal["sigmoid", "linear"] = "sigmoid"
     condition_on_visible: Literal["current", "next"] | None = "current"
@@ -189,9 +192,8 @@ class RunConfig(_Section):
         for key, section in (("training", self.training), ("backbone.pretrain", self.backbone.pretrain)):
             if section.steps is None and section.epochs is None:
                 raise ValueError(f"give either {key}.steps or {key}.epochs")
-        if self.model.head in COUNT_HEADS and self.transform == "log1p_cp10k":
-            # which values counts can take depends on the depth
-            self.model.depth = True
+        if self.model.depth is False and needs_depth(self.model.head, self.transform):
+            raise ValueError(f"model.head {self.model.head} needs model.depth under {self.transform}")
         if self.panel.method == "file" and self.panel.file is None:
             raise ValueError("panel.method file needs panel.file")
         if self.sampling.steps > self.diffusion.num_train_timesteps:

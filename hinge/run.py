@@ -51,6 +51,7 @@ from hinge.evaluation.score import evaluate_slide, prediction_from_draws, write_
 from hinge.files import atomic_path, file_digest, read_json, write_json
 from hinge.loop import make_accelerator, write_environment
 from hinge.models import HingeModel
+from hinge.models.heads import needs_depth
 from hinge.report import report_slide, write_report
 from hinge.training import split_spots, train_hinge
 
@@ -368,7 +369,10 @@ class Run:
                 spots.features.shape[2],
                 spots.values.shape[1],
                 transform=self.config.transform,
-                **self.config.model.model_dump(),
+                **self.config.model.model_dump(exclude={"depth"}),
+                depth=needs_depth(self.config.model.head, self.config.transform)
+                if self.config.model.depth is None
+                else self.config.model.depth,
             )
         backbone.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
         scheduler = MaskedDiffusionScheduler(**self.config.diffusion.model_dump())

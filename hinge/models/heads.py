@@ -475,6 +475,12 @@ class NegativeBinomialHead(ScaledHead):
 COUNT_OUTPUTS = (RoundedGaussianOutput, RoundedMixtureOutput, NegativeBinomialOutput)
 COUNT_HEADS = ("rounded_gaussian", "rounded_mixture", "negative_binomial", "zero_inflated_negative_binomial")
 
+
+def needs_depth(head: str, transform: str | None) -> bool:
+    """Whether the values that counts can take depend on the spot's depth."""
+    return head in COUNT_HEADS and transform == "log1p_cp10k"
+
+
 HEADS = {
     "point": PointHead,
     "gaussian": partial(GaussianHead, output=GaussianOutput),

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from hinge.backbones.cellfm import CellFMModel
 from hinge.errors import WeightsError
 from hinge.files import arrays_digest, atomic_path
-from hinge.models.heads import COUNT_HEADS, HEADS, CountGrid, HeadOutput
+from hinge.models.heads import COUNT_HEADS, HEADS, CountGrid, HeadOutput, needs_depth
 from hinge.models.path import DepthPath, GenePath
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -195,7 +195,7 @@ class HingeModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
         if head in COUNT_HEADS and transform is None:
             raise ValueError(f"the head {head} is one of counts and needs the transform of the values")
-        if head in COUNT_HEADS and transform == "log1p_cp10k" and not depth:
+        if needs_depth(head, transform) and not depth:
             raise ValueError(f"the head {head} needs the depth under log1p_cp10k")
         self.depth_path = DepthPath(feature_dim) if depth else None
         self.condition = ConditionEmbedding(
