@@ -85,7 +85,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key=value, as of hinge run")
     arguments = parser.parse_intermixed_args()
     if arguments.jobs > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
+        # threads that wait for each other by spinning take the cores from the other jobs
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     rows = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
