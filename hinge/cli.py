@@ -68,7 +68,8 @@ def _print_scores(path: Path) -> None:
     console = Console()
     # a pipe has no width: give the table the room it needs
     console = console if console.is_terminal else Console(width=240)
-    console.print(scores_table(read_json(path)["rows"]))
+    scores = read_json(path)
+    console.print(scores_table(scores["rows"], scores["attained"]))
     print(f"scores: {path}")
 
 
@@ -281,16 +282,51 @@ def sample(
 
 @app.command()
 def evaluate(
-    run: RunFolder,
+    run: Annotated[Path | None, typer.Argument(help="Folder of a run; or give --data.", show_default=False)] = None,
     slide: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: test slides]")] = None,
+    predictions: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of another program: NAME[:UNITS]=FILE, or NAME=FILE,FILE,… with one draw a file; h5ad, CSV or TSV of "
+            "spots × genes; {slide} stands for the slide's name."
+        ),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Without a run: the data set.", show_default=False)] = None,
+    sample: Annotated[list[str] | None, typer.Option(help="Without a run: its sample; repeat for several.")] = None,
+    panel: Annotated[Path | None, typer.Option(help="Without a run: genes to score.", show_default=False)] = None,
+    transform: Annotated[str | None, typer.Option(help="Without a run: log2p1 or log1p_cp10k.")] = None,
+    gene_sets: Annotated[Path | None, typer.Option(help="Without a run: GMT or JSON file of gene sets.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File for the scores.")] = None,
 ) -> None:
-    """Score the draws beside baselines and the noise ceiling.
+    """Score draws, and predictions of other programs, beside baselines and the noise ceiling.
 
-    Example: hinge evaluate runs/her2st
+    Example: hinge evaluate runs/her2st --predictions stem=stem.h5ad. Without a run: hinge evaluate --data her2st
+    --sample C5 --panel panel.json --transform log2p1 --predictions stem=stem.h5ad --output scores.json
     """
-    from hinge.run import Run
+    from hinge.evaluation.predictions import PredictionFiles
+    from hinge.run import Run, evaluate_files
 
-    _print_scores(Run.open(run).evaluate(slide))
+    files = [PredictionFiles.parse(text) for text in predictions or []]
+    alone = {
+        "--data": data,
+        "--sample": sample,
+        "--panel": panel,
+        "--transform": transform,
+        "--gene-sets": gene_sets,
+    }
+    given = [name for name, value in alone.items() if value]
+    if run is not None:
+        if given:
+            raise ConfigError(f"{given[0]} is for scores without a run; leave out {run}, or that option")
+        _print_scores(Run.open(run).evaluate(slide, files, output))
+        return
+    needed = {**alone, "--predictions": files, "--output": output}
+    missing = [name for name, value in needed.items() if not value and name != "--gene-sets"]
+    if missing:
+        raise ConfigError(f"without the folder of a run, {', '.join(missing)} must be given")
+    if slide:
+        raise ConfigError("--slide is for a run; name samples of --data with --sample")
+    _print_scores(evaluate_files(data, sample, panel, transform, files, output, gene_sets))
 
 
 @app.command()

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from hinge.backbones import PretrainConfig
 from hinge.errors import ConfigError
+from hinge.evaluation.baselines import BASELINES, DEFAULT_BASELINES, GENERATIVE_BASELINES
 from hinge.files import atomic_path
 from hinge.models.heads import needs_depth
 from hinge.training import TrainingConfig
@@ -170,6 +171,18 @@ class SamplingConfig(_Section):
     precision: Literal["no", "bf16"] = "no"
 
 
+class EvaluationConfig(_Section):
+    """What draws are scored beside, and how."""
+
+    baselines: list[Literal[*BASELINES, *GENERATIVE_BASELINES]] = Field(
+        list(DEFAULT_BASELINES), description=f"a list of {', '.join((*BASELINES, *GENERATIVE_BASELINES))}"
+    )
+    gene_sets: AbsolutePath | None = Field(
+        None, description="a GMT or JSON file of gene sets; None: well-known markers of breast tumours"
+    )
+    bootstrap: int = Field(300, ge=0, description="resamples of the spots for intervals")
+
+
 class RunConfig(_Section):
     """Everything one run needs."""
 
@@ -184,6 +197,7 @@ class RunConfig(_Section):
     diffusion: DiffusionConfig = DiffusionConfig()
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -210,6 +224,7 @@ _PATHS = (
     ("data", "path"),
     ("panel", "file"),
     ("features", "folder"),
+    ("evaluation", "gene_sets"),
     ("backbone", "path"),
     ("backbone", "vocabulary"),
     ("backbone", "gene_names"),

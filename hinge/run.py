@@ -46,7 +46,10 @@ from hinge.data.writers import attach_draws, write_draws_zarr
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
 from hinge.encoders import Encoder, extract_features, load_encoder
 from hinge.errors import ConfigError, DataError, WeightsError
+from hinge.evaluation.baselines import BASELINES
+from hinge.evaluation.modules import read_gene_sets
 from hinge.evaluation.oracle import oracle_prediction
+from hinge.evaluation.predictions import PredictionFiles, read_prediction
 from hinge.evaluation.score import evaluate_slide, prediction_from_draws, write_scores
 from hinge.files import atomic_path, file_digest, read_json, write_json
 from hinge.loop import make_accelerator, write_environment
@@ -492,25 +495,60 @@ class Run:
         accelerator.wait_for_everyone()
         return output
 
-    def evaluate(self, slides: list[str] | None = None) -> Path:
-        """Score the draws of the test slides beside the baselines; write and return `scores.json`."""
+    def evaluate(
+        self,
+        slides: list[str] | None = None,
+        predictions: list[PredictionFiles] | None = None,
+        output: Path | None = None,
+    ) -> Path:
+        """Score the draws of the test slides, and predictions of other programs, beside the baselines.
+
+        Parameters
+        ----------
+        slides
+            Names; None for the test slides.
+        predictions
+            Of other programs. With them, slides of which this run has no draws are scored too.
+        output
+            Where the scores go; None for `scores.json` in the run's folder.
+
+        Returns
+        -------
+        Path
+            The file of scores.
+        """
         slides = slides or self.config.data.test
         if not slides:
             raise ConfigError(f"{self.folder} names no test slides; give --slide")
         for name in slides:
-            if not self.samples_path(name).exists():
+            if not self.samples_path(name).exists() and not predictions:
                 raise DataError(f"there are no draws of {name} in {self.folder / 'samples'}; run hinge sample first")
+        settings, seed = self.config.evaluation, self.config.seed
+        gene_sets = None if settings.gene_sets is None else read_gene_sets(settings.gene_sets)
         train = self.spots(self.config.data.train)
-        rows = []
+        evaluations = []
         for name in slides:
-            test = self.spots([name])
-            draws = read_draws(self.samples_path(name))
-            n_draws, seed = int(draws.uns["hinge"]["draws"]), self.config.seed
-            predictions = [prediction_from_draws(draws, test)]
+            test, n_draws, own = self.spots([name]), self.config.sampling.draws, []
+            if self.samples_path(name).exists():
+                draws = read_draws(self.samples_path(name))
+                n_draws = int(draws.uns["hinge"]["draws"])
+                own.append(prediction_from_draws(draws, test))
+            own += [read_prediction(files, test) for files in predictions or []]
             if "hinge_truth" in self.slide(name).uns:
-                predictions.append(oracle_prediction(self.slide(name), test, n_draws, seed))
-            rows += evaluate_slide(train, test, predictions, n_draws=n_draws, seed=seed)
-        return write_scores(self.scores_path, rows)
+                own.append(oracle_prediction(self.slide(name), test, n_draws, seed))
+            evaluations.append(
+                evaluate_slide(
+                    train,
+                    test,
+                    own,
+                    baselines=[method for method in settings.baselines if method in BASELINES],
+                    gene_sets=gene_sets,
+                    n_draws=n_draws,
+                    n_resamples=settings.bootstrap,
+                    seed=seed,
+                )
+            )
+        return write_scores(output or self.scores_path, evaluations)
 
     def report(self) -> Path:
         """Write and return `report.html` from the scores and draws that are there."""
@@ -518,6 +556,7 @@ class Run:
             raise DataError(f"there are no scores in {self.folder}; run hinge evaluate first")
         scores = read_json(self.scores_path)
         names = list(dict.fromkeys(row["slide"] for row in scores["rows"]))
+        names = [name for name in names if self.samples_path(name).exists()]
         slides = [report_slide(read_draws(self.samples_path(name)), self.slide(name)) for name in names]
         settings = self.config.model_dump(mode="json", exclude={"output"})
         return write_report(self.report_path, scores, slides, f"hinge: {self.folder.name}", settings)
@@ -535,9 +574,9 @@ class Run:
         if not self.config_path.exists():
             save_config(self.config, self.config_path)
             return
-        # how it is sampled may change from call to call; where it lies does not matter
+        # how it is sampled and scored may change from call to call; where it lies does not matter
         here, there = (
-            config.model_dump(mode="json", exclude={"output", "sampling"})
+            config.model_dump(mode="json", exclude={"output", "sampling", "evaluation"})
             for config in (self.config, load_config(self.config_path))
         )
         key = _difference(here, there)
@@ -572,6 +611,52 @@ class Run:
                 "validation_spots": [f"{spots.slide[index]}/{spots.barcodes[index]}" for index in held],
             },
         )
+
+
+def evaluate_files(
+    data: Path,
+    samples: list[str],
+    panel: Path,
+    transform: str,
+    predictions: list[PredictionFiles],
+    output: Path,
+    gene_sets: Path | None = None,
+    seed: int = 0,
+) -> Path:
+    """Score predictions of other programs on measured slides, without a run: no baselines that need features.
+
+    Parameters
+    ----------
+    data, samples
+        Data set and its samples that were predicted.
+    panel
+        File with the genes that are scored.
+    transform
+        Units of the scores.
+    predictions
+        Where the predictions lie.
+    output
+        The file of scores to write.
+    gene_sets
+        File for the scores of modules; None for the built-in markers.
+    seed
+        Of the noise ceiling, folds and resamples.
+
+    Returns
+    -------
+    Path
+        `output`.
+    """
+    sets = None if gene_sets is None else read_gene_sets(gene_sets)
+    genes, evaluations = read_panel(panel), []
+    for name in samples:
+        slide = read_slide(data, name, require_image=False)
+        test = load_spots(slide, genes, transform)
+        methods = [read_prediction(files, test) for files in predictions]
+        if "hinge_truth" in slide.uns:
+            methods.append(oracle_prediction(slide, test, seed=seed))
+        evaluations.append(evaluate_slide(None, test, methods, gene_sets=sets, seed=seed))
+    return write_scores(output, evaluations, reference=predictions[0].method)
 
 
 def read_panel(path: Path) -> Panel:

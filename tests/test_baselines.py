@@ -4,17 +4,27 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from scipy.spatial.distance import cdist
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.model_selection import LeaveOneGroupOut
+from sklearn.neighbors import KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from hinge.data.spots import SpotTable
-from hinge.errors import DataError
-from hinge.evaluation.baselines import ALPHAS, baseline_predictions, fit_baselines, spot_groups
+from hinge.errors import ConfigError, DataError
+from hinge.evaluation.baselines import (
+    ALPHAS,
+    BASELINES,
+    baseline_predictions,
+    fit_baselines,
+    fit_mlp,
+    spot_groups,
+)
 
-METHODS = ["mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", "training-correlation"]
+METHODS = ["mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", "knn", "training-correlation"]
 N_GENES, N_FEATURES = 6, 10
 
 
@@ -39,7 +49,7 @@ def test_every_method_gives_what_it_says(fitted):
     assert list(fitted) == METHODS
     for name, prediction in fitted.items():
         assert (prediction.mean is not None) == (name != "training-correlation")
-        assert (prediction.draws is not None) == (name == "ridge-cv+residual")
+        assert (prediction.draws is not None) == (name in ("ridge-cv+residual", "knn"))
         assert (prediction.correlation is not None) == (name == "training-correlation")
         if prediction.mean is not None:
             assert prediction.mean.shape == (100, N_GENES)
@@ -137,7 +147,7 @@ def test_the_seed_decides_the_draws(data, fitted):
 
 def test_one_gene_one_test_spot_and_one_draw(data):
     features, values, groups, test_features, *_ = data
-    for prediction in fit_baselines(features, values[:, :1], groups, test_features[:1], n_draws=1):
+    for prediction in fit_baselines(features, values[:, :1], groups, test_features[:1], BASELINES, n_draws=1):
         if prediction.mean is not None:
             assert prediction.mean.shape == (1, 1)
         if prediction.draws is not None:
@@ -147,9 +157,80 @@ def test_one_gene_one_test_spot_and_one_draw(data):
 def test_constant_genes_and_features_are_predicted_as_they_were(data):
     features, values, groups, test_features, *_ = (array.copy() for array in data)
     features[:, 0], values[:, 2] = 4.0, 0.0
-    for prediction in fit_baselines(features, values, groups, test_features)[:4]:
-        np.testing.assert_allclose(prediction.mean[:, 2], 0, atol=1e-9)
+    for prediction in fit_baselines(features, values, groups, test_features, BASELINES)[:6]:
+        # the network's own scale for a constant gene is 1, and what it predicts there small
+        np.testing.assert_allclose(prediction.mean[:, 2], 0, atol=0.2 if prediction.method == "mlp" else 1e-9)
         assert np.isfinite(prediction.mean).all()
+
+
+def test_neighbours_are_chosen_by_cross_validation_and_drawn_as_they_are(data, fitted):
+    features, values, groups, test_features, truth, _ = data
+    scaler, prediction = StandardScaler().fit(features), fitted["knn"]
+    distance = cdist(scaler.transform(test_features), scaler.transform(features)).argsort(axis=1)
+    means = {k: values[distance[:, :k]].mean(axis=1) for k in (5, 10, 20, 40, 80)}
+    k = min(means, key=lambda k: np.abs(means[k] - prediction.mean).max())
+    np.testing.assert_allclose(prediction.mean, means[k], rtol=1e-6)
+    errors = {}
+    for count in means:
+        fold = [
+            KNeighborsRegressor(count)
+            .fit(scale.transform(features[groups != group]), values[groups != group])
+            .predict(scale.transform(features[groups == group]))
+            - values[groups == group]
+            for group in "abc"
+            for scale in [StandardScaler().fit(features[groups != group])]
+        ]
+        errors[count] = np.mean([np.mean(error**2) for error in fold])
+    assert k == min(errors, key=errors.get)
+    # every draw is the whole expression of one of the k, and all of them have their turn
+    drawn = prediction.draws[:, 0]
+    of_neighbours = values[distance[0, :k]].astype(np.float32)
+    found = (drawn[:, None] == of_neighbours[None]).all(axis=2)
+    assert (found.sum(axis=1) == 1).all() and found.any(axis=0).mean() > 0.9
+    assert np.mean((prediction.mean - truth) ** 2) < np.mean((fitted["mean"].mean - truth) ** 2)
+
+
+def test_few_spots_have_few_neighbours():
+    rng = np.random.default_rng(0)
+    features, values = rng.normal(size=(9, 3)), rng.normal(size=(9, 2))
+    groups = np.repeat(["a", "b", "c"], 3)
+    (prediction,) = fit_baselines(features, values, groups, features, ["knn"], n_draws=4)
+    assert prediction.mean.shape == (9, 2) and np.isfinite(prediction.draws).all()
+
+
+def test_the_network_learns_what_is_not_linear():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(900, 4))
+    values = 5 + np.stack([features[:, 0] * features[:, 1], np.abs(features[:, 2])], axis=1)
+    values += 0.1 * rng.normal(size=values.shape)
+    groups = rng.integers(6, size=600)
+    train, test = (features[:600], values[:600], groups), features[600:]
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        first = fit_mlp(*train, test, seed=1)
+        torch.manual_seed(6)  # the seed given is the only one that counts
+        np.testing.assert_array_equal(first, fit_mlp(*train, test, seed=1))
+    assert (first != fit_mlp(*train, test, seed=2)).any()
+    truth = values[600:]
+    mean, ridge, network = fit_baselines(*train, test, ["mean", "ridge-cv", "mlp"], seed=1)
+    np.testing.assert_array_equal(network.mean, first)
+    errors = [np.mean((prediction.mean - truth) ** 2) for prediction in (mean, ridge, network)]
+    assert errors[2] < 0.4 * errors[1] and errors[2] < 0.4 * errors[0]
+
+
+def test_the_network_stops_before_it_learns_noise():
+    rng = np.random.default_rng(1)
+    features, values = rng.normal(size=(200, 30)), rng.normal(size=(200, 5))
+    predicted = fit_mlp(features, values, np.arange(200) % 5, features)
+    # learned by heart it would follow the values, of variance 1
+    assert predicted.var() < 0.3
+
+
+def test_only_known_methods_are_fitted_in_a_fixed_order(data):
+    chosen = fit_baselines(*data[:4], ["training-correlation", "mean"])
+    assert [prediction.method for prediction in chosen] == ["mean", "training-correlation"]
+    with pytest.raises(ConfigError, match="no baseline 'stem'; choose from mean, ridge-hest"):
+        fit_baselines(*data[:4], ["mean", "stem"])
 
 
 def test_arrays_that_do_not_fit_are_errors(data):

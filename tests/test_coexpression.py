@@ -70,7 +70,9 @@ def test_draws_are_scored_one_by_one_and_averaged(slides):
     together = coexpression_scores(measured, draws.astype(np.float32))
     for key in ("r", "rmse"):
         assert together[key] == pytest.approx(np.mean([scores[key] for scores in each]), abs=1e-6)
-    assert coexpression_scores(measured, draws[:1]) == pytest.approx(each[0])
+    single = coexpression_scores(measured, draws[:1])
+    assert {key: single[key] for key in ("r", "rmse")} == pytest.approx(each[0])
+    assert single["r_pooled"] == pytest.approx(single["r"])
 
 
 def test_good_draws_beat_their_mean_where_noise_is_not_shared():
@@ -110,3 +112,18 @@ def test_nothing_to_score_is_an_error(slides):
     draws[2, 0, 0] = np.nan
     with pytest.raises(DataError, match="finite"):
         coexpression_scores(measured, draws)
+
+
+def test_pooled_draws_show_what_they_stand_for():
+    rng = np.random.default_rng(0)
+    truth = 0.5 * np.ones((12, 12)) + 0.5 * np.eye(12)
+    truth[:6, 6:] = truth[6:, :6] = -0.2
+    measured = rng.multivariate_normal(np.zeros(12), truth, size=4000)
+    draws = rng.multivariate_normal(np.zeros(12), truth, size=(30, 40))
+    scores = coexpression_scores(measured, draws)
+    # forty spots are uncertain by 0.16, their mean over thirty draws by 0.03
+    assert scores["rmse"] > 0.1 > 0.04 > scores["rmse_pooled"]
+    assert scores["r_pooled"] > 0.99 > scores["r"]
+    matrices = np.mean([correlation_matrix(draw) for draw in draws], axis=0)
+    assert np.isclose(scores["r_pooled"], matrix_scores(correlation_matrix(measured), matrices)["r"])
+    assert set(coexpression_scores(measured, draws[0])) == {"r", "rmse"}

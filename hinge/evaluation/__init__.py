@@ -1,14 +1,32 @@
 """Scores of predicted slides: accuracy, co-expression, calibration, and what to read them beside."""
 
-from hinge.evaluation.baselines import Prediction, baseline_predictions, fit_baselines, spot_groups
-from hinge.evaluation.calibration import CURVE_LEVELS, coverage, crps, pit_distribution
-from hinge.evaluation.ceiling import noise_ceiling
+from hinge.evaluation.baselines import (
+    BASELINES,
+    DEFAULT_BASELINES,
+    Prediction,
+    baseline_predictions,
+    fit_baselines,
+    fit_mlp,
+    spot_groups,
+)
+from hinge.evaluation.calibration import (
+    CURVE_LEVELS,
+    coverage,
+    covered,
+    crps,
+    crps_of_spots,
+    pit_distribution,
+    pit_values,
+)
+from hinge.evaluation.ceiling import CEILING, attained_shares, noise_ceiling
 from hinge.evaluation.coexpression import coexpression_scores, correlation_matrix, matrix_scores
+from hinge.evaluation.definitions import METRICS, Metric
 from hinge.evaluation.metrics import gene_pcc, mean_scores, summarise_pcc
+from hinge.evaluation.modules import MARKERS, module_scores, read_gene_sets
 from hinge.evaluation.multivariate import energy_score, variogram_score
+from hinge.evaluation.predictions import PredictionFiles, read_prediction
 from hinge.evaluation.score import (
-    METRICS,
-    Metric,
+    Evaluation,
     evaluate_slide,
     prediction_from_draws,
     score,
@@ -17,30 +35,47 @@ from hinge.evaluation.score import (
     write_scores,
 )
 from hinge.evaluation.spatial import moran_scores, morans_i, neighbour_weights, spot_structure, ssim_of_maps
+from hinge.evaluation.statistics import bootstrap_intervals, paired_wilcoxon, summarise_rows
 from hinge.evaluation.two_sample import round_to_counts, two_sample_auc
 
 __all__ = [
+    "BASELINES",
+    "CEILING",
     "CURVE_LEVELS",
+    "DEFAULT_BASELINES",
+    "MARKERS",
     "METRICS",
+    "Evaluation",
     "Metric",
     "Prediction",
+    "PredictionFiles",
+    "attained_shares",
     "baseline_predictions",
+    "bootstrap_intervals",
     "coexpression_scores",
     "correlation_matrix",
     "coverage",
+    "covered",
     "crps",
+    "crps_of_spots",
     "energy_score",
     "evaluate_slide",
     "fit_baselines",
+    "fit_mlp",
     "gene_pcc",
     "matrix_scores",
     "mean_scores",
+    "module_scores",
     "moran_scores",
     "morans_i",
     "neighbour_weights",
     "noise_ceiling",
+    "paired_wilcoxon",
     "pit_distribution",
+    "pit_values",
     "prediction_from_draws",
+    "read_gene_sets",
+    "read_prediction",
     "round_to_counts",
     "score",
     "score_draws",
@@ -49,6 +84,7 @@ __all__ = [
     "spot_structure",
     "ssim_of_maps",
     "summarise_pcc",
+    "summarise_rows",
     "two_sample_auc",
     "variogram_score",
     "write_scores",

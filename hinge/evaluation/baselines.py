@@ -1,23 +1,37 @@
 """What simple methods make of the same features: the lines a model has to be read beside."""
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
-from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
+from sklearn.model_selection import GridSearchCV, GroupKFold, GroupShuffleSplit, cross_val_predict
+from sklearn.neighbors import KNeighborsRegressor
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from hinge.data.spots import SpotTable
-from hinge.errors import DataError
+from hinge.errors import ConfigError, DataError
 from hinge.evaluation.coexpression import correlation_matrix
 from hinge.evaluation.metrics import as_matrix
 
+DEFAULT_BASELINES = ("mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", "knn", "training-correlation")
+BASELINES = (*DEFAULT_BASELINES[:-1], "mlp", DEFAULT_BASELINES[-1])
+"""Methods of `fit_baselines`, in the order of its result."""
+
+GENERATIVE_BASELINES = ("gaussian-diffusion", "flow-matching")
+"""Methods of `hinge.evaluation.generative`, which train the run's denoiser by another objective."""
+
 ALPHAS = np.logspace(0, 6, 13)
 """Ridge penalties that cross-validation chooses from, for standardised features: two a decade."""
+
+NEIGHBOURS = (5, 10, 20, 40, 80)
+"""Numbers of neighbours that cross-validation chooses from."""
 
 _FOLDS = 5
 
@@ -69,7 +83,14 @@ def spot_groups(slides: ArrayLike, coords: ArrayLike) -> NDArray:
     return np.argsort(np.argsort(along, kind="stable"), kind="stable") * _FOLDS // len(along)
 
 
-def baseline_predictions(train: SpotTable, test: SpotTable, *, n_draws: int = 20, seed: int = 0) -> list[Prediction]:
+def baseline_predictions(
+    train: SpotTable,
+    test: SpotTable,
+    methods: Sequence[str] = DEFAULT_BASELINES,
+    *,
+    n_draws: int = 20,
+    seed: int = 0,
+) -> list[Prediction]:
     """Predict one slide from others by the methods of `fit_baselines`.
 
     Parameters
@@ -77,7 +98,7 @@ def baseline_predictions(train: SpotTable, test: SpotTable, *, n_draws: int = 20
     train, test
         Spots on the same panel, under the same transform, with features of the same encoder; of several
         views of a patch the first is used, the patch as it is.
-    n_draws, seed
+    methods, n_draws, seed
         See `fit_baselines`.
 
     Raises
@@ -100,6 +121,7 @@ def baseline_predictions(train: SpotTable, test: SpotTable, *, n_draws: int = 20
         train.values,
         spot_groups(train.slide, train.coords),
         test.features[:, 0],
+        methods,
         n_draws=n_draws,
         seed=seed,
     )
@@ -110,6 +132,7 @@ def fit_baselines(
     train_values: ArrayLike,
     train_groups: ArrayLike,
     test_features: ArrayLike,
+    methods: Sequence[str] = DEFAULT_BASELINES,
     *,
     n_draws: int = 20,
     seed: int = 0,
@@ -124,6 +147,10 @@ def fit_baselines(
     - `ridge-cv+residual`: the same mean; draws are that mean plus Gaussian noise, clipped at 0. The noise is
       independent between spots and correlated between genes, with the Ledoit-Wolf [2]_ covariance of the
       cross-validated residuals (training residuals would be too small).
+    - `knn`: retrieval, as BLEEP [3]_ infers: the mean of the training spots that are nearest in standardised
+      features, their number of `NEIGHBOURS` by cross-validation over groups; a draw is the whole expression of
+      one of them. (BLEEP learns the space first; here it is the encoder's.)
+    - `mlp`: two layers on the features, as on top of ST-Net's [4]_ encoder; see `fit_mlp`.
     - `training-correlation`: the correlation matrix of all training spots.
 
     Parameters
@@ -134,10 +161,12 @@ def fit_baselines(
         Values (n_train, G) in transform units.
     train_groups
         Group of each training spot (n_train,), at least two; see `spot_groups`.
+    methods
+        Which of them.
     n_draws
-        Draws of `ridge-cv+residual`.
+        Draws of `ridge-cv+residual` and `knn`.
     seed
-        Of these draws, and of a randomised PCA where the features are many.
+        Of these draws, of the MLP, and of a randomised PCA where the features are many.
 
     Returns
     -------
@@ -146,6 +175,8 @@ def fit_baselines(
 
     Raises
     ------
+    ConfigError
+        If there is no such method.
     DataError
         If a value is not finite, the shapes do not match or there is only one group.
 
@@ -155,7 +186,14 @@ def fit_baselines(
        NeurIPS 2024.
     .. [2] Ledoit, Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", Journal of
        Multivariate Analysis 88, 2004.
+    .. [3] Xie et al., "Spatially Resolved Gene Expression Prediction from H&E Histology Images via Bi-modal
+       Contrastive Learning", NeurIPS 2023.
+    .. [4] He et al., "Integrating spatial gene expression and breast tumour morphology via deep learning",
+       Nature Biomedical Engineering 4, 2020.
     """
+    unknown = [method for method in methods if method not in BASELINES]
+    if unknown:
+        raise ConfigError(f"there is no baseline {unknown[0]!r}; choose from {', '.join(BASELINES)}")
     train_features = as_matrix(train_features, "the training features")
     test_features = as_matrix(test_features, "the test features")
     train_values = as_matrix(train_values, "the training values")
@@ -174,32 +212,147 @@ def fit_baselines(
         raise DataError("cross-validation of the ridge baseline takes training spots of at least two groups")
     if n_draws < 1:
         raise DataError(f"the ridge baseline takes at least one draw, not {n_draws}")
-    n_test, n_genes = len(test_features), train_values.shape[1]
+    n_test = len(test_features)
 
-    n_components = min(256, *train_features.shape)
-    hest = make_pipeline(
-        StandardScaler(), PCA(n_components, random_state=seed), Ridge(100 / (n_components * n_genes))
-    ).fit(train_features, train_values)
+    fit = _Fit(train_features, train_values, train_groups, test_features, n_draws, seed)
+    makers = {
+        "mean": lambda: Prediction("mean", mean=np.tile(train_values.mean(axis=0), (n_test, 1))),
+        "ridge-hest": fit.ridge_hest,
+        "ridge-cv": lambda: Prediction("ridge-cv", mean=fit.ridge),
+        "ridge-cv+residual": fit.ridge_with_residual,
+        "knn": fit.neighbours,
+        "mlp": lambda: Prediction(
+            "mlp", mean=fit_mlp(train_features, train_values, train_groups, test_features, seed=seed)
+        ),
+        "training-correlation": lambda: Prediction(
+            "training-correlation", correlation=correlation_matrix(train_values)
+        ),
+    }
+    return [makers[method]() for method in BASELINES if method in methods]
 
-    search = GridSearchCV(
-        Pipeline([("standardise", StandardScaler()), ("ridge", Ridge())]),
-        {"ridge__alpha": ALPHAS},
-        scoring="neg_mean_squared_error",
-        cv=GroupKFold(min(n_groups, _FOLDS)),
-    ).fit(train_features, train_values, groups=train_groups)
-    ridge = search.predict(test_features).reshape(n_test, n_genes)
-    held_out = cross_val_predict(
-        search.best_estimator_, train_features, train_values, groups=train_groups, cv=search.cv
-    )
-    covariance = LedoitWolf().fit(train_values - held_out.reshape(train_values.shape)).covariance_
-    noise = np.random.default_rng(seed).multivariate_normal(
-        np.zeros(n_genes), covariance, size=(n_draws, n_test), method="eigh"
-    )
 
-    return [
-        Prediction("mean", mean=np.tile(train_values.mean(axis=0), (n_test, 1))),
-        Prediction("ridge-hest", mean=hest.predict(test_features).reshape(n_test, n_genes)),
-        Prediction("ridge-cv", mean=ridge),
-        Prediction("ridge-cv+residual", mean=ridge, draws=np.maximum(ridge + noise, 0.0).astype(np.float32)),
-        Prediction("training-correlation", correlation=correlation_matrix(train_values)),
-    ]
+class _Fit:
+    """What the methods of `fit_baselines` share; arguments as there, checked."""
+
+    def __init__(self, features, values, groups, test_features, n_draws: int, seed: int):
+        self.features, self.values, self.groups, self.test = features, values, groups, test_features
+        self.n_draws, self.seed, self.n_genes = n_draws, seed, values.shape[1]
+
+    def search(self, regression, grid: dict) -> GridSearchCV:
+        """Choose a regression's setting by squared error over groups, on standardised features."""
+        return GridSearchCV(
+            Pipeline([("standardise", StandardScaler()), ("regression", regression)]),
+            {f"regression__{name}": values for name, values in grid.items()},
+            scoring="neg_mean_squared_error",
+            cv=GroupKFold(min(len(np.unique(self.groups)), _FOLDS)),
+        ).fit(self.features, self.values, groups=self.groups)
+
+    def predict(self, model) -> NDArray:
+        """Predicted values (n_test, G), also of a single gene, for which scikit-learn leaves out the axis."""
+        return model.predict(self.test).reshape(len(self.test), self.n_genes)
+
+    @cached_property
+    def ridge_search(self) -> GridSearchCV:
+        return self.search(Ridge(), {"alpha": ALPHAS})
+
+    @cached_property
+    def ridge(self) -> NDArray:
+        return self.predict(self.ridge_search)
+
+    def ridge_hest(self) -> Prediction:
+        n_components = min(256, *self.features.shape)
+        pca = PCA(n_components, random_state=self.seed)
+        model = make_pipeline(StandardScaler(), pca, Ridge(100 / (n_components * self.n_genes)))
+        return Prediction("ridge-hest", mean=self.predict(model.fit(self.features, self.values)))
+
+    def ridge_with_residual(self) -> Prediction:
+        search = self.ridge_search
+        held_out = cross_val_predict(
+            search.best_estimator_, self.features, self.values, groups=self.groups, cv=search.cv
+        )
+        covariance = LedoitWolf().fit(self.values - held_out.reshape(self.values.shape)).covariance_
+        noise = np.random.default_rng(self.seed).multivariate_normal(
+            np.zeros(self.n_genes), covariance, size=(self.n_draws, len(self.test)), method="eigh"
+        )
+        draws = np.maximum(self.ridge + noise, 0.0).astype(np.float32)
+        return Prediction("ridge-cv+residual", mean=self.ridge, draws=draws)
+
+    def neighbours(self) -> Prediction:
+        # a fold of the search has fewer spots than all together
+        _, sizes = np.unique(self.groups, return_counts=True)
+        most = max(1, len(self.values) - sizes.max() * -(-len(sizes) // _FOLDS))
+        counts = [count for count in NEIGHBOURS if count <= most] or [most]
+        search = self.search(KNeighborsRegressor(), {"n_neighbors": counts})
+        pipeline = search.best_estimator_
+        standardised = pipeline["standardise"].transform(self.test)
+        nearest = pipeline["regression"].kneighbors(standardised, return_distance=False)
+        rng = np.random.default_rng(self.seed)
+        chosen = rng.integers(nearest.shape[1], size=(self.n_draws, len(self.test)))
+        spots = nearest[np.arange(len(self.test)), chosen]
+        return Prediction("knn", mean=self.predict(search), draws=self.values[spots].astype(np.float32))
+
+
+def fit_mlp(
+    train_features: ArrayLike,
+    train_values: ArrayLike,
+    train_groups: ArrayLike,
+    test_features: ArrayLike,
+    *,
+    seed: int = 0,
+    width: int = 256,
+    max_epochs: int = 200,
+    patience: int = 15,
+) -> NDArray[np.float32]:
+    """Predict with a network of one hidden layer, trained by squared error until a held-out group gets no better.
+
+    Features and values are standardised over the training spots; dropout 0.2, AdamW. About a fifth of the groups
+    (at least one) decides when to stop; the best weights are kept. The same seed gives the same network.
+
+    Parameters
+    ----------
+    train_features, train_values, train_groups, test_features
+        As in `fit_baselines`.
+    seed
+        Of weights, dropout, batches and the held-out groups.
+    width
+        Hidden units.
+    max_epochs, patience
+        Most epochs, and epochs without gain before it stops.
+
+    Returns
+    -------
+    ndarray
+        (n_test, G) in transform units.
+    """
+    import torch
+    from torch import nn
+
+    x_scale, y_scale = StandardScaler().fit(train_features), StandardScaler().fit(train_values)
+    x = torch.from_numpy(x_scale.transform(train_features).astype(np.float32))
+    y = torch.from_numpy(y_scale.transform(train_values).astype(np.float32))
+    held = next(GroupShuffleSplit(1, test_size=0.2, random_state=seed).split(x, groups=train_groups))
+    training, validation = (torch.from_numpy(rows) for rows in held)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = nn.Sequential(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, y.shape[1]))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2)
+        best, weights, waited = np.inf, copy.deepcopy(network.state_dict()), 0
+        for _ in range(max_epochs):
+            network.train()
+            for rows in training[torch.randperm(len(training))].split(64):
+                loss = nn.functional.mse_loss(network(x[rows]), y[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            network.eval()
+            with torch.no_grad():
+                error = nn.functional.mse_loss(network(x[validation]), y[validation]).item()
+            waited += 1
+            if error < best:
+                best, weights, waited = error, copy.deepcopy(network.state_dict()), 0
+            if waited == patience:
+                break
+        network.load_state_dict(weights)
+        with torch.no_grad():
+            predicted = network.eval()(torch.from_numpy(x_scale.transform(test_features).astype(np.float32)))
+    return y_scale.inverse_transform(predicted.numpy()).astype(np.float32)

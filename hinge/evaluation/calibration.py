@@ -23,7 +23,12 @@ _SPOTS_AT_ONCE = 512  # bounds the memory of the CRPS: 512 spots x 200 genes x 2
 
 
 def crps(measured: ArrayLike, draws: ArrayLike) -> float:
-    """Continuous ranked probability score of the draws, mean over spots and genes.
+    """Continuous ranked probability score of the draws, mean over spots and genes; see `crps_of_spots`."""
+    return float(crps_of_spots(measured, draws).mean())
+
+
+def crps_of_spots(measured: ArrayLike, draws: ArrayLike) -> NDArray[np.float64]:
+    """Continuous ranked probability score of the draws of each spot, mean over genes.
 
     The fair estimator [1]_: mean |draw - measured| less half the mean |draw - other draw|, the latter over
     the K (K - 1) ordered pairs of different draws. Unbiased in the number of draws.
@@ -37,8 +42,8 @@ def crps(measured: ArrayLike, draws: ArrayLike) -> float:
 
     Returns
     -------
-    float
-        In transform units, lower is better. NaN with fewer than two draws, whose spread is unknown.
+    ndarray
+        (n,) in transform units, lower is better. NaN with fewer than two draws, whose spread is unknown.
 
     Raises
     ------
@@ -52,18 +57,18 @@ def crps(measured: ArrayLike, draws: ArrayLike) -> float:
     """
     measured, draws = check_draws(measured, draws)
     if len(draws) < 2:
-        return float("nan")
+        return np.full(len(measured), np.nan)
     import scoringrules  # compiles for seconds when imported, and coverage does without it
 
-    total = 0.0
+    scores = []
     for start in range(0, len(measured), _SPOTS_AT_ONCE):
         spots = slice(start, start + _SPOTS_AT_ONCE)
         # "pwm" is the fair estimator computed from sorted draws, without the K x K differences of "fair"
-        scores = scoringrules.crps_ensemble(
+        of_genes = scoringrules.crps_ensemble(
             measured[spots].astype(np.float64), draws[:, spots].astype(np.float64), m_axis=0, estimator="pwm"
         )
-        total += scores.sum()
-    return float(total / measured.size)
+        scores.append(np.asarray(of_genes).reshape(-1, measured.shape[1]).mean(axis=1))
+    return np.concatenate(scores)
 
 
 def pit_distribution(measured: ArrayLike, draws: ArrayLike, points: ArrayLike) -> NDArray[np.float64]:
@@ -94,18 +99,37 @@ def pit_distribution(measured: ArrayLike, draws: ArrayLike, points: ArrayLike) -
     .. [1] Czado, Gneiting, Held, "Predictive model assessment for count data", Biometrics 65, 2009.
     """
     measured, draws = check_draws(measured, draws)
-    measured = measured.astype(np.float32)
+    below, equal = _ranks(measured, draws)
     ranks = len(draws) + 1
-    below = np.zeros(measured.shape, dtype=np.int64)
-    equal = np.zeros(measured.shape, dtype=np.int64)
-    for draw in draws:
-        draw = draw.astype(np.float32, copy=False)
-        below += draw < measured
-        equal += draw == measured
     seen, count = np.unique(below * ranks + equal, return_counts=True)
     low, width = (seen // ranks) / ranks, (seen % ranks + 1) / ranks
     mass = np.clip((np.asarray(points, dtype=np.float64)[:, None] - low) / width, 0.0, 1.0)
     return mass @ count / measured.size
+
+
+def pit_values(measured: ArrayLike, draws: ArrayLike, seed: int) -> NDArray[np.float64]:
+    """Randomised PIT of each measured value: its rank among the draws, ties and gaps broken by chance.
+
+    What `pit_distribution` spreads evenly is here one number, for histograms of single genes or spots with
+    whatever bins, and for tests that take one value an observation.
+
+    Parameters
+    ----------
+    measured
+        Values (n, G) in transform units.
+    draws
+        Values (K, n, G) in transform units. Compared in float32.
+    seed
+        Of what breaks the ties.
+
+    Returns
+    -------
+    ndarray
+        (n, G) between 0 and 1; uniform if a measured value could as well be one of the draws.
+    """
+    measured, draws = check_draws(measured, draws)
+    below, equal = _ranks(measured, draws)
+    return (below + np.random.default_rng(seed).random(below.shape) * (equal + 1)) / (len(draws) + 1)
 
 
 def coverage(measured: ArrayLike, draws: ArrayLike, levels: Sequence[float] = CURVE_LEVELS) -> NDArray[np.float64]:
@@ -132,8 +156,50 @@ def coverage(measured: ArrayLike, draws: ArrayLike, levels: Sequence[float] = CU
     levels = np.asarray(levels, dtype=np.float64)
     upper = pit_distribution(measured, draws, 0.5 + levels / 2)
     lower = pit_distribution(measured, draws, 0.5 - levels / 2)
-    resolved = (len(draws) + 1) * (1.0 - levels) > 2.0 - 1e-9
-    return np.where(resolved, upper - lower, np.nan)
+    return np.where(_resolved(len(draws), levels), upper - lower, np.nan)
+
+
+def covered(measured: ArrayLike, draws: ArrayLike, level: float) -> NDArray[np.float64]:
+    """How far each measured value lies in the draws' central interval, for means over spots or over genes.
+
+    Parameters
+    ----------
+    measured
+        Values (n, G) in transform units.
+    draws
+        Values (K, n, G) in transform units.
+    level
+        Nominal level between 0 and 1.
+
+    Returns
+    -------
+    ndarray
+        (n, G), 1 inside, 0 outside, between the two for ties and at the edge; the mean is `coverage`. NaN where
+        K draws cannot resolve the level.
+    """
+    measured, draws = check_draws(measured, draws)
+    if not _resolved(len(draws), level):
+        return np.full(measured.shape, np.nan)
+    below, equal = _ranks(measured, draws)
+    low, width = below / (len(draws) + 1), (equal + 1) / (len(draws) + 1)
+    lower, upper = (np.clip((0.5 + side * level / 2 - low) / width, 0.0, 1.0) for side in (-1, 1))
+    return upper - lower
+
+
+def _resolved(n_draws: int, level: ArrayLike) -> NDArray[np.bool_]:
+    return (n_draws + 1) * (1.0 - np.asarray(level)) > 2.0 - 1e-9
+
+
+def _ranks(measured: NDArray, draws: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many draws lie below each measured value and how many equal it, (n, G) each, in float32."""
+    measured = measured.astype(np.float32)
+    below = np.zeros(measured.shape, dtype=np.int64)
+    equal = np.zeros(measured.shape, dtype=np.int64)
+    for draw in draws:
+        draw = draw.astype(np.float32, copy=False)
+        below += draw < measured
+        equal += draw == measured
+    return below, equal
 
 
 def check_draws(measured: ArrayLike, draws: ArrayLike) -> tuple[NDArray[np.float64], NDArray]:

@@ -1,11 +1,57 @@
 """How well a slide could be predicted at all, given that its counts are few."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hinge.data.transforms import get_transform
 from hinge.errors import DataError
 from hinge.evaluation.metrics import as_matrix, constant_genes, gene_pcc
+
+CEILING = "noise-ceiling"
+
+_CORRELATIONS = ("pcc_10", "pcc_50", "pcc_200", "pcc_mean", "pcc_hvg50")
+_ATTAINABLE = (*_CORRELATIONS, "mse", "mae", "crps", "energy", "variogram")
+
+
+def attained_shares(rows: Sequence[Mapping[str, Any]], training_mean: Mapping[str, float]) -> list[dict[str, Any]]:
+    """How far each method comes on the way from the training mean to what is attainable.
+
+    Parameters
+    ----------
+    rows
+        Rows of scores of one slide. Attainable is the score of the row `oracle`, which simulated tissue has; else,
+        for correlations alone, that of the row `noise-ceiling`.
+    training_mean
+        Scores of the training mean, taken as a forecast without spread where a score looks at draws. Empty if it
+        was not predicted: then only correlations, which are 0 for it, have a share.
+
+    Returns
+    -------
+    list of dict
+        One for each row that has such a score, with `slide`, `method`, `transform`, `of` (`oracle` or
+        `noise-ceiling`), and score → (score - training mean's) / (attainable - training mean's): 0 for the training
+        mean, 1 at best, but for chance.
+    """
+    best = next((row for row in rows if row["method"] == "oracle"), None)
+    best = best or next((row for row in rows if row["method"] == CEILING), None)
+    if best is None:
+        return []
+    start = dict.fromkeys(_CORRELATIONS, 0.0) | {key: training_mean[key] for key in _ATTAINABLE if key in training_mean}
+    way = {key: best[key] - start[key] for key in start if np.isfinite(best[key]) and np.isfinite(start[key])}
+    attained = []
+    for row in rows:
+        shares = {
+            key: float((row[key] - start[key]) / length)
+            for key, length in way.items()
+            if abs(length) > 1e-9 and np.isfinite(row[key])
+        }
+        if shares and row["method"] != CEILING:
+            about = {key: row[key] for key in ("slide", "method", "transform")}
+            attained.append({**about, "of": best["method"], **shares})
+    return attained
 
 
 def noise_ceiling(

@@ -80,12 +80,22 @@ def coexpression_scores(measured: ArrayLike, predicted: ArrayLike) -> dict[str, 
     Returns
     -------
     dict
-        `r` and `rmse` of `matrix_scores`.
+        `r` and `rmse` of `matrix_scores`; for draws also `r_pooled` and `rmse_pooled`, those of the mean of the
+        draws' matrices. A matrix of n spots is uncertain by about 1/√n in every entry: the former count this for
+        every draw, as a measured slide has it too; the latter show what dependence the method stands for.
     """
     matrix = correlation_matrix(measured)
     predicted = np.asarray(predicted)
-    draws = predicted[None] if predicted.ndim == 2 else predicted
-    if not len(draws):
+    if predicted.ndim == 2:
+        return matrix_scores(matrix, correlation_matrix(predicted))
+    if not len(predicted):
         raise DataError("co-expression cannot be scored without any draw")
-    scores = [matrix_scores(matrix, correlation_matrix(draw)) for draw in draws]
-    return {key: float(np.mean([score[key] for score in scores])) for key in ("r", "rmse")}
+    total, scores = np.zeros_like(matrix), []
+    for draw in predicted:
+        drawn = correlation_matrix(draw)
+        scores.append(matrix_scores(matrix, drawn))
+        # a gene that a draw makes constant goes with none there
+        total += np.nan_to_num(drawn, nan=0.0)
+    pooled = matrix_scores(matrix, total / len(predicted))
+    result = {key: float(np.mean([score[key] for score in scores])) for key in ("r", "rmse")}
+    return result | {f"{key}_pooled": value for key, value in pooled.items()}

@@ -54,6 +54,10 @@ METHODS = {
     "ridge-cv": "Linear regression on standardised features, its penalty chosen by cross-validation.",
     "ridge-cv+residual": "The mean of ridge-cv; its draws add Gaussian noise, correlated between genes as "
     "the cross-validated residuals are.",
+    "knn": "The mean of the training spots that look most alike; its draws are their measured expressions.",
+    "mlp": "A network of one hidden layer on the features, trained by squared error.",
+    "gaussian-diffusion": "The run's denoiser trained to remove Gaussian noise from all genes at once.",
+    "flow-matching": "The run's denoiser trained to follow straight lines from noise to expression.",
     "training-correlation": "The gene-gene correlations of the training slides.",
     "oracle": "Draws from the distribution that simulated tissue was drawn from, given what its image shows.",
     "noise-ceiling": "What a prediction free of error would reach, given how few counts were measured.",

@@ -1,0 +1,175 @@
+"""Predictions of other programs, read so that they can be scored on equal terms."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from hinge.data.spots import SpotTable
+from hinge.data.transforms import get_transform
+from hinge.errors import ConfigError, DataError
+from hinge.evaluation.baselines import Prediction
+
+UNITS = ("counts", "log2p1", "log1p_cp10k")
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+# predicted values may overshoot; but nothing right is several times the largest value that was measured
+_FAR = 3.0
+
+
+@dataclass(frozen=True)
+class PredictionFiles:
+    """Where one program's predictions lie: `NAME[:UNITS]=FILE[,FILE...]`.
+
+    Attributes
+    ----------
+    method
+        Name for the rows of scores.
+    paths
+        One file: its values are the predicted mean, or an h5ad's layers `draw_000`, ... the draws. Several: each
+        file is one draw. `{slide}` in a path stands for the name of the slide.
+    units
+        One of `UNITS`; None for those of the scores.
+    """
+
+    method: str
+    paths: tuple[str, ...]
+    units: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "PredictionFiles":
+        """Take `NAME[:UNITS]=FILE[,FILE...]` apart.
+
+        Raises
+        ------
+        ConfigError
+            If it is not of that form, or the units are none of `UNITS`.
+        """
+        match = re.fullmatch(r"([^=:,]+)(?::([^=:,]*))?=(.+)", text)
+        paths = tuple(part for part in match[3].split(",") if part) if match else ()
+        if not paths:
+            raise ConfigError(f"{text!r} does not name predictions; write NAME=FILE, or NAME=FILE,FILE for draws")
+        if match[2] is not None and match[2] not in UNITS:
+            raise ConfigError(f"there are no units {match[2]!r}; write {match[1]}:UNITS= with {', '.join(UNITS)}")
+        return cls(match[1], paths, match[2])
+
+
+def read_prediction(files: PredictionFiles, spots: SpotTable) -> Prediction:
+    """Read a prediction of one slide, for the spots and genes of a table and in their order.
+
+    Parameters
+    ----------
+    files
+        h5ad (spots in `obs`, genes in `var`), or CSV and TSV, also gzipped, with a header of gene symbols and the
+        spots' barcodes in the first column. Spots and genes that the table lacks are left aside.
+    spots
+        Spots of the slide.
+
+    Returns
+    -------
+    Prediction
+        In the units of `spots`; the mean is the file's own, or that of the draws.
+
+    Raises
+    ------
+    DataError
+        If a file is missing or damaged, lacks a spot or gene, is transposed, holds values that are not finite, or
+        looks as if it were in other units.
+    """
+    slides = np.unique(spots.slide)
+    name = str(slides[0]) if len(slides) == 1 else ""
+    means, draws = [], []
+    for path in (Path(path.replace("{slide}", name)) for path in files.paths):
+        mean, drawn, units = _read(path)
+        if None not in (units, files.units) and units != files.units:
+            raise DataError(f"{path} says that it holds {units}, not {files.units}")
+        units = files.units or units or spots.transform
+        means.append(_in_order(mean, spots, path, units))
+        draws += [_in_order(table, spots, path, units) for table in drawn]
+    if len(means) == 1:
+        return Prediction(files.method, mean=means[0], draws=np.stack(draws) if draws else None)
+    if draws:
+        raise DataError(f"{files.method} names several files, and so each is one draw, but some hold several draws")
+    stacked = np.stack(means)
+    return Prediction(files.method, mean=stacked.mean(axis=0, dtype=np.float64), draws=stacked)
+
+
+def _read(path: Path) -> tuple[pd.DataFrame, list[pd.DataFrame], str | None]:
+    """The mean, the draws and the units that a file tells of itself."""
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    if path.suffix == ".h5ad":
+        return _read_h5ad(path)
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in _SEPARATORS:
+        raise DataError(f"{path} is not a table of predictions: give .h5ad, .csv, .tsv or one of the latter gzipped")
+    try:
+        table = pd.read_csv(path, sep=_SEPARATORS[suffix], index_col=0)
+        # barcodes such as 10 are names, not numbers
+        table.index, table.columns = table.index.astype(str), table.columns.astype(str)
+        return table.astype(np.float32), [], None
+    except Exception as error:  # a damaged file ends in almost any exception
+        raise DataError(f"{path} is not a table of numbers with a header: {error}") from error
+
+
+def _read_h5ad(path: Path) -> tuple[pd.DataFrame, list[pd.DataFrame], str | None]:
+    try:
+        content = ad.read_h5ad(path)
+    except Exception as error:
+        raise DataError(f"{path} is not a readable h5ad file: {error}") from error
+    about = content.uns.get("hinge", {})
+    units = about.get("transform") if isinstance(about, dict) else None
+    if isinstance(about, dict) and "draws_store" in about:
+        from hinge.data.writers import attach_draws
+
+        attach_draws(content, path.parent / str(about["draws_store"]))
+    names = sorted(name for name in content.layers if name.startswith("draw_"))
+    drawn = [_frame(content, content.layers[name]) for name in names]
+    if "expected" in content.layers:
+        return _frame(content, content.layers["expected"]), drawn, units
+    if content.X is not None:
+        return _frame(content, content.X), drawn, units
+    if not drawn:
+        raise DataError(f"{path} holds no prediction: it has neither X nor layers draw_000, draw_001 ...")
+    return sum(drawn) / len(drawn), drawn, units
+
+
+def _frame(content: AnnData, values) -> pd.DataFrame:
+    dense = values.toarray() if hasattr(values, "toarray") else np.asarray(values)
+    return pd.DataFrame(dense, index=content.obs_names.astype(str), columns=content.var_names.astype(str))
+
+
+def _in_order(table: pd.DataFrame, spots: SpotTable, path: Path, units: str) -> NDArray[np.float32]:
+    """Values (n, G) in the order and units of `spots`."""
+    barcodes, genes = [str(barcode) for barcode in spots.barcodes], list(spots.genes)
+    if not table.index.isin(barcodes).any() and table.columns.isin(barcodes).any():
+        raise DataError(f"{path} has spots as columns; it must have one row a spot and one column a gene")
+    for what, axis, names in (("spots", table.index, barcodes), ("genes", table.columns, genes)):
+        repeated = axis[axis.duplicated()]
+        if len(repeated):
+            raise DataError(f"{path} has {what[:-1]} {repeated[0]} more than once")
+        missing = [name for name in names if name not in axis]
+        if missing:
+            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise DataError(f"{path} lacks {len(missing)} of the {len(names)} measured {what}: {shown}")
+    values = table.loc[barcodes, genes].to_numpy(dtype=np.float32)
+    if not np.isfinite(values).all():
+        spot, gene = np.argwhere(~np.isfinite(values))[0]
+        raise DataError(f"{path} has no finite number for spot {barcodes[spot]}, gene {genes[gene]}")
+    if units != spots.transform:
+        if units == "counts" and (values < 0).any():
+            raise DataError(f"{path} is said to hold counts, but some of its values are below 0")
+        counts = values if units == "counts" else get_transform(units).inverse(values, spots.total)
+        values = get_transform(spots.transform).forward(np.maximum(counts, 0.0), spots.total)
+    largest, measured = float(np.abs(values).max()), float(np.abs(spots.values).max())
+    if largest > _FAR * measured + 1:
+        raise DataError(
+            f"the values in {path} reach {largest:.4g}, the measured ones {measured:.4g} ({spots.transform}): they "
+            f"seem to be in other units; name them, as in NAME:counts=FILE ({', '.join(UNITS)})"
+        )
+    return np.asarray(values, dtype=np.float32)
