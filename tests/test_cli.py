@@ -135,6 +135,7 @@ def test_commands():
         "sample",
         "evaluate",
         "report",
+        "export",
         "run",
         "demo",
     ]
