@@ -24,6 +24,7 @@ def test_her2st_from_nothing_to_scores(her2st, tmp_path):
     assert set(rows) == {
         "hinge",
         "mean",
+        "knn",
         "ridge-hest",
         "ridge-cv",
         "ridge-cv+residual",
