@@ -91,6 +91,13 @@ class BackboneConfig(_Section):
     num_hidden_layers: int = Field(4, ge=2)
     num_attention_heads: int = Field(4, ge=1)
     num_value_bins: int = Field(64, ge=4)
+    weights: Literal["pretrained", "random"] = Field(
+        "pretrained", description="pretrained, or random for a backbone of the same size that knows nothing"
+    )
+    tuning: Literal["frozen", "full", "lora"] = Field(
+        "frozen", description="what of it is trained along: frozen (nothing), full (all) or lora (adapters)"
+    )
+    lora_rank: int = Field(8, ge=1)
     pretrain: PretrainConfig = PretrainConfig()
 
     @model_validator(mode="after")
@@ -133,8 +140,11 @@ class ModelConfig(_Section):
         None,
         description="whether the spot's depth is drawn first and conditions the genes; None: where the head needs it",
     )
+    injection: Literal["soft_adaln", "adaln_zero", "concatenation", "cross_attention"] = "soft_adaln"
     modulation_rank: int | None = Field(None, ge=1)
     gate: Literal["sigmoid", "linear"] = "sigmoid"
+    norm: Literal["soft", "layer", "none"] = "soft"
+    start: Literal["identity", "random"] = "identity"
     condition_on_visible: Literal["current", "next"] | None = "current"
     gene_path: bool = True
     num_factors: int = Field(8, ge=1)
@@ -201,7 +211,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.backbone.path is None and not self.data.pretrain:
+        if self.backbone.path is None and self.backbone.weights == "pretrained" and not self.data.pretrain:
             raise ValueError("give backbone.path, or samples to pre-train on as data.pretrain")
         for key, section in (("training", self.training), ("backbone.pretrain", self.backbone.pretrain)):
             if section.steps is None and section.epochs is None:

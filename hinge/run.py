@@ -106,7 +106,8 @@ class Run:
 
     @property
     def backbone_path(self) -> Path:
-        return self.config.backbone.path or self.folder / "backbone"
+        own, settings = self.folder / "backbone", self.config.backbone
+        return own if settings.path is None or settings.weights == "random" else settings.path
 
     @property
     def genes_path(self) -> Path:
@@ -264,13 +265,13 @@ class Run:
         WeightsError
             Neither is there, or the file is of other weights.
         """
-        file, backbone = self.config.backbone.vocabulary, read_config(self.backbone_path)
+        # a random backbone has the vocabulary of the weights it is made like
+        source = self.config.backbone.path or self.backbone_path
+        file, backbone = self.config.backbone.vocabulary, read_config(source)
         if file is not None:
             return vocabulary_for(file, backbone.num_embeddings)
         if not backbone.gene_names:
-            raise WeightsError(
-                f"the backbone {self.backbone_path} brings no gene vocabulary; name its file as backbone.vocabulary"
-            )
+            raise WeightsError(f"the backbone {source} brings no gene vocabulary; name its file as backbone.vocabulary")
         return GeneVocabulary.from_genes(backbone.gene_names)
 
     def _match(self, genes: list[str], on_missing: str) -> GeneMapping:
@@ -347,7 +348,9 @@ class Run:
                 raise DataError(f"there is no sample {unknown[0]!r} in {data.path}, and data.test names it")
             self._encoder = load_encoder(self.config.features.encoder)  # a wrong name is told before slides are read
             spots = self.spots(data.train)
-            pretrained = settings.path is not None or (self.backbone_path / "config.json").exists()
+            if settings.weights == "random" and not (self.backbone_path / "config.json").exists():
+                self._write_random_backbone()
+            pretrained = self.backbone_path == settings.path or (self.backbone_path / "config.json").exists()
             if pretrained:
                 backbone = self.backbone()
                 self.gene_ids(backbone)
@@ -372,16 +375,18 @@ class Run:
                 spots.features.shape[2],
                 spots.values.shape[1],
                 transform=self.config.transform,
+                tuning=settings.tuning,
+                lora_rank=settings.lora_rank,
                 **self.config.model.model_dump(exclude={"depth"}),
                 depth=needs_depth(self.config.model.head, self.config.transform)
                 if self.config.model.depth is None
                 else self.config.model.depth,
             )
-        backbone.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        model.cast_backbone(torch.bfloat16 if config.precision == "bf16" else torch.float32)
         scheduler = MaskedDiffusionScheduler(**self.config.diffusion.model_dump())
         if accelerator.is_main_process:
             self._write_split(spots)
-            frozen = sum(parameter.numel() for parameter in backbone.parameters())
+            frozen = sum(parameter.numel() for parameter in backbone.parameters() if not parameter.requires_grad)
             logger.info("%s trainable parameters, %s frozen", f"{model.num_trainable():,}", f"{frozen:,}")
         result = train_hinge(
             model,
@@ -597,6 +602,20 @@ class Run:
                 with contextlib.suppress(OSError):  # not there, or not empty: kept
                     folder.rmdir()
             raise
+
+    def _write_random_backbone(self) -> None:
+        """A backbone with the weights that pre-training starts from."""
+        settings, genes = self.config.backbone, self.panel().genes
+        if settings.path is None:
+            config = CellFMConfig(num_genes=len(genes), gene_names=genes, **settings.architecture())
+        else:
+            config = read_config(settings.path)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            model = CellFMModel(config)
+        with atomic_path(self.backbone_path) as temporary:
+            model.save_pretrained(temporary)
+        logger.info("wrote %s (random weights)", self.backbone_path)
 
     def _write_split(self, spots: SpotTable) -> None:
         data, config = self.config.data, self.config.training

@@ -28,6 +28,8 @@ RELEASED_MODEL = {
     "standardise_features": False,
     "dropout": 0.1,
 }
+# what else it has no place for
+_RELEASED_ELSE = {"injection": "soft_adaln", "norm": "soft", "depth": False}
 _GENE_IDS = "gg"
 
 
@@ -140,12 +142,15 @@ def export_hinge(model: HingeModel, gene_ids: Tensor) -> dict[str, Tensor]:
         The model has something that their code has no place for.
     """
     config = model.config
-    for option in ("head", "modulation_rank", "gene_path", "standardise_features"):
-        if config[option] != RELEASED_MODEL[option]:
+    allowed = {key: RELEASED_MODEL[key] for key in ("head", "modulation_rank", "gene_path", "standardise_features")}
+    for option, value in (allowed | _RELEASED_ELSE).items():
+        if config[option] != value:
             raise ConfigError(
-                f"the authors' code has no place for model.{option} {config[option]}; only models with "
-                f"{RELEASED_MODEL[option]} there can be exported"
+                f"the authors' code has no place for model.{option} {config[option]}; only models with {value} there "
+                "can be exported"
             )
+    if config.tuning == "lora":
+        raise ConfigError("the authors' code has no place for adapters of backbone.tuning lora")
     if config.condition_on_visible == "current":
         raise ConfigError("the authors' code has no place for model.condition_on_visible current, only for next")
     state, exported = model.state_dict(), export_cellfm(model.backbone, "hinge")

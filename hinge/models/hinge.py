@@ -4,9 +4,13 @@ Fang et al., HINGE, CVPR 2026 (arXiv 2603.19766). The features of a patch, the d
 visible genes form one condition vector z. From z every layer of the frozen backbone gets shifts, scales and
 gates (SoftAdaLN), which start so that the backbone computes what it did before. Only the conditioning path and
 the value head are trained.
+
+What the paper compares this with is here too, as options: AdaLN-Zero, the condition as further tokens, cross-attention,
+and a backbone that is trained as well, whole or by low-rank adapters.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +18,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,12 +26,18 @@ from torch.utils.checkpoint import checkpoint
 from hinge.backbones.cellfm import CellFMModel
 from hinge.errors import WeightsError
 from hinge.files import arrays_digest, atomic_path
+from hinge.models.conditioning import Concatenation, CrossAttention
 from hinge.models.heads import COUNT_HEADS, HEADS, CountGrid, HeadOutput, needs_depth
 from hinge.models.path import DepthPath, GenePath
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 TIME_WIDTH = 256
 SOFT_NORM_EPS = 1e-6
+INJECTIONS = ("soft_adaln", "adaln_zero", "concatenation", "cross_attention")
+NORMS = ("soft", "layer", "none")
+STARTS = ("identity", "random")
+TUNINGS = ("frozen", "full", "lora")
+LORA_TARGETS = ("qkvu", "uv", "out")  # every product of a layer
 
 
 class ConditionEmbedding(nn.Module):
@@ -46,11 +57,15 @@ class ConditionEmbedding(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, timestep: Tensor, features: Tensor, visible: Tensor) -> Tensor:
-        """timestep (B,), features (B, d), visible (B, G) → (B, D)."""
+    def parts(self, timestep: Tensor, features: Tensor, visible: Tensor) -> list[Tensor]:
+        """timestep (B,), features (B, d), visible (B, G) → the terms of z, each (B, D)."""
         wave = get_timestep_embedding(timestep, TIME_WIDTH, flip_sin_to_cos=True, downscale_freq_shift=0)
-        z = self.time(wave) + self.features(features)
-        return z if self.visible is None else z + self.visible(visible)
+        parts = [self.time(wave), self.features(features)]
+        return parts if self.visible is None else [*parts, self.visible(visible)]
+
+    def forward(self, timestep: Tensor, features: Tensor, visible: Tensor) -> Tensor:
+        """timestep (B,), features (B, d), visible (B, G) → z (B, D)."""
+        return sum(self.parts(timestep, features, visible))
 
 
 class SoftAdaLN(nn.Module):
@@ -68,11 +83,25 @@ class SoftAdaLN(nn.Module):
         None for a full matrix (L·6D² weights), or the rank of a factorisation per layer.
     gate
         `"sigmoid"` or `"linear"`.
+    norm
+        What shifts and scales are applied to: `"soft"`, SoftNorm; `"layer"`, LayerNorm without affine; `"none"`, the
+        tokens as they are.
+    start
+        `"identity"` as above; `"random"`: weights N(0, 0.02) and every bias at zero; `"closed"`: weights and biases
+        at zero, so that with the linear gate no sublayer contributes (AdaLN-Zero: Peebles and Xie, ICCV 2023).
     """
 
-    def __init__(self, hidden_size: int, num_layers: int, rank: int | None, gate: str):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_layers: int,
+        rank: int | None,
+        gate: str,
+        norm: str = "soft",
+        start: str = "identity",
+    ):
         super().__init__()
-        self.hidden_size, self.num_layers, self.rank, self.gate = hidden_size, num_layers, rank, gate
+        self.hidden_size, self.num_layers, self.rank, self.gate, self.norm = hidden_size, num_layers, rank, gate, norm
         outputs = (6 * num_layers + 2) * hidden_size
         if rank is None:
             self.weight = nn.Parameter(torch.zeros(outputs, hidden_size))
@@ -82,13 +111,18 @@ class SoftAdaLN(nn.Module):
             self.up = nn.Parameter(torch.zeros(num_layers, 6 * hidden_size, rank))
             self.up_decoder = nn.Parameter(torch.zeros(2 * hidden_size, rank))
         bias = torch.zeros(6 * num_layers + 2, hidden_size)
-        open_gate = 6.0 if gate == "sigmoid" else 1.0
-        bias[2 : 6 * num_layers : 6] = open_gate
-        bias[5 : 6 * num_layers : 6] = open_gate
+        if start == "identity":
+            open_gate = 6.0 if gate == "sigmoid" else 1.0
+            bias[2 : 6 * num_layers : 6] = open_gate
+            bias[5 : 6 * num_layers : 6] = open_gate
+        elif start == "random":
+            for weight in [self.weight] if rank is None else [self.up, self.up_decoder]:
+                nn.init.normal_(weight, std=0.02)
         self.bias = nn.Parameter(bias.flatten())
-        # η = sigmoid(scalar): how much of the LayerNorm enters; starts at 6e-6
-        self.norm_mix = nn.Parameter(torch.full((num_layers, 2), -12.0))
-        self.norm_mix_decoder = nn.Parameter(torch.tensor(-12.0))
+        if norm == "soft":
+            # η = sigmoid(scalar): how much of the LayerNorm enters; starts at 6e-6
+            self.norm_mix = nn.Parameter(torch.full((num_layers, 2), -12.0))
+            self.norm_mix_decoder = nn.Parameter(torch.tensor(-12.0))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, D) → layers (L, 6, B, 1, D), gates applied, and decoder (2, B, 1, D)."""
@@ -114,6 +148,14 @@ class SoftAdaLN(nn.Module):
             gates = per_layer[:, 2::3].sigmoid()
             per_layer = torch.cat([per_layer[:, :2], gates[:, :1], per_layer[:, 3:5], gates[:, 1:]], dim=1)
         return per_layer, vectors[6 * layers :]
+
+    def modulate(self, h: Tensor, shift: Tensor, scale: Tensor, place: tuple[int, int] | None = None) -> Tensor:
+        """shift + (1 + scale) ⊙ norm(h), h (B, N, D); `place` is (layer, sublayer), or None before the decoder."""
+        if self.norm == "soft":
+            h = soft_norm(h, self.norm_mix_decoder if place is None else self.norm_mix[place])
+        elif self.norm == "layer":
+            h = F.layer_norm(h, h.shape[-1:], eps=SOFT_NORM_EPS)
+        return torch.addcmul(shift, h, 1 + scale)
 
 
 def soft_norm(h: Tensor, mix: Tensor) -> Tensor:
@@ -142,10 +184,17 @@ class HingeModel(ModelMixin, ConfigMixin):
     depth
         Whether the spot's depth, its count over all genes, is a condition beside the features; a draw draws it
         first. Count heads under `"log1p_cp10k"` need it: which values counts can take depends on it.
+    injection
+        How the condition reaches the layers: `"soft_adaln"`; `"adaln_zero"`; `"concatenation"`, as further tokens;
+        `"cross_attention"`. See `hinge.models.conditioning` for the last two.
     modulation_rank
         Rank of SoftAdaLN, None for full.
-    gate
-        `"sigmoid"` or `"linear"`.
+    gate, norm, start
+        Of SoftAdaLN: `"sigmoid"` or `"linear"`; `"soft"`, `"layer"` or `"none"`; `"identity"` or `"random"`. AdaLN-Zero
+        has its own.
+    tuning, lora_rank
+        What of the backbone is trained along: `"frozen"`, nothing; `"full"`, all of it; `"lora"`, low-rank adapters
+        on every product of its layers (peft).
     condition_on_visible
         `"current"`: the visible genes are part of the condition; `"next"`: those visible after the coming step,
         as in the released code; None: they are not.
@@ -173,8 +222,13 @@ class HingeModel(ModelMixin, ConfigMixin):
         head: str = "gaussian",
         transform: str | None = None,
         depth: bool = False,
+        injection: str = "soft_adaln",
         modulation_rank: int | None = None,
         gate: str = "sigmoid",
+        norm: str = "soft",
+        start: str = "identity",
+        tuning: str = "frozen",
+        lora_rank: int = 8,
         condition_on_visible: str | None = "current",
         gene_path: bool = True,
         num_factors: int = 8,
@@ -188,7 +242,11 @@ class HingeModel(ModelMixin, ConfigMixin):
         super().__init__()
         for name, value, allowed in (
             ("head", head, tuple(HEADS)),
+            ("injection", injection, INJECTIONS),
             ("gate", gate, ("sigmoid", "linear")),
+            ("norm", norm, NORMS),
+            ("start", start, STARTS),
+            ("tuning", tuning, TUNINGS),
             ("condition_on_visible", condition_on_visible, ("current", "next", None)),
         ):
             if value not in allowed:
@@ -201,7 +259,15 @@ class HingeModel(ModelMixin, ConfigMixin):
         self.condition = ConditionEmbedding(
             feature_dim + depth, num_genes, hidden_size, with_mask=condition_on_visible is not None
         )
-        self.modulation = SoftAdaLN(hidden_size, num_layers, modulation_rank, gate)
+        num_parts = 2 if condition_on_visible is None else 3
+        if injection == "concatenation":
+            self.modulation = Concatenation(hidden_size, num_parts)
+        elif injection == "cross_attention":
+            self.modulation = CrossAttention(hidden_size, num_layers, num_parts, dropout)
+        elif injection == "adaln_zero":
+            self.modulation = SoftAdaLN(hidden_size, num_layers, modulation_rank, "linear", "layer", "closed")
+        else:
+            self.modulation = SoftAdaLN(hidden_size, num_layers, modulation_rank, gate, norm, start)
         self.value_head = HEADS[head](hidden_size, num_genes)
         # features are standardised with the training spots' statistics (`set_feature_statistics`)
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
@@ -213,9 +279,13 @@ class HingeModel(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
         # outside the module registry: frozen, stored once elsewhere, and not part of this model's weights
         object.__setattr__(self, "_backbone", None)
+        # inside it: a backbone that is trained along
+        self.register_module("tuned_backbone", None)
 
     @property
     def backbone(self) -> CellFMModel:
+        if self.tuned_backbone is not None:
+            return self.tuned_backbone
         if self._backbone is None:
             raise WeightsError("this HingeModel has no backbone yet; give it one with attach_backbone()")
         return self._backbone
@@ -234,7 +304,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         return model.attach_backbone(backbone)
 
     def attach_backbone(self, backbone: CellFMModel, check: bool = False) -> "HingeModel":
-        """Freeze `backbone` and let this model modulate it.
+        """Let this model modulate `backbone`, which is frozen, or taken over where the model trains it along.
 
         Parameters
         ----------
@@ -260,8 +330,27 @@ class HingeModel(ModelMixin, ConfigMixin):
                 f"{self.config.backbone_digest[:12]}…, got {backbone.digest()[:12]}…"
             )
         backbone.requires_grad_(False).eval()
-        object.__setattr__(self, "_backbone", backbone)
+        if self.config.tuning == "frozen":
+            object.__setattr__(self, "_backbone", backbone)
+            return self
+        if self.config.tuning == "lora":
+            settings = LoraConfig(
+                r=self.config.lora_rank, lora_alpha=self.config.lora_rank, target_modules=list(LORA_TARGETS)
+            )
+            backbone = inject_adapter_in_model(settings, backbone)
+        else:
+            for name, parameter in backbone.named_parameters():
+                parameter.requires_grad_(not name.startswith(_unused_in_backbone(backbone)))
+        for parameter in backbone.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        self.tuned_backbone = backbone
         return self
+
+    def cast_backbone(self, dtype: torch.dtype) -> None:
+        """Keep what is frozen of the backbone in `dtype`; what is trained stays in float32."""
+        for parameter in self.backbone.parameters():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
     def _apply(self, function, recurse=True):
         # .to(), .cuda() … move the backbone along with the model
@@ -377,29 +466,33 @@ class HingeModel(ModelMixin, ConfigMixin):
         backbone, config = self.backbone, self.config
         visible = visible.to(features.dtype)
         shown = next_visible if config.condition_on_visible == "next" else visible
-        z = self.condition(timestep, features, shown.to(features.dtype))
-        layers, decoder = self.modulation(z)
+        parts = self.condition.parts(timestep, features, shown.to(features.dtype))
 
         h = backbone.embed(values, visible, gene_ids)
         early, late = backbone.key_masks(visible)
         value_scale = backbone.value_scale(values.shape[1])
-        for number, (block, vectors, mix) in enumerate(
-            zip(backbone.layers, layers.to(h.dtype), self.modulation.norm_mix, strict=True)
-        ):
-            key_mask = early if number < config.num_layers // 2 else late
-            arguments = (block, h, vectors, mix, key_mask, value_scale)
-            if self.gradient_checkpointing and self.training:
-                h = checkpoint(self._modulated_block, *arguments, use_reentrant=False)
-            else:
-                h = self._modulated_block(*arguments)
-        shift, scale = decoder.to(h.dtype)
-        return torch.addcmul(shift, soft_norm(h, self.modulation.norm_mix_decoder), 1 + scale)
+        half = config.num_layers // 2
+        key_masks = [early] * half + [late] * (config.num_layers - half)
+        if config.injection in ("concatenation", "cross_attention"):
+            parts = torch.stack(parts, dim=1)
+            return self.modulation(backbone.layers, h, parts, key_masks, value_scale, self._run)
+        layers, decoder = self.modulation(sum(parts))
+        for number, (block, vectors) in enumerate(zip(backbone.layers, layers.to(h.dtype), strict=True)):
+            h = self._run(self._modulated_block, number, block, h, vectors, key_masks[number], value_scale)
+        return self.modulation.modulate(h, *decoder.to(h.dtype))
 
-    def _modulated_block(self, block, h, vectors, mix, key_mask, value_scale) -> Tensor:
+    def _run(self, function: Callable[..., Tensor], *arguments) -> Tensor:
+        """function(*arguments), whose inner results are not kept for the gradient if checkpointing is on."""
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+    def _modulated_block(self, number, block, h, vectors, key_mask, value_scale) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = vectors
-        mixed = block.retention(torch.addcmul(shift_a, soft_norm(h, mix[0]), 1 + scale_a), key_mask, value_scale)
+        modulate = self.modulation.modulate
+        mixed = block.retention(modulate(h, shift_a, scale_a, (number, 0)), key_mask, value_scale)
         h = block.norm1(torch.add(gate_a * self._dropout(mixed), h, alpha=block.residual_scale))
-        fed = block.feed_forward(torch.addcmul(shift_f, soft_norm(h, mix[1]), 1 + scale_f))
+        fed = block.feed_forward(modulate(h, shift_f, scale_f, (number, 1)))
         return block.norm2(torch.add(gate_f * self._dropout(fed), h, alpha=block.residual_scale))
 
     def _dropout(self, x: Tensor) -> Tensor:
@@ -407,7 +500,15 @@ class HingeModel(ModelMixin, ConfigMixin):
 
     def digest(self) -> str:
         """SHA-256 over the trained weights."""
-        return arrays_digest(dict(self.state_dict()))
+        return arrays_digest(self.trained_state())
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The state dict without what is frozen: weights of a backbone that has adapters."""
+        frozen = set()
+        if self.tuned_backbone is not None:
+            named = self.tuned_backbone.named_parameters()
+            frozen = {f"tuned_backbone.{name}" for name, parameter in named if not parameter.requires_grad}
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in frozen}
 
     def num_trainable(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
@@ -419,7 +520,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         with atomic_path(save_directory) as folder:
             folder.mkdir()
             self.save_config(folder)
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.trained_state().items()}
             save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
     @classmethod
@@ -441,9 +542,19 @@ class HingeModel(ModelMixin, ConfigMixin):
             ) from error
         except Exception as error:
             raise WeightsError(f"the hinge model in {folder} is damaged: {error}") from error
-        model = cls.from_config(config)
+        model = cls.from_config(config).attach_backbone(backbone, check=True)
         try:
-            model.load_state_dict(weights)
+            unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
         except RuntimeError as error:
             raise WeightsError(f"the weights in {folder} do not fit its config.json: {error}") from error
-        return model.attach_backbone(backbone, check=True)
+        wrong = sorted(unexpected) or sorted(model.trained_state().keys() - weights.keys())
+        if wrong:
+            what = "have one that the model has not" if unexpected else "lack one"
+            raise WeightsError(f"the weights in {folder} do not fit its config.json: they {what}, {wrong[0]}")
+        return model
+
+
+def _unused_in_backbone(backbone: CellFMModel) -> tuple[str, ...]:
+    """Weights that no gradient reaches from here: the cell-wise decoder, and tokens that this input has not."""
+    unused = "zero_token" if backbone.config.masked_input == "mask_token" else "mask_token"
+    return (unused, "cell_decoder", "technical_encoder")

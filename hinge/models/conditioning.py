@@ -1,0 +1,118 @@
+"""Other ways for a condition to reach the frozen layers, to compare SoftAdaLN with.
+
+Both take the parts of the condition (timestep, features, visible genes) as tokens of the backbone's width, and leave
+the layers themselves as they are.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hinge.backbones.cellfm import RetentionBlock
+
+
+class Concatenation(nn.Module):
+    """The parts of the condition stand as further tokens before the genes', and give keys in every layer.
+
+    A layer norm follows every sublayer, so that no token can start as nothing: each starts as the CLS token plus its
+    part of the condition. The model therefore starts near its backbone, not at it.
+
+    Parameters
+    ----------
+    hidden_size, num_parts
+        D and C.
+    """
+
+    def __init__(self, hidden_size: int, num_parts: int):
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(num_parts, hidden_size))
+
+    def forward(
+        self,
+        blocks: Sequence[RetentionBlock],
+        h: Tensor,
+        parts: Tensor,
+        key_masks: Sequence[Tensor | None],
+        value_scale: Tensor | float,
+        run: Callable[..., Tensor],
+    ) -> Tensor:
+        """Take tokens through the layers.
+
+        Parameters
+        ----------
+        blocks
+            L layers.
+        h
+            (B, N, D) tokens, CLS in front.
+        parts
+            (B, C, D) of the condition.
+        key_masks
+            For each layer (B, N) or None for all.
+        value_scale
+            As the layers take it.
+        run
+            run(function, *arguments) computes a layer.
+
+        Returns
+        -------
+        Tensor
+            (B, N, D).
+        """
+        tokens = h[:, :1] + (parts + self.position).to(h.dtype)
+        h = torch.cat([tokens, h], dim=1)
+        count = parts.shape[1]
+        for block, key_mask in zip(blocks, key_masks, strict=True):
+            if key_mask is not None:
+                key_mask = F.pad(key_mask, (count, 0), value=1.0)
+            h = run(block, h, key_mask, value_scale)
+        return h[:, count:]
+
+
+class CrossAttention(nn.Module):
+    """After every layer each token attends to the parts of the condition; the output starts at zero.
+
+    Parameters
+    ----------
+    hidden_size, num_layers, num_parts
+        D, L and C.
+    dropout
+        On what is added, in training.
+    """
+
+    HEAD_WIDTH = 32
+
+    def __init__(self, hidden_size: int, num_layers: int, num_parts: int, dropout: float):
+        super().__init__()
+        heads = next(n for n in range(max(1, hidden_size // self.HEAD_WIDTH), 0, -1) if hidden_size % n == 0)
+        self.dropout = dropout
+        self.position = nn.Parameter(0.02 * torch.randn(num_parts, hidden_size))
+        self.norm = nn.LayerNorm(hidden_size)
+        self.attention = nn.ModuleList(
+            nn.MultiheadAttention(hidden_size, heads, batch_first=True) for _ in range(num_layers)
+        )
+        for layer in self.attention:
+            nn.init.zeros_(layer.out_proj.weight)
+
+    def forward(
+        self,
+        blocks: Sequence[RetentionBlock],
+        h: Tensor,
+        parts: Tensor,
+        key_masks: Sequence[Tensor | None],
+        value_scale: Tensor | float,
+        run: Callable[..., Tensor],
+    ) -> Tensor:
+        """Arguments and result as those of `Concatenation`."""
+        context = self.norm(parts + self.position)
+
+        def layer(block, attention, h, key_mask):
+            h = block(h, key_mask, value_scale)
+            tokens = h.to(context.dtype)
+            added, _ = attention(tokens, context, context, need_weights=False)
+            return h + F.dropout(added, self.dropout, self.training).to(h.dtype)
+
+        for block, attention, key_mask in zip(blocks, self.attention, key_masks, strict=True):
+            h = run(layer, block, attention, h, key_mask)
+        return h
