@@ -73,6 +73,24 @@ def _print_scores(path: Path) -> None:
     print(f"scores: {path}")
 
 
+def _print_rows(path: Path) -> None:
+    """Rows of a file of scores as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from hinge.files import read_json
+
+    console = Console()
+    console = console if console.is_terminal else Console(width=240)
+    rows = read_json(path)["rows"]
+    table = Table(*(str(key) for key in rows[0]))
+    for row in rows:
+        cells = ("–" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values())
+        table.add_row(*cells)
+    console.print(table)
+    print(f"scores: {path}")
+
+
 @app.command()
 def features(
     path: Annotated[Path, typer.Argument(help="Slide or data set.", show_default=False)],
@@ -401,6 +419,63 @@ app.add_typer(convert, name="convert", no_args_is_help=True)
 
 Checkpoint = Annotated[Path, typer.Argument(help="Published file.", show_default=False)]
 OutFolder = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
+@app.command("finetune-encoder")
+def finetune_encoder(
+    data: Annotated[Path, typer.Argument(help="Data set.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything.", show_default=False)],
+    encoder: Annotated[str, typer.Option(help="Start: as for hinge features, e.g. spafoundation@FILE.")],
+    sample: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: all]")] = None,
+    tune: Annotated[str, typer.Option(help="all weights, lora, or linear (the head only).")] = "all",
+    start: Annotated[str, typer.Option(help="The head: ridge (solved on frozen features) or random.")] = "ridge",
+    folds: Annotated[str, typer.Option(help="slide, patient, or a .csv or .tsv of slides and groups.")] = "slide",
+    hold_out: Annotated[list[str] | None, typer.Option(help="Only these folds; repeat for several.")] = None,
+    panel: Annotated[Path | None, typer.Option(help="Genes.  [default: chosen in each fold]")] = None,
+    genes: Annotated[int, typer.Option(help="How many are chosen, without --panel.", min=1)] = 200,
+    transform: Annotated[str, typer.Option(help="log1p_cp10k or log2p1.")] = "log1p_cp10k",
+    patch_um: Annotated[float | None, typer.Option(help="Side of a patch in µm.  [default: the encoder's]")] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 20,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    learning_rate: Annotated[float | None, typer.Option(help="[default: 1e-5; lora 2e-4, linear 1e-4]")] = None,
+    lora_rank: Annotated[int, typer.Option(min=1)] = 8,
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Train an encoder and a linear head to predict genes, hold out each slide or patient, predict and score it.
+
+    Example: hinge finetune-encoder her2st --sample C2 --sample C3 --sample C4 --sample C5 --encoder
+    spafoundation@spafoundation_1m_vitb16.pth --output tuned; then hinge evaluate runs/her2st --predictions
+    tuned=tuned/predictions/{slide}.h5ad
+    """
+    from hinge.run import read_panel
+    from hinge.tasks.finetune import finetune_config
+    from hinge.tasks.finetune import finetune_encoder as finetune
+
+    config = finetune_config(
+        tune=tune,
+        start=start,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        lora_rank=lora_rank,
+        precision=precision,
+    )
+    path = finetune(
+        data,
+        sample,
+        encoder,
+        output,
+        config,
+        folds=folds,
+        hold_out=hold_out,
+        panel=None if panel is None else read_panel(panel),
+        n_genes=genes,
+        transform=transform,
+        patch_um=patch_um,
+        seed=seed,
+    )
+    _print_rows(path)
+
+
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the backbone's weights.")]
 Vocabulary = Annotated[
     Path | None, typer.Option(help="Table of the genes that the weights know, to store their names with them.")

@@ -136,6 +136,7 @@ def test_commands():
         "evaluate",
         "report",
         "export",
+        "finetune-encoder",
         "run",
         "demo",
     ]

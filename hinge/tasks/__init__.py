@@ -1,0 +1,1 @@
+"""What is done with an encoder of histology: gene prediction end to end, dense maps, probes, clusters."""

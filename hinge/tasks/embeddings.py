@@ -1,0 +1,116 @@
+"""Features of slides for a task, and the one regression that several tasks share."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from anndata import AnnData
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV, GroupKFold
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
+
+from hinge.data.context import slide_features
+from hinge.data.features import read_features
+from hinge.data.readers import list_samples, read_slide
+from hinge.data.slide import slide_name
+from hinge.encoders import Encoder, extract_features
+from hinge.errors import DataError
+from hinge.evaluation.baselines import ALPHAS
+
+_FOLDS = 5
+
+
+def read_slides(data: Path, samples: Iterable[str] | None, require_counts: bool = True) -> dict[str, AnnData]:
+    """Slides of a data set by name.
+
+    Parameters
+    ----------
+    data
+        File or folder that `read_slide` knows.
+    samples
+        Which; None for all.
+    require_counts
+        See `read_slide`.
+
+    Raises
+    ------
+    DataError
+        A sample is missing, named twice or not sound.
+    """
+    names = list(samples or list_samples(data))
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(f"sample {repeated[0]} is named more than once")
+    return {name: read_slide(data, name, require_counts=require_counts) for name in names}
+
+
+def features_file(folder: Path, slide: str, encoder: str) -> Path:
+    """Where a slide's features of an encoder lie; named as `hinge features` names them."""
+    return folder / f"{slide}.{encoder.replace('/', '_').replace(':', '_')}.h5"
+
+
+def embed(
+    slide: AnnData,
+    encoder: Encoder,
+    folder: Path,
+    *,
+    patch_um: float | None = None,
+    standardise: bool = True,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """Features of a slide's spots, extracted if they are not there yet.
+
+    Parameters
+    ----------
+    slide
+        With image.
+    encoder
+        As `load_encoder` gives it.
+    folder
+        Of feature files.
+    patch_um
+        Side of a patch in µm; None: the encoder's.
+    standardise
+        In units of the slide's own mean and deviation, which takes staining and scanner away.
+    batch_size
+        Patches in one forward pass.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 (n, d), in the order of the slide's spots.
+    """
+    path = features_file(folder, slide_name(slide), encoder.name)
+    extract_features(slide, encoder, path, patch_um=patch_um, batch_size=batch_size)
+    stored = read_features(path, barcodes=list(slide.obs_names), digest=encoder.digest)
+    return slide_features(stored.features, slide.obsm["spatial"], False, standardise)[:, 0]
+
+
+def fit_ridge(features: np.ndarray, values: np.ndarray, groups: np.ndarray) -> Pipeline:
+    """Ridge regression on standardised features, its penalty by cross-validation over groups: baseline `ridge-cv`.
+
+    Parameters
+    ----------
+    features
+        (n, d).
+    values
+        (n, G).
+    groups
+        (n,), of at least two kinds; see `hinge.evaluation.baselines.spot_groups`.
+
+    Returns
+    -------
+    Pipeline
+        Fitted, with the steps `standardise` and `regression`.
+    """
+    n_groups = len(np.unique(groups))
+    if n_groups < 2:
+        raise DataError("cross-validation of a regression takes training spots of at least two groups")
+    search = GridSearchCV(
+        Pipeline([("standardise", StandardScaler()), ("regression", Ridge())]),
+        {"regression__alpha": ALPHAS},
+        scoring="neg_mean_squared_error",
+        cv=GroupKFold(min(n_groups, _FOLDS)),
+    )
+    return search.fit(np.asarray(features, np.float64), np.asarray(values, np.float64), groups=groups).best_estimator_
