@@ -79,6 +79,14 @@ class LoopConfig(BaseModel):
             return self.learning_rate * self.decay_by ** sum(done >= at for at in self.decay_at)
         return self.learning_rate
 
+    def weight_decay_at(self, step: int, total: int) -> float:
+        """Weight decay of step 0 … total − 1."""
+        return self.weight_decay
+
+    def is_decayed(self, parameter: nn.Parameter) -> bool:
+        """Whether weight decay pulls at a parameter."""
+        return True
+
 
 @dataclass
 class LoopResult:
@@ -121,6 +129,10 @@ def run_loop(
     description: str = "training",
     unit: str = "spots",
     continue_with: str = "the same command",
+    carried: nn.Module | None = None,
+    before_step: Callable[[int], None] | None = None,
+    after_step: Callable[[int], None] | None = None,
+    measure: Callable[[], dict[str, float]] | None = None,
 ) -> LoopResult:
     """Optimise the parameters of `model` that require a gradient; leave the best of them in it.
 
@@ -144,6 +156,14 @@ def run_loop(
         Of `accelerate`; one is made where it is not given.
     description, unit, continue_with
         Words for the bar and for the message of an interrupted run.
+    carried
+        What changes as the run goes without being optimised, such as a teacher or running means: its state is stored
+        with every checkpoint.
+    before_step, after_step
+        Called with the step's number once gradients are there and once the optimiser has used them (a step whose
+        loss is not finite is not used).
+    measure
+        More numbers for the log, beside evaluations and before the first step; called on the main process only.
 
     Raises
     ------
@@ -164,8 +184,11 @@ def run_loop(
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise ConfigError("the model has no parameter to train")
+    kept = [parameter for parameter in trainable.values() if not config.is_decayed(parameter)]
+    decayed = [parameter for parameter in trainable.values() if config.is_decayed(parameter)]
+    groups = [{"params": decayed, "decayed": True}, {"params": kept, "decayed": False, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
-        trainable.values(),
+        [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
@@ -179,7 +202,7 @@ def run_loop(
     state: dict[str, Any] = {"step": 0, "best_step": None, "best_score": None, "bad_evaluations": 0, "stopped": False}
     latest, best = folder / "latest.safetensors", folder / "best.safetensors"
     if latest.exists():
-        state = _load_checkpoint(latest, trainable, optimizer, ema)
+        state = _load_checkpoint(latest, trainable, optimizer, ema, carried)
         if state["total"] != total:
             raise ConfigError(
                 f"{folder} holds a run of {state['total']} steps, this one has {total}; choose another output folder"
@@ -204,6 +227,8 @@ def run_loop(
         dynamic_ncols=True,
     )
     not_finite = 0
+    if measure is not None and main and state["step"] == 0:
+        log.write({"step": 0, **_measured(measure, model)})
     model.train()
     with bar, _interruptible() as interrupted:
         while state["step"] < total and not state["stopped"]:
@@ -212,6 +237,8 @@ def run_loop(
             rate = config.learning_rate_at(step, total)
             for group in prepared.param_groups:
                 group["lr"] = rate
+                if group["decayed"]:
+                    group["weight_decay"] = config.weight_decay_at(step, total)
             rows = batch_rows(seed, step, num_rows, config.batch_size)
             mine = np.array_split(np.arange(len(rows)), accelerator.num_processes)[accelerator.process_index]
             chunks = [part for part in np.array_split(mine, config.accumulation) if len(part)]
@@ -230,12 +257,16 @@ def run_loop(
                     accelerator.backward(loss)
                 loss_value += loss.detach().float() / accelerator.num_processes
             loss_value = accelerator.reduce(loss_value, reduction="sum")
+            if before_step is not None:
+                before_step(step)
             norm = accelerator.clip_grad_norm_(trainable.values(), config.max_grad_norm)
             if bool(torch.isfinite(loss_value)) and bool(torch.isfinite(norm)):
                 prepared.step()
                 not_finite = 0
                 if ema is not None:
                     ema.step(trainable.values())
+                if after_step is not None:
+                    after_step(step)
             else:
                 not_finite += 1
                 if not_finite == 10:
@@ -256,6 +287,8 @@ def run_loop(
                 _note_score(state, record["validation_loss"], config.patience)
                 if state["best_step"] == step + 1 and main:
                     _save_best(best, trainable, ema, state)
+            if measure is not None and main and (due or last):
+                record.update(_measured(measure, model))
             record["seconds"] = time.perf_counter() - started
             if main:
                 log.write(record)
@@ -271,7 +304,7 @@ def run_loop(
             bar.update()
             stop_now = _any_process(interrupted(), accelerator)
             if main and ((step + 1) % checkpoint_every == 0 or last or stop_now or state["stopped"]):
-                _save_checkpoint(latest, trainable, optimizer, ema, state)
+                _save_checkpoint(latest, trainable, optimizer, ema, state, carried)
             if stop_now and not last:
                 accelerator.wait_for_everyone()
                 raise HingeError(f"stopped at step {step + 1} of {total}; {continue_with} continues from there")
@@ -315,6 +348,14 @@ def _evaluate(wrapped, model, evaluate, num_rows, ema, trainable, accelerator) -
     model.train()
     total = accelerator.reduce(total.to(accelerator.device).float(), reduction="sum")
     return (total[0] / total[1].clamp_min(1)).item()
+
+
+def _measured(measure: Callable[[], dict[str, float]], model: nn.Module) -> dict[str, float]:
+    model.eval()
+    with torch.no_grad():
+        numbers = measure()
+    model.train()
+    return numbers
 
 
 def _note_score(state: dict[str, Any], score: float, patience: int | None) -> None:
@@ -377,7 +418,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _save_checkpoint(path, trainable, optimizer, ema, state) -> None:
+def _save_checkpoint(path, trainable, optimizer, ema, state, carried) -> None:
     tensors = {f"model.{name}": parameter.detach() for name, parameter in trainable.items()}
     for name, parameter in trainable.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -387,10 +428,12 @@ def _save_checkpoint(path, trainable, optimizer, ema, state) -> None:
         for name, shadow in zip(trainable, ema.shadow_params, strict=True):
             tensors[f"ema.{name}"] = shadow
         metadata["ema_step"] = ema.optimization_step
+    if carried is not None:
+        tensors |= {f"carried.{name}": tensor for name, tensor in carried.state_dict().items()}
     _write_tensors(path, tensors, metadata)
 
 
-def _load_checkpoint(path, trainable, optimizer, ema) -> dict[str, Any]:
+def _load_checkpoint(path, trainable, optimizer, ema, carried) -> dict[str, Any]:
     tensors, state = _read_tensors(path)
     expected = {f"model.{name}" for name in trainable}
     if expected != {name for name in tensors if name.startswith("model.")}:
@@ -411,6 +454,9 @@ def _load_checkpoint(path, trainable, optimizer, ema) -> dict[str, Any]:
             for name, shadow in zip(trainable, ema.shadow_params, strict=True):
                 shadow.copy_(tensors[f"ema.{name}"])
             ema.optimization_step = state.pop("ema_step")
+        if carried is not None:
+            names = [name for name in tensors if name.startswith("carried.")]
+            carried.load_state_dict({name.removeprefix("carried."): tensors[name] for name in names})
     return state
 
 
