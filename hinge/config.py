@@ -2,6 +2,7 @@
 
 import os
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -257,6 +258,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     ConfigError
         One sentence that names the key and what it takes.
     """
+    return check_config(read_settings(path, overrides, _PATHS), str(path))
+
+
+def read_settings(
+    path: str | Path, overrides: list[str] | None = None, paths: Sequence[tuple[str, ...]] = ()
+) -> dict[str, Any]:
+    """Read a YAML file of keys and values and apply overrides, as `load_config`; `paths` are keys that hold paths."""
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_bytes())
@@ -266,7 +274,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, such as output: runs/mine")
-    for keys in _PATHS:
+    for keys in paths:
         section = content
         for key in keys[:-1]:
             section = section.get(key) if isinstance(section, dict) else None
@@ -287,7 +295,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
             if not isinstance(section, dict):
                 raise ConfigError(f"{key} cannot be set: {part} is not a section")
         section[keys[-1]] = value
-    return check_config(content, str(path))
+    return content
 
 
 def check_config(content: dict[str, Any], name: str) -> RunConfig:
