@@ -233,6 +233,18 @@ def pretrain_expression(
     print(f"backbone: {output}")
 
 
+@app.command("pretrain-histology")
+def pretrain_histology(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Pre-train a histology encoder on the tissue of slides, by iBOT; `hinge features --encoder FOLDER` takes it.
+
+    Example: hinge pretrain-histology --config configs/pretrain/small.yaml training.steps=2000. On several devices:
+    accelerate launch scripts/pretrain_histology.py --config configs/pretrain/vit_b16.yaml
+    """
+    from hinge.tasks.pretraining import load_pretraining, pretrain
+
+    print(f"encoder: {pretrain(load_pretraining(config, overrides))}")
+
+
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train HINGE: panel, features, backbone (pre-trained if need be) and the conditioning path.
