@@ -131,6 +131,7 @@ def test_commands():
         "features",
         "panel",
         "pretrain-expression",
+        "pretrain-histology",
         "train",
         "sample",
         "evaluate",
