@@ -1,0 +1,9 @@
+"""Pre-train a histology encoder: accelerate launch scripts/pretrain_histology.py --config configs/pretrain/vit_b16.yaml"""
+
+import sys
+
+from hinge.cli import main
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "pretrain-histology")
+    main()
