@@ -10,6 +10,7 @@
     training/          log and checkpoints
     model/             the trained HingeModel and its scheduler
     samples/           draws, one h5ad a slide
+    baselines/         denoisers of the generative baselines, where evaluation.baselines names some
     scores.json, report.html
 
 Each stage reads what the one before wrote, recognises what is finished and can be run again.
@@ -44,9 +45,12 @@ from hinge.data.spots import SpotTable, concatenate_spots, load_spots
 from hinge.data.transforms import get_transform
 from hinge.data.writers import attach_draws, write_draws_zarr
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
+from hinge.diffusion.continuous import Denoiser, NoisePath, draw_continuous
+from hinge.diffusion.likelihood import chain_log_likelihood
 from hinge.encoders import Encoder, extract_features, load_encoder
 from hinge.errors import ConfigError, DataError, WeightsError
-from hinge.evaluation.baselines import BASELINES
+from hinge.evaluation.baselines import BASELINES, GENERATIVE_BASELINES, Prediction
+from hinge.evaluation.likelihood import marginal_log_likelihood, oracle_log_likelihood
 from hinge.evaluation.modules import read_gene_sets
 from hinge.evaluation.oracle import oracle_prediction
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
@@ -54,9 +58,9 @@ from hinge.evaluation.score import evaluate_slide, prediction_from_draws, write_
 from hinge.files import atomic_path, file_digest, read_json, write_json
 from hinge.loop import make_accelerator, write_environment
 from hinge.models import HingeModel
-from hinge.models.heads import needs_depth
+from hinge.models.heads import COUNT_HEADS, needs_depth
 from hinge.report import report_slide, write_report
-from hinge.training import split_spots, train_hinge
+from hinge.training import split_spots, train_denoiser, train_hinge
 
 logger = logging.getLogger(__name__)
 
@@ -531,6 +535,8 @@ class Run:
         settings, seed = self.config.evaluation, self.config.seed
         gene_sets = None if settings.gene_sets is None else read_gene_sets(settings.gene_sets)
         train = self.spots(self.config.data.train)
+        generative = [method for method in settings.baselines if method in GENERATIVE_BASELINES]
+        denoisers = {method: self._denoiser(method, train) for method in generative}
         evaluations = []
         for name in slides:
             test, n_draws, own = self.spots([name]), self.config.sampling.draws, []
@@ -539,6 +545,7 @@ class Run:
                 n_draws = int(draws.uns["hinge"]["draws"])
                 own.append(prediction_from_draws(draws, test))
             own += [read_prediction(files, test) for files in predictions or []]
+            own += [self._denoised(denoisers[method], method, test, n_draws) for method in generative]
             if "hinge_truth" in self.slide(name).uns:
                 own.append(oracle_prediction(self.slide(name), test, n_draws, seed))
             evaluations.append(
@@ -554,6 +561,80 @@ class Run:
                 )
             )
         return write_scores(output or self.scores_path, evaluations)
+
+    def log_likelihoods(self, name: str) -> dict[str, float] | None:
+        """How probable a slide's measured counts on the panel are, mean over spots in nats.
+
+        Returns
+        -------
+        dict
+            `model` (see `chain_log_likelihood`), `marginal`, and on simulated tissue `oracle` and `share`, the model's
+            gain over the marginal as a share of the oracle's. None for a head whose values are no counts.
+        """
+        if self.config.model.head not in COUNT_HEADS:
+            return None
+        pipeline, device = self.pipeline(), make_accelerator(self.config.training).device
+        pipeline.model.to(device)
+        test, train = self.spots([name]), self.spots(self.config.data.train)
+        of_model = chain_log_likelihood(
+            pipeline.model,
+            pipeline.scheduler,
+            test.features[:, 0],
+            self.gene_ids(pipeline.model.backbone),
+            test.values,
+            _spot_names(test),
+            seed=self.config.sampling.seed,
+            depth=None if pipeline.model.depth_path is None else test.total,
+        )
+        means = {"model": of_model.mean(), "marginal": marginal_log_likelihood(train.counts, test.counts).mean()}
+        if "hinge_truth" in self.slide(name).uns:
+            means["oracle"] = oracle_log_likelihood(self.slide(name), test, seed=self.config.seed).mean()
+            means["share"] = (means["model"] - means["marginal"]) / (means["oracle"] - means["marginal"])
+        return {key: float(value) for key, value in means.items()}
+
+    def _denoiser(self, method: str, train: SpotTable) -> Denoiser:
+        """The denoiser of a generative baseline; trained, and kept in `baselines/`, if it is not there yet."""
+        folder, config = self.folder / "baselines" / method, self.config.training
+        backbone, settings = self.backbone(), self.config.backbone
+        if (folder / "model" / HingeModel.config_name).exists():
+            denoiser = Denoiser.from_pretrained(folder / "model", backbone)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.config.seed)
+                model = HingeModel.from_backbone(
+                    backbone,
+                    train.features.shape[2],
+                    train.values.shape[1],
+                    head="point",
+                    tuning=settings.tuning,
+                    lora_rank=settings.lora_rank,
+                    **self.config.model.model_dump(exclude={"head", "depth"}),
+                )
+            model.cast_backbone(torch.bfloat16 if config.precision == "bf16" else torch.float32)
+            values = torch.from_numpy(train.values)
+            denoiser = Denoiser(model, NoisePath(method), self.gene_ids(backbone), values)
+            train_denoiser(denoiser, train, config, folder / "training", seed=self.config.seed)
+            denoiser.save_pretrained(folder / "model")
+            logger.info("wrote %s", folder / "model")
+        bf16 = self.config.sampling.precision == "bf16"
+        denoiser.model.backbone.to(torch.bfloat16 if bf16 else torch.float32)
+        return denoiser.to(make_accelerator(config).device).eval()
+
+    def _denoised(self, denoiser: Denoiser, method: str, test: SpotTable, n_draws: int) -> Prediction:
+        """Draws of a generative baseline; its mean is theirs."""
+        device = denoiser.mean.device
+        draws = draw_continuous(
+            denoiser,
+            denoiser.path,
+            torch.from_numpy(np.asarray(test.features[:, 0], dtype=np.float32)).to(device),
+            _spot_names(test),
+            test.values.shape[1],
+            num_draws=n_draws,
+            seed=self.config.sampling.seed,
+            batch_size=self.config.sampling.batch_size,
+        )
+        values = denoiser.expression(torch.from_numpy(draws).to(device)).clamp_min(0).cpu().numpy()
+        return Prediction(method, mean=values.mean(axis=0, dtype=np.float64), draws=values)
 
     def report(self) -> Path:
         """Write and return `report.html` from the scores and draws that are there."""
@@ -767,6 +848,11 @@ def read_draws(path: str | Path) -> AnnData:
     if "draws_store" in draws.uns["hinge"]:
         attach_draws(draws, Path(path).parent / str(draws.uns["hinge"]["draws_store"]))
     return draws
+
+
+def _spot_names(spots: SpotTable) -> list[str]:
+    """The names by which the randomness of draws goes."""
+    return [f"{slide}/{barcode}" for slide, barcode in zip(spots.slide, spots.barcodes, strict=True)]
 
 
 def _same_draws(path: Path, about: dict, slide: AnnData) -> bool:

@@ -60,7 +60,9 @@ def fit_gene_path(
     Returns
     -------
     Tensor
-        (n, G) shift of each training spot's slide, for training.
+        (n, G) `slide_shift` of each training spot for training: what takes the regression to its out-of-fold value,
+        slide shift included. Scales and factors are then trained on residuals as large as those of a new slide's
+        spots. The mean of it over a slide is the slide's shift against the fitted regression.
     """
     path, device = model.path, model.feature_mean.device
     values = torch.from_numpy(np.asarray(spots.values, dtype=np.float32))
@@ -78,7 +80,7 @@ def fit_gene_path(
     target = values.double().numpy()
     slides, slide_of = np.unique(spots.slide, return_inverse=True)
     several = len(slides) > 1
-    splits = _splits(spots)
+    splits = held_out_folds(spots)
 
     def decoded_at(step: int) -> tuple[np.ndarray, np.ndarray]:
         """What the model decodes without its path, and what it saw."""
@@ -107,16 +109,14 @@ def fit_gene_path(
     decoded, _ = decoded_at(total)
     offset = decoded.mean(axis=0)
     residual = target - decoded
-    ridge, regression = _regress(x, residual, splits)
+    ridge, regression = ridge_out_of_fold(x, residual, splits)
     unexplained = residual - regression
     shifts = np.zeros((len(slides), num_genes))
-    fitted_shifts = np.zeros_like(shifts)
     if several:
         shifts = slide_means(unexplained)
         unexplained = unexplained - shifts[slide_of]
         # from here on, the shift of a training spot's slide is known
         regression = regression + shifts[slide_of]
-        fitted_shifts = slide_means(residual - ridge.predict(x))
     spatial = _SpatialCorrelation(spots.coords, slide_of)
     spatial_range = spatial.range(unexplained)
     path.spatial_range.fill_(spatial_range)
@@ -213,7 +213,7 @@ def fit_gene_path(
     line = np.polynomial.polynomial.polyfit(phi, log_scales, 1 if len(phi) > 1 else 0, w=np.sqrt(counts))
     write(path.log_scale.bias, line[0])
     write(path.visible_log_scale, line[1] if len(line) > 1 else np.zeros(num_genes))
-    return torch.from_numpy(fitted_shifts[slide_of]).float()
+    return torch.from_numpy(regression - ridge.predict(x)).float()
 
 
 def fit_depth(model: HingeModel, spots: SpotTable) -> None:
@@ -224,7 +224,7 @@ def fit_depth(model: HingeModel, spots: SpotTable) -> None:
     x = model.standardise(torch.from_numpy(np.asarray(spots.features[:, 0], dtype=np.float32)).to(model.device))
     x = x.cpu().numpy().astype(np.float64)
     log_depth = np.log(np.maximum(np.asarray(spots.total, dtype=np.float64), 1))[:, None]
-    ridge, regression = _regress(x, log_depth, _splits(spots))
+    ridge, regression = ridge_out_of_fold(x, log_depth, held_out_folds(spots))
     left = log_depth - regression
     slides, slide_of = np.unique(spots.slide, return_inverse=True)
     if len(slides) > 1:
@@ -239,7 +239,7 @@ def fit_depth(model: HingeModel, spots: SpotTable) -> None:
     model.depth_path.spatial_share.fill_(float(spatial.share(left, spatial.range(left))[0]))
 
 
-def _splits(spots: SpotTable) -> list | None:
+def held_out_folds(spots: SpotTable) -> list | None:
     """Folds of cross-validation. A test slide is another slide: slides are held out where there are several."""
     several = len(np.unique(spots.slide)) > 1
     groups = spot_groups(spots, "slide" if several else "tile")
@@ -247,7 +247,7 @@ def _splits(spots: SpotTable) -> list | None:
     return list(GroupKFold(folds).split(groups, groups=groups)) if folds > 1 else None
 
 
-def _regress(x: np.ndarray, y: np.ndarray, splits: list | None) -> tuple[RidgeCV, np.ndarray]:
+def ridge_out_of_fold(x: np.ndarray, y: np.ndarray, splits: list | None) -> tuple[RidgeCV, np.ndarray]:
     """Ridge regression of y (n, C) on x (n, d), penalty by cross-validation, and its out-of-fold prediction."""
     ridge = RidgeCV(alphas=np.logspace(-1, 6, 29), cv=splits).fit(x, y)
     if splits is None:

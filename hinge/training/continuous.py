@@ -1,0 +1,125 @@
+"""Training a denoiser of all genes at once, by the objectives of Gaussian diffusion and flow matching."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from hinge.data.spots import SpotTable
+from hinge.diffusion.continuous import NUM_TIMES, Denoiser
+from hinge.errors import DataError
+from hinge.loop import LoopResult, make_accelerator, run_loop, step_generator
+from hinge.training.closed_form import held_out_folds, ridge_out_of_fold
+from hinge.training.trainer import VALIDATION_TIMES, TrainingConfig, split_spots
+
+
+def train_denoiser(
+    denoiser: Denoiser,
+    spots: SpotTable,
+    config: TrainingConfig,
+    folder: str | Path,
+    seed: int = 0,
+    accelerator: Accelerator | None = None,
+) -> LoopResult:
+    """Train a denoiser as `train_hinge` trains the model, with noise in place of masks.
+
+    It starts from ridge regression on the features with its residual's deviation, as the model does. What of the
+    settings is about masks (warm start, `loss_on`, `weighting`) has no meaning here.
+
+    Parameters
+    ----------
+    denoiser
+        On return it holds the best (or last) weights and is in eval mode.
+    spots
+        Training spots with features (n, V, d).
+    config, folder, seed
+        As in `train_hinge`.
+
+    Raises
+    ------
+    DataError
+        No spot, or spots without features.
+    """
+    if len(spots) == 0 or spots.features is None:
+        raise DataError("training needs spots with features")
+    accelerator = accelerator or make_accelerator(config, folder)
+    device = accelerator.device
+    training, held = split_spots(spots, config.validation_share, config.validation_groups, seed)
+    num_views, num_genes = spots.features.shape[1], spots.values.shape[1]
+    features = torch.from_numpy(np.asarray(spots.features, dtype=np.float32))
+    denoiser.to(device)
+    x0 = denoiser.standardise(torch.from_numpy(np.asarray(spots.values, dtype=np.float32)).to(device)).cpu()
+    model, path = denoiser.model, denoiser.path
+    model.set_feature_statistics(features[training].flatten(0, 1))
+    model.gradient_checkpointing = config.gradient_checkpointing
+    if config.closed_form_start and model.path is not None:
+        _start_from_ridge(denoiser, spots.subset(training), seed)
+    dropout, noise_scale = model.config.feature_dropout, model.config.feature_noise
+
+    def losses(module, spot, times, noise, condition, feature_mask=None) -> Tensor:
+        """Weighted squared error of each spot, (B,)."""
+        target = x0[spot]
+        inputs = (path.add_noise(target, noise, times), times, condition, feature_mask)
+        predicted = module(*(None if tensor is None else tensor.to(device) for tensor in inputs))
+        return path.weights(times).to(device) * ((predicted - target.to(device)) ** 2).mean(dim=1)
+
+    def batch_loss(module, step, rows, positions, generator) -> Tensor:
+        # everything random is drawn for the global batch on every process; each then takes its rows
+        spot, view = training[rows // num_views], rows % num_views
+        times = torch.randint(1, NUM_TIMES + 1, (len(rows),), generator=generator)
+        noise = torch.randn(len(rows), num_genes, generator=generator)
+        condition, kept = features[spot, view], None
+        if noise_scale:
+            jitter = torch.randn(condition.shape, generator=generator)
+            condition = condition + noise_scale * jitter * model.feature_std.cpu()
+        if dropout:
+            kept = (torch.rand(condition.shape, generator=generator) >= dropout).float() / (1 - dropout)
+            kept = kept[positions]
+        of_spots = losses(module, spot[positions], times[positions], noise[positions], condition[positions], kept)
+        return of_spots.sum() / len(rows)
+
+    # the last time but not the first, at which there is nothing to predict
+    grid = np.linspace(NUM_TIMES / VALIDATION_TIMES, NUM_TIMES, VALIDATION_TIMES).round().astype(np.int64)
+
+    def evaluate(module, rows) -> Tensor:
+        sums = torch.zeros(2)
+        for start in range(0, len(rows), config.batch_size):
+            part = rows[start : start + config.batch_size]
+            spot, times = held[part // len(grid)], torch.from_numpy(grid[part % len(grid)])
+            # one generator a row: the noise of a held-out spot is the same on any number of processes
+            noise = torch.stack([torch.randn(num_genes, generator=step_generator(seed, 31, int(row))) for row in part])
+            sums += torch.tensor([losses(module, spot, times, noise, features[spot, 0]).sum().item(), len(part)])
+        return sums
+
+    return run_loop(
+        denoiser,
+        batch_loss,
+        len(training) * num_views,
+        config,
+        folder,
+        seed,
+        evaluate=evaluate if len(held) else None,
+        num_evaluation_rows=len(held) * len(grid),
+        accelerator=accelerator,
+        description=f"training {path.name}",
+    )
+
+
+@torch.no_grad()
+def _start_from_ridge(denoiser: Denoiser, spots: SpotTable, seed: int) -> None:
+    """Let the gene path predict from the features what the denoiser leaves over in pure noise, and how far it errs."""
+    model, device = denoiser.model, denoiser.mean.device
+    features = torch.from_numpy(np.asarray(spots.features[:, 0], dtype=np.float32)).to(device)
+    noise = torch.randn(spots.values.shape, generator=step_generator(seed, 30)).to(device)
+    times = torch.full((len(noise),), NUM_TIMES, device=device)
+    batches = zip(noise.split(256), times.split(256), features.split(256), strict=True)
+    predicted = denoiser.expression(torch.cat([denoiser(*batch) for batch in batches])).double().cpu().numpy()
+    standardised = model.standardise(features).double().cpu().numpy()
+    left = spots.values - predicted
+    ridge, regression = ridge_out_of_fold(standardised, left, held_out_folds(spots))
+    spread = torch.from_numpy((left - regression).std(axis=0)).to(denoiser.deviation) / denoiser.deviation
+    denoiser.log_spread.copy_(spread.clamp(0.01, 2.0).log())
+    for parameter, content in ((model.path.mean.weight, ridge.coef_), (model.path.mean.bias, ridge.intercept_)):
+        parameter.copy_(torch.from_numpy(np.asarray(content)).reshape(parameter.shape))
