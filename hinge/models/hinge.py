@@ -422,8 +422,10 @@ class HingeModel(ModelMixin, ConfigMixin):
         """
         features = self.standardise(features)
         masked = features if feature_mask is None else features * feature_mask
-        features = masked if self.depth_path is None else self.with_depth(masked, depth, features)
-        h = self.tokens(values, visible, timestep, features, gene_ids, next_visible)
+        if self.depth_path is not None:
+            features, masked = self.with_depth(features, depth), self.with_depth(masked, depth, features)
+        # only what conditions the backbone loses features: the gene path would learn an uncertainty that is not there
+        h = self.tokens(values, visible, timestep, masked, gene_ids, next_visible)
         return self.read_out(h, values, visible, features, slide_shift, depth)[0]
 
     def read_out(

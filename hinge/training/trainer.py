@@ -133,10 +133,13 @@ def train_hinge(
         # also before a resumed run: the checkpoint then replaces the parameters, but not buffers and shifts
         model.to(device)
         of_training = fit_gene_path(model, scheduler, gene_ids, spots.subset(training), seed)
+        # moving it along with residuals that are out of fold would undo the cross-validation of its penalty
+        model.path.mean.requires_grad_(False)
         shifts = torch.zeros(len(spots), num_genes)
         for name in np.unique(spots.slide[training]):
-            first = int(np.argmax(spots.slide[training] == name))
-            shifts[torch.from_numpy(spots.slide == name)] = of_training[first]
+            # a spot that is held out has its slide's shift, as its regression is out of fold already
+            shifts[torch.from_numpy(spots.slide == name)] = of_training[spots.slide[training] == name].mean(dim=0)
+        shifts[torch.from_numpy(training)] = of_training
     elif model.depth_path is not None:
         fit_depth(model.to(device), spots.subset(training))
     depth = torch.from_numpy(np.asarray(spots.total, dtype=np.float32)) if model.depth_path is not None else None
