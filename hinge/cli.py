@@ -360,14 +360,47 @@ def evaluate(
 
 
 @app.command()
-def report(run: RunFolder) -> None:
+def report(
+    run: RunFolder,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="A folder with the viewer instead, for any static web server.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="With --interactive: the folder.  [default: RUN/viewer]")
+    ] = None,
+) -> None:
     """Write one self-contained HTML file: scores, maps, co-expression, calibration.
 
-    Example: hinge report runs/her2st
+    Example: hinge report runs/her2st. The viewer as a folder: hinge report runs/her2st --interactive --output site
     """
     from hinge.run import Run
 
-    print(f"report: {Run.open(run).report()}")
+    opened = Run.open(run)
+    if interactive:
+        from hinge.viewer import write_viewer
+
+        print(f"viewer: {write_viewer(opened, output)}")
+        return
+    if output is not None:
+        raise ConfigError("--output is for --interactive; the report is written into the run's folder")
+    print(f"report: {opened.report()}")
+
+
+@app.command()
+def view(
+    run: RunFolder,
+    slide: Annotated[list[str] | None, typer.Option(help="Only this one; repeat for several.  [default: all]")] = None,
+    port: Annotated[int, typer.Option(help="On 127.0.0.1; 0 for any free one.", min=0, max=65535)] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address only.")] = False,
+) -> None:
+    """Look at draws in the browser: full-resolution H&E, spots coloured by any gene, layers side by side.
+
+    Example: hinge view runs/her2st
+    """
+    from hinge.run import Run
+    from hinge.viewer import Viewer, serve
+
+    serve(Viewer(Run.open(run), slide), port, browser=not no_browser)
 
 
 @app.command()

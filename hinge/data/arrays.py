@@ -55,7 +55,8 @@ class ArrayPyramid:
             raise DataError(f"{name} has pixels of type {levels[0].dtype}; an image with 8 bits a channel is needed")
         width = self._size(0, "X")
         self.dimensions = (width, self._size(0, "Y"))
-        self.level_downsamples = [width / self._size(level, "X") for level in range(len(levels))]
+        self.level_dimensions = [(self._size(level, "X"), self._size(level, "Y")) for level in range(len(levels))]
+        self.level_downsamples = [width / each[0] for each in self.level_dimensions]
 
     def choose_level(self, downsample: float) -> int:
         """The coarsest level that is not coarser than `downsample`."""

@@ -159,6 +159,18 @@ class SlideImage:
         with self._damage_named():
             return np.asarray(self._crop(left, top, width, height, 0, 1.0))
 
+    @property
+    def level_dimensions(self) -> list[tuple[int, int]]:
+        """Width and height of each level of the image's own pyramid, finest first."""
+        if self._arrays:
+            return self._arrays.level_dimensions
+        return list(self._pyramid.level_dimensions) if self._pyramid else [self.dimensions]
+
+    def read_level(self, left: int, top: int, width: int, height: int, level: int) -> Image.Image:
+        """A rectangle in pixels of one of `level_dimensions`, RGB, white outside the image."""
+        with self._damage_named():
+            return self._crop(left, top, width, height, level, self.dimensions[0] / self.level_dimensions[level][0])
+
     def thumbnail(self, max_px: int) -> np.ndarray:
         """The whole image with its long side reduced to at most `max_px`.
 

@@ -365,7 +365,7 @@ def _coexpression(measured: NDArray, draws: NDArray, mean: NDArray | None) -> di
     if mean is not None:
         matrices["mean"] = correlation_matrix(mean)
         scores["mean"] = matrix_scores(truth, matrices["mean"])
-    order = _gene_order(truth)
+    order = gene_order(truth)
     return {
         "order": order.tolist(),
         "coexpression": {name: _pack(matrix[np.ix_(order, order)]) for name, matrix in matrices.items()},
@@ -373,7 +373,7 @@ def _coexpression(measured: NDArray, draws: NDArray, mean: NDArray | None) -> di
     }
 
 
-def _gene_order(matrix: NDArray[np.float64]) -> NDArray[np.intp]:
+def gene_order(matrix: NDArray[np.float64]) -> NDArray[np.intp]:
     """Order genes by average-linkage clustering of their correlations (G, G), undefined ones taken as 0."""
     distance = 1 - np.nan_to_num(matrix, nan=0.0)
     np.fill_diagonal(distance, 0.0)

@@ -1,0 +1,370 @@
+"""What the viewer's page reads: every file by its path, made when it is asked for.
+
+    index.html, viewer.css, *.js, vendor/      the page
+    run.json                                   title, slides, settings
+    slides/<i>/slide.json                      genes and scores, image, scale, co-expression's genes
+    slides/<i>/barcodes.json
+    slides/<i>/spots.bin                       float32 x, y of each spot in image pixels
+    slides/<i>/genes/<j>.bin                   one gene: measured, mean, deviation, draws; see `SlideContent.gene`
+    slides/<i>/coexpression.bin                int8 matrices, measured and predicted
+    slides/<i>/image.dzi, image_files/         deep-zoom tiles
+
+`hinge view` serves these paths, `write_viewer` writes each to a file: the page cannot tell one from the other.
+Files that end in .bin are little-endian and deflated (RFC 1950). No path holds a name that came from a file.
+"""
+
+import json
+import logging
+import math
+import re
+import struct
+import threading
+import zlib
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from hinge.data import get_transform, list_samples, slide_name
+from hinge.errors import DataError, HingeError
+from hinge.evaluation import correlation_matrix, gene_pcc, matrix_scores
+from hinge.files import atomic_path
+from hinge.report.html import gene_order
+from hinge.run import Run, read_draws
+from hinge.viewer.tiles import OVERLAP_PX, TILE_PX, TiledImage
+
+logger = logging.getLogger(__name__)
+
+COEXPRESSION_GENES = 200  # at most; of a larger panel those that vary most
+SLIDES_OPEN = 3  # whose draws are kept in memory
+
+CONTENT_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".json": "application/json; charset=utf-8",
+    ".txt": "text/plain; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".dzi": "application/xml; charset=utf-8",
+    ".jpeg": "image/jpeg",
+    ".bin": "application/octet-stream",
+}
+
+_OF_SLIDE = re.compile(r"slides/(\d{1,6})/(.+)", re.ASCII)
+_GENE = re.compile(r"genes/(\d{1,7})\.bin", re.ASCII)
+_TILE = re.compile(r"image_files/(\d{1,3})/(\d{1,7})_(\d{1,7})\.jpeg", re.ASCII)
+
+
+class SlideContent:
+    """What the viewer shows of one sampled slide.
+
+    Parameters
+    ----------
+    draws
+        As `hinge.run.read_draws` gives it.
+    measured
+        The slide with raw counts; None where there are none, or they are not at hand.
+    """
+
+    def __init__(self, draws: AnnData, measured: AnnData | None = None):
+        facts = draws.uns["hinge"]
+        self._draws = draws
+        self._layers = sorted(name for name in draws.layers if name.startswith("draw_"))
+        self._transform = facts["transform"]
+        self._counts = self._rows = self._total = None
+        if measured is not None and measured.n_vars:
+            self._counts = measured.X.tocsc()
+            self._total = np.asarray(measured.X.sum(axis=1, dtype=np.float64), dtype=np.float32).ravel()
+            self._rows = measured.obs_names.get_indexer(draws.obs_names)
+            self._columns = measured.var_names.get_indexer(draws.var_names)
+        library = next(iter(draws.uns.get("spatial", {}).values()), {})
+        self._scale, self.note = 1.0, None
+        path = facts.get("image_path")
+        if path and Path(path).exists():
+            self.image = TiledImage(path)
+        elif "hires" in library.get("images", {}):
+            self.image = TiledImage(np.asarray(library["images"]["hires"]))
+            self._scale = float(library["scalefactors"]["tissue_hires_scalef"])
+            self.note = "The full-resolution image is not where it was; this is the overview kept with the draws."
+        else:
+            raise DataError(f"the draws of {slide_name(draws)} hold no image, and theirs is not at {path}")
+        diameter = library.get("scalefactors", {}).get("spot_diameter_fullres")
+        if diameter is None:
+            diameter = facts.get("spot_diameter_um", math.nan) / facts.get("um_per_px", math.nan)
+        self._diameter = float(diameter)
+
+    def measured(self, gene: int) -> NDArray[np.float32] | None:
+        """Measured values (n,) of a gene in the transform's units; NaN for spots and genes that were not measured."""
+        if self._counts is None:
+            return None
+        values = np.full(self._draws.n_obs, np.nan, np.float32)
+        known = self._rows >= 0
+        if self._columns[gene] >= 0:
+            counts = self._counts[:, [self._columns[gene]]].toarray().astype(np.float32)
+            forward = get_transform(self._transform).forward(counts, self._total)[:, 0]
+            values[known] = forward[self._rows[known]]
+        return values
+
+    def mean(self, gene: int) -> NDArray[np.float32]:
+        """Predicted mean (n,) of a gene: the model's expectation where it was kept, as in the scores."""
+        return np.asarray(self._draws.layers.get("expected", self._draws.X)[:, gene], np.float32)
+
+    def draws(self, gene: int) -> NDArray[np.float32]:
+        """Draws (K, n) of a gene."""
+        return np.stack([np.asarray(self._draws.layers[name][:, gene], np.float32) for name in self._layers])
+
+    @cached_property
+    def _genewise(self) -> tuple[list[float | None], NDArray[np.float64]]:
+        """Correlation over the spots of measured and predicted mean, and the variance by which genes are ranked."""
+        correlations, variances = [], np.zeros(self._draws.n_vars)
+        for gene in range(self._draws.n_vars):
+            mean, measured = self.mean(gene), self.measured(gene)
+            known = np.ones(len(mean), bool) if measured is None else np.isfinite(measured)
+            values = mean if measured is None else measured[known]
+            variances[gene] = values.var() if len(values) else 0.0
+            pcc = math.nan
+            if measured is not None and known.sum() > 1:
+                pcc = float(gene_pcc(measured[known, None], mean[known, None])[0])
+            correlations.append(round(pcc, 4) if math.isfinite(pcc) else None)
+        return correlations, variances
+
+    @cached_property
+    def _coexpression(self) -> dict[str, Any]:
+        """Correlations of the genes that vary most: (m, m) measured and, on average over the draws, predicted."""
+        genes = np.sort(np.argsort(-self._genewise[1], kind="stable")[:COEXPRESSION_GENES])
+        measured = self.measured(0)
+        if measured is not None:
+            measured = np.stack([self.measured(gene) for gene in genes], axis=1)
+            measured = measured[np.isfinite(measured).any(axis=1)]
+        each = np.stack([self.draws(gene) for gene in genes], axis=2)
+        each = np.stack([correlation_matrix(draw) for draw in each])
+        known = np.isfinite(each).sum(axis=0)
+        matrices = {"predicted": np.where(known, np.nansum(each, axis=0) / np.maximum(known, 1), np.nan)}
+        scores = {}
+        if measured is not None and len(measured) > 1:
+            matrices = {"measured": correlation_matrix(measured), **matrices}
+            every = [matrix_scores(matrices["measured"], matrix) for matrix in each]
+            scores = {key: float(np.mean([score[key] for score in every])) for key in ("r", "rmse")}
+        order = gene_order(next(iter(matrices.values()))) if len(genes) > 1 else np.arange(len(genes))
+        ordered = [127 * matrix[np.ix_(order, order)] for matrix in matrices.values()]
+        steps = np.nan_to_num(np.rint(np.stack(ordered)), nan=-128).astype("i1")
+        return {"genes": genes[order].tolist(), "matrices": list(matrices), "scores": scores, "steps": steps}
+
+    def index(self) -> dict[str, Any]:
+        """What the page needs to know before it asks for a gene."""
+        facts, (correlations, variances) = self._draws.uns["hinge"], self._genewise
+        ranked = [gene for gene in np.argsort([-(pcc or 0) for pcc in correlations], kind="stable")]
+        um_per_px = float(facts.get("um_per_px", math.nan)) / self._scale
+        diameter = self._diameter * self._scale
+        width, height = self.image.dimensions
+        return {
+            "name": slide_name(self._draws),
+            "note": self.note,
+            "transform": self._transform,
+            "genes": self._draws.var_names.tolist(),
+            "pcc": correlations if self._counts is not None else None,
+            "first_gene": int(ranked[len(ranked) // 4] if self._counts is not None else variances.argmax()),
+            "spots": self._draws.n_obs,
+            "draws": len(self._layers),
+            "measured": self._counts is not None,
+            "um_per_px": um_per_px if math.isfinite(um_per_px) else None,
+            "spot_diameter_px": diameter if math.isfinite(diameter) and diameter > 0 else None,
+            "image": {"width": width, "height": height, "tile": TILE_PX, "overlap": OVERLAP_PX},
+            "coexpression": {key: self._coexpression[key] for key in ("genes", "matrices", "scores")},
+        }
+
+    def gene(self, gene: int) -> bytes:
+        """One gene as the page reads it.
+
+        Two float32 (lowest and highest draw), float16 (n,) measured if there are measured values, float16 (n,) mean,
+        float16 (n,) standard deviation of the draws, uint8 (K, n) draws as 255 steps from lowest to highest.
+        """
+        draws, measured = self.draws(gene), self.measured(gene)
+        low, high = float(draws.min()), float(draws.max())
+        steps = np.rint((draws - low) * (255 / (high - low) if high > low else 0.0)).astype(np.uint8)
+        arrays = [measured] if measured is not None else []
+        arrays += [self.mean(gene), draws.std(axis=0, dtype=np.float64)]
+        parts = [struct.pack("<2f", low, high), *(array.astype("<f2").tobytes() for array in arrays), steps.tobytes()]
+        return zlib.compress(b"".join(parts))
+
+    def read(self, path: str) -> bytes | None:
+        """The file at a path below `slides/<i>/`, None where there is none."""
+        if path == "slide.json":
+            return _json(self.index())
+        if path == "barcodes.json":
+            return _json(self._draws.obs_names.tolist())
+        if path == "spots.bin":
+            return zlib.compress((np.asarray(self._draws.obsm["spatial"]) * self._scale).astype("<f4").tobytes())
+        if path == "coexpression.bin":
+            return zlib.compress(self._coexpression["steps"].tobytes())
+        if path == "image.dzi":
+            return self.image.descriptor()
+        if match := _GENE.fullmatch(path):
+            return self.gene(int(match[1])) if int(match[1]) < self._draws.n_vars else None
+        if match := _TILE.fullmatch(path):
+            return self.image.tile(*map(int, match.groups()))
+        return None
+
+    def paths(self) -> list[str]:
+        """All that `read` knows."""
+        paths = ["slide.json", "barcodes.json", "spots.bin", "coexpression.bin", "image.dzi"]
+        paths += [f"genes/{gene}.bin" for gene in range(self._draws.n_vars)]
+        for level, (columns, rows) in enumerate(self.image.level_tiles):
+            paths += [f"image_files/{level}/{x}_{y}.jpeg" for x in range(columns) for y in range(rows)]
+        return paths
+
+
+class Viewer:
+    """All files of the viewer of a run, by path. Safe to use from several threads at once.
+
+    Parameters
+    ----------
+    run
+        A run with draws.
+    slides
+        Names of those to show; None for all that were sampled, the test slides first.
+
+    Raises
+    ------
+    DataError
+        If there are no draws of a slide, or of any.
+    """
+
+    def __init__(self, run: Run, slides: list[str] | None = None):
+        self.run = run
+        sampled = sorted(path.stem for path in (run.folder / "samples").glob("*.h5ad"))
+        test = [name for name in run.config.data.test if name in sampled]
+        self.slides = slides or [*test, *(name for name in sampled if name not in test)]
+        for name in self.slides:
+            if name not in sampled:
+                raise DataError(f"there are no draws of {name} in {run.folder / 'samples'}; run hinge sample first")
+        if not self.slides:
+            raise DataError(f"there are no draws in {run.folder / 'samples'}; run hinge sample first")
+        self._open: OrderedDict[int, SlideContent] = OrderedDict()
+        self._lock = threading.Lock()
+        self._page = {name: content for name, content in _files(resources.files("hinge.viewer") / "static")}
+
+    def slide(self, number: int) -> SlideContent:
+        """The content of a slide, read from its draws unless it was among the last asked for."""
+        with self._lock:
+            if number not in self._open:
+                name = self.slides[number]
+                logger.info("reading %s", self.run.samples_path(name))
+                measured, note = self._measured(name)
+                content = SlideContent(read_draws(self.run.samples_path(name)), measured)
+                content.note = " ".join(filter(None, [content.note, note])) or None
+                self._open[number] = content
+                if len(self._open) > SLIDES_OPEN:
+                    # closed with its last reference: another thread may still be cutting a tile
+                    self._open.popitem(last=False)
+            self._open.move_to_end(number)
+            return self._open[number]
+
+    def read(self, path: str) -> bytes | None:
+        """The file at a path, None where there is none.
+
+        Raises
+        ------
+        HingeError
+            The slide's files are missing or damaged.
+        """
+        if path in self._page:
+            return self._page[path]
+        if path == "run.json":
+            return _json(self.index())
+        match = _OF_SLIDE.fullmatch(path)
+        if match is None or int(match[1]) >= len(self.slides):
+            return None
+        return self.slide(int(match[1])).read(match[2])
+
+    def index(self) -> dict[str, Any]:
+        """What the page reads first."""
+        return {
+            "title": self.run.folder.name,
+            "version": metadata.version("hinge"),
+            "slides": self.slides,
+        }
+
+    def page_paths(self) -> list[str]:
+        """The files that are no slide's."""
+        return [*self._page, "run.json"]
+
+    def _measured(self, name: str) -> tuple[AnnData | None, str | None]:
+        data = self.run.config.data
+        try:
+            if name not in list_samples(data.path, data.format):
+                return None, None
+            return self.run.slide(name, require_image=False), None
+        except HingeError as error:
+            logger.warning("%s is shown without measured values: %s", name, error)
+            return None, "The measured slide is not at hand."
+
+
+def write_viewer(run: Run, output: str | Path | None = None, slides: list[str] | None = None) -> Path:
+    """Write the viewer as a folder that any static web server can serve.
+
+    Parameters
+    ----------
+    run
+        A run with draws.
+    output
+        The folder, `viewer` in the run's folder by default; a viewer that is there is replaced.
+    slides
+        Names of those to show; None for all that were sampled.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    DataError
+        If there are no draws, or the folder holds something else.
+    """
+    viewer, output = Viewer(run, slides), Path(output or run.folder / "viewer")
+    if output.exists() and not (output / "run.json").is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"{output} is there already and holds no viewer; choose another folder")
+    with atomic_path(output) as temporary:
+        for path in viewer.page_paths():
+            _write(temporary / path, viewer.read(path))
+        for number, name in enumerate(viewer.slides):
+            content, folder = viewer.slide(number), temporary / "slides" / str(number)
+            paths = content.paths()
+
+            def write(path: str, content: SlideContent = content, folder: Path = folder) -> None:
+                _write(folder / path, content.read(path))
+
+            write(paths[0])  # what is worked out once, before several threads want it
+            with ThreadPoolExecutor(4) as pool:
+                # no map over all paths at once that would go on after a full disk
+                for start in tqdm(range(0, len(paths), 64), desc=name, unit="batch", disable=None):
+                    list(pool.map(write, paths[start : start + 64]))
+    return output
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def _files(folder: Any, prefix: str = "") -> list[tuple[str, bytes]]:
+    """Path and content of the files below a folder of the package."""
+    found = []
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.is_dir():
+            found += _files(entry, f"{prefix}{entry.name}/")
+        elif Path(entry.name).suffix in CONTENT_TYPES:
+            found.append((prefix + entry.name, entry.read_bytes()))
+    return found
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()

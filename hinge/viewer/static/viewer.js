@@ -1,0 +1,291 @@
+// Puts the page together: what is shown is in `state`, and in the address, so that a view can be kept.
+
+import { drawStrip, interval, intervalName, showGene, showSpot } from "./charts.js";
+import { CoExpression } from "./coexpression.js";
+import { MAPS, TABLES, paintLegend } from "./colours.js";
+import { Slide, readJson } from "./data.js";
+import { GeneList } from "./genes.js";
+import { byId, fixed, make } from "./page.js";
+import { LAYERS, Panes } from "./panes.js";
+
+// OpenSeadragon would put a style into the page, which the page's policy forbids, unless it finds it there already
+document.head.append(document.createElementNS("urn:none", "style"));
+document.head.lastChild.setAttribute("data-openseadragon-mobile-css", "");
+
+const KEYS = [
+  ["/", "find a gene"],
+  ["J  K", "next, previous gene of the list"],
+  ["1 – 4", "number of panes"],
+  ["L", "next layer of the pane last used"],
+  ["[  ]", "previous, next draw"],
+  ["+  −  0", "zoom in, out, all spots"],
+  ["arrows", "pan"],
+  ["shift + arrows", "from spot to spot"],
+  ["H", "hide or show the spots"],
+  ["T", "light or dark"],
+  ["esc", "let go of the spot"],
+];
+const DEFAULTS = ["measured", "mean", "std", "draw"];
+
+const state = { run: null, number: 0, slide: null, gene: null, wanted: 0, spot: -1, settings: [], tab: "gene", hidden: false };
+
+const panes = new Panes(byId("panes"), { layer: () => (panes.paint(), remember()), hover, choose: chooseSpot });
+const genes = new GeneList((gene) => chooseGene(gene));
+const pairs = new CoExpression((gene) => chooseGene(gene));
+
+function say(text, note = false) {
+  byId("status").textContent = text;
+  byId("status").classList.toggle("note", note);
+}
+
+// ---------------------------------------------------------------- what is shown
+
+async function chooseSlide(number, gene) {
+  state.number = number;
+  byId("slide").value = number;
+  say("Reading the slide …");
+  hover(-1);
+  try {
+    const slide = await Slide.open(number);
+    if (state.number !== number) return;
+    Object.assign(state, { slide, gene: null, spot: -1 });
+    const names = slide.facts.genes;
+    const wanted = names.indexOf(gene ?? state.name);
+    for (const setting of state.settings) {
+      if (setting.layer === "measured" && !slide.facts.measured) setting.layer = "mean";
+      setting.draw = Math.min(setting.draw, slide.facts.draws - 1);
+    }
+    panes.showSlide(slide);
+    genes.open(slide.facts);
+    say(slide.facts.note ?? "", true);
+    await chooseGene(wanted >= 0 ? wanted : slide.facts.first_gene);
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+async function chooseGene(index) {
+  const { slide } = state;
+  state.wanted = index;
+  genes.mark(index);
+  try {
+    const gene = await slide.gene(index);
+    if (state.slide !== slide || state.wanted !== index) return; // another was chosen meanwhile
+    Object.assign(state, { gene, name: gene.name });
+    panes.gene = gene;
+    panes.paint();
+    showTab();
+    remember();
+    document.title = `${gene.name} · ${slide.facts.name} · hinge`;
+    document.body.dataset.gene = gene.name;
+    byId("spoken").textContent = `${gene.name} on ${slide.facts.name}`;
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+function showPanes(count, layers = []) {
+  const first = state.slide && !state.slide.facts.measured ? DEFAULTS.slice(1) : DEFAULTS;
+  while (state.settings.length < count) {
+    const used = state.settings.map((setting) => setting.layer);
+    const next = layers[state.settings.length] ?? first.find((layer) => !used.includes(layer)) ?? "draw";
+    const same = state.settings.filter((setting) => setting.layer === "draw").length;
+    state.settings.push({ layer: next, draw: next === "draw" && state.slide ? same % state.slide.facts.draws : 0 });
+  }
+  state.settings.length = count;
+  [...byId("count").children].forEach((button, i) => button.setAttribute("aria-pressed", i + 1 === count));
+  panes.arrange(state.settings);
+  remember();
+}
+
+function chooseSpot(spot) {
+  state.spot = spot;
+  panes.mark(panes.hover, spot);
+  if (spot >= 0) state.tab = "spot";
+  showTab();
+}
+
+function showTab() {
+  for (const name of ["gene", "spot", "pairs"]) {
+    const chosen = name === state.tab;
+    byId(`tab-${name}`).setAttribute("aria-selected", chosen);
+    byId(`tab-${name}`).tabIndex = chosen ? 0 : -1;
+    byId(`panel-${name}`).hidden = !chosen;
+  }
+  const { slide, gene, tab } = state;
+  if (!gene) return;
+  if (tab === "gene") showGene(byId("panel-gene"), gene, slide.facts.transform);
+  else if (tab === "spot") showSpot(byId("panel-spot"), slide, gene, state.spot);
+  else slide.coexpression().then((found) => state.slide === slide && pairs.show(found, slide.facts.genes, gene.index), (error) => say(error.message));
+}
+
+// ---------------------------------------------------------------- the spot under the pointer
+
+const strip = make("canvas", { "aria-hidden": "true" });
+
+function hover(spot, event) {
+  if (panes.hover !== spot) panes.mark(spot, state.spot);
+  const tip = byId("tip");
+  tip.hidden = spot < 0 || !state.gene;
+  if (tip.hidden) return;
+  const { gene, slide } = state;
+  const [low, high] = interval(gene.drawsAt(spot));
+  const rows = [
+    ["Measured", gene.measured ? fixed(gene.measured[spot]) : "–"],
+    ["Predicted", `${fixed(gene.mean[spot])} ± ${fixed(gene.std[spot])}`],
+    [intervalName(gene.count), `${fixed(low)} – ${fixed(high)}`],
+  ];
+  tip.replaceChildren(
+    make("div", { class: "head" }, make("span", {}, gene.name), make("span", {}, slide.barcodes[spot])),
+    strip,
+    make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])),
+  );
+  drawStrip(strip, gene, spot);
+  const box = tip.getBoundingClientRect();
+  const left = event.clientX + 18 + box.width > innerWidth ? event.clientX - 18 - box.width : event.clientX + 18;
+  const top = event.clientY + 18 + box.height > innerHeight ? event.clientY - 18 - box.height : event.clientY + 18;
+  tip.style.transform = `translate(${Math.max(4, left)}px, ${Math.max(4, top)}px)`;
+}
+
+function goToSpot(right, down) {
+  const { slide, gene } = state;
+  if (!gene) return;
+  const middle = () => slide.spotAt(slide.box.left + slide.box.width / 2, slide.box.top + slide.box.height / 2, 3 * slide.pitch);
+  const spot = state.spot >= 0 ? slide.neighbour(state.spot, right, down) : Math.max(0, middle());
+  chooseSpot(spot);
+  panes.reveal(spot);
+  const pane = panes.leader;
+  const [x, y] = pane.onScreen(spot);
+  const box = pane.view.getBoundingClientRect();
+  hover(spot, { clientX: box.left + x, clientY: box.top + y });
+  const measured = gene.measured ? `measured ${fixed(gene.measured[spot])}, ` : "";
+  byId("spoken").textContent = `Spot ${slide.barcodes[spot]}: ${measured}predicted ${fixed(gene.mean[spot])}, standard deviation ${fixed(gene.std[spot])}`;
+}
+
+// ---------------------------------------------------------------- settings
+
+function setTheme(theme, keep = true) {
+  document.documentElement.dataset.theme = theme;
+  if (keep) {
+    try {
+      localStorage.setItem("hinge-theme", theme);
+    } catch {
+      // storage may be forbidden
+    }
+  }
+  showTab();
+  pairs.refresh();
+}
+
+const otherTheme = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+
+function setHidden(hidden) {
+  state.hidden = hidden;
+  panes.setOpacity(hidden ? 0 : byId("opacity").value / 100);
+}
+
+function remember() {
+  if (!state.gene) return;
+  const layers = state.settings.map(({ layer, draw }) => (layer === "draw" ? `draw${draw + 1}` : layer)).join(",");
+  const found = new URLSearchParams({ slide: state.slide.facts.name, gene: state.name, panes: layers, colours: panes.map });
+  history.replaceState(null, "", `#${found}`);
+}
+
+function recall() {
+  const asked = new URLSearchParams(location.hash.slice(1));
+  for (const text of (asked.get("panes") ?? "").split(",").slice(0, 4)) {
+    const [, layer, draw] = /^([a-z]+)(\d{0,4})$/.exec(text) ?? [];
+    if (layer in LAYERS) state.settings.push({ layer, draw: Math.max(0, Number(draw || 1) - 1) });
+  }
+  if (MAPS.includes(asked.get("colours"))) panes.map = asked.get("colours");
+  return { slide: Math.max(0, state.run.slides.indexOf(asked.get("slide"))), gene: asked.get("gene") };
+}
+
+const nextLayer = () => {
+  const setting = panes.leader.setting;
+  const names = [...panes.leader.layer.options].map((option) => option.value);
+  setting.layer = names[(names.indexOf(setting.layer) + 1) % names.length];
+  panes.on.layer();
+  byId("spoken").textContent = LAYERS[setting.layer];
+};
+
+function stepDraw(by) {
+  for (const pane of panes.panes) if (pane.setting.layer === "draw") pane.stepDraw(by);
+}
+
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+function onKey(event) {
+  const typing = event.target.closest("input:not([type=range]), select, textarea, dialog[open]");
+  if (typing || event.ctrlKey || event.altKey || event.metaKey || !state.slide) return;
+  const { key } = event;
+  if (key in ARROWS) {
+    if (event.target.closest("input, [role=tablist], .pairs")) return;
+    if (event.shiftKey) goToSpot(...ARROWS[key]);
+    else panes.pan(...ARROWS[key]);
+  } else if (key === "/") byId("gene-search").select();
+  else if (key === "j" || key === "k") chooseGene(genes.beside(key === "j" ? 1 : -1));
+  else if ("1234".includes(key)) showPanes(Number(key));
+  else if (key === "l") nextLayer();
+  else if (key === "[" || key === "]") stepDraw(key === "]" ? 1 : -1);
+  else if (key === "+" || key === "=") panes.zoom(1.5);
+  else if (key === "-") panes.zoom(1 / 1.5);
+  else if (key === "0") panes.fit();
+  else if (key === "h") setHidden(!state.hidden);
+  else if (key === "t") otherTheme();
+  else if (key === "?") byId("help-dialog").showModal();
+  else if (key === "Escape") {
+    hover(-1);
+    chooseSpot(-1);
+  } else return;
+  event.preventDefault();
+}
+
+async function setUp() {
+  paintLegend(byId("pairs-legend"), TABLES.diverging);
+  byId("keys").append(...KEYS.flatMap(([key, does]) => [make("dt", {}, make("kbd", {}, key)), make("dd", {}, does)]));
+  [...byId("count").children].forEach((button, i) => button.addEventListener("click", () => showPanes(i + 1)));
+  for (const name of MAPS) byId("colours").append(new Option(name, name));
+  byId("colours").addEventListener("change", (event) => {
+    panes.map = event.target.value;
+    panes.paint();
+    remember();
+  });
+  byId("opacity").addEventListener("input", () => setHidden(false));
+  byId("zoom-in").addEventListener("click", () => panes.zoom(1.5));
+  byId("zoom-out").addEventListener("click", () => panes.zoom(1 / 1.5));
+  byId("zoom-fit").addEventListener("click", () => panes.fit());
+  byId("theme").addEventListener("click", otherTheme);
+  byId("help").addEventListener("click", () => byId("help-dialog").showModal());
+  for (const button of document.querySelectorAll("dialog .close")) button.addEventListener("click", () => button.closest("dialog").close());
+  for (const name of ["gene", "spot", "pairs"]) {
+    byId(`tab-${name}`).addEventListener("click", () => {
+      state.tab = name;
+      showTab();
+    });
+  }
+  document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
+    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!by) return;
+    const names = ["gene", "spot", "pairs"];
+    state.tab = names[(names.indexOf(state.tab) + by + 3) % 3];
+    showTab();
+    byId(`tab-${state.tab}`).focus();
+  });
+  addEventListener("keydown", onKey);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => setTheme(event.matches ? "dark" : "light", false));
+  byId("slide").addEventListener("change", (event) => chooseSlide(Number(event.target.value)));
+  try {
+    state.run = await readJson("run.json");
+  } catch (error) {
+    return say(error.message);
+  }
+  byId("title").textContent = state.run.title;
+  state.run.slides.forEach((name, i) => byId("slide").append(new Option(name, i)));
+  const { slide, gene } = recall();
+  byId("colours").value = panes.map;
+  showPanes(state.settings.length || 2);
+  await chooseSlide(slide, gene);
+}
+
+setUp();

@@ -1,0 +1,120 @@
+"""A slide's image as deep-zoom tiles, cut when they are asked for."""
+
+import io
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from openslide import AbstractSlide, ImageSlide
+from openslide.deepzoom import DeepZoomGenerator
+from PIL import Image
+
+from hinge.data import SlideImage
+
+TILE_PX, OVERLAP_PX = 510, 1
+JPEG_QUALITY = 82
+OVERVIEW_PX = 4096  # long side of the level that is made where an image has none so coarse
+
+
+class TiledImage:
+    """Deep-zoom tiles of one image. Safe to use from several threads at once.
+
+    Parameters
+    ----------
+    source
+        Image file at full resolution, as `SlideImage` takes it, or pixels (h, w, 3), uint8.
+    """
+
+    def __init__(self, source: str | Path | NDArray[np.uint8]):
+        pixels = isinstance(source, np.ndarray)
+        self._slide = ImageSlide(Image.fromarray(source)) if pixels else _Levels(SlideImage(source))
+        self._tiles = DeepZoomGenerator(self._slide, TILE_PX, OVERLAP_PX)
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self._slide.dimensions
+
+    @property
+    def level_tiles(self) -> tuple[tuple[int, int], ...]:
+        """Columns and rows of tiles at each level, coarsest first."""
+        return self._tiles.level_tiles
+
+    def tile(self, level: int, column: int, row: int) -> bytes | None:
+        """One tile as JPEG, None where there is none."""
+        if level >= len(self.level_tiles):
+            return None
+        columns, rows = self.level_tiles[level]
+        if column >= columns or row >= rows:
+            return None
+        file = io.BytesIO()
+        self._tiles.get_tile(level, (column, row)).save(file, "JPEG", quality=JPEG_QUALITY)
+        return file.getvalue()
+
+    def descriptor(self) -> bytes:
+        """The DZI file that tells other programs how the tiles lie."""
+        return self._tiles.get_dzi("jpeg").encode()
+
+    def close(self) -> None:
+        """Release the file."""
+        self._slide.close()
+
+
+class _Levels(AbstractSlide):
+    """A SlideImage as the deep-zoom generator wants it, with an overview below its own coarsest level."""
+
+    def __init__(self, image: SlideImage):
+        super().__init__()
+        self._image = image
+        self._sizes = list(image.level_dimensions)
+        self._overview: Image.Image | None = None
+        self._lock = threading.Lock()
+        # without it the coarsest tiles of an image without pyramid would read all of it, each time
+        if max(self._sizes[-1]) > OVERVIEW_PX:
+            shrink = OVERVIEW_PX / max(image.dimensions)
+            self._sizes.append(tuple(max(1, round(side * shrink)) for side in image.dimensions))
+
+    @classmethod
+    def detect_format(cls, filename: Any) -> None:
+        return None
+
+    def close(self) -> None:
+        self._image.close()
+
+    @property
+    def level_count(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def level_dimensions(self) -> tuple[tuple[int, int], ...]:
+        return tuple(self._sizes)
+
+    @property
+    def level_downsamples(self) -> tuple[float, ...]:
+        return tuple(self._sizes[0][0] / width for width, _ in self._sizes)
+
+    @property
+    def properties(self) -> Mapping[str, str]:
+        return MappingProxyType({})
+
+    @property
+    def associated_images(self) -> Mapping[str, Image.Image]:
+        return MappingProxyType({})
+
+    def get_best_level_for_downsample(self, downsample: float) -> int:
+        # levels are seldom exact powers: 4.0003 serves a wanted 4
+        return max(level for level, own in enumerate(self.level_downsamples) if own <= max(1.0, downsample) * 1.01)
+
+    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+        left, top = (round(place / self.level_downsamples[level]) for place in location)
+        if level < len(self._image.level_dimensions):
+            return self._image.read_level(left, top, *size, level).convert("RGBA")
+        with self._lock:
+            if self._overview is None:
+                small = Image.fromarray(self._image.thumbnail(OVERVIEW_PX))
+                self._overview = small.resize(self._sizes[-1]).convert("RGBA")
+        return self._overview.crop((left, top, left + size[0], top + size[1]))
