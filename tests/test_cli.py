@@ -136,6 +136,7 @@ def test_commands():
         "sample",
         "evaluate",
         "report",
+        "view",
         "export",
         "finetune-encoder",
         "run",
