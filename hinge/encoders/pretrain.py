@@ -578,4 +578,13 @@ def save_encoder(network: VisionTransformer, vit: VitConfig, folder: str | Path,
 
 
 def _load(dataset: _Batches, step: int, total: int, workers: int) -> Iterator:
-    return iter(DataLoader(dataset, batch_size=None, sampler=range(step, total), num_workers=workers))
+    # a loader draws a seed when it starts: not from the global generator, which the loop has set for this step
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=range(step, total),
+            num_workers=workers,
+            generator=torch.Generator(),
+        )
+    )

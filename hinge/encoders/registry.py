@@ -21,7 +21,7 @@ from hinge.encoders import stain_texture
 from hinge.encoders.recipes import PATCH_UM, RECIPES, Recipe, build
 from hinge.encoders.weights import load_weights
 from hinge.errors import ConfigError, WeightsError
-from hinge.files import arrays_digest
+from hinge.files import arrays_digest, read_json
 
 RANDOM_SEED = 0
 
@@ -160,7 +160,8 @@ def load_encoder(
         - `hf-hub:owner/repo`: a timm model on the Hugging Face Hub;
         - `NAME@FILE`: a published encoder or timm model with weights from a local `.safetensors`, `.pth`,
           `.pt` or `.bin`;
-        - a folder, or a weight file in it, beside a `config.json` as `timm.models.save_for_hf` writes it;
+        - a folder, or a weight file in it, beside a `config.json` as `hinge pretrain-histology` or
+          `timm.models.save_for_hf` writes it;
         - `random:NAME`: a published encoder or timm model with random weights from a fixed seed;
 
         or several of these joined by `+`, whose features are concatenated.
@@ -227,12 +228,18 @@ def _load_one(name: str, device: torch.device) -> Encoder:
 
 
 def _frozen(
-    name: str, module: nn.Module, transform: Preprocess, dim: int, device: torch.device, notes: str = ""
+    name: str,
+    module: nn.Module,
+    transform: Preprocess,
+    dim: int,
+    device: torch.device,
+    notes: str = "",
+    patch_um: float = PATCH_UM,
 ) -> Encoder:
     module = module.eval().requires_grad_(False)
     facts = np.frombuffer(f"{transform.describe()} {notes}".encode(), dtype=np.uint8)
     digest = arrays_digest({**module.state_dict(), "preprocessing": facts})
-    return Encoder(name, dim, PATCH_UM, transform.patch_px, digest, transform, module.to(device))
+    return Encoder(name, dim, patch_um, transform.patch_px, digest, transform, module.to(device))
 
 
 def _stain_texture(device: torch.device) -> Encoder:
@@ -331,7 +338,15 @@ def _from_folder(name: str, path: Path, device: torch.device) -> Encoder:
     except Exception as error:  # whatever the file makes timm stumble over
         raise WeightsError(f"{folder / 'config.json'} does not describe a timm model: {_first_line(error)}") from error
     load_weights(module, file, name)
-    return _finished(name, module, device)
+    return _finished(name, module, device, _patch_um(folder))
+
+
+def _patch_um(folder: Path) -> float:
+    """Side of the patches that an encoder of this package was pre-trained on; timm's models do not say."""
+    side = read_json(folder / "config.json").get("patch_um", PATCH_UM)
+    if not isinstance(side, int | float) or not side > 0:
+        raise WeightsError(f"{folder / 'config.json'} has a patch_um of {side!r}, which must be a length in µm")
+    return float(side)
 
 
 def _first_line(error: Exception) -> str:
@@ -339,7 +354,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0][:200]
 
 
-def _finished(name: str, module: nn.Module, device: torch.device) -> Encoder:
+def _finished(name: str, module: nn.Module, device: torch.device, patch_um: float = PATCH_UM) -> Encoder:
     """An encoder from a timm model, with the preprocessing that timm attaches to it."""
     data = resolve_model_data_config(module)
     px = data["input_size"][-1]
@@ -349,7 +364,7 @@ def _finished(name: str, module: nn.Module, device: torch.device) -> Encoder:
     if len(shape) != 2:
         raise ConfigError(f"encoder {name!r} gives {tuple(shape[1:])} numbers a patch and not one vector")
     transform = Preprocess(px, data["mean"], data["std"], interpolation)
-    return _frozen(name, module, transform, shape[1], device)
+    return _frozen(name, module, transform, shape[1], device, patch_um=patch_um)
 
 
 def _join(encoders: list[Encoder]) -> Encoder:
