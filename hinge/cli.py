@@ -488,6 +488,94 @@ def finetune_encoder(
     """Train an encoder and a linear head to predict genes, hold out each slide or patient, predict and score it.
 
     Example: hinge finetune-encoder her2st --sample C2 --sample C3 --sample C4 --sample C5 --encoder
+@app.command("map")
+def map_expression(
+    run: Annotated[Path, typer.Argument(help="A run, or a fold of finetune-encoder.", show_default=False)],
+    slide: Annotated[list[str], typer.Option(help="Sample, or an image; repeat for several.", show_default=False)],
+    pitch_um: Annotated[float, typer.Option(help="Distance between the points of the map.")] = 25.0,
+    method: Annotated[str, typer.Option(help="regression (ridge on features) or draws (of the trained run).")] = (
+        "regression"
+    ),
+    gene: Annotated[list[str] | None, typer.Option(help="Channel of the image.  [default: ten of the panel]")] = None,
+    draws: Annotated[int | None, typer.Option(help="Draws a point.  [default: the run's]", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of revealing genes.  [default: the run's]", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.  [default: the run's]", min=0)] = None,
+    batch_size: Annotated[int, typer.Option(help="Patches in one forward pass.", min=1)] = 64,
+    um_per_px: Annotated[float | None, typer.Option(help="Resolution, where an image does not say.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder.  [default: RUN/maps]")] = None,
+) -> None:
+    """Predict expression on a grid finer than the spots, over all tissue: an h5ad, and an OME-TIFF of some genes.
+
+    Example: hinge map runs/her2st --slide C5 --pitch-um 25 --gene ERBB2 --gene CD74
+    """
+    from hinge.tasks.dense import map_slide, open_predictor
+
+    predictor = open_predictor(run, method, draws, steps, seed)
+    for name in slide:
+        written = map_slide(
+            predictor, predictor.slide(name, um_per_px), output or run / "maps", pitch_um, gene, batch_size
+        )
+        for what, path in zip(("map", "image"), written, strict=True):
+            print(f"{what}: {path}")
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None) -> None:
+    """All stages: train, sample the test slides, evaluate, report. Finished ones are skipped.
+
+    Example: hinge run --config configs/her2st.yaml
+    """
+    opened = _run(config, overrides)
+    path = opened.all()
+    _print_scores(opened.scores_path)
+    print(f"report: {path}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for slides and results.")] = Path("hinge-demo"),
+    seed: Annotated[int, typer.Option(help="Of the tissue and of everything after it.", min=0)] = 0,
+) -> None:
+    """Simulate tissue, train on it, sample a held-out slide, score and report. No download, minutes on a CPU.
+
+    Example: hinge demo --output hinge-demo
+    """
+    from hinge.demo import run_demo
+
+    opened = run_demo(output, seed)
+    _print_scores(opened.scores_path)
+    print(f"report: {opened.report_path}")
+
+
+@app.command()
+def ablate(
+    grid: Annotated[Path, typer.Argument(help="YAML file of a grid.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder for its runs and tables.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings for every run, e.g. training.steps=50.", show_default=False)
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at the same time.", min=1)] = 1,
+) -> None:
+    """Run named variants of a configuration, over held-out slides and seeds, and write their table.
+
+    Example: hinge ablate configs/ablations/weights.yaml runs/weights --jobs 2
+    """
+    from hinge.ablation import ablate as run_ablation
+    from hinge.ablation import load_grid
+
+    tables = run_ablation(load_grid(grid), output, overrides or [], jobs)
+    print(tables.markdown.read_text())
+    print(f"table: {tables.csv}")
+    if tables.failures:
+        first = tables.failures[0]
+        raise HingeError(f"{len(tables.failures)} runs are missing; the first is {first.name}: {first.message}")
+
+
+convert = typer.Typer(help="Published weights into ours, and a trained model into the authors' format.")
+app.add_typer(convert, name="convert", no_args_is_help=True)
+
+Checkpoint = Annotated[Path, typer.Argument(help="Published file.", show_default=False)]
+OutFolder = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
     spafoundation@spafoundation_1m_vitb16.pth --output tuned; then hinge evaluate runs/her2st --predictions
     tuned=tuned/predictions/{slide}.h5ad
     """

@@ -139,6 +139,7 @@ def test_commands():
         "view",
         "export",
         "finetune-encoder",
+        "map",
         "run",
         "demo",
     ]

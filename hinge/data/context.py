@@ -45,10 +45,18 @@ def slide_features(features: np.ndarray, coords: np.ndarray, neighbours: bool, s
         repeated = np.repeat(around[:, None], features.shape[1], axis=1)
         features = np.concatenate([features, repeated], axis=2)
     if standardise:
-        plain = features[:, 0].astype(np.float64)
-        deviation = plain.std(axis=0)
-        # a feature that is constant on the slide says nothing there; rounding must not blow it up
-        constant = deviation <= 1e-6 * np.maximum(np.abs(plain).max(axis=0), 1e-12)
-        features = (features - plain.mean(axis=0)) / np.where(constant, 1.0, deviation)
-        features[:, :, constant] = 0
+        mean, deviation = feature_scale(features[:, 0])
+        features = (features - mean) / deviation
     return features.astype(np.float32)
+
+
+def feature_scale(plain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation (d,) of a slide's features (n, d); the deviation of a constant feature is infinite.
+
+    A feature that is constant on the slide says nothing there, and rounding must not blow it up: divided by
+    infinity it is 0.
+    """
+    plain = np.asarray(plain, dtype=np.float64)
+    deviation = plain.std(axis=0)
+    constant = deviation <= 1e-6 * np.maximum(np.abs(plain).max(axis=0), 1e-12)
+    return plain.mean(axis=0), np.where(constant, np.inf, deviation)

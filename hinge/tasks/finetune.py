@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import timm
 import torch
+from accelerate import Accelerator
 from anndata import AnnData
 from pydantic import Field, ValidationError
 from safetensors.torch import load_file, save_file
@@ -254,20 +255,22 @@ def finetune_encoder(
         "training": config.model_dump(mode="json"),
     }
     slides = read_slides(data, samples)
-    made = make_folds(slide_groups(slides, folds), hold_out)
+    asked["groups"] = slide_groups(slides, folds)
+    made = make_folds(asked["groups"], hold_out)
     with accelerator.main_process_first():
         _claim(output, asked, accelerator.is_main_process)
         for slide in slides.values():
             # without tuning, the head is trained on the features of all turns
             views = _VIEWS if config.tune == "linear" else 1
             extract_features(slide, start, features_of(output, slide_name(slide)), views=views, patch_um=side)
+    task = _Task(data, slides, output, config, panel, n_genes, transform, side, seed, accelerator)
     rows = []
     for fold in made:
         folder = output / "folds" / fold.name
         if not (folder / "scores.json").exists():
             # a fold starts from the weights as they were loaded
             fresh = start if config.tune == "linear" else load_encoder(encoder, device=accelerator.device)
-            _run_fold(fold, slides, fresh, output, config, panel, n_genes, transform, side, seed, accelerator)
+            _run_fold(fold, fresh, task)
         accelerator.wait_for_everyone()
         rows += read_json(folder / "scores.json")["rows"]
     path = output / "scores.json"
@@ -285,11 +288,28 @@ DEFINITIONS = {
 }
 
 
-def _run_fold(fold, slides, encoder, output, config, panel, n_genes, transform, patch_um, seed, accelerator) -> None:
-    folder = output / "folds" / fold.name
-    main = accelerator.is_main_process
-    if panel is None:
-        panel = select_panel([slides[name] for name in fold.train], n_genes=n_genes)
+@dataclass(frozen=True)
+class _Task:
+    """What all folds have in common; as the arguments of `finetune_encoder`."""
+
+    data: Path
+    slides: dict[str, AnnData]
+    output: Path
+    config: FinetuneConfig
+    panel: Panel | None
+    n_genes: int
+    transform: str
+    patch_um: float
+    seed: int
+    accelerator: Accelerator
+
+
+def _run_fold(fold: Fold, encoder: Encoder, task: _Task) -> None:
+    """Train on a fold's slides, then predict and score those held out; `encoder` may be changed."""
+    slides, output, config, transform = task.slides, task.output, task.config, task.transform
+    patch_um, seed, accelerator = task.patch_um, task.seed, task.accelerator
+    folder, main = output / "folds" / fold.name, accelerator.is_main_process
+    panel = task.panel or select_panel([slides[name] for name in fold.train], n_genes=task.n_genes)
     tables = [load_spots(slides[name], panel, transform) for name in fold.train]
     spots = concatenate_spots(tables)
 
@@ -365,7 +385,12 @@ def _run_fold(fold, slides, encoder, output, config, panel, n_genes, transform, 
             ):
                 rows.append({"slide": name, "fold": fold.name, "method": method, **_scores(truth.values, predicted)})
         panel.save(folder / "panel.json")
-        _save_model(model, encoder, folder, config.tune, panel, transform, patch_um, fold)
+        sizes = {
+            key: float(np.median([slides[name].uns["hinge"][key] for name in fold.train]))
+            for key in ("spot_pitch_um", "spot_diameter_um")
+        }
+        facts = {"data": str(task.data.resolve()), **sizes}
+        _save_model(model, encoder, folder, config.tune, panel, transform, patch_um, fold, facts)
         write_json(folder / "scores.json", {"rows": rows})
         logger.info("fold %s: %s", fold.name, folder)
 
@@ -496,7 +521,7 @@ def _claim(output: Path, asked: dict[str, Any], main: bool) -> None:
         write_json(path, asked)
 
 
-def _save_model(model, encoder, folder, tune, panel, transform, patch_um, fold) -> None:
+def _save_model(model, encoder, folder, tune, panel, transform, patch_um, fold, facts) -> None:
     with atomic_path(folder / "head.safetensors") as temporary:
         save_file({name: t.detach().cpu().contiguous() for name, t in model.head().items()}, temporary)
     name = encoder.name
@@ -512,6 +537,7 @@ def _save_model(model, encoder, folder, tune, panel, transform, patch_um, fold) 
             "transform": transform,
             "train": list(fold.train),
             "test": list(fold.test),
+            **facts,
         },
     )
 

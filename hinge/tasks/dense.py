@@ -1,0 +1,568 @@
+"""Predicted expression on a grid finer than the spots, over all tissue of a slide.
+
+A prediction is about a disc of tissue as large as a spot. Here one is made at every point of a dense grid, so that
+discs overlap, and a point of the map is the mean of the predictions of all discs that cover it, those that lie
+nearest counting most (a raised cosine of the distance that ends at a spot's radius). Averaged over a spot, the map
+gives what would be predicted for that spot.
+
+The grid is worked through by rows, with features and predictions on disk: memory depends on the width of the slide
+and not on its area.
+"""
+
+import hashlib
+import logging
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import tifffile
+from anndata import AnnData
+from scipy.spatial import KDTree
+from torch import nn
+from tqdm import tqdm
+
+from hinge.data.context import NEIGHBOUR_DISTANCE, feature_scale, slide_features, spot_positions
+from hinge.data.features import read_features
+from hinge.data.readers import list_samples, read_slide
+from hinge.data.slide import slide_name
+from hinge.data.tissue import slide_from_image
+from hinge.encoders import Encoder, extract_features
+from hinge.errors import ConfigError, DataError
+from hinge.evaluation.baselines import spot_groups
+from hinge.evaluation.metrics import gene_pcc
+from hinge.files import arrays_digest, atomic_path
+from hinge.run import Run
+from hinge.tasks.embeddings import fit_ridge
+
+logger = logging.getLogger(__name__)
+
+BLOCK_POINTS = 4096
+"""Points of the grid that are worked on at a time, in whole rows."""
+
+DEFAULT_GENES = 10
+"""Channels of the image where no genes are named: the first of the panel."""
+
+_SMALLEST_LEVEL = 128  # pixels a side, of an image pyramid's coarsest level
+
+
+class Predictor(Protocol):
+    """What a map is made with.
+
+    Attributes
+    ----------
+    encoder
+        Gives the features of every point.
+    patch_um
+        Side of a patch.
+    genes, transform
+        Of the values.
+    pitch_um, diameter_um
+        Of the spots it was trained on.
+    neighbours, standardise
+        Whether features of the neighbourhood are appended, and put in units of their slide's deviation.
+    about
+        What decides the result, for the file's `uns["hinge"]`.
+    """
+
+    encoder: Encoder
+    patch_um: float
+    genes: list[str]
+    transform: str
+    pitch_um: float
+    diameter_um: float
+    neighbours: bool
+    standardise: bool
+    about: dict[str, Any]
+
+    def slide(self, name: str, um_per_px: float | None) -> AnnData:
+        """A slide by name or path; an image alone gets spots as in training."""
+
+    def predict(self, conditions: np.ndarray, names: list[str], slide: str, positions: np.ndarray) -> dict:
+        """Layers of values (n, G) by name, `X` among them; conditions (n, d), positions (n, 2) in spot pitches."""
+
+
+class RunPredictor:
+    """Ridge regression on the features of a run's training slides, or draws of its model.
+
+    Parameters
+    ----------
+    run
+        Need not be trained for the regression.
+    method
+        `regression` or `draws`.
+    draws, steps, seed
+        Of the draws; None for the run's own.
+    """
+
+    def __init__(
+        self, run: Run, method: str, draws: int | None = None, steps: int | None = None, seed: int | None = None
+    ):
+        if method not in ("regression", "draws"):
+            raise ConfigError(f"there is no method {method!r}; choose regression or draws")
+        settings, sampling = run.config.features, run.config.sampling
+        self.run, self.method = run, method
+        self.encoder = run.encoder
+        self.patch_um = settings.patch_um or run.encoder.patch_um
+        self.neighbours, self.standardise = settings.neighbours, settings.standardise_slide
+        self.genes, self.transform = run.panel().genes, run.config.transform
+        self.pitch_um, self.diameter_um = run.spot_grid()
+        self.about = {"method": method, "encoder": self.encoder.name, "encoder_digest": self.encoder.digest}
+        if method == "regression":
+            spots = run.spots(run.config.data.train)
+            groups = spot_groups(spots.slide, spots.coords)
+            self.ridge = fit_ridge(spots.features[:, 0], spots.values, groups)
+            return
+        self.pipeline = run.pipeline()
+        self.draws, self.steps = draws or sampling.draws, steps or sampling.steps
+        self.seed = sampling.seed if seed is None else seed
+        self.pipeline.model.to(self.encoder.device)
+        self.gene_ids = run.gene_ids(self.pipeline.model.backbone)
+        self.about |= {
+            "draws": self.draws,
+            "steps": self.steps,
+            "seed": self.seed,
+            "model_digest": self.pipeline.model.digest(),
+        }
+
+    def slide(self, name: str, um_per_px: float | None) -> AnnData:
+        data = self.run.config.data
+        known = name in [*data.train, *data.test, *data.pretrain] or not Path(name).exists()
+        return self.run.slide(name) if known else self.run.slide_at(Path(name), um_per_px)
+
+    def predict(self, conditions, names, slide, positions):
+        if self.method == "regression":
+            values = self.ridge.predict(conditions.astype(np.float64)).reshape(len(conditions), len(self.genes))
+            return {"X": values.astype(np.float32)}
+        sampling = self.run.config.sampling
+        result = self.pipeline(
+            conditions,
+            self.gene_ids,
+            [f"{slide}/{name}" for name in names],
+            num_draws=self.draws,
+            num_inference_steps=self.steps,
+            seed=self.seed,
+            batch_size=sampling.batch_size,
+            slide=slide if sampling.coherent else None,
+            positions=positions if sampling.coherent else None,
+            order=sampling.order,
+            corrections=sampling.corrections,
+            temperature=sampling.temperature,
+            progress=False,
+        )
+        return {
+            "X": result.values.mean(axis=0, dtype=np.float64).astype(np.float32),
+            "expected": result.expected,
+            "std": result.values.std(axis=0, dtype=np.float64).astype(np.float32),
+        }
+
+
+class TunedPredictor:
+    """An encoder and head of `hinge finetune-encoder`: their predictions are the features.
+
+    Parameters
+    ----------
+    folder
+        `folds/<name>` of its output.
+    """
+
+    neighbours = standardise = False
+
+    def __init__(self, folder: Path):
+        from hinge.tasks.finetune import load_regressor
+
+        model, encoder, about = load_regressor(folder)
+        self.data, self.genes, self.transform = Path(about["data"]), about["genes"], about["transform"]
+        self.patch_um, self.pitch_um = about["patch_um"], about["spot_pitch_um"]
+        self.diameter_um = about["spot_diameter_um"]
+        digest = hashlib.sha256(f"{encoder.digest}{arrays_digest(model.head())}".encode()).hexdigest()
+        self.encoder = Encoder(
+            f"tuned {folder.name}",
+            len(self.genes),
+            self.patch_um,
+            encoder.patch_px,
+            digest,
+            nn.Identity(),
+            model,
+            "float32",
+        )
+        self.about = {"method": "fine-tuned", "encoder": encoder.name, "encoder_digest": digest}
+
+    def slide(self, name: str, um_per_px: float | None) -> AnnData:
+        if not Path(name).exists() and name in list_samples(self.data):
+            return read_slide(self.data, name)
+        return read_slide(
+            name,
+            um_per_px=um_per_px,
+            require_counts=False,
+            spot_pitch_um=self.pitch_um,
+            spot_diameter_um=self.diameter_um,
+        )
+
+    def predict(self, conditions, names, slide, positions):
+        return {"X": conditions}
+
+
+def open_predictor(folder: Path, method: str, draws: int | None, steps: int | None, seed: int | None) -> Predictor:
+    """The predictor in a run's folder, or in a fold's of `hinge finetune-encoder`."""
+    if (folder / "model.json").is_file():
+        if method != "regression":
+            raise ConfigError(f"{folder} is a fine-tuned encoder with a regression: it has no draws")
+        return TunedPredictor(folder)
+    return RunPredictor(Run.open(folder), method, draws, steps, seed)
+
+
+@dataclass
+class _Lattice:
+    """The points of a grid, row by row: their cells (n, 2) as column and row, and the number of each cell's point."""
+
+    cells: np.ndarray
+    number: np.ndarray
+
+    @classmethod
+    def of(cls, grid: AnnData) -> "_Lattice":
+        cells = grid.obs[["array_x", "array_y"]].to_numpy(int)
+        number = np.full(cells.max(axis=0)[::-1] + 1, -1, np.int64)
+        number[cells[:, 1], cells[:, 0]] = np.arange(len(cells))
+        return cls(cells, number)
+
+    def blocks(self, points: int) -> Iterator[tuple[int, int]]:
+        """First and last + 1 point of blocks of whole rows with about so many points."""
+        starts = np.flatnonzero(np.diff(self.cells[:, 1], prepend=-1))
+        first = 0
+        for start in [*starts[1:], len(self.cells)]:
+            if start - first >= points or start == len(self.cells):
+                yield first, int(start)
+                first = int(start)
+
+    def halo(self, first: int, last: int, rows: int) -> tuple[int, int]:
+        """The block with so many rows above and below it."""
+        top, bottom = self.cells[first, 1] - rows, self.cells[last - 1, 1] + rows
+        return tuple(np.searchsorted(self.cells[:, 1], [top, bottom + 1]).tolist())
+
+    def weighted_mean(
+        self, values: np.ndarray, low: int, first: int, last: int, offsets: np.ndarray, weights: np.ndarray
+    ) -> np.ndarray:
+        """Of the points first ... last, the mean over those at some offsets (cells) that lie on tissue.
+
+        values (m, d) are those of the points from `low` on, the block's halo.
+        """
+        cells = self.cells[first:last]
+        total = np.zeros((last - first, values.shape[1]))
+        weight = np.zeros(last - first)
+        height, width = self.number.shape
+        for (x, y), share in zip(offsets, weights, strict=True):
+            column, row = cells[:, 0] + x, cells[:, 1] + y
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            found = np.where(inside, self.number[np.where(inside, row, 0), np.where(inside, column, 0)], -1)
+            here = np.flatnonzero(found >= 0)
+            total[here] += share * values[found[here] - low]
+            weight[here] += share
+        return total / weight[:, None]
+
+
+def window_offsets(radius: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cells (k, 2) nearer than a radius in cells, and the raised cosine of their distance (k,); the centre is first."""
+    reach = math.ceil(radius)
+    x, y = (axis.ravel() for axis in np.meshgrid(np.arange(-reach, reach + 1), np.arange(-reach, reach + 1)))
+    distance = np.hypot(x, y)
+    near = (distance < radius) | (distance == 0)
+    weights = 0.5 * (1 + np.cos(np.pi * np.minimum(distance[near] / max(radius, 1e-9), 1)))
+    weights[distance[near] == 0] = 1.0
+    order = np.argsort(distance[near], kind="stable")
+    return np.stack([x, y], axis=1)[near][order], weights[order]
+
+
+def neighbour_offsets(coords: np.ndarray, pitch_cells: float) -> np.ndarray:
+    """Where, in cells, the neighbours of a spot would lie: as on the lattice that a slide's spots form, with itself.
+
+    Parameters
+    ----------
+    coords
+        (n, 2) of the slide's spots.
+    pitch_cells
+        Distance between spots in cells.
+
+    Returns
+    -------
+    ndarray
+        (9, 2) on a square lattice, (7, 2) on a hexagonal one.
+    """
+    places = spot_positions(coords)
+    near = KDTree(places).query_ball_point(places, NEIGHBOUR_DISTANCE, return_length=True)
+    # inner spots have all their neighbours; those at an edge lack some
+    if np.quantile(near, 0.9) > 7:
+        x, y = np.meshgrid([0, -1, 1], [0, -1, 1])
+        around = np.stack([x.ravel(), y.ravel()], axis=1).astype(float)
+    else:
+        angles = np.arange(6) * np.pi / 3
+        around = np.vstack([[0, 0], np.stack([np.cos(angles), np.sin(angles)], axis=1)])
+    return np.rint(around * pitch_cells).astype(int)
+
+
+def map_slide(
+    predictor: Predictor,
+    slide: AnnData,
+    output: Path,
+    pitch_um: float = 25.0,
+    genes: list[str] | None = None,
+    batch_size: int = 64,
+    block_points: int = BLOCK_POINTS,
+) -> tuple[Path, Path]:
+    """Predict a slide's expression on a dense grid.
+
+    Parameters
+    ----------
+    predictor
+        As `open_predictor` gives it.
+    slide
+        With image; its spots tell how features are standardised, and whether the map agrees with them.
+    output
+        Folder for `<slide>.<pitch>um.h5ad` and `.ome.tif`.
+    pitch_um
+        Distance between points of the grid.
+    genes
+        Channels of the image; None: the first `DEFAULT_GENES` of the panel.
+    batch_size
+        Patches in one forward pass.
+    block_points
+        Points that are held in memory at a time; no effect on the result.
+
+    Returns
+    -------
+    tuple of Path
+        AnnData: grid points × genes in units of the transform, full-resolution pixels in `obsm["spatial"]`, cells in
+        `obs["array_x"]`, `obs["array_y"]`; with draws also layers `std` (of a spot's draws) and `expected`. And an
+        OME-TIFF of one pixel a cell, its first channel 1 on tissue and 0 elsewhere. `uns["hinge"]["agreement"]` says
+        how well the map averaged over spots agrees with the prediction of the spots themselves.
+
+    Raises
+    ------
+    ConfigError
+        The grid is coarser than the spots, or a gene is not in the panel.
+    """
+    name = slide_name(slide)
+    if not 0 < pitch_um <= predictor.pitch_um:
+        raise ConfigError(f"--pitch-um must be above 0 and at most the spots' {predictor.pitch_um:g}, not {pitch_um:g}")
+    genes = list(predictor.genes[:DEFAULT_GENES]) if genes is None else genes
+    missing = [gene for gene in genes if gene not in predictor.genes]
+    if missing:
+        raise ConfigError(f"{', '.join(missing[:5])} cannot be mapped: the panel has no such gene")
+    stem = f"{name}.{pitch_um:g}um"
+    path, image_path = output / f"{stem}.h5ad", output / f"{stem}.ome.tif"
+    facts = slide.uns["hinge"]
+    um_per_px = float(facts["um_per_px"])
+    about = {**predictor.about, "transform": predictor.transform, "window_um": predictor.diameter_um, "channels": genes}
+    if image_path.exists() and _same_map(path, slide, predictor.genes, about):
+        logger.info("%s is finished", path)
+        return path, image_path
+    # cells that are half on tissue, so that the map ends where the tissue does
+    grid = slide_from_image(facts["image_path"], um_per_px, pitch_um, pitch_um, name=name)
+    grid.obs_names = [f"{pitch_um:g}um-{barcode}" for barcode in grid.obs_names]
+    grid.uns["hinge"] |= {"spot_diameter_um": predictor.diameter_um, **about}
+    at_spots = _SpotPrediction(predictor, slide, output, batch_size)
+    lattice = _Lattice.of(grid)
+    logger.info("%s: %d points %g µm apart", name, grid.n_obs, pitch_um)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{stem}.", dir=output) as scratch:
+        features = extract_features(
+            grid,
+            predictor.encoder,
+            Path(scratch) / "features.h5",
+            patch_um=predictor.patch_um,
+            batch_size=batch_size,
+        )
+        with h5py.File(Path(scratch) / "raw.h5", "w") as raw:
+            _predict_points(predictor, grid, lattice, features, raw, at_spots, pitch_um, block_points)
+            with atomic_path(path) as temporary, atomic_path(image_path) as temporary_image:
+                # tissue first, then genes; on disk, since all of them together may be large
+                shape = (1 + len(genes), int(lattice.cells[:, 1].max()) + 1, int(lattice.cells[:, 0].max()) + 1)
+                planes = np.lib.format.open_memmap(Path(scratch) / "planes.npy", "w+", np.float32, shape)
+                _write_map(temporary, grid, predictor, lattice, raw, planes, genes, at_spots, block_points)
+                _write_ome_tiff(temporary_image, planes, ["tissue", *genes], grid, pitch_um)
+    logger.info("map averaged over spots and prediction of spots: %s", at_spots.summary())
+    return path, image_path
+
+
+def _same_map(path: Path, slide: AnnData, genes: list[str], about: dict[str, Any]) -> bool:
+    if not path.exists():
+        return False
+    try:
+        there = anndata.read_h5ad(path, backed="r")
+    except Exception as error:  # a damaged HDF5 file ends in almost any exception
+        raise DataError(f"{path} is not a readable h5ad file: {error}") from error
+    facts = {**about, "image_path": slide.uns["hinge"]["image_path"]}
+    try:
+        found = there.uns.get("hinge", {})
+        return list(there.var_names) == genes and all(
+            np.array_equal(found.get(key), value) for key, value in facts.items()
+        )
+    finally:
+        there.file.close()
+
+
+class _SpotPrediction:
+    """The prediction of the slide's own spots, and the map averaged over each of them."""
+
+    def __init__(self, predictor: Predictor, slide: AnnData, output: Path, batch_size: int):
+        self.coords = np.asarray(slide.obsm["spatial"], dtype=np.float64)
+        self.radius = predictor.diameter_um / 2 / float(slide.uns["hinge"]["um_per_px"])
+        with tempfile.TemporaryDirectory() as scratch:
+            path = extract_features(
+                slide, predictor.encoder, Path(scratch) / "f.h5", patch_um=predictor.patch_um, batch_size=batch_size
+            )
+            stored = read_features(path, barcodes=list(slide.obs_names), digest=predictor.encoder.digest)
+        conditions = slide_features(stored.features, self.coords, predictor.neighbours, False)[:, 0]
+        self.mean, self.deviation = feature_scale(conditions) if predictor.standardise else (0.0, 1.0)
+        conditions = ((conditions - self.mean) / self.deviation).astype(np.float32)
+        layers = predictor.predict(conditions, list(slide.obs_names), slide_name(slide), spot_positions(self.coords))
+        self.layer = "expected" if "expected" in layers else "X"
+        self.values = layers[self.layer]
+        self.total = np.zeros(self.values.shape)
+        self.count = np.zeros(len(self.coords))
+
+    def add(self, coords: np.ndarray, values: np.ndarray) -> None:
+        """Take up some points of the map (m, 2) and their values (m, G)."""
+        for point, spots in zip(values, KDTree(self.coords).query_ball_point(coords, self.radius), strict=True):
+            self.total[spots] += point
+            self.count[spots] += 1
+
+    def agreement(self) -> dict[str, float]:
+        """Mean over genes of the correlation over spots, and the root mean squared difference."""
+        covered = self.count > 0
+        if covered.sum() < 2:
+            return {"spots": int(covered.sum()), "pcc": math.nan, "rmse": math.nan}
+        averaged = self.total[covered] / self.count[covered, None]
+        pcc = gene_pcc(self.values[covered], averaged)
+        difference = averaged - self.values[covered]
+        return {
+            "spots": int(covered.sum()),
+            "pcc": float(np.nanmean(pcc)) if np.isfinite(pcc).any() else math.nan,
+            "rmse": float(np.sqrt(np.mean(difference**2))),
+        }
+
+    def summary(self) -> str:
+        found = self.agreement()
+        return (
+            f"correlation {found['pcc']:.3f}, root mean squared difference {found['rmse']:.3f}, {found['spots']} spots"
+        )
+
+
+def _predict_points(predictor, grid, lattice, features, raw, at_spots, pitch_um, block_points) -> None:
+    """Predictions of all points, before they are blended, into datasets of `raw`."""
+    coords, names = np.asarray(grid.obsm["spatial"]), list(grid.obs_names)
+    um_per_px = float(grid.uns["hinge"]["um_per_px"])
+    spots = at_spots.coords
+    # as Run.sample measures positions, so that draws of the map and of the spots share their smooth noise
+    pitch_px = predictor.pitch_um / um_per_px
+    if len(spots) > 1:
+        pitch_px = float(np.median(KDTree(spots).query(spots, k=2)[0][:, 1]))
+    offsets = neighbour_offsets(spots, pitch_px * um_per_px / pitch_um) if predictor.neighbours else None
+    rows = 0 if offsets is None else int(np.abs(offsets[:, 1]).max())
+    progress = tqdm(total=grid.n_obs, desc=f"map {slide_name(grid)}", unit="point", disable=None)
+    with h5py.File(features) as file, progress:
+        for first, last in lattice.blocks(block_points):
+            low, high = lattice.halo(first, last, rows)
+            loaded = file["features"][low:high, 0].astype(np.float32)
+            conditions = loaded[first - low : last - low]
+            if offsets is not None:
+                around = lattice.weighted_mean(loaded, low, first, last, offsets, np.ones(len(offsets)))
+                conditions = np.concatenate([conditions, around], axis=1)
+            conditions = ((conditions - at_spots.mean) / at_spots.deviation).astype(np.float32)
+            layers = predictor.predict(conditions, names[first:last], slide_name(grid), coords[first:last] / pitch_px)
+            for layer, values in layers.items():
+                if layer not in raw:
+                    chunks = (min(1024, grid.n_obs), len(predictor.genes))
+                    raw.create_dataset(layer, (grid.n_obs, len(predictor.genes)), np.float32, chunks=chunks)
+                raw[layer][first:last] = values
+            progress.update(last - first)
+
+
+def _write_map(path, grid, predictor, lattice, raw, planes, genes, at_spots, block_points) -> None:
+    """Blend the predictions into an h5ad, the planes of the image and the means over spots."""
+    columns = [predictor.genes.index(gene) for gene in genes]
+    offsets, weights = window_offsets(predictor.diameter_um / 2 / float(grid.uns["hinge"]["spot_pitch_um"]))
+    rows = int(np.abs(offsets[:, 1]).max())
+    content = AnnData(obs=grid.obs.copy(), var=pd.DataFrame(index=predictor.genes))
+    content.obsm["spatial"] = grid.obsm["spatial"]
+    content.uns["spatial"] = grid.uns["spatial"]
+    content.uns["hinge"] = grid.uns["hinge"]
+    content.write_h5ad(path)
+    places, coords = lattice.cells, np.asarray(grid.obsm["spatial"])
+    planes[0][places[:, 1], places[:, 0]] = 1
+    with h5py.File(path, "r+") as file:
+        for layer in raw:
+            target = file if layer == "X" else file.require_group("layers")
+            stored = target.create_dataset(
+                layer, raw[layer].shape, np.float32, chunks=raw[layer].chunks, compression="gzip", compression_opts=1
+            )
+            stored.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+            for first, last in lattice.blocks(block_points):
+                low, high = lattice.halo(first, last, rows)
+                blended = lattice.weighted_mean(raw[layer][low:high], low, first, last, offsets, weights)
+                stored[first:last] = blended
+                if layer == "X":
+                    column, row = places[first:last].T
+                    for plane, number in enumerate(columns, start=1):
+                        planes[plane][row, column] = blended[:, number]
+                if layer == at_spots.layer:
+                    at_spots.add(coords[first:last], blended)
+        group = file["uns/hinge"].create_group("agreement")
+        group.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+        for key, value in at_spots.agreement().items():
+            group[key] = value
+            group[key].attrs.update({"encoding-type": "numeric-scalar", "encoding-version": "0.2.0"})
+    planes.flush()
+
+
+def _write_ome_tiff(path: Path, planes: np.ndarray, names: list[str], grid: AnnData, pitch_um: float) -> None:
+    """One channel a plane (C, H, W), at half the resolution again and again; 0 outside the tissue."""
+    facts = grid.uns["hinge"]
+    cells = grid.obs[["array_x", "array_y"]].to_numpy(float)
+    # where the first cell's centre lies on the slide: the grid is centred on the image
+    left, top = (np.asarray(grid.obsm["spatial"])[0] * facts["um_per_px"] - cells[0] * pitch_um).tolist()
+    channels = len(planes)
+    metadata = {
+        "axes": "CYX",
+        "Name": f"{slide_name(grid)}, {facts['transform']}",
+        "Channel": {"Name": names},
+        "PhysicalSizeX": pitch_um,
+        "PhysicalSizeXUnit": "µm",
+        "PhysicalSizeY": pitch_um,
+        "PhysicalSizeYUnit": "µm",
+        "Plane": {
+            "PositionX": [left] * channels,
+            "PositionXUnit": ["µm"] * channels,
+            "PositionY": [top] * channels,
+            "PositionYUnit": ["µm"] * channels,
+        },
+    }
+    levels = max(1, math.ceil(math.log2(max(1, max(planes.shape[1:]) / _SMALLEST_LEVEL))))
+    settings = {"tile": (256, 256), "compression": "zlib", "photometric": "minisblack", "resolutionunit": "CENTIMETER"}
+    with tifffile.TiffWriter(path, ome=True, bigtiff=True) as file:
+        file.write(planes, subifds=levels, resolution=(1e4 / pitch_um,) * 2, metadata=metadata, **settings)
+        for level in range(1, levels + 1):
+            planes = _halved(planes)
+            resolution = (1e4 / (pitch_um * 2**level),) * 2
+            file.write(planes, subfiletype=1, resolution=resolution, metadata=None, **settings)
+
+
+def _halved(planes: np.ndarray) -> np.ndarray:
+    """Planes (C, H, W), the first the tissue's, at half the resolution: the mean over the tissue in 2 × 2 pixels."""
+    height, width = planes.shape[1:]
+    padding = ((0, height % 2), (0, width % 2))
+
+    def blocks(plane: np.ndarray) -> np.ndarray:
+        padded = np.pad(plane, padding)
+        return padded.reshape(padded.shape[0] // 2, 2, padded.shape[1] // 2, 2).sum(axis=(1, 3))
+
+    area = blocks(planes[0])
+    # values are 0 off the tissue and the tissue is 1 or 0, so sums over pixels are sums over tissue
+    genes = [blocks(plane * planes[0]) / np.maximum(area, 1) for plane in planes[1:]]
+    return np.stack([(area > 0).astype(np.float32), *genes]).astype(np.float32)
