@@ -431,39 +431,6 @@ def export(
         print(f"{format}: {export_draws(opened, name, format, output, gene, full_image, metadata, gene_ids)}")
 
 
-@app.command()
-def run(config: ConfigFile, overrides: Overrides = None) -> None:
-    """All stages: train, sample the test slides, evaluate, report. Finished ones are skipped.
-
-    Example: hinge run --config configs/her2st.yaml
-    """
-    opened = _run(config, overrides)
-    path = opened.all()
-    _print_scores(opened.scores_path)
-    print(f"report: {path}")
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for slides and results.")] = Path("hinge-demo"),
-    seed: Annotated[int, typer.Option(help="Of the tissue and of everything after it.", min=0)] = 0,
-) -> None:
-    """Simulate tissue, train on it, sample a held-out slide, score and report. No download, minutes on a CPU.
-
-    Example: hinge demo --output hinge-demo
-    """
-    from hinge.demo import run_demo
-
-    opened = run_demo(output, seed)
-    _print_scores(opened.scores_path)
-    print(f"report: {opened.report_path}")
-
-
-convert = typer.Typer(help="Published weights into ours, and a trained model into the authors' format.")
-app.add_typer(convert, name="convert", no_args_is_help=True)
-
-Checkpoint = Annotated[Path, typer.Argument(help="Published file.", show_default=False)]
-OutFolder = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
 @app.command("finetune-encoder")
 def finetune_encoder(
     data: Annotated[Path, typer.Argument(help="Data set.", show_default=False)],
@@ -488,6 +455,39 @@ def finetune_encoder(
     """Train an encoder and a linear head to predict genes, hold out each slide or patient, predict and score it.
 
     Example: hinge finetune-encoder her2st --sample C2 --sample C3 --sample C4 --sample C5 --encoder
+    spafoundation@spafoundation_1m_vitb16.pth --output tuned; then hinge evaluate runs/her2st --predictions
+    tuned=tuned/predictions/{slide}.h5ad
+    """
+    from hinge.run import read_panel
+    from hinge.tasks.finetune import finetune_config
+    from hinge.tasks.finetune import finetune_encoder as finetune
+
+    config = finetune_config(
+        tune=tune,
+        start=start,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        lora_rank=lora_rank,
+        precision=precision,
+    )
+    path = finetune(
+        data,
+        sample,
+        encoder,
+        output,
+        config,
+        folds=folds,
+        hold_out=hold_out,
+        panel=None if panel is None else read_panel(panel),
+        n_genes=genes,
+        transform=transform,
+        patch_um=patch_um,
+        seed=seed,
+    )
+    _print_rows(path)
+
+
 @app.command("map")
 def map_expression(
     run: Annotated[Path, typer.Argument(help="A run, or a fold of finetune-encoder.", show_default=False)],
@@ -576,39 +576,6 @@ app.add_typer(convert, name="convert", no_args_is_help=True)
 
 Checkpoint = Annotated[Path, typer.Argument(help="Published file.", show_default=False)]
 OutFolder = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
-    spafoundation@spafoundation_1m_vitb16.pth --output tuned; then hinge evaluate runs/her2st --predictions
-    tuned=tuned/predictions/{slide}.h5ad
-    """
-    from hinge.run import read_panel
-    from hinge.tasks.finetune import finetune_config
-    from hinge.tasks.finetune import finetune_encoder as finetune
-
-    config = finetune_config(
-        tune=tune,
-        start=start,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        lora_rank=lora_rank,
-        precision=precision,
-    )
-    path = finetune(
-        data,
-        sample,
-        encoder,
-        output,
-        config,
-        folds=folds,
-        hold_out=hold_out,
-        panel=None if panel is None else read_panel(panel),
-        n_genes=genes,
-        transform=transform,
-        patch_um=patch_um,
-        seed=seed,
-    )
-    _print_rows(path)
-
-
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the backbone's weights.")]
 Vocabulary = Annotated[
     Path | None, typer.Option(help="Table of the genes that the weights know, to store their names with them.")
