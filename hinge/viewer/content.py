@@ -43,6 +43,7 @@ from hinge.viewer.tiles import OVERLAP_PX, TILE_PX, TiledImage
 logger = logging.getLogger(__name__)
 
 COEXPRESSION_GENES = 200  # at most; of a larger panel those that vary most
+_BLOCK_GENES = 256
 SLIDES_OPEN = 3  # whose draws are kept in memory
 
 CONTENT_TYPES = {
@@ -100,50 +101,49 @@ class SlideContent:
             diameter = facts.get("spot_diameter_um", math.nan) / facts.get("um_per_px", math.nan)
         self._diameter = float(diameter)
 
-    def measured(self, gene: int) -> NDArray[np.float32] | None:
-        """Measured values (n,) of a gene in the transform's units; NaN for spots and genes that were not measured."""
+    def measured(self, genes: NDArray[np.intp]) -> NDArray[np.float32] | None:
+        """Measured values (n, m) of genes in the transform's units; NaN for spots and genes that were not measured."""
         if self._counts is None:
             return None
-        values = np.full(self._draws.n_obs, np.nan, np.float32)
-        known = self._rows >= 0
-        if self._columns[gene] >= 0:
-            counts = self._counts[:, [self._columns[gene]]].toarray().astype(np.float32)
-            forward = get_transform(self._transform).forward(counts, self._total)[:, 0]
-            values[known] = forward[self._rows[known]]
+        values = np.full((self._draws.n_obs, len(genes)), np.nan, np.float32)
+        known, columns = self._rows >= 0, self._columns[genes]
+        counts = self._counts[:, np.maximum(columns, 0)].toarray().astype(np.float32)
+        values[known] = get_transform(self._transform).forward(counts, self._total)[self._rows[known]]
+        values[:, columns < 0] = np.nan
         return values
 
-    def mean(self, gene: int) -> NDArray[np.float32]:
-        """Predicted mean (n,) of a gene: the model's expectation where it was kept, as in the scores."""
-        return np.asarray(self._draws.layers.get("expected", self._draws.X)[:, gene], np.float32)
+    def mean(self, genes: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Predicted means (n, m) of genes: the model's expectation where it was kept, as in the scores."""
+        return np.asarray(self._draws.layers.get("expected", self._draws.X)[:, genes], np.float32)
 
-    def draws(self, gene: int) -> NDArray[np.float32]:
-        """Draws (K, n) of a gene."""
-        return np.stack([np.asarray(self._draws.layers[name][:, gene], np.float32) for name in self._layers])
+    def draws(self, genes: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Draws (K, n, m) of genes."""
+        return np.stack([np.asarray(self._draws.layers[name][:, genes], np.float32) for name in self._layers])
 
     @cached_property
-    def _genewise(self) -> tuple[list[float | None], NDArray[np.float64]]:
+    def _genewise(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Correlation over the spots of measured and predicted mean, and the variance by which genes are ranked."""
-        correlations, variances = [], np.zeros(self._draws.n_vars)
-        for gene in range(self._draws.n_vars):
-            mean, measured = self.mean(gene), self.measured(gene)
-            known = np.ones(len(mean), bool) if measured is None else np.isfinite(measured)
-            values = mean if measured is None else measured[known]
-            variances[gene] = values.var() if len(values) else 0.0
-            pcc = math.nan
-            if measured is not None and known.sum() > 1:
-                pcc = float(gene_pcc(measured[known, None], mean[known, None])[0])
-            correlations.append(round(pcc, 4) if math.isfinite(pcc) else None)
-        return correlations, variances
+        correlations, variances = (np.full(self._draws.n_vars, np.nan) for _ in range(2))
+        for start in range(0, self._draws.n_vars, _BLOCK_GENES):
+            genes = np.arange(start, min(start + _BLOCK_GENES, self._draws.n_vars))
+            mean, measured = self.mean(genes), self.measured(genes)
+            if measured is None:
+                variances[genes] = mean.var(axis=0)
+                continue
+            known = self._rows >= 0
+            if known.sum() > 1:
+                variances[genes] = measured[known].var(axis=0)
+                correlations[genes] = gene_pcc(measured[known], mean[known])
+        return correlations, np.nan_to_num(variances)
 
     @cached_property
     def _coexpression(self) -> dict[str, Any]:
         """Correlations of the genes that vary most: (m, m) measured and, on average over the draws, predicted."""
         genes = np.sort(np.argsort(-self._genewise[1], kind="stable")[:COEXPRESSION_GENES])
-        measured = self.measured(0)
+        measured = self.measured(genes)
         if measured is not None:
-            measured = np.stack([self.measured(gene) for gene in genes], axis=1)
-            measured = measured[np.isfinite(measured).any(axis=1)]
-        each = np.stack([self.draws(gene) for gene in genes], axis=2)
+            measured = measured[self._rows >= 0]
+        each = self.draws(genes)
         each = np.stack([correlation_matrix(draw) for draw in each])
         known = np.isfinite(each).sum(axis=0)
         matrices = {"predicted": np.where(known, np.nansum(each, axis=0) / np.maximum(known, 1), np.nan)}
@@ -160,7 +160,7 @@ class SlideContent:
     def index(self) -> dict[str, Any]:
         """What the page needs to know before it asks for a gene."""
         facts, (correlations, variances) = self._draws.uns["hinge"], self._genewise
-        ranked = [gene for gene in np.argsort([-(pcc or 0) for pcc in correlations], kind="stable")]
+        ranked = np.argsort(-np.nan_to_num(correlations), kind="stable")
         um_per_px = float(facts.get("um_per_px", math.nan)) / self._scale
         diameter = self._diameter * self._scale
         width, height = self.image.dimensions
@@ -169,7 +169,9 @@ class SlideContent:
             "note": self.note,
             "transform": self._transform,
             "genes": self._draws.var_names.tolist(),
-            "pcc": correlations if self._counts is not None else None,
+            "pcc": None
+            if self._counts is None
+            else [round(pcc, 4) if math.isfinite(pcc) else None for pcc in correlations],
             "first_gene": int(ranked[len(ranked) // 4] if self._counts is not None else variances.argmax()),
             "spots": self._draws.n_obs,
             "draws": len(self._layers),
@@ -186,11 +188,12 @@ class SlideContent:
         Two float32 (lowest and highest draw), float16 (n,) measured if there are measured values, float16 (n,) mean,
         float16 (n,) standard deviation of the draws, uint8 (K, n) draws as 255 steps from lowest to highest.
         """
-        draws, measured = self.draws(gene), self.measured(gene)
+        genes = np.array([gene])
+        draws, measured = self.draws(genes)[..., 0], self.measured(genes)
         low, high = float(draws.min()), float(draws.max())
         steps = np.rint((draws - low) * (255 / (high - low) if high > low else 0.0)).astype(np.uint8)
-        arrays = [measured] if measured is not None else []
-        arrays += [self.mean(gene), draws.std(axis=0, dtype=np.float64)]
+        arrays = [] if measured is None else [measured]
+        arrays += [self.mean(genes), draws.std(axis=0, dtype=np.float64)]
         parts = [struct.pack("<2f", low, high), *(array.astype("<f2").tobytes() for array in arrays), steps.tobytes()]
         return zlib.compress(b"".join(parts))
 
