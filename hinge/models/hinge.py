@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from hinge.backbones.cellfm import CellFMModel
 from hinge.errors import WeightsError
 from hinge.files import arrays_digest, atomic_path
+from hinge.models import fused
 from hinge.models.conditioning import Concatenation, CrossAttention
 from hinge.models.heads import COUNT_HEADS, HEADS, CountGrid, HeadOutput, needs_depth
 from hinge.models.path import DepthPath, GenePath
@@ -277,6 +278,7 @@ class HingeModel(ModelMixin, ConfigMixin):
             self.path.log_scale.requires_grad_(False)
             self.path.visible_log_scale.requires_grad_(False)
         self.gradient_checkpointing = False
+        self.fused = True
         # outside the module registry: frozen, stored once elsewhere, and not part of this model's weights
         object.__setattr__(self, "_backbone", None)
         # inside it: a backbone that is trained along
@@ -491,11 +493,31 @@ class HingeModel(ModelMixin, ConfigMixin):
 
     def _modulated_block(self, number, block, h, vectors, key_mask, value_scale) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = vectors
+        if self._may_fuse(h):
+            mix, scale = self.modulation.norm_mix[number], block.residual_scale
+            x = fused.modulate(h, shift_a, scale_a, mix[0], SOFT_NORM_EPS)
+            mixed = fused.retention(block.retention, x, key_mask, value_scale)
+            h = fused.join(h, self._dropout(mixed), gate_a, block.norm1, scale)
+            x = fused.modulate(h, shift_f, scale_f, mix[1], SOFT_NORM_EPS)
+            fed = fused.feed_forward(block.feed_forward, x)
+            return fused.join(h, self._dropout(fed), gate_f, block.norm2, scale)
         modulate = self.modulation.modulate
         mixed = block.retention(modulate(h, shift_a, scale_a, (number, 0)), key_mask, value_scale)
         h = block.norm1(torch.add(gate_a * self._dropout(mixed), h, alpha=block.residual_scale))
         fed = block.feed_forward(modulate(h, shift_f, scale_f, (number, 1)))
         return block.norm2(torch.add(gate_f * self._dropout(fed), h, alpha=block.residual_scale))
+
+    def _may_fuse(self, h: Tensor) -> bool:
+        """Whether layers are computed by `hinge.models.fused`.
+
+        Not in float32 inference, where the order of operations is that of the published code, bit for bit; not in
+        float16, which unscaled products overflow; not where the backbone's norms want gradients.
+        """
+        if not self.fused or self.config.norm != "soft" or self.config.injection != "soft_adaln":
+            return False
+        if self.config.tuning == "full" or h.dtype not in (torch.float32, torch.bfloat16):
+            return False
+        return h.dtype == torch.bfloat16 or torch.is_grad_enabled()
 
     def _dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)

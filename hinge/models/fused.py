@@ -1,0 +1,215 @@
+"""A modulated layer of a frozen backbone in few passes over memory, forwards and backwards.
+
+Between its matrix products a layer is additions and multiplications of (B, N, D) tensors, and on a CPU, or in bfloat16,
+they cost more than the products. Here each group of them is one function with its own gradient: no gradient for
+frozen weights, what is cheap is computed again instead of kept, heads are laid out by the operation that needs them
+so, and factors that a norm divides out again are left out. Results equal those of the plain layer to rounding.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from hinge.backbones.cellfm import GatedLinearUnit, Retention
+
+_RMS_FLOOR = 1e-12
+
+
+class _Modulate(Function):
+    """shift + (1 + scale)·((1 − η)h + η·LayerNorm(h)), η = sigmoid(mix)."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, shift: Tensor, scale: Tensor, mix: Tensor, eps: float) -> Tensor:
+        eta = mix.sigmoid()
+        normed, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], None, None, eps)
+        opened = 1 + scale
+        ctx.save_for_backward(h, mean, rstd, opened, eta)
+        ctx.eps = eps
+        mixed = normed.lerp_(h, (1 - eta).to(h.dtype))
+        return torch.addcmul(shift, mixed, opened, out=mixed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        h, mean, rstd, opened, eta = ctx.saved_tensors
+        width = h.shape[-1:]
+        normed = torch.native_layer_norm(h, width, None, None, ctx.eps)[0]
+        inner = grad * opened
+        # dη = Σ inner · (normed − h), then through the sigmoid
+        grad_mix = eta * (1 - eta) * (_dot(inner, normed) - _dot(inner, h))
+        mixed = normed.lerp_(h, (1 - eta).to(h.dtype))
+        grad_shift = grad.sum(dim=1, keepdim=True)
+        grad_scale = mixed.mul_(grad).sum(dim=1, keepdim=True)
+        through = torch.ops.aten.native_layer_norm_backward(
+            inner, h, width, mean, rstd, None, None, [True, False, False]
+        )[0]
+        grad_h = inner.lerp_(through, eta.to(h.dtype))
+        return grad_h, grad_shift, grad_scale, grad_mix, None
+
+
+class _Retain(Function):
+    """Gated, head-wise normalised Q(KᵀV) from the joint projection (B, N, 4D); see `Retention`."""
+
+    @staticmethod
+    def _heads(qkvu: Tensor, key_mask: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
+        """ReLU of queries and masked keys (2, B, H, N, d), and values (B, H, N, d)."""
+        apart = _apart(qkvu, num_heads)
+        pair = torch.empty(apart[:2].shape, dtype=qkvu.dtype, device=qkvu.device)
+        torch.clamp_min(apart[:2], 0, out=pair)
+        if key_mask is not None:
+            pair[1].mul_(key_mask[:, None, :, None])
+        return pair, apart[2].contiguous()
+
+    @staticmethod
+    def forward(ctx, qkvu: Tensor, key_mask: Tensor | None, num_heads: int, floor: float) -> Tensor:
+        batch, tokens, width = qkvu.shape
+        width //= 4
+        pair, value = _Retain._heads(qkvu, key_mask, num_heads)
+        summary = pair[1].transpose(-2, -1) @ value
+        mixed = pair[0] @ summary
+        head_width = width // num_heads
+        length = torch.linalg.vector_norm(mixed, dim=-1, keepdim=True, dtype=_accurate(mixed))
+        inverse = (head_width**0.5 / length.clamp_min(floor)).to(mixed.dtype)
+        mixed.mul_(inverse)
+        ctx.save_for_backward(qkvu, key_mask, summary, mixed, inverse)
+        ctx.num_heads = num_heads
+        # contiguous first: on strided bfloat16 the sigmoid is not vectorised
+        out = F.silu(qkvu[..., 3 * width :].contiguous(), inplace=True)
+        out.view(batch, tokens, num_heads, head_width).mul_(mixed.transpose(1, 2))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        qkvu, key_mask, summary, mixed, inverse = ctx.saved_tensors
+        batch, tokens, width = grad.shape
+        heads = (batch, tokens, ctx.num_heads, width // ctx.num_heads)
+        gate = qkvu[..., 3 * width :].contiguous()
+        grad_all = torch.empty_like(qkvu)
+        by_head = _apart(grad_all, ctx.num_heads)
+
+        grad = grad.contiguous().view(heads)
+        through_gate = (grad * mixed.transpose(1, 2)).view(batch, tokens, width)
+        grad_all[..., 3 * width :].copy_(torch.ops.aten.silu_backward(through_gate, gate))
+        grad_mixed = torch.empty_like(mixed)
+        opened = F.silu(gate, inplace=True).view(heads)
+        torch.mul(grad.transpose(1, 2), opened.transpose(1, 2), out=grad_mixed)
+        # of x / rms(x): what is along x does not count
+        along = (grad_mixed * mixed).mean(dim=-1, keepdim=True)
+        grad_mixed.addcmul_(mixed, along, value=-1).mul_(inverse)
+
+        pair, value = _Retain._heads(qkvu, key_mask, ctx.num_heads)
+        query, key = pair
+        grad_query = grad_mixed @ summary.transpose(-2, -1)
+        torch.ops.aten.threshold_backward.grad_input(grad_query, query, 0, grad_input=by_head[0])
+        grad_summary = query.transpose(-2, -1) @ grad_mixed
+        # a masked key is 0, so this also stops the gradient of masked keys
+        torch.ops.aten.threshold_backward.grad_input(
+            value @ grad_summary.transpose(-2, -1), key, 0, grad_input=by_head[1]
+        )
+        by_head[2].copy_(key @ grad_summary)
+        return grad_all, None, None, None
+
+
+class _Join(Function):
+    """LayerNorm(λh + gate·x) with frozen weights, as LayerNorm(h + gate/λ·x) of a smaller epsilon."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, scale: float, eps: float):
+        gate = gate / scale
+        total = torch.addcmul(h, x, gate)
+        out, mean, rstd = torch.native_layer_norm(total, h.shape[-1:], weight, bias, eps / scale**2)
+        ctx.save_for_backward(total, x, gate, mean, rstd, weight, bias)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        total, x, gate, mean, rstd, weight, bias = ctx.saved_tensors
+        grad_h = torch.ops.aten.native_layer_norm_backward(
+            grad.contiguous(), total, total.shape[-1:], mean, rstd, weight, bias, [True, False, False]
+        )[0]
+        grad_gate = (grad_h * x).sum(dim=1, keepdim=True) / ctx.scale
+        return grad_h, grad_h * gate, grad_gate, None, None, None, None
+
+
+class _Product(Function):
+    """u ⊙ v of a joint (B, N, 2D)."""
+
+    @staticmethod
+    def forward(ctx, uv: Tensor) -> Tensor:
+        ctx.save_for_backward(uv)
+        u, v = uv.chunk(2, dim=-1)
+        return u * v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (uv,) = ctx.saved_tensors
+        u, v = uv.chunk(2, dim=-1)
+        both = torch.empty_like(uv)
+        grad_u, grad_v = both.chunk(2, dim=-1)
+        torch.mul(grad, v, out=grad_u)
+        torch.mul(grad, u, out=grad_v)
+        return both
+
+
+def _apart(qkvu: Tensor, num_heads: int) -> Tensor:
+    """View (B, N, 4D) as (4, B, H, N, d)."""
+    batch, tokens, width = qkvu.shape
+    return qkvu.view(batch, tokens, 4, num_heads, width // (4 * num_heads)).permute(2, 0, 3, 1, 4)
+
+
+def _accurate(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten(), b.flatten()).to(_accurate(a))
+
+
+def modulate(h: Tensor, shift: Tensor, scale: Tensor, mix: Tensor, eps: float) -> Tensor:
+    """What SoftAdaLN gives a sublayer: shift + (1 + scale)·((1 − η)h + η·LayerNorm(h)), η = sigmoid(mix).
+
+    Parameters
+    ----------
+    h
+        (B, N, D) tokens.
+    shift, scale
+        (B, 1, D).
+    mix
+        Scalar.
+    eps
+        Of the LayerNorm.
+    """
+    return _Modulate.apply(h, shift, scale, mix, eps)
+
+
+def retention(layer: Retention, x: Tensor, key_mask: Tensor | None, value_scale: Tensor | float) -> Tensor:
+    """`layer(x, key_mask, value_scale)`; a key mask is 0 or 1.
+
+    What queries, keys and values are multiplied with, the norm over each head divides out again.
+    """
+    head_width = x.shape[-1] // layer.num_heads
+    if isinstance(value_scale, Tensor):
+        value_scale = float(value_scale.min())
+    # the plain layer's smallest root mean square, for unscaled factors
+    floor = _RMS_FLOOR * head_width**1.5 / value_scale
+    mask = None if key_mask is None else key_mask.to(x.dtype)
+    return layer.out(_Retain.apply(layer.qkvu(x), mask, layer.num_heads, floor))
+
+
+def feed_forward(layer: GatedLinearUnit, x: Tensor) -> Tensor:
+    """`layer(x)`."""
+    return layer.out(_Product.apply(layer.uv(x)))
+
+
+def join(h: Tensor, x: Tensor, gate: Tensor, norm: torch.nn.LayerNorm, scale: float) -> Tensor:
+    """LayerNorm(scale·h + gate ⊙ x) with the weights of `norm`, which get no gradient.
+
+    h, x are (B, N, D), gate (B, 1, D).
+    """
+    return _Join.apply(h, x, gate, norm.weight, norm.bias, scale, norm.eps)
