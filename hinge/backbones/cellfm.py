@@ -402,7 +402,7 @@ class CellFMModel(PreTrainedModel):
         prefix = [self.cls_token]
         if config.technical_tokens:
             prefix.append(self.technical_tokens)
-        return torch.cat([*(token.expand(len(genes), -1, -1) for token in prefix), genes], dim=1)
+        return torch.cat([*(token.expand(genes.shape[0], -1, -1) for token in prefix), genes], dim=1)
 
     def key_masks(self, visible: Tensor, nonzero: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Which tokens give keys, in the first and in the second half of the layers.
@@ -414,7 +414,7 @@ class CellFMModel(PreTrainedModel):
         tuple
             (B, P + G) for the first half; (B, P + G) or None (all) for the second.
         """
-        prefix = visible.new_ones(len(visible), self.num_prefix_tokens)
+        prefix = visible.new_ones(visible.shape[0], self.num_prefix_tokens)
         first = torch.cat([prefix, visible], dim=1)
         if nonzero is None or self.config.zero_input == "token":
             return first, None

@@ -179,7 +179,7 @@ class CountGrid:
         return math.log(2) if self.transform == "log2p1" else 1.0
 
     def _depth(self, like: Tensor) -> Tensor:
-        return like.new_ones(len(like)) if self.depth is None else self.depth.clamp_min(1)
+        return like.new_ones(like.shape[0]) if self.depth is None else self.depth.clamp_min(1)
 
 
 # counts above this lie so densely that density times width is the mass between two of them

@@ -128,7 +128,7 @@ class SoftAdaLN(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, D) → layers (L, 6, B, 1, D), gates applied, and decoder (2, B, 1, D)."""
         z = F.silu(z)
-        batch, layers, width = len(z), self.num_layers, self.hidden_size
+        batch, layers, width = z.shape[0], self.num_layers, self.hidden_size
         if self.rank is None:
             vectors = F.linear(z, self.weight, self.bias)
         else:
