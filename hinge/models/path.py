@@ -93,7 +93,7 @@ class GenePath(nn.Module):
             lower = torch.linalg.cholesky(system)
             right = (precision * (values.float() - expected.float())) @ loadings
             mean = torch.cholesky_solve(right.unsqueeze(-1), lower).squeeze(-1)
-            return mean, torch.linalg.solve_triangular(lower, loadings.T.expand(len(lower), -1, -1), upper=False)
+            return mean, torch.linalg.solve_triangular(lower, loadings.T.expand(lower.shape[0], -1, -1), upper=False)
 
     def innovation(self, left: Tensor, factor_normal: Tensor, gene_normal: Tensor) -> Tensor:
         """Standard normal numbers (B, G) with the correlations that the factors leave between genes.
