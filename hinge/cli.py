@@ -519,6 +519,111 @@ def map_expression(
             print(f"{what}: {path}")
 
 
+probe = typer.Typer(help="What an encoder's features tell of spots, slides held out.", no_args_is_help=True)
+app.add_typer(probe, name="probe")
+
+Encoders = Annotated[
+    list[str], typer.Option("--encoder", help="As for hinge features; repeat for several.", show_default=False)
+]
+LabelTable = Annotated[
+    str | None,
+    typer.Option("--labels", help="CSV or TSV of spots; {slide} stands for its name.  [default: the slides' obs]"),
+]
+FeatureFolder = Annotated[
+    Path | None, typer.Option(help="Folder of feature files, kept and used again.  [default: OUTPUT/features]")
+]
+RawFeatures = Annotated[bool, typer.Option("--raw", help="Features as they are, not in units of their slide's.")]
+
+
+@probe.command("tumour")
+def probe_tumour(
+    data: Annotated[Path, typer.Argument(help="Data set.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for scores.", show_default=False)],
+    encoder: Encoders,
+    column: Annotated[str, typer.Option(help="Column of the labels.", show_default=False)],
+    sample: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: all]")] = None,
+    labels: LabelTable = None,
+    positive: Annotated[list[str] | None, typer.Option(help="Label of tumour; repeat for several.")] = None,
+    above: Annotated[str | None, typer.Option(help="Of numbers: a threshold, or median.")] = None,
+    patch_um: Annotated[float | None, typer.Option(help="Side of a patch in µm.  [default: the encoder's]")] = None,
+    features: FeatureFolder = None,
+    raw: RawFeatures = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Tell tumour from the rest by linear probe, nearest neighbours and prototypes, each slide held out in turn.
+
+    Example: hinge probe tumour her2st --sample C2 --sample C3 --labels 'annotations/{slide}.tsv' --column label
+    --positive 'invasive cancer' --encoder stain-texture --output probe
+    """
+    from hinge.tasks.embeddings import read_slides
+    from hinge.tasks.labels import binary_labels, read_labels
+    from hinge.tasks.probe import probe_labels
+
+    slides = read_slides(data, sample, require_counts=False)
+    found, meaning = binary_labels(read_labels(slides, column, labels), positive, above)
+    path = probe_labels(
+        slides,
+        found,
+        encoder,
+        output,
+        meaning=f"{column} {meaning}",
+        features_folder=features,
+        patch_um=patch_um,
+        standardise=not raw,
+        seed=seed,
+    )
+    _print_rows(path)
+
+
+@app.command()
+def cluster(
+    data: Annotated[Path, typer.Argument(help="Data set.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything.", show_default=False)],
+    encoder: Encoders,
+    sample: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: all]")] = None,
+    method: Annotated[str, typer.Option(help="kmeans, leiden or gmm.")] = "kmeans",
+    clusters: Annotated[int | None, typer.Option(help="How many.  [default: as many as labels]", min=2)] = None,
+    resolution: Annotated[float, typer.Option(help="Of Leiden without a number of clusters.")] = 1.0,
+    smooth: Annotated[int, typer.Option(help="Averagings over a spot and its neighbours.", min=0)] = 1,
+    joint: Annotated[bool, typer.Option("--joint", help="All slides together.")] = False,
+    column: Annotated[str | None, typer.Option(help="Column of labels to compare with.")] = None,
+    labels: LabelTable = None,
+    patch_um: Annotated[float | None, typer.Option(help="Side of a patch in µm.  [default: the encoder's]")] = None,
+    features: FeatureFolder = None,
+    raw: RawFeatures = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Cluster spots by histology: clusters in h5ad and CSV, maps in a report, ARI and NMI against given labels.
+
+    Example: hinge cluster her2st --sample C5 --encoder stain-texture --labels 'clusters/{slide}.tsv.gz' --column label
+    --output clusters
+    """
+    from hinge.tasks.cluster import cluster_slides
+    from hinge.tasks.embeddings import read_slides
+    from hinge.tasks.labels import read_labels
+
+    if labels is not None and column is None:
+        raise ConfigError("--labels needs --column, the name of the column that holds them")
+    slides = read_slides(data, sample, require_counts=False)
+    path = cluster_slides(
+        slides,
+        encoder,
+        output,
+        method=method,
+        n_clusters=clusters,
+        resolution=resolution,
+        smooth=smooth,
+        joint=joint,
+        labels=None if column is None else read_labels(slides, column, labels),
+        features_folder=features,
+        patch_um=patch_um,
+        standardise=not raw,
+        seed=seed,
+    )
+    _print_rows(path)
+    print(f"report: {output / 'report.html'}")
+
+
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None) -> None:
     """All stages: train, sample the test slides, evaluate, report. Finished ones are skipped.

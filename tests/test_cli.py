@@ -140,6 +140,7 @@ def test_commands():
         "export",
         "finetune-encoder",
         "map",
+        "cluster",
         "run",
         "demo",
     ]

@@ -526,7 +526,7 @@ def _save_model(model, encoder, folder, tune, panel, transform, patch_um, fold, 
         save_file({name: t.detach().cpu().contiguous() for name, t in model.head().items()}, temporary)
     name = encoder.name
     if tune != "linear":
-        name = save_encoder(model.encoder, encoder, folder / "encoder")
+        name = save_tuned_encoder(model.encoder, encoder, folder / "encoder", patch_um)
     write_json(
         folder / "model.json",
         {
@@ -542,7 +542,7 @@ def _save_model(model, encoder, folder, tune, panel, transform, patch_um, fold, 
     )
 
 
-def save_encoder(module: nn.Module, encoder: Encoder, folder: Path) -> str:
+def save_tuned_encoder(module: nn.Module, encoder: Encoder, folder: Path, patch_um: float) -> str:
     """Write a tuned encoder so that `load_encoder` loads it.
 
     Parameters
@@ -553,6 +553,8 @@ def save_encoder(module: nn.Module, encoder: Encoder, folder: Path) -> str:
         What it was before.
     folder
         Gets `model.safetensors` and, where timm alone can build the network, its `config.json`.
+    patch_um
+        Side of the patches that it was tuned on.
 
     Returns
     -------
@@ -566,7 +568,7 @@ def save_encoder(module: nn.Module, encoder: Encoder, folder: Path) -> str:
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in core.state_dict().items()}
         save_file(tensors, temporary / "model.safetensors")
         if described is not None:
-            (temporary / "config.json").write_text(json.dumps(described, indent=1) + "\n")
+            write_json(temporary / "config.json", {**described, "patch_um": patch_um})
     recipe = encoder.name.partition("@")[0].removeprefix("random:")
     return str(folder.resolve()) if described is not None else f"{recipe}@{folder.resolve() / 'model.safetensors'}"
 
