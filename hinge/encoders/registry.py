@@ -338,7 +338,9 @@ def _from_folder(name: str, path: Path, device: torch.device) -> Encoder:
     except Exception as error:  # whatever the file makes timm stumble over
         raise WeightsError(f"{folder / 'config.json'} does not describe a timm model: {_first_line(error)}") from error
     load_weights(module, file, name)
-    return _finished(name, module, device, _patch_um(folder))
+    # one set of weights may be pooled in several ways, and features of one must not pass for those of another
+    pooling = getattr(module, "global_pool", "token")
+    return _finished(name, module, device, _patch_um(folder), "" if pooling == "token" else str(pooling))
 
 
 def _patch_um(folder: Path) -> float:
@@ -354,7 +356,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0][:200]
 
 
-def _finished(name: str, module: nn.Module, device: torch.device, patch_um: float = PATCH_UM) -> Encoder:
+def _finished(
+    name: str, module: nn.Module, device: torch.device, patch_um: float = PATCH_UM, notes: str = ""
+) -> Encoder:
     """An encoder from a timm model, with the preprocessing that timm attaches to it."""
     data = resolve_model_data_config(module)
     px = data["input_size"][-1]
@@ -364,7 +368,7 @@ def _finished(name: str, module: nn.Module, device: torch.device, patch_um: floa
     if len(shape) != 2:
         raise ConfigError(f"encoder {name!r} gives {tuple(shape[1:])} numbers a patch and not one vector")
     transform = Preprocess(px, data["mean"], data["std"], interpolation)
-    return _frozen(name, module, transform, shape[1], device, patch_um=patch_um)
+    return _frozen(name, module, transform, shape[1], device, notes, patch_um)
 
 
 def _join(encoders: list[Encoder]) -> Encoder:
