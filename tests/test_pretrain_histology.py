@@ -304,6 +304,13 @@ def test_folder_is_an_encoder(slides, tmp_path, pooling):
     np.testing.assert_allclose(loaded.encode(patches), expected.numpy(), atol=1e-5)
     written = extract_features(slides[0], loaded, tmp_path / "features.h5")
     assert written.is_file()
+    # the same weights, pooled otherwise, are another encoder
+    description = json.loads((tmp_path / "vit" / "config.json").read_text())
+    description["model_args"] = {**description["model_args"], "global_pool": "avg", "fc_norm": False}
+    if pooling == "avg":
+        description["model_args"] |= {"global_pool": "token"}
+    (tmp_path / "vit" / "config.json").write_text(json.dumps(description))
+    assert load_encoder(str(tmp_path / "vit"), device="cpu").digest != loaded.digest
 
 
 def test_what_cannot_be_pretrained(slides, tmp_path):
@@ -398,3 +405,30 @@ def test_smoke_it_learns(slides, tmp_path):
     assert np.mean(losses[-20:]) < 0.85 * np.mean(losses[:20])
     assert log[-1]["knn_accuracy"] >= log[0]["knn_accuracy"] + 0.02
     assert log[-1]["knn_accuracy"] > log[-1]["chance"] + 0.1
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(tissue, tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    root = Path(__file__).parents[1]
+    training = {key: list(value) if isinstance(value, tuple) else value for key, value in TRAINING.items()}
+    vit = {**VIT, "mean": [0.7, 0.6, 0.7], "std": [0.2, 0.2, 0.2], "drop_path": 0.0}
+    settings = {"data": {"path": str(tissue)}, "vit": vit, "training": training}
+    for processes in (1, 2):
+        path = tmp_path / f"{processes}.yaml"
+        path.write_text(yaml.safe_dump({"output": f"vit{processes}", **settings}))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        script = root / "scripts" / "pretrain_histology.py"
+        done = subprocess.run(
+            [*launch, script, "--config", path],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = ([record["loss"] for record in records(tmp_path / f"vit{n}-training")] for n in (1, 2))
+    np.testing.assert_allclose(two, one, rtol=1e-4)
