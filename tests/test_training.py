@@ -229,6 +229,41 @@ def test_the_closed_form_start_tells_slide_shifts_from_factors_and_finds_what_is
     assert np.mean([neighbours_correlate(draw) for draw in alone]) < drawn - 0.15
 
 
+def test_measured_genes_tell_the_shift_of_their_slide():
+    spots = slides_with_shifts()
+    last = spots.slide == "s5"
+    model = make_model(head="rounded_gaussian", transform="log2p1", num_factors=2)
+    known = spots.subset(~last)
+    model.set_feature_statistics(torch.from_numpy(known.features[:, 0]))
+    scheduler, ids = MaskedDiffusionScheduler(10, "linear"), torch.arange(1, GENES + 1)
+    fit_gene_path(model, scheduler, ids, known, seed=0)
+    test, pipeline = spots.subset(last), HingePipeline(model.eval(), scheduler)
+    features, names = test.features[:, 0], list(test.barcodes)
+    arguments = {"num_draws": 8, "num_inference_steps": 2, "slide": "s5", "positions": test.coords / 200}
+    half = test.values.copy()
+    half[:, ::2] = np.nan
+    alone = pipeline(features, ids, names, **arguments)
+    given = pipeline(features, ids, names, observed=half, **arguments)
+    np.testing.assert_array_equal(given.values[:, :, 1::2], np.broadcast_to(half[:, 1::2], (8, 144, GENES // 2)))
+
+    def missed(draws):
+        """By how much slide means of the other genes are off."""
+        return np.abs(draws.expected[:, ::2].mean(axis=0) - test.values[:, ::2].mean(axis=0)).mean()
+
+    # the slide's shift is the largest of all: 1.67 times a direction that other slides have too
+    assert missed(given) < 0.4 * missed(alone)
+    # what is known of the shift no longer varies between draws
+    spread = [draws.values[:, :, ::2].mean(axis=1).std(axis=0).mean() for draws in (given, alone)]
+    assert spread[0] < 0.5 * spread[1]
+    # a part of the spots, told of the whole slide's measurements, is drawn as within the whole
+    part = slice(40, 60)
+    effect = pipeline.slide_effect(features, half)
+    arguments["positions"] = arguments["positions"][part]
+    some = pipeline(features[part], ids, names[part], observed=half[part], slide_effect=effect, **arguments)
+    np.testing.assert_allclose(some.values, given.values[:, part], atol=1e-4)
+    assert pipeline.slide_effect(features, np.full_like(half, np.nan)) is None
+
+
 def test_the_depth_is_regressed_on_the_features_and_drawn_first():
     spots = slides_with_shifts()
     model = make_model(head="rounded_gaussian", transform="log1p_cp10k", depth=True, num_factors=2)

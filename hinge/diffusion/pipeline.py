@@ -65,6 +65,7 @@ class HingePipeline(DiffusionPipeline):
         positions: np.ndarray | None = None,
         observed: np.ndarray | None = None,
         depth: np.ndarray | None = None,
+        slide_effect: tuple[np.ndarray, np.ndarray] | None = None,
         order: str = "random",
         corrections: int = 0,
         correction_share: float = 0.1,
@@ -100,6 +101,9 @@ class HingePipeline(DiffusionPipeline):
             bit and condition the rest.
         depth
             (n,) counts over all genes, NaN where not known. What a model that takes a depth is not told, it draws.
+        slide_effect
+            Mean and root as `slide_effect()` gives them, where `features` are only some of the slide's spots; None:
+            from these spots, if any value is observed.
         order
             In which order genes are revealed: `"random"`; `"dependence"`, those first that tell most about the rest
             by the model's factors; `"confidence"`, those first whose value is least uncertain.
@@ -137,7 +141,9 @@ class HingePipeline(DiffusionPipeline):
                     f"observed values must be finite or NaN and of shape {(num_spots, num_genes)}, "
                     f"these are of shape {observed.shape}"
                 )
-        noise = _Noise(self.model, seed, spots, slide, positions, num_genes, num_inference_steps)
+            if slide_effect is None and slide is not None:
+                slide_effect = self.slide_effect(features, observed, depth)
+        noise = _Noise(self.model, seed, spots, slide, positions, num_genes, num_inference_steps, slide_effect)
         fixed_order = self._order(order, num_genes)
         values = np.zeros((num_draws, num_spots, num_genes), dtype=np.float32)
         expected = np.zeros((num_spots, num_genes))
@@ -161,6 +167,56 @@ class HingePipeline(DiffusionPipeline):
                 np.add.at(expected, spot_index, means / num_draws)
                 bar.update(len(spot_index))
         return Draws(values, expected.astype(np.float32))
+
+    @torch.inference_mode()
+    def slide_effect(
+        self, features: Tensor | np.ndarray, observed: np.ndarray, depth: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """What measured values say of their slide's shift U·a: the posterior of a, a standard normal before.
+
+        The mean over spots of a measured gene's residuals is (U·a) of that gene plus noise with the covariance that
+        factors and genes have within a slide, divided by the number of spots.
+
+        Parameters
+        ----------
+        features
+            (n, d) of all spots of one slide.
+        observed
+            (n, G) measured values, NaN where nothing was measured.
+        depth
+            (n,) counts over all genes, NaN where not known.
+
+        Returns
+        -------
+        tuple
+            Mean (R,) and root (R, R) of the covariance; None without a gene path or without measured values.
+        """
+        model, path = self.model, self.model.path
+        genes = np.flatnonzero(~np.isnan(observed).all(axis=0))
+        if path is None or len(genes) == 0:
+            return None
+        device = model.feature_mean.device
+        condition = model.standardise(torch.as_tensor(np.asarray(features), dtype=torch.float32, device=device))
+        if model.depth_path is not None:
+            middle = torch.zeros(len(condition), device=device)
+            known = model.depth_path(condition, middle, middle)
+            if depth is not None:
+                given = torch.as_tensor(np.asarray(depth), dtype=torch.float32, device=device)
+                known = torch.where(given.isnan(), known, given)
+            condition = model.with_depth(condition, known)
+        located = (path.offset + path.mean(condition)).double().cpu().numpy()
+        residual = (observed - located)[:, genes]
+        measured = ~np.isnan(residual)
+        # each gene in whichever spots it was measured; of two genes, the spots that have both are in both means
+        weights = measured / measured.sum(axis=0)
+        loadings = path.loadings.double().cpu().numpy()[genes]
+        within = loadings @ loadings.T + np.diag(path.log_noise.double().exp().cpu().numpy()[genes])
+        covariance = within * (weights.T @ weights)
+        slide_loadings = path.slide_loadings.double().cpu().numpy()[genes]
+        solved = np.linalg.solve(covariance, slide_loadings)
+        posterior = np.linalg.inv(np.eye(slide_loadings.shape[1]) + slide_loadings.T @ solved)
+        mean = posterior @ (solved.T @ np.nansum(weights * np.nan_to_num(residual), axis=0))
+        return mean, np.linalg.cholesky(posterior)
 
     def _order(self, order: str, num_genes: int) -> np.ndarray | None:
         """Numbers (G,) in (0, 1) by which genes are revealed, the smallest first; None where spots or draws differ.
@@ -202,6 +258,7 @@ class HingePipeline(DiffusionPipeline):
         standardised = model.standardise(features[tensor(spot_index, torch.int64)])
         order_numbers = numbers.order if fixed_order is None else np.broadcast_to(fixed_order, numbers.order.shape)
         fill, shift = tensor(numbers.fill), tensor(numbers.shift)
+        typical_shift = None if noise.typical_shift is None else tensor(noise.typical_shift)
         values = torch.zeros(len(spot_index), num_genes, device=device)
         known = torch.zeros_like(values)
         if observed is not None:
@@ -244,7 +301,7 @@ class HingePipeline(DiffusionPipeline):
                 scheduler.fill_masked(values, visible, fill)[rows],
                 visible[rows],
                 typical[rows],
-                None,
+                typical_shift,
                 None if typical_depth is None else typical_depth[rows],
             )
             return output
@@ -316,7 +373,7 @@ class _Numbers:
 class _Noise:
     """Makes the numbers of any spot-draws of one call."""
 
-    def __init__(self, model: HingeModel, seed, spots, slide, positions, num_genes, num_steps):
+    def __init__(self, model: HingeModel, seed, spots, slide, positions, num_genes, num_steps, slide_effect=None):
         self.seed, self.spots, self.slide, self.num_genes, self.num_steps = seed, spots, slide, num_genes, num_steps
         self.positions = None if positions is None else np.asarray(positions, dtype=np.float64)
         path, depth = model.path, model.depth_path
@@ -332,6 +389,11 @@ class _Noise:
         if depth is not None:
             share[num_genes] = float(depth.spatial_share)
         self.share = share if positions is not None else np.zeros_like(share)
+        self.mean, self.root = np.zeros(self.loadings.shape[1]), np.eye(self.loadings.shape[1])
+        self.typical_shift = None
+        if slide_effect is not None:
+            self.mean, self.root = slide_effect
+            self.typical_shift = self.loadings @ self.mean
         self._slides: dict[tuple, SlideNoise] = {}
 
     def _slide(self, spot: int, draw: int, again: int) -> SlideNoise:
@@ -358,7 +420,7 @@ class _Noise:
             groups = [rows] if self.slide is not None else [[row] for row in rows]
             for group in groups:
                 slide = self._slide(int(spot_index[group[0]]), int(draw), again)
-                shift[group] = self.loadings @ slide.normal[: self.loadings.shape[1]]
+                shift[group] = self.loadings @ (self.mean + self.root @ slide.normal[: len(self.mean)])
                 slide_depth[group] = slide.normal[genes]
                 if self.slide is not None:
                     order[group] = slide.order[:genes]
