@@ -329,6 +329,28 @@ class Run:
 
     # --- stages ----------------------------------------------------------------------------------
 
+    def pretrain(self) -> Path:
+        """Do what is missing of panel and backbone, where that is pre-trained in this run; the backbone's folder.
+
+        Raises
+        ------
+        ConfigError
+            The folder holds a run with other settings.
+        """
+        with self._undone_on_error():
+            self._claim()
+            finished = (self.backbone_path / "config.json").exists()
+            values = None if finished else self.pretraining_values()
+        if not finished:
+            self._pretrain(values)
+            logger.info("wrote %s", self.backbone_path)
+        return self.backbone_path
+
+    def _pretrain(self, values: np.ndarray) -> CellFMModel:
+        settings, genes = self.config.backbone, self.panel().genes
+        size = CellFMConfig(**settings.architecture())
+        return pretrain_expression(values, genes, size, settings.pretrain, self.backbone_path, seed=self.config.seed)
+
     def train(self) -> Path:
         """Do what is missing of panel, features, backbone and training; the trained model's folder.
 
@@ -363,14 +385,7 @@ class Run:
             if accelerator.is_main_process:
                 write_environment(self.folder / "environment.json")
         if not pretrained:
-            backbone = pretrain_expression(
-                values,
-                spots.genes,
-                CellFMConfig(**settings.architecture()),
-                settings.pretrain,
-                self.backbone_path,
-                seed=self.config.seed,
-            )
+            backbone = self._pretrain(values)
             accelerator = make_accelerator(config, self.folder / "training")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
@@ -476,6 +491,9 @@ class Run:
         if settings.precision == "bf16":
             pipeline.model.backbone.to(torch.bfloat16)
         pipeline.model.to(accelerator.device)
+        effect = None
+        if measured is not None and settings.coherent:
+            effect = pipeline.slide_effect(features, measured, depth)
         mine = np.array_split(np.arange(slide.n_obs), accelerator.num_processes)[accelerator.process_index]
         spots = [f"{name}/{barcode}" for barcode in slide.obs_names]
         result = pipeline(
@@ -490,6 +508,7 @@ class Run:
             positions=spot_positions(slide.obsm["spatial"])[mine] if settings.coherent else None,
             observed=None if measured is None else measured[mine],
             depth=None if depth is None else depth[mine],
+            slide_effect=effect,
             order=settings.order,
             corrections=settings.corrections,
             temperature=settings.temperature,
