@@ -158,6 +158,46 @@ def download_hest(
     print(f"samples: {download_samples(list(samples['id']), output)} ({len(samples)})")
 
 
+@download.command("run")
+def download_run(
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the run.", show_default=False)],
+    backbone: Annotated[
+        Path | None, typer.Option(help="The expression model, where the run uses one from elsewhere.")
+    ] = None,
+    vocabulary: Annotated[Path | None, typer.Option(help="Table of the genes that it knows.")] = None,
+) -> None:
+    """Download a run that hinge push uploaded, ready for hinge sample.
+
+    Example: hinge download run somebody/her2st-hinge --output runs/theirs
+    """
+    from hinge.push import fetch_run
+
+    print(f"run: {fetch_run(repository, output, backbone, vocabulary)}")
+
+
+@app.command()
+def push(
+    path: Annotated[Path, typer.Argument(help="Folder of a run, an encoder or a backbone.", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub.", show_default=False)],
+    licence: Annotated[str, typer.Option(help="As the hub names it, e.g. cc-by-4.0.", show_default=False)],
+    encoder: Annotated[
+        str | None, typer.Option(help="Where the run's encoder is a file: how others load it, hf-hub:owner/name.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Of the model card.  [default: the repository's name]")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it.  [default: private]")] = False,
+) -> None:
+    """Upload a trained run, an encoder or a backbone with a model card; no slides, no draws, no paths.
+
+    Names of the slides stand in the configuration that goes along.
+
+    Example: hinge push runs/her2st somebody/her2st-hinge --licence cc-by-4.0
+    """
+    from hinge.push import push as upload
+
+    print(f"repository: {upload(path, repository, licence, encoder, not public, title)}")
+
+
 @app.command()
 def panel(
     path: Annotated[Path, typer.Argument(help="Data set.", show_default=False)],
@@ -406,7 +446,9 @@ def view(
 @app.command()
 def export(
     run: RunFolder,
-    format: Annotated[str, typer.Option(help="geojson (QuPath), spatialdata, cellxgene or zarr.", show_default=False)],
+    format: Annotated[
+        str, typer.Option(help="geojson (QuPath), spatialdata, cellxgene, zarr or torch-export.", show_default=False)
+    ],
     slide: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: test slides]")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="What to write, for one slide.")] = None,
     gene: Annotated[list[str] | None, typer.Option(help="geojson: only these genes; repeat for several.")] = None,
@@ -416,12 +458,17 @@ def export(
 ) -> None:
     """Write draws for other tools. samples/NAME.h5ad is already what scanpy and squidpy read.
 
+    torch-export writes the denoiser instead of draws: one step as a program for torch.export.load.
+
     Example: hinge export runs/her2st --slide C5 --format geojson --gene ERBB2
     """
-    from hinge.export import export_draws
+    from hinge.export import export_denoiser, export_draws
     from hinge.run import Run
 
     opened = Run.open(run)
+    if format == "torch-export":
+        print(f"{format}: {export_denoiser(opened, output)}")
+        return
     names = slide or opened.config.data.test
     if not names:
         raise ConfigError("the run names no test slides; give --slide")

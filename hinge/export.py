@@ -1,12 +1,16 @@
-"""A run's draws in the formats of other tools: what `hinge export` does."""
+"""A run's draws in the formats of other tools, and its denoiser as a program: what `hinge export` does."""
 
 import logging
 from pathlib import Path
 
+import torch
 import yaml
+from torch import Tensor, nn
 
 from hinge.data.writers import write_cellxgene, write_draws_zarr, write_geojson, write_spatialdata
 from hinge.errors import ConfigError, DataError
+from hinge.files import atomic_path, write_json
+from hinge.models import HingeModel
 from hinge.run import Run, read_draws
 
 logger = logging.getLogger(__name__)
@@ -66,6 +70,98 @@ def export_draws(
         written = write_cellxgene(draws, slide, output, _read_metadata(metadata), gene_ids)
     logger.info("wrote %s", written)
     return written
+
+
+class DenoiserStep(nn.Module):
+    """One step of a run's denoiser with its backbone and its panel, as `torch.export` takes it.
+
+    Parameters
+    ----------
+    model
+        With its backbone attached.
+    gene_ids
+        (G,) vocabulary ids of the panel.
+    """
+
+    def __init__(self, model: HingeModel, gene_ids: Tensor):
+        super().__init__()
+        # the backbone is no submodule of the model; the program needs its weights
+        self.model, self.backbone = model, model.backbone
+        self.register_buffer("gene_ids", gene_ids)
+        self.next = model.config.condition_on_visible == "next"
+
+    def inputs(self, batch: int) -> dict[str, Tensor]:
+        """Inputs of the right names, shapes and types, all zero but depth and timestep."""
+        config = self.model.config
+        given = {
+            "values": torch.zeros(batch, config.num_genes),
+            "visible": torch.zeros(batch, config.num_genes),
+            "timestep": torch.ones(batch, dtype=torch.long),
+            "features": torch.zeros(batch, config.feature_dim),
+        }
+        if self.next:
+            given["next_visible"] = torch.zeros(batch, config.num_genes)
+        if self.model.depth_path is not None:
+            given["depth"] = torch.full((batch,), 1000.0)
+        return given
+
+    def forward(
+        self,
+        values: Tensor,
+        visible: Tensor,
+        timestep: Tensor,
+        features: Tensor,
+        next_visible: Tensor | None = None,
+        depth: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The head's mean and its parameters by name, most of them (B, G); arguments as those of `HingeModel`."""
+        output = self.model(values, visible, timestep, features, self.gene_ids, next_visible, depth=depth)
+        parameters = {name: value for name, value in vars(output).items() if isinstance(value, Tensor)}
+        return {"mean": output.mean, **parameters}
+
+
+def export_denoiser(run: Run, output: Path | None = None) -> Path:
+    """Write one step of a run's denoiser as a program that `torch.export.load` opens without this package.
+
+    The batch size is free. Beside it, `.json` names inputs, outputs, genes and units.
+
+    Parameters
+    ----------
+    run
+        A trained run.
+    output
+        File to write; `exports/denoiser.pt2` in the run's folder by default.
+
+    Returns
+    -------
+    Path
+        The program.
+    """
+    output = output or run.folder / "exports" / "denoiser.pt2"
+    if output.suffix != ".pt2":
+        raise ConfigError(f"a program of torch.export ends in .pt2, and {output.name} does not")
+    model = run.pipeline().model.eval()
+    step = DenoiserStep(model, run.gene_ids(model.backbone)).eval()
+    given = step.inputs(3)
+    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+    with torch.no_grad():
+        program = torch.export.export(step, (), given, dynamic_shapes={name: {0: batch} for name in given})
+        outputs = {name: list(value.shape[1:]) for name, value in step(**given).items()}
+    with atomic_path(output) as temporary:
+        torch.export.save(program, temporary)
+    about = {
+        "inputs": {
+            name: {"shape": ["batch", *value.shape[1:]], "dtype": str(value.dtype)} for name, value in given.items()
+        },
+        "outputs": outputs,
+        "genes": run.panel().genes,
+        "transform": run.config.transform,
+        "head": model.config.head,
+        "model_digest": model.digest(),
+    }
+    write_json(output.with_suffix(".json"), about)
+    logger.info("wrote %s", output)
+    return output
 
 
 def _read_metadata(path: Path | None) -> dict:

@@ -129,6 +129,7 @@ def trained(config) -> Path:
 def test_commands():
     assert COMMANDS == [
         "features",
+        "push",
         "panel",
         "pretrain-expression",
         "pretrain-histology",

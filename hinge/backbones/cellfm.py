@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hinge import hub
 from hinge.backbones.checkpoints import fill, is_folder, open_state, read_our_config, read_published
 from hinge.errors import ConfigError, WeightsError
 from hinge.files import arrays_digest
@@ -276,7 +277,8 @@ class CellFMModel(PreTrainedModel):
         Parameters
         ----------
         path
-            A folder that `save_pretrained` or `hinge convert` wrote; a MindSpore checkpoint (`.ckpt`); a state
+            A folder that `save_pretrained` or `hinge convert` wrote, or such a one as `owner/name` on the Hugging
+            Face Hub; a MindSpore checkpoint (`.ckpt`); a state
             dict of the torch port (`.pth`, `.pt`, `.safetensors`); or a checkpoint of the authors' HINGE code, of
             which this takes the backbone.
         dtype
@@ -300,6 +302,8 @@ class CellFMModel(PreTrainedModel):
         ConfigError
             An argument is needed or does not fit.
         """
+        if hub.is_repository(path):
+            path = hub.find(path, "backbone")
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype, None)
             if not isinstance(dtype, torch.dtype):
@@ -329,6 +333,10 @@ class CellFMModel(PreTrainedModel):
             model = cls(config)
         fill(model, state, sources, dtype)
         return model.eval()
+
+    def push_to_hub(self, repository: str, private: bool = True) -> str:
+        """Upload weights and config to `owner/name` on the Hugging Face Hub; the repository's address."""
+        return hub.upload_saved(self.save_pretrained, repository, private)
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -319,7 +319,14 @@ def _from_timm(name: str, model: str, file: Path | None, device: torch.device) -
             f"`hf download {repo}` (ask for access on https://huggingface.co/{repo} where it is gated), or "
             "fetch its weight file elsewhere, put it anywhere and name it as NAME@/path/to/file"
         ) from error
-    return _finished(name, module, device)
+    return _finished(name, module, device, _patch_um_on_hub(model) if on_hub else PATCH_UM)
+
+
+def _patch_um_on_hub(model: str) -> float:
+    """As `_patch_um`, of a repository that timm has just fetched."""
+    repo, _, revision = model.removeprefix("hf-hub:").partition("@")
+    config = huggingface_hub.try_to_load_from_cache(repo, "config.json", revision=revision or None)
+    return _patch_um(Path(config).parent) if isinstance(config, str) else PATCH_UM
 
 
 def _from_folder(name: str, path: Path, device: torch.device) -> Encoder:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hinge import hub
 from hinge.backbones.cellfm import CellFMModel
 from hinge.errors import WeightsError
 from hinge.files import arrays_digest, atomic_path
@@ -547,16 +548,37 @@ class HingeModel(ModelMixin, ConfigMixin):
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.trained_state().items()}
             save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
+    def push_to_hub(self, repository: str, private: bool = True, with_backbone: bool = False) -> str:
+        """Upload what `save_pretrained` writes to `owner/name` on the Hugging Face Hub; the repository's address.
+
+        `hinge push` uploads a whole run, with its panel and a model card. The backbone goes along only
+        where `with_backbone` says so: one that was published by others has a licence of its own.
+        """
+
+        def save(folder: Path) -> None:
+            self.save_pretrained(folder)
+            if with_backbone:
+                self.backbone.save_pretrained(folder / "backbone")
+
+        return hub.upload_saved(save, repository, private)
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path, backbone: CellFMModel) -> "HingeModel":
+    def from_pretrained(cls, folder: str | Path, backbone: CellFMModel | None = None) -> "HingeModel":
         """Load what `save_pretrained` wrote and attach the backbone it was trained on.
+
+        Parameters
+        ----------
+        folder
+            Of the model or of a run, or `owner/name` on the Hugging Face Hub.
+        backbone
+            The backbone; None for the one that lies beside the model.
 
         Raises
         ------
         WeightsError
             The folder lacks a file, a file is damaged, or the backbone is another one.
         """
-        folder = Path(folder)
+        folder = hub.find(folder, "model")
         try:
             config = json.loads((folder / cls.config_name).read_text())
             weights = load_file(folder / WEIGHTS_NAME)
@@ -566,6 +588,11 @@ class HingeModel(ModelMixin, ConfigMixin):
             ) from error
         except Exception as error:
             raise WeightsError(f"the hinge model in {folder} is damaged: {error}") from error
+        if backbone is None:
+            beside = next((each / "backbone" for each in (folder, folder.parent) if (each / "backbone").is_dir()), None)
+            if beside is None:
+                raise WeightsError(f"there is no backbone beside the model in {folder}; give the one it was trained on")
+            backbone = CellFMModel.from_pretrained(beside)
         model = cls.from_config(config).attach_backbone(backbone, check=True)
         try:
             unexpected = model.load_state_dict(weights, strict=False).unexpected_keys

@@ -1,0 +1,223 @@
+"""Models on the hub, on a hub that is a folder here, and the denoiser as a program."""
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from hinge.backbones import CellFMConfig, CellFMModel
+from hinge.config import check_config, save_config
+from hinge.data import Panel
+from hinge.encoders import load_encoder
+from hinge.errors import ConfigError, DataError, WeightsError
+from hinge.export import DenoiserStep, export_denoiser
+from hinge.files import read_json, write_json
+from hinge.hub import is_repository
+from hinge.models import HingeModel
+from hinge.push import fetch_run, push, push_run
+from hinge.run import Run
+
+GENES = [f"G{i}" for i in range(10)]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """A hub in a folder: repositories are its subfolders."""
+    root = tmp_path / "hub"
+
+    def create_repo(self, repository, private, repo_type, exist_ok):
+        (root / repository).mkdir(parents=True, exist_ok=exist_ok)
+        (root / f"{repository}.private").write_text(str(private))
+        return f"https://huggingface.co/{repository}"
+
+    def upload_folder(self, repo_id, folder_path, repo_type, commit_message):
+        shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
+
+    def snapshot_download(repository, revision=None, local_dir=None, allow_patterns=None):
+        if not (root / repository).is_dir():
+            raise OSError("404: there is no such repository\nand more")
+        if local_dir is None:
+            return str(root / repository)
+        shutil.copytree(root / repository, local_dir, dirs_exist_ok=True)
+        return str(local_dir)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return root
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    """A run's folder as training leaves it, with random weights."""
+    folder = tmp_path / "runs" / "small"
+    config = {
+        "output": str(folder),
+        "data": {"path": str(tmp_path / "secret-slides"), "train": ["a", "b"], "test": ["c"], "pretrain": ["d"]},
+        "evaluation": {"gene_sets": str(tmp_path / "secret.gmt")},
+    }
+    save_config(check_config(config, "test"), folder / "config.yaml")
+    Panel.from_list(GENES).save(folder / "panel.json")
+    torch.manual_seed(0)
+    size = CellFMConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_value_bins=8, num_genes=10, gene_names=GENES
+    )
+    backbone = CellFMModel(size).eval()
+    backbone.save_pretrained(folder / "backbone")
+    model = HingeModel.from_backbone(backbone, 6, 10, head="rounded_gaussian", transform="log2p1", start="random")
+    model.save_pretrained(folder / "model")
+    write_json(folder / "model" / "scheduler_config.json", {"num_train_timesteps": 50})
+    rows = [
+        {"slide": "c", "method": method, "transform": "log2p1", "pcc_50": pcc, "crps": crps}
+        for method, pcc, crps in (("hinge", 0.5, 0.4), ("a|<b>", 0.25, None))
+    ]
+    write_json(folder / "scores.json", {"definitions": {"pcc_50": {"label": "PCC-50"}}, "rows": rows})
+    (folder / "samples").mkdir()
+    (folder / "samples" / "c.h5ad").write_bytes(b"draws of a patient")
+    return Run.open(folder)
+
+
+def test_names_of_repositories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_repository("owner/name-1.0")
+    for other in ("name", "/owner/name", "./owner/name", "a/b/c", "../name", "owner/", Path("owner/name"), "a b/c"):
+        assert not is_repository(other)
+    (tmp_path / "owner" / "name-1.0").mkdir(parents=True)
+    assert not is_repository("owner/name-1.0")
+
+
+def test_a_run_goes_up_and_comes_down(run, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert push_run(run, "lab/small", "cc-by-4.0") == "https://huggingface.co/lab/small"
+    there = hub / "lab" / "small"
+    files = {str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()}
+    assert {"README.md", "config.yaml", "panel.json", "model/config.json", "backbone/config.json"} <= files
+    assert not any("samples" in name for name in files) and (hub / "lab" / "small.private").read_text() == "True"
+    for name in files:  # no path of this machine, no draw
+        assert str(tmp_path).encode() not in (there / name).read_bytes(), name
+    fetched = Run.open(fetch_run("lab/small", tmp_path / "theirs"))
+    model, theirs = run.pipeline().model, fetched.pipeline().model
+    assert theirs.digest() == model.digest() and fetched.panel().genes == GENES
+    assert fetched.folder == (tmp_path / "theirs").resolve()
+    with pytest.raises(DataError, match="is there already"):
+        fetch_run("lab/small", tmp_path / "theirs")
+
+
+def test_models_by_the_name_of_a_repository(run, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    push_run(run, "lab/small", "apache-2.0")
+    own = HingeModel.from_pretrained(run.model_path, run.backbone())
+    assert HingeModel.from_pretrained("lab/small").digest() == own.digest()
+    assert CellFMModel.from_pretrained("lab/small").digest() == own.backbone.digest()
+    # alone, from Python
+    own.push_to_hub("lab/alone")
+    with pytest.raises(WeightsError, match="no backbone beside the model"):
+        HingeModel.from_pretrained("lab/alone")
+    assert HingeModel.from_pretrained("lab/alone", run.backbone()).digest() == own.digest()
+    own.push_to_hub("lab/both", with_backbone=True)
+    assert HingeModel.from_pretrained("lab/both").backbone.digest() == own.backbone.digest()
+    own.backbone.push_to_hub("lab/backbone", private=False)
+    assert CellFMModel.from_pretrained("lab/backbone").digest() == own.backbone.digest()
+    assert (hub / "lab" / "backbone.private").read_text() == "False"
+    # a run's folder stands for its parts
+    assert HingeModel.from_pretrained(run.folder).digest() == own.digest()
+
+
+def test_the_card(run, hub):
+    push_run(run, "lab/small", "cc-by-nc-4.0", title="A <b>title</b> | here")
+    card = (hub / "lab" / "small" / "README.md").read_text()
+    _, head, text = card.split("---\n", 2)
+    assert yaml.safe_load(head)["license"] == "cc-by-nc-4.0"
+    assert "# A  b title /b    here" in text
+    assert "| hinge | 0.500 | 0.400 |" in text and "| a  b | 0.250 |  |" in text and "PCC-50" in text
+    assert "Intended use" in text and "hinge download run lab/small" in text and "| training slides | 2 |" in text
+
+
+def test_a_backbone_from_elsewhere_stays_there(run, hub, tmp_path):
+    foreign = tmp_path / "foreign"
+    (run.folder / "backbone").rename(foreign)
+    config = run.config.model_copy(update={"backbone": run.config.backbone.model_copy(update={"path": foreign})})
+    push_run(Run(config), "lab/small", "other")
+    assert not (hub / "lab" / "small" / "backbone").exists()
+    assert "licence of its own" in (hub / "lab" / "small" / "README.md").read_text()
+    fetched = Run.open(fetch_run("lab/small", tmp_path / "theirs", backbone=foreign))
+    assert fetched.pipeline().model.digest() == Run(config).pipeline().model.digest()
+
+
+def test_an_encoder_keeps_the_side_of_its_patches(hub, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    arguments = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **arguments)
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    save_file(network.state_dict(), folder / "model.safetensors")
+    pretrained = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    content = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "num_features": 24, "patch_um": 80.0}
+    write_json(folder / "config.json", {**content, "model_args": arguments, "pretrained_cfg": pretrained})
+    push(folder, "lab/encoder", "mit")
+    there = hub / "lab" / "encoder"
+    assert 'load_encoder("hf-hub:lab/encoder")' in (there / "README.md").read_text()
+
+    def cached(repo_id, filename, **_):
+        return str(hub / repo_id / filename)
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", cached)
+    monkeypatch.setattr("timm.models._hub.has_hf_hub", lambda necessary=False: True)
+    own, theirs = load_encoder(str(folder)), load_encoder("hf-hub:lab/encoder")
+    assert (theirs.digest, theirs.patch_um) == (own.digest, 80.0)
+
+
+def test_what_is_no_model_and_other_mistakes(run, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no run, no encoder and no backbone"):
+        push(tmp_path, "lab/small", "mit")
+    with pytest.raises(ConfigError, match="identifier of a licence"):
+        push(run.folder, "lab/small", "MIT License: free")
+    with pytest.raises(ConfigError, match="write owner/name"):
+        push(run.folder, "small", "mit")
+    with pytest.raises(WeightsError, match="lab/nothing is no folder"):
+        HingeModel.from_pretrained("lab/nothing")
+    features = run.config.features.model_copy(update={"encoder": f"uni@{tmp_path}/uni.bin"})
+    local = Run(run.config.model_copy(update={"features": features}))
+    with pytest.raises(ConfigError, match="--encoder hf-hub:owner/name"):
+        push_run(local, "lab/small", "mit")
+    push_run(local, "lab/small", "mit", encoder="hf-hub:lab/uni")
+    assert (
+        yaml.safe_load((hub / "lab" / "small" / "config.yaml").read_text())["features"]["encoder"] == "hf-hub:lab/uni"
+    )
+    shutil.rmtree(run.model_path)
+    with pytest.raises(DataError, match="no trained model"):
+        push_run(run, "lab/other", "mit")
+    assert not (hub / "lab" / "other").exists()
+
+
+def test_the_denoiser_as_a_program(run, tmp_path):
+    path = export_denoiser(run)
+    assert path == run.folder / "exports" / "denoiser.pt2"
+    about = read_json(path.with_suffix(".json"))
+    assert about["genes"] == GENES and about["outputs"]["mean"] == [10] and about["transform"] == "log2p1"
+    program = torch.export.load(path).module()
+    model = run.pipeline().model.eval()
+    step = DenoiserStep(model, run.gene_ids(model.backbone))
+    generator = torch.Generator().manual_seed(0)
+    for batch in (1, 3, 8):  # the batch is free
+        given = {
+            "values": torch.rand(batch, 10, generator=generator) * 4,
+            "visible": torch.randint(0, 2, (batch, 10), generator=generator).float(),
+            "timestep": torch.randint(0, 51, (batch,), generator=generator),
+            "features": torch.randn(batch, 6, generator=generator),
+        }
+        with torch.no_grad():
+            expected, found = step(**given), program(**given)
+        assert found.keys() == expected.keys() >= {"mean", "location", "scale"}
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"ends in \.pt2"):
+        export_denoiser(run, tmp_path / "denoiser.onnx")
