@@ -230,7 +230,7 @@ class RunConfig(_Section):
 
 
 # where a path may stand in a configuration file
-_PATHS = (
+PATHS = (
     ("output",),
     ("data", "path"),
     ("panel", "file"),
@@ -258,7 +258,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     ConfigError
         One sentence that names the key and what it takes.
     """
-    return check_config(read_settings(path, overrides, _PATHS), str(path))
+    return check_config(read_settings(path, overrides, PATHS), str(path))
 
 
 def read_settings(

@@ -15,3 +15,7 @@ class DataError(HingeError):
 
 class WeightsError(HingeError):
     """Weights that are missing, damaged, or of another model than the one asked for."""
+
+
+class Interrupted(HingeError):
+    """The user stopped it (Ctrl-C or a signal) at a place from which the same command goes on."""

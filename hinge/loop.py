@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hinge.errors import ConfigError, DataError, HingeError
+from hinge.errors import ConfigError, DataError, HingeError, Interrupted
 from hinge.files import atomic_path, write_json
 
 
@@ -307,7 +307,7 @@ def run_loop(
                 _save_checkpoint(latest, trainable, optimizer, ema, state, carried)
             if stop_now and not last:
                 accelerator.wait_for_everyone()
-                raise HingeError(f"stopped at step {step + 1} of {total}; {continue_with} continues from there")
+                raise Interrupted(f"stopped at step {step + 1} of {total}; {continue_with} continues from there")
     if config.tracker != "none":
         accelerator.end_training()
     accelerator.wait_for_everyone()
