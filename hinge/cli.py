@@ -684,6 +684,30 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def doctor(
+    folder: Annotated[
+        Path | None, typer.Argument(help="A run, or where backbones may lie.  [default: here]", show_default=False)
+    ] = None,
+) -> None:
+    """Tell versions, devices, memory, network, which encoders and backbones are at hand, and batch sizes that fit.
+
+    Example: hinge doctor runs/her2st
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from hinge.doctor import diagnose
+
+    console = Console()
+    for section, facts in diagnose(folder).items():
+        table = Table(title=section, title_justify="left", title_style="bold", show_header=False, box=None)
+        for name, value in facts:
+            table.add_row(name, value)
+        console.print(table)
+        console.print()
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for slides and results.")] = Path("hinge-demo"),
     seed: Annotated[int, typer.Option(help="Of the tissue and of everything after it.", min=0)] = 0,

@@ -41,7 +41,7 @@ tags:
 
 Draws the expression of {genes} genes in every spot of an H&E slide: a masked-diffusion model over genes whose frozen
 expression backbone is conditioned on histology features (HINGE, Fang et al., CVPR 2026, arXiv 2603.19766), trained with
-[hinge](https://pypi.org/project/hinge) {version}.
+hinge {version}.
 
 ## Use
 

@@ -143,6 +143,7 @@ def test_commands():
         "map",
         "cluster",
         "run",
+        "doctor",
         "demo",
     ]
 
