@@ -145,6 +145,7 @@ def test_commands():
         "run",
         "doctor",
         "demo",
+        "ablate",
     ]
 
 
