@@ -254,3 +254,41 @@ def test_yaml_tags_are_never_executed(config_file, tmp_path, tag):
     config_file.write_text(yaml.safe_dump(minimal()))
     assert "not YAML" in failure(config_file, f"seed={value}")
     assert not marker.exists()
+
+
+# --- the paper's settings ----------------------------------------------------------------------------
+
+PAPER = sorted((Path(__file__).parents[1] / "configs" / "paper").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.name)
+def test_the_paper_s_settings_load(path):
+    config = load_config(path)
+    assert config.output.parent == path.parents[2] / "runs"
+    assert (config.training.epochs, config.training.batch_size, config.panel.genes) == (40, 32, 200)
+    assert (config.features.encoder, config.features.views, config.model.head) == ("uni+conch", 8, "point")
+    # five of forty epochs lightly masked, the rate × 0.2 at epochs 20 and 35, validation from epoch 15 on
+    steps = 40 * config.training.steps_per_epoch(1000)
+    assert round(config.training.warm_start_share * 40) == 5
+    rates = [config.training.learning_rate_at(steps * epoch // 40, steps) for epoch in (19, 20, 35)]
+    assert rates == pytest.approx([1e-4, 2e-5, 4e-6])
+    assert config.training.evaluate_from * 40 == 15
+
+
+def test_there_is_a_paper_configuration_for_every_data_set():
+    assert {"cscc", "her2st", "kidney", "released"} <= {path.stem for path in PAPER}
+    sections = {path.stem: load_config(path).data for path in PAPER}
+    sizes = {name: len(data.train) + len(data.test) for name, data in sections.items()}
+    assert (sizes["cscc"], sizes["her2st"], sizes["kidney"]) == (12, 36, 23)
+
+
+def test_the_paper_s_sections_are_in_hest(hest):
+    import csv
+
+    with (hest / "HEST_v1_1_0.csv").open(encoding="utf-8-sig") as file:
+        patients = {row["id"]: (row["organ"], row["patient"]) for row in csv.DictReader(file)}
+    for name, organ in (("cscc", "Skin"), ("her2st", "Breast"), ("kidney", "Kidney")):
+        data = load_config(PAPER[0].parent / f"{name}.yaml").data
+        assert {patients[sample][0] for sample in [*data.train, *data.test]} == {organ}
+        # nobody is in training and test
+        assert {patients[sample] for sample in data.train}.isdisjoint(patients[sample] for sample in data.test)
