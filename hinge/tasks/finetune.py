@@ -238,7 +238,8 @@ def finetune_encoder(
     -------
     Path
         `scores.json`: of each held-out slide the median and the mean over genes of the Pearson correlation over
-        spots, and the mean squared error; beside it the training spots' mean and ridge on the frozen features.
+        spots, and the mean squared error; beside it the training spots' mean and ridge on the frozen features. Rows
+        of slide `mean` are means over slides.
     """
     accelerator = make_accelerator(config, output)
     start = load_encoder(encoder, device=accelerator.device)
@@ -275,6 +276,8 @@ def finetune_encoder(
         rows += read_json(folder / "scores.json")["rows"]
     path = output / "scores.json"
     if accelerator.is_main_process:
+        if len({row["slide"] for row in rows}) > 1:
+            rows += _means(rows)
         write_json(path, {"encoder": encoder, "transform": transform, "definitions": DEFINITIONS, "rows": rows})
         shutil.rmtree(output / "patches", ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -393,6 +396,15 @@ def _run_fold(fold: Fold, encoder: Encoder, task: _Task) -> None:
         _save_model(model, encoder, folder, config.tune, panel, transform, patch_um, fold, facts)
         write_json(folder / "scores.json", {"rows": rows})
         logger.info("fold %s: %s", fold.name, folder)
+
+
+def _means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each method the mean over slides, which count alike."""
+    table = pd.DataFrame(rows)
+    means = table.groupby("method", sort=False)[["pcc_median", "pcc_mean", "mse"]].mean()
+    sizes = {"n_spots": int(table.drop_duplicates("slide")["n_spots"].sum()), "n_genes": rows[0]["n_genes"]}
+    start = {"slide": "mean", "fold": ""}
+    return [{**start, "method": method, **scores, **sizes} for method, scores in means.to_dict("index").items()]
 
 
 def _scores(measured: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
