@@ -323,6 +323,11 @@ def test_what_cannot_be_pretrained(slides, tmp_path):
     with pytest.raises(DataError, match="all of one class"):
         train(slides, tmp_path / "c", labels=[np.zeros(slide.n_obs) for slide in slides])
     assert not list(tmp_path.iterdir())
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is no pre-trained encoder"):
+        train(slides, tmp_path / "taken")
+    assert (tmp_path / "taken" / "notes.txt").exists()
 
 
 def test_expression_clusters_are_of_all_slides(slides):

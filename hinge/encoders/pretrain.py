@@ -29,7 +29,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
 from hinge.data.patches import PatchReader
@@ -285,6 +285,27 @@ class _Branch(nn.Module):
         return encoded[:, 0], encoded[:, prefix:]
 
 
+class _TokenCenter(nn.Module):
+    """Running mean of the teacher's outputs for masked tokens, in place of lightly's.
+
+    Processes have different numbers of masked tokens: lightly's averages the means of the processes, and so depends on
+    how many there are.
+    """
+
+    def __init__(self, outputs: int, momentum: float):
+        super().__init__()
+        self.register_buffer("value", torch.zeros(1, outputs))
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Outputs (N, K) of all of this process's masked tokens."""
+        total = torch.cat([x.sum(dim=0), x.new_tensor([len(x)])])
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(total)
+        self.value = self.momentum * self.value + (1 - self.momentum) * (total[:-1] / total[-1])
+
+
 class Ibot(nn.Module):
     """Student, teacher and both losses, in a forward so that several processes share gradients."""
 
@@ -300,6 +321,7 @@ class Ibot(nn.Module):
         self.teacher.load_state_dict(self.student.state_dict())
         self.class_loss = DINOLoss(config.outputs)
         self.patch_loss = IBOTPatchLoss(config.outputs)
+        self.patch_loss.center = _TokenCenter(config.outputs, self.patch_loss.center.momentum)
         self.patch_loss_weight = config.patch_loss_weight
         self.register_buffer("mean", torch.tensor(vit.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(vit.std).view(3, 1, 1), persistent=False)
@@ -452,6 +474,8 @@ def pretrain_histology(
             raise ConfigError(f"{folder} holds an encoder that was pre-trained otherwise; choose another folder")
         logger.info("%s is finished", folder)
         return load_encoder(str(folder), device="cpu")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is no pre-trained encoder; choose another folder")
     training = folder.with_name(f"{folder.name}-training")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
