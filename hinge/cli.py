@@ -108,8 +108,11 @@ def features(
 ) -> None:
     """Extract histology features, one patch a spot, into one HDF5 file a slide.
 
+    DATA may be a table of slides. Several processes share the slides: accelerate launch -m hinge.cli features …
+
     Example: hinge features her2st --sample C5 --encoder stain-texture --output features
     """
+    from hinge.cohort import each_slide, work_alone
     from hinge.data.readers import list_samples, read_slide
     from hinge.encoders import extract_features, load_encoder
 
@@ -117,12 +120,16 @@ def features(
     names = sample or list_samples(path)
     if image is not None and len(names) > 1:
         raise ConfigError("--image is the image of one slide; name it with --sample")
-    for name in names:
+    work_alone()
+
+    def extract(name: str) -> Path:
         slide = read_slide(path, name, image=image, um_per_px=um_per_px, require_counts=False)
         target = output / f"{name}.{encoder.replace('/', '_').replace(':', '_')}.h5"
-        written = extract_features(
+        return extract_features(
             slide, loaded, target, views=views, batch_size=batch_size, patch_um=patch_um, overwrite=overwrite
         )
+
+    for _, written in each_slide(names, extract, output):
         print(f"features: {written}")
 
 
@@ -319,11 +326,12 @@ def sample(
     """Draw the expression of every spot of a slide, several times.
 
     A slide from elsewhere may be an H&E image alone: its tissue is found, and spots are laid over it at the distance
-    of the training slides.
+    of the training slides. Several processes share the slides: accelerate launch -m hinge.cli sample …
 
     Example: hinge sample runs/her2st --slide C5 --draws 20 --steps 20 --seed 0, or: hinge sample runs/her2st --slide
     biopsy.svs
     """
+    from hinge.cohort import each_slide, work_alone
     from hinge.run import Run
 
     opened = Run.open(run)
@@ -334,11 +342,14 @@ def sample(
         raise ConfigError("--output takes the draws of one slide; leave it out for several")
     if observed is not None and len(names) > 1:
         raise ConfigError("--observed takes measurements of one slide; leave it out for several")
-    for name in names:
+    if len(names) > 1:
+        work_alone()  # processes share the slides, and the spots of a slide that is alone
+
+    def draw(name: str) -> Path:
         data, path = opened.config.data, Path(name)
         elsewhere = path.is_file() or (path.is_dir() and name not in [*data.train, *data.test, *data.pretrain])
         source = {"slide": opened.slide_at(path, um_per_px)} if elsewhere else {"name": name}
-        written = opened.sample(
+        return opened.sample(
             **source,
             output=output,
             draws=draws,
@@ -347,6 +358,8 @@ def sample(
             batch_size=batch_size,
             observed=observed,
         )
+
+    for _, written in each_slide(names, draw, opened.folder / "samples"):
         print(f"draws: {written}")
 
 

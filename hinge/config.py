@@ -10,14 +10,20 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hinge.backbones import PretrainConfig
-from hinge.errors import ConfigError
+from hinge.data.readers.table import split_table
+from hinge.errors import ConfigError, DataError
 from hinge.evaluation.baselines import BASELINES, DEFAULT_BASELINES, GENERATIVE_BASELINES
 from hinge.files import atomic_path
 from hinge.models.heads import needs_depth
 from hinge.training import TrainingConfig
 
+
 # absolute, so that a run means the same files from whatever folder it is opened
-AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.realpath(os.path.expanduser(path))))]
+def _absolute(path: str | Path) -> Path:
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 # where the published implementations of CellFM differ from each other
@@ -33,9 +39,27 @@ class DataConfig(_Section):
 
     path: AbsolutePath = Field(description="a data set: file or folder with slides")
     format: str | None = None
+    table: AbsolutePath | None = Field(
+        None, description="a CSV file with a slide a row, in place of path; its column split says what serves what"
+    )
     train: list[str] = Field(min_length=1, description="a list of samples")
     test: list[str] = []
     pretrain: list[str] = Field([], description="counts without images, for the expression backbone")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_table(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or not isinstance(content.get("table"), str | Path):
+            return content
+        given = str(_absolute(content["table"]))
+        if content.get("path") not in (None, given):
+            raise ValueError("give either path or table")
+        # a finished run names its slides itself, and opens wherever its table is
+        try:
+            splits = {} if content.get("train") else split_table(given)
+        except DataError as error:
+            raise ValueError(str(error)) from error
+        return {**splits, **content, "table": given, "path": given}
 
     @model_validator(mode="after")
     def _apart(self):
@@ -233,6 +257,7 @@ class RunConfig(_Section):
 PATHS = (
     ("output",),
     ("data", "path"),
+    ("data", "table"),
     ("panel", "file"),
     ("features", "folder"),
     ("evaluation", "gene_sets"),

@@ -256,7 +256,8 @@ def fetch_run(repository: str, output: Path, backbone: Path | None = None, vocab
 def _write_config(run: Run, path: Path, encoder: str) -> None:
     """The run's configuration without paths of this machine."""
     content = run.config.model_dump(mode="json")
-    content["output"], content["data"]["path"] = ".", "slides"
+    content["output"] = "."
+    content["data"] |= {"path": "slides", "table": None}
     content["features"] |= {"folder": None, "encoder": encoder}
     content["evaluation"]["gene_sets"] = None
     content["backbone"] |= {"path": None, "vocabulary": None, "gene_names": None}

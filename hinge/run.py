@@ -40,6 +40,7 @@ from hinge.data.features import read_features
 from hinge.data.observed import read_observed
 from hinge.data.panel import Panel, select_panel
 from hinge.data.readers import list_samples, read_slide
+from hinge.data.readers.table import images_alone
 from hinge.data.slide import slide_name
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots
 from hinge.data.transforms import get_transform
@@ -145,6 +146,14 @@ class Run:
             data = self.config.data
             self._slides[name] = read_slide(data.path, name, format=data.format, require_image=require_image)
         return self._slides[name]
+
+    def _slide_to_sample(self, name: str) -> AnnData:
+        """A slide of the data set by name; of one that a table gives without counts, spots as in training."""
+        data = self.config.data
+        if data.table is None or name not in images_alone(data.table):
+            return self.slide(name)
+        pitch, diameter = self.spot_grid()
+        return read_slide(data.path, name, require_counts=False, spot_pitch_um=pitch, spot_diameter_um=diameter)
 
     def slide_at(self, path: Path, um_per_px: float | None = None) -> AnnData:
         """A slide from elsewhere, to be sampled; over an image alone spots are laid as in training."""
@@ -453,7 +462,7 @@ class Run:
             given them. See `hinge.data.observed.read_observed`.
         """
         if slide is None:
-            slide = self.slide(name)
+            slide = self._slide_to_sample(name)
         settings = self.config.sampling
         draws, steps = draws or settings.draws, steps or settings.steps
         if steps > self.config.diffusion.num_train_timesteps:
@@ -556,9 +565,17 @@ class Run:
         train = self.spots(self.config.data.train)
         generative = [method for method in settings.baselines if method in GENERATIVE_BASELINES]
         denoisers = {method: self._denoiser(method, train) for method in generative}
-        evaluations = []
+        evaluations, failed = [], {}
         for name in slides:
-            test, n_draws, own = self.spots([name]), self.config.sampling.draws, []
+            try:
+                test = self.spots([name])
+            except DataError as error:
+                if len(slides) == 1:
+                    raise
+                logger.error("slide %s failed: %s", name, error)
+                failed[name] = str(error)
+                continue
+            n_draws, own = self.config.sampling.draws, []
             if self.samples_path(name).exists():
                 draws = read_draws(self.samples_path(name))
                 n_draws = int(draws.uns["hinge"]["draws"])
@@ -579,7 +596,15 @@ class Run:
                     seed=seed,
                 )
             )
-        return write_scores(output or self.scores_path, evaluations)
+        if not evaluations:
+            raise DataError(f"no slide could be scored: {'; '.join(failed.values())}")
+        written = write_scores(output or self.scores_path, evaluations)
+        if failed:
+            raise DataError(
+                f"{len(failed)} of {len(slides)} slides could not be scored, the others are in {written}: "
+                + "; ".join(f"{name} ({reason})" for name, reason in failed.items())
+            )
+        return written
 
     def log_likelihoods(self, name: str) -> dict[str, float] | None:
         """How probable a slide's measured counts on the panel are, mean over spots in nats.

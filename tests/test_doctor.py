@@ -97,7 +97,7 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(ROOT / "docs" / "tutorial.ipynb", as_version=4)
-    done = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    done = nbclient.NotebookClient(notebook, timeout=600, startup_timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     texts = ["".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in done.cells]
     assert any("hinge" in text and "PCC" in text for text in texts)
     assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "samples" / "sim2.h5ad").is_file()

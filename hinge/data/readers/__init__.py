@@ -9,7 +9,7 @@ from types import ModuleType
 
 from anndata import AnnData
 
-from hinge.data.readers import h5ad, her2st, hest, spatialdata, visium
+from hinge.data.readers import h5ad, her2st, hest, spatialdata, table, visium
 from hinge.data.readers import image as image_reader
 from hinge.data.slide import validate_slide
 from hinge.errors import DataError
@@ -20,6 +20,7 @@ FORMATS: dict[str, ModuleType] = {
     "visium": visium,
     "spatialdata": spatialdata,
     "h5ad": h5ad,
+    "table": table,
     "image": image_reader,
 }
 
@@ -85,7 +86,7 @@ def read_slide(
         False also reads images without counts: their tissue is found, a grid of spots laid over it, and the
         slide has no genes.
     **grid
-        `spot_pitch_um` and `spot_diameter_um` of that grid; other formats know their own and take none.
+        `spot_pitch_um` and `spot_diameter_um` of that grid; slides with counts know their own and take none.
 
     Returns
     -------
@@ -117,7 +118,7 @@ def read_slide(
         image=None if image is None else Path(image),
         um_per_px=um_per_px,
         require_image=require_image,
-        **(grid if reader is image_reader else {}),
+        **(grid if reader in (image_reader, table) else {}),
     )
     validate_slide(slide, require_image=require_image, require_counts=require_counts)
     return slide
