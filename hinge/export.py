@@ -7,11 +7,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from hinge.data.draws import read_draws
 from hinge.data.writers import write_cellxgene, write_draws_zarr, write_geojson, write_spatialdata
 from hinge.errors import ConfigError, DataError
 from hinge.files import atomic_path, write_json
 from hinge.models import HingeModel
-from hinge.run import Run, read_draws
+from hinge.run import Run
 
 logger = logging.getLogger(__name__)
 

@@ -23,12 +23,11 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from anndata import AnnData
 from pydantic import ValidationError
+from tqdm import tqdm
 
 from hinge.backbones import CellFMConfig, CellFMModel, pretrain_expression
 from hinge.backbones.cellfm import read_config
@@ -36,6 +35,7 @@ from hinge.backbones.checkpoints import vocabulary_for
 from hinge.backbones.vocabulary import GeneMapping, GeneNames, GeneVocabulary
 from hinge.config import BackboneConfig, RunConfig, explain, load_config, save_config
 from hinge.data.context import slide_features, spot_positions
+from hinge.data.draws import UnfinishedDraws, read_draws, same_draws, write_draws
 from hinge.data.features import read_features
 from hinge.data.observed import read_observed
 from hinge.data.panel import Panel, select_panel
@@ -44,7 +44,6 @@ from hinge.data.readers.table import images_alone
 from hinge.data.slide import slide_name
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots
 from hinge.data.transforms import get_transform
-from hinge.data.writers import attach_draws, write_draws_zarr
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
 from hinge.diffusion.continuous import Denoiser, NoisePath, draw_continuous
 from hinge.diffusion.likelihood import chain_log_likelihood
@@ -56,7 +55,7 @@ from hinge.evaluation.modules import read_gene_sets
 from hinge.evaluation.oracle import oracle_prediction
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
 from hinge.evaluation.score import evaluate_slide, prediction_from_draws, write_scores
-from hinge.files import atomic_path, file_digest, read_json, write_json
+from hinge.files import arrays_digest, atomic_path, file_digest, read_json, write_json
 from hinge.loop import make_accelerator, write_environment
 from hinge.models import HingeModel
 from hinge.models.heads import COUNT_HEADS, needs_depth
@@ -65,7 +64,8 @@ from hinge.training import split_spots, train_denoiser, train_hinge
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES_IN_LAYERS = 2 << 30  # draws; a Visium slide's 20 draws of 200 genes are 80 MB
+# batches in a part of a slide's draws: what is drawn again if sampling is killed
+BATCHES_IN_A_PART = 8
 
 
 class Run:
@@ -486,7 +486,7 @@ class Run:
             "encoder": self.encoder.name,
             "encoder_digest": self.encoder.digest,
         }
-        if output.exists() and _same_draws(output, about, slide):
+        if output.exists() and same_draws(output, about, slide):
             logger.info("%s is finished", output)
             return output
         measured = depth = None
@@ -503,31 +503,47 @@ class Run:
         effect = None
         if measured is not None and settings.coherent:
             effect = pipeline.slide_effect(features, measured, depth)
-        mine = np.array_split(np.arange(slide.n_obs), accelerator.num_processes)[accelerator.process_index]
-        spots = [f"{name}/{barcode}" for barcode in slide.obs_names]
-        result = pipeline(
-            features[mine],
-            gene_ids,
-            [spots[index] for index in mine],
-            num_draws=draws,
-            num_inference_steps=steps,
-            seed=seed,
-            batch_size=batch_size or settings.batch_size,
-            slide=name if settings.coherent else None,
-            positions=spot_positions(slide.obsm["spatial"])[mine] if settings.coherent else None,
-            observed=None if measured is None else measured[mine],
-            depth=None if depth is None else depth[mine],
-            slide_effect=effect,
-            order=settings.order,
-            corrections=settings.corrections,
-            temperature=settings.temperature,
-            progress=accelerator.is_main_process,
-        )
-        parts = gather_object([(result.values, result.expected)])
+        spots, positions = [f"{name}/{barcode}" for barcode in slide.obs_names], None
+        if settings.coherent:
+            positions = spot_positions(slide.obsm["spatial"])
+        batch_size = batch_size or settings.batch_size
+        genes = self.panel().genes
+        size = max(1, BATCHES_IN_A_PART * batch_size // draws)
+        conditions = arrays_digest({"features": features, "place": slide.obsm["spatial"], "names": np.array(spots)})
+        unfinished = UnfinishedDraws(output, {**about, "conditions": conditions}, draws, slide.n_obs, len(genes), size)
         if accelerator.is_main_process:
-            values = np.concatenate([part[0] for part in parts], axis=1)
-            expected = np.concatenate([part[1] for part in parts], axis=0)
-            write_draws(output, values, expected, slide, self.panel().genes, about)
+            unfinished.prepare()
+        accelerator.wait_for_everyone()
+        missing = list(unfinished.missing())
+        accelerator.wait_for_everyone()  # or a quick process would finish a part before another one looks
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        silent = None if accelerator.is_main_process else True
+        with tqdm(total=sum(part.stop - part.start for _, part in mine), unit="spot", disable=silent) as bar:
+            for number, part in mine:
+                result = pipeline(
+                    features[part],
+                    gene_ids,
+                    spots[part],
+                    num_draws=draws,
+                    num_inference_steps=steps,
+                    seed=seed,
+                    batch_size=batch_size,
+                    slide=None if positions is None else name,
+                    positions=None if positions is None else positions[part],
+                    observed=None if measured is None else measured[part],
+                    depth=None if depth is None else depth[part],
+                    slide_effect=effect,
+                    order=settings.order,
+                    corrections=settings.corrections,
+                    temperature=settings.temperature,
+                    progress=False,
+                )
+                unfinished.write(number, part, result.values, result.expected)
+                bar.update(part.stop - part.start)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_draws(output, *unfinished.read(), slide, genes, about)
+            unfinished.remove()
             logger.info("wrote %s (%d draws of %d spots)", output, draws, slide.n_obs)
         accelerator.wait_for_everyone()
         return output
@@ -840,73 +856,9 @@ def stack_values(values: list[np.ndarray], genes: list[str]) -> np.ndarray:
     return stacked
 
 
-def write_draws(
-    path: str | Path, values: np.ndarray, expected: np.ndarray, slide: AnnData, genes: list[str], about: dict
-) -> None:
-    """Write draws as AnnData: X the mean, layers std, expected and draw_000 ….
-
-    Draws of more than `MOST_BYTES_IN_LAYERS` go to a chunked array in `<slide>.draws.zarr` beside the file, so that
-    the file still opens at once in scanpy; `read_draws` brings them back.
-
-    Parameters
-    ----------
-    path
-        The h5ad file.
-    values
-        (K, n, G) draws.
-    expected
-        (n, G) the head's mean averaged over draws.
-    slide
-        Where the spots lie; its name, image and coordinates go along.
-    genes
-        G symbols.
-    about
-        What is needed to repeat the draws; goes to `uns["hinge"]`.
-    """
-    result = AnnData(X=values.mean(axis=0, dtype=np.float64).astype(np.float32))
-    result.obs_names, result.var_names = slide.obs_names, genes
-    result.layers["std"] = values.std(axis=0, dtype=np.float64).astype(np.float32)
-    result.layers["expected"] = expected
-    for number, draw in enumerate(values):
-        result.layers[f"draw_{number:03d}"] = draw
-    result.obsm["spatial"] = slide.obsm["spatial"]
-    result.uns["spatial"] = slide.uns.get("spatial", {})
-    result.uns["hinge"] = {**slide.uns["hinge"], **about}
-    if values.nbytes > MOST_BYTES_IN_LAYERS:
-        store = write_draws_zarr(result, Path(path).with_suffix(".draws.zarr"))
-        for number in range(len(values)):
-            del result.layers[f"draw_{number:03d}"]
-        result.uns["hinge"]["draws_store"] = store.name
-    with atomic_path(path) as temporary:
-        result.write_h5ad(temporary, compression="gzip")
-
-
-def read_draws(path: str | Path) -> AnnData:
-    """Read what `write_draws` wrote."""
-    try:
-        draws = ad.read_h5ad(path)
-    except Exception as error:
-        raise DataError(f"{path} is not a readable h5ad file: {error}") from error
-    if "draws" not in draws.uns.get("hinge", {}):
-        raise DataError(f"{path} holds no draws: uns['hinge'] does not describe any")
-    if "draws_store" in draws.uns["hinge"]:
-        attach_draws(draws, Path(path).parent / str(draws.uns["hinge"]["draws_store"]))
-    return draws
-
-
 def _spot_names(spots: SpotTable) -> list[str]:
     """The names by which the randomness of draws goes."""
     return [f"{slide}/{barcode}" for slide, barcode in zip(spots.slide, spots.barcodes, strict=True)]
-
-
-def _same_draws(path: Path, about: dict, slide: AnnData) -> bool:
-    there = read_draws(path)
-    facts = {"name": slide_name(slide), **about}
-    return (
-        all(there.uns["hinge"].get(key) == value for key, value in facts.items())
-        and list(there.obs_names) == list(slide.obs_names)
-        and np.array_equal(there.obsm.get("spatial"), slide.obsm["spatial"])
-    )
 
 
 def _difference(here: dict, there: dict) -> str | None:

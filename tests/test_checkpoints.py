@@ -21,11 +21,12 @@ from hinge.cli import main
 from hinge.config import load_config
 from hinge.convert import RELEASED_DIFFUSION, convert_cellfm, convert_hinge, export_hinge_folder
 from hinge.data import read_slide, select_panel, simulate_tissue
+from hinge.data.draws import read_draws
 from hinge.errors import ConfigError, WeightsError
 from hinge.files import read_json
 from hinge.models import HingeModel
 from hinge.models.checkpoints import RELEASED_MODEL, import_hinge, write_hinge
-from hinge.run import Run, read_draws
+from hinge.run import Run
 
 
 def small(**options) -> CellFMModel:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from hinge.backbones import CellFMModel
 from hinge.cli import app, main
 from hinge.data import Panel, read_features, simulate_tissue
-from hinge.run import read_draws
+from hinge.data.draws import read_draws
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]

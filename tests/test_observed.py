@@ -9,9 +9,10 @@ from scipy.sparse import csr_matrix
 
 from hinge.config import check_config
 from hinge.data import simulate_tissue
+from hinge.data.draws import read_draws
 from hinge.data.observed import read_observed
 from hinge.errors import DataError
-from hinge.run import Run, read_draws
+from hinge.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+import hinge.run as run_module
 from hinge.backbones import CellFMModel
 from hinge.config import check_config
 from hinge.data import list_samples, load_spots, read_slide, simulate_tissue
+from hinge.data.draws import UnfinishedDraws, read_draws
 from hinge.errors import ConfigError, DataError, WeightsError
-from hinge.run import Run, read_draws
+from hinge.run import Run
 
 EDGE, EMPTY = 5, 14  # spots of the test slide
 
@@ -272,6 +274,45 @@ def test_draws_made_otherwise_are_replaced_and_other_slides_not_taken_for_the_sa
     shutil.rmtree(copied.folder / "features")
     copied.sample(slide=read_slide(folder / "sim2.h5ad"), draws=2)
     assert read_draws(path).n_obs == 18
+
+
+def test_sampling_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "BATCHES_IN_A_PART", 1)
+    whole = finished.sample("sim2", output=tmp_path / "whole.h5ad", batch_size=16)
+    drawn, write = [], UnfinishedDraws.write
+
+    def die_at_the_third(self, number, spots, *arrays):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(spots)
+        write(self, number, spots, *arrays)
+
+    monkeypatch.setattr(UnfinishedDraws, "write", die_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        finished.sample("sim2", output=tmp_path / "parts.h5ad", batch_size=16)
+    assert not (tmp_path / "parts.h5ad").exists()
+
+    def note(self, number, spots, *arrays):
+        drawn.append(spots)
+        write(self, number, spots, *arrays)
+
+    monkeypatch.setattr(UnfinishedDraws, "write", note)
+    parts = finished.sample("sim2", output=tmp_path / "parts.h5ad", batch_size=16)
+    # every spot once, and the same file in the end
+    assert sorted(index for spots in drawn for index in range(36)[spots]) == list(range(36))
+    assert same(parts, whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.h5ad", "parts.h5ad"}
+
+    # what is there of other draws is not gone on with
+    monkeypatch.setattr(UnfinishedDraws, "write", die_at_the_third)
+    drawn.clear()
+    with pytest.raises(KeyboardInterrupt):
+        finished.sample("sim2", output=tmp_path / "parts2.h5ad", batch_size=16, seed=9)
+    monkeypatch.setattr(UnfinishedDraws, "write", note)
+    drawn.clear()
+    again = finished.sample("sim2", output=tmp_path / "parts2.h5ad", batch_size=16)
+    assert len(drawn) == len(list(range(0, 36, drawn[0].stop)))
+    assert same(again, whole)
 
 
 def test_a_slide_from_outside_the_data_set(copied, slides, tmp_path):

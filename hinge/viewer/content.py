@@ -33,11 +33,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from hinge.data import get_transform, list_samples, slide_name
+from hinge.data.draws import read_draws
 from hinge.errors import DataError, HingeError
 from hinge.evaluation import correlation_matrix, gene_pcc, matrix_scores
 from hinge.files import atomic_path
 from hinge.report.html import gene_order
-from hinge.run import Run, read_draws
+from hinge.run import Run
 from hinge.viewer.tiles import OVERLAP_PX, TILE_PX, TiledImage
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class SlideContent:
     Parameters
     ----------
     draws
-        As `hinge.run.read_draws` gives it.
+        As `hinge.data.draws.read_draws` gives it.
     measured
         The slide with raw counts; None where there are none, or they are not at hand.
     """

@@ -1,6 +1,6 @@
 """Writing draws for other tools: one module per target format.
 
-Each takes an AnnData as `hinge.run.write_draws` writes it: X the mean of the draws, layers `std`, `expected` and
+Each takes an AnnData as `hinge.data.draws.write_draws` writes it: X the mean of the draws, layers `std`, `expected` and
 `draw_000`…, full-resolution pixels in `obsm["spatial"]`, image and scale factors in `uns["spatial"]`.
 """
 
