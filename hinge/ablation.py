@@ -10,6 +10,7 @@ Cells that differ in sampling alone share the trained model too. What is finishe
 where it stopped.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -19,7 +20,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -269,24 +270,24 @@ def run_grid(
 
     patches = {}
     for cell in waiting:
+        (cell.config.output / "error.txt").unlink(missing_ok=True)
         for slide in (*cell.config.data.train, *cell.config.data.test):
             features = cell.config.features
             patches[features.folder, features.encoder, cell.config.data.path, slide] = (cell, slide)
-    _run_tasks("features", _extract, {f"features of {slide}": (c, slide) for c, slide in patches.values()}, jobs)
-
     foundations = {str(cell.foundation.output): cell.foundation for cell in waiting if cell.foundation is not None}
-    broken = _run_tasks("backbones", _pretrain, {path: (config,) for path, config in foundations.items()}, jobs)
-
     groups: dict[str, list[Cell]] = {}
     failures = []
-    for cell in waiting:
-        (cell.config.output / "error.txt").unlink(missing_ok=True)
-        path = "" if cell.foundation is None else str(cell.foundation.output)
-        if path in broken:
-            failures.append(Failure(cell.name, f"no backbone: {broken[path]}"))
-        else:
-            groups.setdefault(_training_digest(cell), []).append(cell)
-    outcome = _run_tasks("cells", _run_cells, {group[0].name: (group,) for group in groups.values()}, jobs)
+    with _Workers(jobs) as workers:
+        # what fails here is told by the cells that need it
+        workers.run("features", _extract, {f"features of {slide}": (cell, slide) for cell, slide in patches.values()})
+        broken = workers.run("backbones", _pretrain, {path: (config,) for path, config in foundations.items()})
+        for cell in waiting:
+            path = "" if cell.foundation is None else str(cell.foundation.output)
+            if path in broken:
+                failures.append(Failure(cell.name, f"no backbone: {broken[path]}"))
+            else:
+                groups.setdefault(_training_digest(cell), []).append(cell)
+        outcome = workers.run("cells", _run_cells, {group[0].name: (group,) for group in groups.values()})
     # a group that died as a whole: which of its cells are there is on the disk
     for cell in (cell for group in groups.values() for cell in group):
         if not cell.is_finished():
@@ -512,45 +513,86 @@ def _sentence(error: BaseException) -> str:
 # --- processes -----------------------------------------------------------------------------------
 
 
-def _run_tasks(what: str, function: Callable[..., None], tasks: dict[str, tuple], jobs: int) -> dict[str, str]:
-    """Call function(*arguments) for every task, in several processes; name → why it failed."""
-    failed: dict[str, str] = {}
-    if not tasks:
-        return failed
-    logger.info("%s: %d to do", what, len(tasks))
-    if jobs == 1:
-        for name, arguments in tasks.items():
-            try:
-                function(*arguments)
-            except Interrupted:
-                raise
-            except Exception as error:
-                failed[name] = _sentence(error)
-        return failed
-    settings = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)),
-        # threads that wait for each other by spinning take the cores from the other jobs
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
-    kept = {key: os.environ.get(key) for key in settings}
-    os.environ.update(settings)
-    try:
-        died = _in_processes(function, tasks, jobs, failed)
-        # who killed the pool is not known: each of those that it took along gets one to itself
-        for name in died:
-            if _in_processes(function, {name: tasks[name]}, 1, failed):
-                failed[name] = "its process died (out of memory?)"
-    finally:
-        for key, value in kept.items():
+class _Workers:
+    """Calls functions in several processes, or in this one; the processes live until the end of the `with` block.
+
+    Parameters
+    ----------
+    jobs
+        How many.
+    """
+
+    def __init__(self, jobs: int):
+        self.jobs = jobs
+        self.pool: ProcessPoolExecutor | None = None
+        self.kept: dict[str, str | None] = {}
+
+    def __enter__(self) -> "_Workers":
+        if self.jobs > 1:
+            settings = {
+                "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs)),
+                # threads that wait for each other by spinning take the cores from the other jobs
+                "OMP_WAIT_POLICY": "PASSIVE",
+            }
+            self.kept = {key: os.environ.get(key) for key in settings}
+            os.environ.update(settings)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+        for key, value in self.kept.items():
             if value is None:
                 del os.environ[key]
             else:
                 os.environ[key] = value
-    return failed
+
+    def run(self, what: str, function: Callable[..., None], tasks: dict[str, tuple]) -> dict[str, str]:
+        """Call function(*arguments) for every task; name → why it failed."""
+        failed: dict[str, str] = {}
+        if tasks:
+            logger.info("%s: %d to do", what, len(tasks))
+        if self.jobs == 1:
+            for name, arguments in tasks.items():
+                with _reason_kept(failed, name):
+                    function(*arguments)
+            return failed
+        died = self._in_processes(function, tasks, failed)
+        # who killed the processes is not known: each task that they took along is tried once more, alone
+        for name in died:
+            if self._in_processes(function, {name: tasks[name]}, failed):
+                failed[name] = "its process died (out of memory?)"
+        return failed
+
+    def _in_processes(self, function: Callable[..., None], tasks: dict[str, tuple], failed: dict[str, str]) -> list:
+        """Fill `failed`; names of the tasks whose process died."""
+        self.pool = self.pool or _start_pool(self.jobs)
+        futures = {name: self.pool.submit(function, *arguments) for name, arguments in tasks.items()}
+        died = []
+        for name, future in futures.items():
+            try:
+                with _reason_kept(failed, name):
+                    future.result()
+            except BrokenExecutor:
+                died.append(name)
+        if died:
+            self.pool.shutdown()
+            self.pool = None
+        return died
 
 
-def _in_processes(function: Callable[..., None], tasks: dict[str, tuple], jobs: int, failed: dict[str, str]) -> list:
-    """Fill `failed`; names of the tasks whose process died."""
+@contextlib.contextmanager
+def _reason_kept(failed: dict[str, str], name: str) -> Iterator[None]:
+    """Write into `failed` why a task failed, unless the user stopped it or its process died."""
+    try:
+        yield
+    except (Interrupted, BrokenExecutor):
+        raise
+    except Exception as error:
+        failed[name] = _sentence(error)
+
+
+def _start_pool(jobs: int) -> ProcessPoolExecutor:
     import torch
 
     context = multiprocessing.get_context("spawn")
@@ -558,19 +600,7 @@ def _in_processes(function: Callable[..., None], tasks: dict[str, tuple], jobs: 
     if devices is not None:
         for number in range(jobs):
             devices.put(number % torch.cuda.device_count())
-    died = []
-    with ProcessPoolExecutor(jobs, context, initializer=_start_process, initargs=(devices, logger.level)) as pool:
-        futures = {name: pool.submit(function, *arguments) for name, arguments in tasks.items()}
-        for name, future in futures.items():
-            try:
-                future.result()
-            except BrokenExecutor:
-                died.append(name)
-            except Interrupted:
-                raise
-            except Exception as error:
-                failed[name] = _sentence(error)
-    return died
+    return ProcessPoolExecutor(jobs, context, initializer=_start_process, initargs=(devices, logger.level))
 
 
 def _start_process(devices, level: int) -> None:

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -337,6 +336,8 @@ class HingeModel(ModelMixin, ConfigMixin):
             object.__setattr__(self, "_backbone", backbone)
             return self
         if self.config.tuning == "lora":
+            from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
+
             settings = LoraConfig(
                 r=self.config.lora_rank, lora_alpha=self.config.lora_rank, target_modules=list(LORA_TARGETS)
             )
