@@ -14,7 +14,7 @@ in units of each gene's training deviation. Two paths from expression to noise:
 
 Sampling keeps the noise that the prediction implies, ε = (x_t − a x₀)/b, and mixes it anew at the next time: DDIM (Song
 et al., ICLR 2021) for the first path, Euler's method on the flow for the second. x₀ is carried forward from its last
-two predictions (DPM-Solver++ of second order, Lu et al., 2022): by itself the first-order rule loses a tenth to a quarter
+two predictions (DPM-Solver++ of second order, Lu et al., 2022): by itself the first-order rule loses up to a quarter
 of a gene's spread in 25 steps. A draw is a function of its first noise.
 
 What differs from the model is the objective alone: same backbone, same conditioning, same training spots, features,
