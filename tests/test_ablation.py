@@ -2,13 +2,14 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from hinge.ablation import COLUMNS, ablate, load_grid, make_cells, markdown, run_grid, summarise_cells
+from hinge.ablation import COLUMNS, _Workers, ablate, load_grid, make_cells, markdown, run_grid, summarise_cells
 from hinge.config import check_config
 from hinge.data import simulate_tissue
 from hinge.errors import ConfigError, HingeError, Interrupted
@@ -252,12 +253,33 @@ def test_a_failing_cell_does_not_stop_the_others(write_grid, tmp_path):
         "worse": {"features.encoder": "no_such_encoder"},
         "good": {},
     }
-    tables = ablate(load_grid(write_grid(variants=variants)), tmp_path / "out", jobs=2)
+    tables = ablate(load_grid(write_grid(variants=variants)), tmp_path / "out")
     assert [failure.name for failure in tables.failures] == ["bad/sim2/seed0", "worse/sim2/seed0"]
     assert "no_such_encoder" in tables.failures[1].message
     assert (tmp_path / "out" / "bad" / "sim2" / "seed0" / "error.txt").read_text().count("Traceback") == 1
     rows = list(csv.DictReader(tables.csv.open()))
     assert {row["variant"] for row in rows} == {"good"}
+
+
+@pytest.mark.slow  # every process imports torch
+def test_two_processes_do_what_one_does(write_grid, tmp_path):
+    path = write_grid(variants={"a": {}, "bad": {"features.encoder": "no_such_encoder"}, "b": {"training.steps": 3}})
+    one, two = (run_grid(load_grid(path), tmp_path / f"{jobs}", jobs=jobs) for jobs in (1, 2))
+    for rows in (one[0], two[0]):
+        assert {row["variant"] for row in rows} == {"a", "b"}
+    assert [row["crps"] for row in one[0]] == pytest.approx([row["crps"] for row in two[0]], abs=1e-5, nan_ok=True)
+    assert [failure.name for failure in one[1]] == [failure.name for failure in two[1]] == ["bad/sim2/seed0"]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_told_and_the_others_are_done():
+    before = os.environ.get("OMP_NUM_THREADS")
+    with _Workers(2) as workers:
+        failed = workers.run("tasks", os._exit, {"first": (1,)})
+        failed |= workers.run("tasks", os.fspath, {"fine": ("a path",), "wrong": (3,)})
+    assert failed == {"first": "its process died (out of memory?)", "wrong": failed["wrong"]}
+    assert failed["wrong"].startswith("TypeError")
+    assert os.environ.get("OMP_NUM_THREADS") == before
 
 
 def test_a_backbone_that_cannot_be_made_names_the_cells(write_grid, tmp_path):
