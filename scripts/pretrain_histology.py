@@ -1,4 +1,4 @@
-"""Pre-train a histology encoder: accelerate launch scripts/pretrain_histology.py --config configs/pretrain/vit_b16.yaml"""
+"""Pre-train an encoder: accelerate launch scripts/pretrain_histology.py --config configs/pretrain/vit_b16.yaml"""
 
 import sys
 
