@@ -94,7 +94,8 @@ def each_slide(names: Sequence[str], work: Callable[[str], Path], folder: Path) 
                 told.write_text(failed[name], encoding="utf-8")
         for name in names:
             told = claims / f"{_file_name(name)}.failed"
-            with contextlib.suppress(OSError):
+            # a launcher ends all its processes when one ends with an error: none does before the last slide is done
+            with _claim(told.with_suffix(".lock"), wait=True), contextlib.suppress(OSError):
                 if told.stat().st_mtime >= started:
                     failed.setdefault(name, told.read_text("utf-8"))
     finally:
@@ -110,14 +111,15 @@ def _file_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _claim(path: Path) -> Iterator[bool]:
-    """Whether this process has a slide to itself, until the end of the block."""
+def _claim(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process has a slide to itself, until the end of the block; it may wait for it."""
     if fcntl is None:
         yield True
         return
+    path.parent.mkdir(exist_ok=True)  # another process may have tidied up
     with open(path, "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             yield False
             return
@@ -126,8 +128,9 @@ def _claim(path: Path) -> Iterator[bool]:
 
 def _tidy(claims: Path) -> None:
     """Remove claims that nobody holds, once nobody holds any."""
-    paths = list(claims.iterdir())
-    with contextlib.ExitStack() as held:
+    # another process may be tidying too
+    with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as held:
+        paths = list(claims.iterdir())
         if not all(held.enter_context(_claim(path)) for path in paths if path.suffix == ".lock"):
             return
         for path in paths:

@@ -145,7 +145,8 @@ def _work(folder: Path, log: Path, started, seconds: float):
     try:
         list(each_slide(NAMES, work, folder))
     except DataError as error:
-        (folder / f"told.{os.getpid()}").write_text(str(error))
+        done = sum((folder / name).exists() for name in NAMES)
+        (folder / f"told.{os.getpid()}").write_text(f"{done} done; {error}")
 
 
 def test_processes_share_slides_and_tell_what_failed(tmp_path):
@@ -163,6 +164,7 @@ def test_processes_share_slides_and_tell_what_failed(tmp_path):
     assert sorted(name for name, _ in done) == ["S0", "S1", "S3", "S4", "S6", "S7"]  # each once
     assert len({process for _, process in done}) > 1
     told = [path.read_text() for path in (tmp_path / "out").glob("told.*")]
+    assert all(text.startswith("6 done; ") for text in told)  # or a launcher would end those still at work
     assert told and any("S2 (S2 is damaged)" in text and "S5 (ZeroDivisionError: a bug)" in text for text in told)
     assert all("2 of 8 slides failed" in text or "1 of 8 slides failed" in text for text in told)
 
