@@ -1,6 +1,10 @@
 """hinge doctor; that every command has an example; the tutorial."""
 
+import json
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -93,12 +97,15 @@ def test_the_documentation_names_pages_that_are_there():
     assert listed and all((ROOT / "docs" / page).is_file() for page in listed), listed
 
 
-def test_the_tutorial_runs(tmp_path, monkeypatch):
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    notebook = nbformat.read(ROOT / "docs" / "tutorial.ipynb", as_version=4)
-    done = nbclient.NotebookClient(notebook, timeout=600, startup_timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
-    texts = ["".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in done.cells]
-    assert any("hinge" in text and "PCC" in text for text in texts)
+def test_the_tutorial_runs(tmp_path):
+    notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert notebook["nbformat"] == 4 and not any(cell.get("outputs") for cell in notebook["cells"])
+    (tmp_path / "tutorial.py").write_text("\n\n".join(code))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "tutorial.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "PCC-50" in done.stdout and "noise-ceiling" in done.stdout
     assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "samples" / "sim2.h5ad").is_file()
     assert (tmp_path / "site" / "index.html").is_file()
