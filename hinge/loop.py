@@ -192,7 +192,7 @@ def run_loop(
         lr=config.learning_rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
-        fused=accelerator.device.type == "cuda",
+        fused=accelerator.device.type in ("cpu", "cuda"),
     )
     ema = (
         EMAModel(trainable.values(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
