@@ -151,8 +151,8 @@ def test_pretraining_learns_and_resumes_to_the_same_weights(tmp_path):
 
     saved = loop._save_checkpoint
 
-    def save_then_stop(path, trainable, optimizer, ema, state):
-        saved(path, trainable, optimizer, ema, state)
+    def save_then_stop(path, trainable, optimizer, ema, state, carried):
+        saved(path, trainable, optimizer, ema, state, carried)
         if state["step"] == 20:
             raise Stop
 

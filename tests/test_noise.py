@@ -88,9 +88,12 @@ def test_measured_genes_pass_through_to_the_bit_and_inform_the_rest():
         np.testing.assert_array_equal(values[known], observed[known])
     np.testing.assert_allclose(drawn.expected[known], observed[known], atol=1e-6)
     free = draw(pipe)
-    # spots without a measurement are drawn as they were, the others are not
-    np.testing.assert_allclose(drawn.values[:, 6:], free.values[:, 6:], atol=1e-4)
     assert not np.allclose(drawn.values[:, :6, 5:], free.values[:, :6, 5:])
+    # spots without a measurement learn the shift of their slide from the others, and nothing else
+    assert not np.allclose(drawn.values[:, 6:], free.values[:, 6:])
+    rank = pipe.model.path.slide_loadings.shape[1]
+    untold = draw(pipe, observed=observed, slide_effect=(np.zeros(rank), np.eye(rank)))
+    np.testing.assert_allclose(untold.values[:, 6:], free.values[:, 6:], atol=1e-4)
     everything = draw(pipe, observed=np.ones((9, GENES), dtype=np.float32))
     assert (everything.values == 1).all()
 
