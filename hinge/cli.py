@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from hinge.cpu import prepare_cpu
 from hinge.errors import ConfigError, HingeError
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ Overrides = Annotated[
 
 def main() -> None:
     """Entry point: errors a user can cause become one sentence and exit code 2."""
+    prepare_cpu()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("hinge").setLevel(logging.INFO)
     # libraries announce themselves on every start; what matters comes as an exception
