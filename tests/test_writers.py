@@ -15,11 +15,11 @@ import zarr
 from PIL import Image
 from test_visium import write_visium
 
-from hinge import run
+from hinge.data import draws as draws_module
 from hinge.data import read_slide
+from hinge.data.draws import read_draws, write_draws
 from hinge.data.writers import attach_draws, write_cellxgene, write_draws_zarr, write_geojson, write_spatialdata
 from hinge.errors import ConfigError, DataError
-from hinge.run import read_draws, write_draws
 
 matplotlib.use("Agg")
 
@@ -160,7 +160,7 @@ def test_draws_come_back_as_layers(drawn, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_many_draws_lie_beside_the_h5ad(tiny_slide, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "MOST_BYTES_IN_LAYERS", 1000)
+    monkeypatch.setattr(draws_module, "MOST_BYTES_IN_LAYERS", 1000)
     path = tmp_path / "tiny.h5ad"
     values = draw(read_slide(tiny_slide), path)
     assert list(anndata.read_h5ad(path).layers) == ["expected", "std"]
