@@ -4,11 +4,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pytest
-import scipy.sparse
-from anndata import AnnData
-from PIL import Image
+from hinge.cpu import prepare_cpu
+
+prepare_cpu()  # threads that spin make boosting a hundred times slower where another process wants the core
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import scipy.sparse  # noqa: E402
+from anndata import AnnData  # noqa: E402
+from PIL import Image  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 
