@@ -13,9 +13,9 @@ export class HeatMap {
     this.shows = shows;
     this.on = on;
     this.cell = null;
-    canvas.addEventListener("pointermove", (event) => this.point(this.cellAt(event)));
+    canvas.addEventListener("pointermove", (event) => this.pairs && this.point(this.cellAt(event)));
     canvas.addEventListener("pointerleave", () => this.point(null));
-    canvas.addEventListener("click", (event) => on.choose(this.pairs.genes[this.cellAt(event).row]));
+    canvas.addEventListener("click", (event) => this.pairs && on.choose(this.pairs.genes[this.cellAt(event).row]));
     canvas.addEventListener("keydown", (event) => this.key(event));
   }
 
@@ -33,6 +33,7 @@ export class HeatMap {
   }
 
   key(event) {
+    if (!this.pairs) return; // still on their way
     const [right, down] = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] }[event.key] ?? [];
     const cell = this.cell ?? { row: Math.max(0, this.chosen), column: 0 };
     if (event.key === "Enter") this.on.choose(this.pairs.genes[cell.row]);
