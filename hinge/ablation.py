@@ -394,7 +394,7 @@ def _with_shared_parts(cells: list[Cell], output: Path, first_seed: int) -> list
             folder = folder / f"{'own' if cut[0] is None else f'{cut[0]:g}'}um-{cut[1]}views"
         update: dict[str, Any] = {"features": features.model_copy(update={"folder": folder})}
         foundation = None
-        if config.backbone.path is None and config.data.pretrain:
+        if config.backbone.path is None:
             # nothing but what panel and backbone depend on, so that all variants ask for the same
             own = {"weights": "pretrained", "tuning": "frozen", "lora_rank": BackboneConfig().lora_rank}
             foundation = RunConfig(

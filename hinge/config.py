@@ -44,7 +44,9 @@ class DataConfig(_Section):
     )
     train: list[str] = Field(min_length=1, description="a list of samples")
     test: list[str] = []
-    pretrain: list[str] = Field([], description="counts without images, for the expression backbone")
+    pretrain: list[str] = Field(
+        [], description="samples with counts, images or not, for the expression backbone; none: the training slides"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -236,8 +238,6 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.backbone.path is None and self.backbone.weights == "pretrained" and not self.data.pretrain:
-            raise ValueError("give backbone.path, or samples to pre-train on as data.pretrain")
         for key, section in (("training", self.training), ("backbone.pretrain", self.backbone.pretrain)):
             if section.steps is None and section.epochs is None:
                 raise ValueError(f"give either {key}.steps or {key}.epochs")

@@ -291,7 +291,7 @@ def _card(run: Run, repository: str, licence: str, encoder: str, title: str | No
         genes=len(run.panel().genes),
         transform=config.transform,
         train=len(config.data.train),
-        pretrain=len(config.data.pretrain) or "none",
+        pretrain=len(config.data.pretrain) or ("the training slides" if own else "none"),
         panel=config.panel.method,
         pitch=f"{pitch:g} µm apart, {diameter:g} µm wide" if pitch and diameter else "as in the training slides",
         encoder=_plain(encoder),

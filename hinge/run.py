@@ -56,6 +56,7 @@ from hinge.evaluation.oracle import oracle_prediction
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
 from hinge.evaluation.score import evaluate_slide, prediction_from_draws, write_scores
 from hinge.files import arrays_digest, atomic_path, file_digest, read_json, write_json
+from hinge.locks import lock_file, lock_folder
 from hinge.loop import make_accelerator, write_environment
 from hinge.models import HingeModel
 from hinge.models.heads import COUNT_HEADS, needs_depth
@@ -205,15 +206,17 @@ class Run:
 
     def features(self, slide: AnnData) -> Path:
         """The feature file of a slide, extracted if it is not there yet."""
-        settings = self.config.features
-        return extract_features(
-            slide,
-            self.encoder,
-            self.features_path(slide_name(slide)),
-            views=settings.views,
-            batch_size=settings.batch_size,
-            patch_um=settings.patch_um,
-        )
+        settings, path = self.config.features, self.features_path(slide_name(slide))
+        # runs may share a folder of features: what another one is extracting is waited for
+        with lock_file(path, wait=True):
+            return extract_features(
+                slide,
+                self.encoder,
+                path,
+                views=settings.views,
+                batch_size=settings.batch_size,
+                patch_um=settings.patch_um,
+            )
 
     def spots(self, names: list[str]) -> SpotTable:
         """Spots of some slides on the panel, with features; spots without a count are left out."""
@@ -253,12 +256,14 @@ class Run:
         return model
 
     def pretraining_values(self) -> np.ndarray:
-        """Transformed counts (n, G) on the panel of the slides to pre-train on."""
-        genes, values = self.panel().genes, []
-        for name in self.config.data.pretrain:
+        """Transformed counts (n, G) on the panel of the slides to pre-train on, which are those to train on if none are named."""
+        genes, values, data = self.panel().genes, [], self.config.data
+        if not data.pretrain:
+            logger.info("data.pretrain names no samples: the expression model is pre-trained on the training slides")
+        for name in data.pretrain or data.train:
             slide = self.slide(name, require_image=False)
             values.append(panel_values(slide, genes, self.config.transform))
-            self._slides.pop(name)  # it holds counts of all genes; the panel is all that is needed
+            self._slides.pop(name, None)  # it holds counts of all genes; the panel is all that is needed
         return stack_values(values, genes)
 
     def gene_ids(self, backbone: CellFMModel) -> torch.Tensor:
@@ -346,14 +351,15 @@ class Run:
         ConfigError
             The folder holds a run with other settings.
         """
-        with self._undone_on_error():
-            self._claim()
-            finished = (self.backbone_path / "config.json").exists()
-            values = None if finished else self.pretraining_values()
-        if not finished:
-            self._pretrain(values)
-            logger.info("wrote %s", self.backbone_path)
-        return self.backbone_path
+        with lock_folder(self.folder):
+            with self._undone_on_error():
+                self._claim()
+                finished = (self.backbone_path / "config.json").exists()
+                values = None if finished else self.pretraining_values()
+            if not finished:
+                self._pretrain(values)
+                logger.info("wrote %s", self.backbone_path)
+            return self.backbone_path
 
     def _pretrain(self, values: np.ndarray) -> CellFMModel:
         settings, genes = self.config.backbone, self.panel().genes
@@ -368,11 +374,15 @@ class Run:
         ConfigError
             The folder holds a run with other settings.
         """
-        config, settings = self.config.training, self.config.backbone
         if (self.model_path / HingeModel.config_name).exists():
             self._claim()
             logger.info("%s is finished", self.model_path)
             return self.model_path
+        with lock_folder(self.folder):
+            return self._train()
+
+    def _train(self) -> Path:
+        config, settings = self.config.training, self.config.backbone
         accelerator = make_accelerator(config, self.folder / "training")
         # one process reads slides, chooses genes and extracts features; the others then find them
         with accelerator.main_process_first(), self._undone_on_error():
@@ -709,11 +719,12 @@ class Run:
 
     def all(self) -> Path:
         """Train, sample the test slides, evaluate, report; the report's path."""
-        self.train()
-        for name in self.config.data.test:
-            self.sample(name)
-        self.evaluate()
-        return self.report()
+        with lock_folder(self.folder):
+            self.train()
+            for name in self.config.data.test:
+                self.sample(name)
+            self.evaluate()
+            return self.report()
 
     def _claim(self) -> None:
         """Write config.yaml, or make sure that the one there says the same."""

@@ -144,7 +144,6 @@ MISTAKES = {
     "data.train=[a, a]": ["data", "a stands in train more than once"],
     "data.test=[a]": ["data", "a stands in train and in test"],
     "data.pretrain=[b]": ["data", "b stands in pretrain and in test"],
-    "data.pretrain=[]": ["backbone.path", "data.pretrain"],
     "training=": ["training", "the keys steps", "not None"],
     "training={1: 2}": ["training.1", "string"],
     "training.epochs=null": ["training.steps", "training.epochs"],

@@ -442,6 +442,15 @@ def test_pretraining_needs_every_gene_of_the_panel_somewhere(slides, finished, t
     assert not run.folder.exists()
 
 
+def test_without_slides_to_pretrain_on_the_training_slides_serve(slides, tmp_path, caplog):
+    run = make_run(slides, tmp_path / "run", data__pretrain=[])
+    with caplog.at_level("INFO"):
+        run.pretrain()
+    assert "the expression model is pre-trained on the training slides" in caplog.text
+    assert len(run.pretraining_values()) == sum(read_slide(slides, name).n_obs for name in ("sim0", "sim1"))
+    assert (run.backbone_path / "config.json").exists()
+
+
 def test_features_of_another_encoder_are_refused(copied):
     path = copied.features_path("sim2")
     with h5py.File(path, "a") as file:
