@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -10,10 +12,31 @@ from typing import Annotated
 import typer
 
 from hinge.cpu import prepare_cpu
-from hinge.errors import ConfigError, HingeError
+from hinge.errors import ConfigError, HingeError, Interrupted
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which then tidies up as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
+
+
+class _Commands(typer.core.TyperGroup):
+    """Commands that say how to go on when they are stopped; typer would say "Aborted"."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as stop:
+            number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+            raise Interrupted("stopped; what is finished is kept", number) from None
+
 
 app = typer.Typer(
     name="hinge",
+    cls=_Commands,
     help="Spatial gene expression from histology: draws of every spot's expression from an H&E slide.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -32,8 +55,9 @@ Overrides = Annotated[
 
 
 def main() -> None:
-    """Entry point: errors a user can cause become one sentence and exit code 2."""
+    """Entry point: errors a user can cause become one sentence and exit code 2; a signal, its number and 128."""
     prepare_cpu()
+    signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("hinge").setLevel(logging.INFO)
     # libraries announce themselves on every start; what matters comes as an exception
@@ -43,6 +67,12 @@ def main() -> None:
     warnings.filterwarnings("ignore", "(Observation|Variable) names are not unique")
     try:
         app()
+    except Interrupted as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            launcher = "accelerate launch … -m hinge.cli" if "WORLD_SIZE" in os.environ else "hinge"
+            print("hinge:", error, file=sys.stderr)
+            print("hinge: continue with:", launcher, shlex.join(sys.argv[1:]), file=sys.stderr)
+        sys.exit(128 + error.signal_number)
     except HingeError as error:
         # libraries whose words are passed on may take several lines
         print("hinge:", " ".join(str(error).splitlines()), file=sys.stderr)

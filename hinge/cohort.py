@@ -11,12 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hinge.errors import DataError, HingeError
-
-try:
-    import fcntl
-except ImportError:  # Windows: one process
-    fcntl = None
+from hinge.errors import DataError, HingeError, Interrupted
+from hinge.locks import try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +70,7 @@ def each_slide(names: Sequence[str], work: Callable[[str], Path], folder: Path) 
     try:
         for name in names:
             told = claims / f"{_file_name(name)}.failed"
-            with _claim(told.with_suffix(".lock")) as mine:
+            with try_lock(told.with_suffix(".lock")) as mine:
                 if not mine:
                     continue
                 if told.exists() and told.stat().st_mtime >= started:
@@ -82,6 +78,8 @@ def each_slide(names: Sequence[str], work: Callable[[str], Path], folder: Path) 
                 told.unlink(missing_ok=True)
                 try:
                     result = work(name)
+                except Interrupted:  # nobody wants the others either
+                    raise
                 except HingeError as error:
                     failed[name] = str(error)
                 except Exception as error:  # whatever it is, the other slides do not suffer
@@ -95,7 +93,7 @@ def each_slide(names: Sequence[str], work: Callable[[str], Path], folder: Path) 
         for name in names:
             told = claims / f"{_file_name(name)}.failed"
             # a launcher ends all its processes when one ends with an error: none does before the last slide is done
-            with _claim(told.with_suffix(".lock"), wait=True), contextlib.suppress(OSError):
+            with try_lock(told.with_suffix(".lock"), wait=True), contextlib.suppress(OSError):
                 if told.stat().st_mtime >= started:
                     failed.setdefault(name, told.read_text("utf-8"))
     finally:
@@ -110,28 +108,12 @@ def _file_name(name: str) -> str:
     return name.replace("%", "%25").replace("/", "%2F").replace("\\", "%5C").replace(".", "%2E")
 
 
-@contextlib.contextmanager
-def _claim(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether this process has a slide to itself, until the end of the block; it may wait for it."""
-    if fcntl is None:
-        yield True
-        return
-    path.parent.mkdir(exist_ok=True)  # another process may have tidied up
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            yield False
-            return
-        yield True
-
-
 def _tidy(claims: Path) -> None:
     """Remove claims that nobody holds, once nobody holds any."""
     # another process may be tidying too
     with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as held:
         paths = list(claims.iterdir())
-        if not all(held.enter_context(_claim(path)) for path in paths if path.suffix == ".lock"):
+        if not all(held.enter_context(try_lock(path)) for path in paths if path.suffix == ".lock"):
             return
         for path in paths:
             path.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """Errors a user can cause. The command line turns each into one sentence and exit code 2."""
 
+import signal
+
 
 class HingeError(Exception):
     """Something the user can put right; the message is one sentence that says what and where."""
@@ -18,4 +20,16 @@ class WeightsError(HingeError):
 
 
 class Interrupted(HingeError):
-    """The user stopped it (Ctrl-C or a signal) at a place from which the same command goes on."""
+    """The user stopped it (Ctrl-C or a signal) at a place from which the same command goes on.
+
+    Parameters
+    ----------
+    message
+        What was stopped, and where.
+    signal_number
+        Of the signal; the command line exits with 128 more.
+    """
+
+    def __init__(self, message: str, signal_number: int = signal.SIGINT):
+        super().__init__(message)
+        self.signal_number = int(signal_number)

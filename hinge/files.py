@@ -5,12 +5,20 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hinge.errors import DataError
+
+HOST = socket.gethostname()
+
+
+def process_mark(pid: int, host: str) -> str:
+    """What the names of a process's temporary folders contain: whoever finds its lock knows what it left."""
+    return f"{pid}@{host[:40]}"
 
 
 @contextlib.contextmanager
@@ -33,7 +41,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.{process_mark(os.getpid(), HOST)}.", dir=path.parent))
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
     temporary = holder / path.name

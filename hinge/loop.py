@@ -302,12 +302,14 @@ def run_loop(
                 refresh=False,
             )
             bar.update()
-            stop_now = _any_process(interrupted(), accelerator)
+            stop_now = _any_process(bool(interrupted), accelerator)
             if main and ((step + 1) % checkpoint_every == 0 or last or stop_now or state["stopped"]):
                 _save_checkpoint(latest, trainable, optimizer, ema, state, carried)
             if stop_now and not last:
                 accelerator.wait_for_everyone()
-                raise Interrupted(f"stopped at step {step + 1} of {total}; {continue_with} continues from there")
+                message = f"stopped at step {step + 1} of {total}; {continue_with} continues from there"
+                # another process of several may have been the one that was asked
+                raise Interrupted(message, interrupted[-1] if interrupted else signal.SIGTERM)
     if config.tracker != "none":
         accelerator.end_training()
     accelerator.wait_for_everyone()
@@ -396,8 +398,11 @@ class _Log:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a flag that the loop reads between steps."""
+def _interruptible() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list that the loop reads between steps.
+
+    One that comes too late for that, at the last step, is passed on at the end.
+    """
     seen: list[int] = []
 
     def note(number, frame):
@@ -411,11 +416,15 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             previous[number] = signal.signal(number, note)
     except ValueError:  # not in the main thread: the caller's handlers stay
         pass
+    stopped = True
     try:
-        yield lambda: bool(seen)
+        yield seen
+        stopped = False
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if seen and not stopped:
+        signal.raise_signal(seen[-1])
 
 
 def _save_checkpoint(path, trainable, optimizer, ema, state, carried) -> None:

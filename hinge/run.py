@@ -20,7 +20,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from hinge.backbones.checkpoints import vocabulary_for
 from hinge.backbones.vocabulary import GeneMapping, GeneNames, GeneVocabulary
 from hinge.config import BackboneConfig, RunConfig, explain, load_config, save_config
 from hinge.data.context import slide_features, spot_positions
-from hinge.data.draws import UnfinishedDraws, read_draws, same_draws, write_draws
+from hinge.data.draws import read_draws, same_draws, write_draws
 from hinge.data.features import read_features
 from hinge.data.observed import read_observed
 from hinge.data.panel import Panel, select_panel
@@ -44,6 +44,7 @@ from hinge.data.readers.table import images_alone
 from hinge.data.slide import slide_name
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots
 from hinge.data.transforms import get_transform
+from hinge.data.unfinished import UnfinishedArrays
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
 from hinge.diffusion.continuous import Denoiser, NoisePath, draw_continuous
 from hinge.diffusion.likelihood import chain_log_likelihood
@@ -58,6 +59,7 @@ from hinge.evaluation.score import evaluate_slide, prediction_from_draws, write_
 from hinge.files import arrays_digest, atomic_path, file_digest, read_json, write_json
 from hinge.locks import lock_file, lock_folder
 from hinge.loop import make_accelerator, write_environment
+from hinge.memory import with_less_memory
 from hinge.models import HingeModel
 from hinge.models.heads import COUNT_HEADS, needs_depth
 from hinge.report import report_slide, write_report
@@ -256,7 +258,7 @@ class Run:
         return model
 
     def pretraining_values(self) -> np.ndarray:
-        """Transformed counts (n, G) on the panel of the slides to pre-train on, which are those to train on if none are named."""
+        """Transformed counts (n, G), on the panel, of the slides to pre-train on, or if none are named to train on."""
         genes, values, data = self.panel().genes, [], self.config.data
         if not data.pretrain:
             logger.info("data.pretrain names no samples: the expression model is pre-trained on the training slides")
@@ -499,64 +501,75 @@ class Run:
         if output.exists() and same_draws(output, about, slide):
             logger.info("%s is finished", output)
             return output
-        measured = depth = None
-        if observed is not None:
-            measured, depth = read_observed(observed, slide, self.panel().genes, self.config.transform)
-        accelerator = make_accelerator(self.config.training)
-        with accelerator.main_process_first():
-            path = self.features(slide)
-        features = self.conditions(slide, path)[:, 0]
-        gene_ids = self.gene_ids(pipeline.model.backbone)
-        if settings.precision == "bf16":
-            pipeline.model.backbone.to(torch.bfloat16)
-        pipeline.model.to(accelerator.device)
-        effect = None
-        if measured is not None and settings.coherent:
-            effect = pipeline.slide_effect(features, measured, depth)
-        spots, positions = [f"{name}/{barcode}" for barcode in slide.obs_names], None
-        if settings.coherent:
-            positions = spot_positions(slide.obsm["spatial"])
-        batch_size = batch_size or settings.batch_size
-        genes = self.panel().genes
-        size = max(1, BATCHES_IN_A_PART * batch_size // draws)
-        conditions = arrays_digest({"features": features, "place": slide.obsm["spatial"], "names": np.array(spots)})
-        unfinished = UnfinishedDraws(output, {**about, "conditions": conditions}, draws, slide.n_obs, len(genes), size)
-        if accelerator.is_main_process:
-            unfinished.prepare()
-        accelerator.wait_for_everyone()
-        missing = list(unfinished.missing())
-        accelerator.wait_for_everyone()  # or a quick process would finish a part before another one looks
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
-        silent = None if accelerator.is_main_process else True
-        with tqdm(total=sum(part.stop - part.start for _, part in mine), unit="spot", disable=silent) as bar:
-            for number, part in mine:
-                result = pipeline(
-                    features[part],
-                    gene_ids,
-                    spots[part],
-                    num_draws=draws,
-                    num_inference_steps=steps,
-                    seed=seed,
-                    batch_size=batch_size,
-                    slide=None if positions is None else name,
-                    positions=None if positions is None else positions[part],
-                    observed=None if measured is None else measured[part],
-                    depth=None if depth is None else depth[part],
-                    slide_effect=effect,
-                    order=settings.order,
-                    corrections=settings.corrections,
-                    temperature=settings.temperature,
-                    progress=False,
-                )
-                unfinished.write(number, part, result.values, result.expected)
-                bar.update(part.stop - part.start)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write_draws(output, *unfinished.read(), slide, genes, about)
-            unfinished.remove()
-            logger.info("wrote %s (%d draws of %d spots)", output, draws, slide.n_obs)
-        accelerator.wait_for_everyone()
-        return output
+        with lock_file(output):
+            measured = depth = None
+            if observed is not None:
+                measured, depth = read_observed(observed, slide, self.panel().genes, self.config.transform)
+            accelerator = make_accelerator(self.config.training)
+            with accelerator.main_process_first():
+                path = self.features(slide)
+            features = self.conditions(slide, path)[:, 0]
+            gene_ids = self.gene_ids(pipeline.model.backbone)
+            if settings.precision == "bf16":
+                pipeline.model.backbone.to(torch.bfloat16)
+            pipeline.model.to(accelerator.device)
+            effect = None
+            if measured is not None and settings.coherent:
+                effect = pipeline.slide_effect(features, measured, depth)
+            spots, positions = [f"{name}/{barcode}" for barcode in slide.obs_names], None
+            if settings.coherent:
+                positions = spot_positions(slide.obsm["spatial"])
+            batch_size = batch_size or settings.batch_size
+            genes = self.panel().genes
+            size = max(1, BATCHES_IN_A_PART * batch_size // draws)
+            conditions = arrays_digest({"features": features, "place": slide.obsm["spatial"], "names": np.array(spots)})
+            unfinished = UnfinishedArrays(
+                output,
+                {**about, "conditions": conditions},
+                {
+                    "values": ((draws, slide.n_obs, len(genes)), np.float32, 1),
+                    "expected": ((slide.n_obs, len(genes)), np.float32, 0),
+                },
+                slide.n_obs,
+                size,
+            )
+            if accelerator.is_main_process:
+                unfinished.prepare()
+            accelerator.wait_for_everyone()
+            missing = unfinished.missing()
+            accelerator.wait_for_everyone()  # or a quick process would finish a part before another one looks
+            mine = missing[accelerator.process_index :: accelerator.num_processes]
+            silent = None if accelerator.is_main_process else True
+            with tqdm(total=sum(part.stop - part.start for _, part in mine), unit="spot", disable=silent) as bar:
+                for number, part in mine:
+                    draw = partial(
+                        pipeline,
+                        features[part],
+                        gene_ids,
+                        spots[part],
+                        num_draws=draws,
+                        num_inference_steps=steps,
+                        seed=seed,
+                        slide=None if positions is None else name,
+                        positions=None if positions is None else positions[part],
+                        observed=None if measured is None else measured[part],
+                        depth=None if depth is None else depth[part],
+                        slide_effect=effect,
+                        order=settings.order,
+                        corrections=settings.corrections,
+                        temperature=settings.temperature,
+                        progress=False,
+                    )
+                    result, batch_size = with_less_memory(batch_size, lambda size, draw=draw: draw(batch_size=size))
+                    unfinished.write(number, part, result.values, result.expected)
+                    bar.update(part.stop - part.start)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                write_draws(output, *unfinished.read(), slide, genes, about)
+                unfinished.remove()
+                logger.info("wrote %s (%d draws of %d spots)", output, draws, slide.n_obs)
+            accelerator.wait_for_everyone()
+            return output
 
     def evaluate(
         self,
@@ -683,8 +696,9 @@ class Run:
             model.cast_backbone(torch.bfloat16 if config.precision == "bf16" else torch.float32)
             values = torch.from_numpy(train.values)
             denoiser = Denoiser(model, NoisePath(method), self.gene_ids(backbone), values)
-            train_denoiser(denoiser, train, config, folder / "training", seed=self.config.seed)
-            denoiser.save_pretrained(folder / "model")
+            with lock_folder(folder):
+                train_denoiser(denoiser, train, config, folder / "training", seed=self.config.seed)
+                denoiser.save_pretrained(folder / "model")
             logger.info("wrote %s", folder / "model")
         bf16 = self.config.sampling.precision == "bf16"
         denoiser.model.backbone.to(torch.bfloat16 if bf16 else torch.float32)
@@ -693,7 +707,8 @@ class Run:
     def _denoised(self, denoiser: Denoiser, method: str, test: SpotTable, n_draws: int) -> Prediction:
         """Draws of a generative baseline; its mean is theirs."""
         device = denoiser.mean.device
-        draws = draw_continuous(
+        draw = partial(
+            draw_continuous,
             denoiser,
             denoiser.path,
             torch.from_numpy(np.asarray(test.features[:, 0], dtype=np.float32)).to(device),
@@ -701,8 +716,8 @@ class Run:
             test.values.shape[1],
             num_draws=n_draws,
             seed=self.config.sampling.seed,
-            batch_size=self.config.sampling.batch_size,
         )
+        draws, _ = with_less_memory(self.config.sampling.batch_size, lambda size: draw(batch_size=size))
         values = denoiser.expression(torch.from_numpy(draws).to(device)).clamp_min(0).cpu().numpy()
         return Prediction(method, mean=values.mean(axis=0, dtype=np.float64), draws=values)
 

@@ -17,7 +17,8 @@ import hinge.run as run_module
 from hinge.backbones import CellFMModel
 from hinge.config import check_config
 from hinge.data import list_samples, load_spots, read_slide, simulate_tissue
-from hinge.data.draws import UnfinishedDraws, read_draws
+from hinge.data.draws import read_draws
+from hinge.data.unfinished import UnfinishedArrays
 from hinge.errors import ConfigError, DataError, WeightsError
 from hinge.run import Run
 
@@ -279,7 +280,7 @@ def test_draws_made_otherwise_are_replaced_and_other_slides_not_taken_for_the_sa
 def test_sampling_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "BATCHES_IN_A_PART", 1)
     whole = finished.sample("sim2", output=tmp_path / "whole.h5ad", batch_size=16)
-    drawn, write = [], UnfinishedDraws.write
+    drawn, write = [], UnfinishedArrays.write
 
     def die_at_the_third(self, number, spots, *arrays):
         if len(drawn) == 2:
@@ -287,7 +288,7 @@ def test_sampling_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
         drawn.append(spots)
         write(self, number, spots, *arrays)
 
-    monkeypatch.setattr(UnfinishedDraws, "write", die_at_the_third)
+    monkeypatch.setattr(UnfinishedArrays, "write", die_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         finished.sample("sim2", output=tmp_path / "parts.h5ad", batch_size=16)
     assert not (tmp_path / "parts.h5ad").exists()
@@ -296,7 +297,7 @@ def test_sampling_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
         drawn.append(spots)
         write(self, number, spots, *arrays)
 
-    monkeypatch.setattr(UnfinishedDraws, "write", note)
+    monkeypatch.setattr(UnfinishedArrays, "write", note)
     parts = finished.sample("sim2", output=tmp_path / "parts.h5ad", batch_size=16)
     # every spot once, and the same file in the end
     assert sorted(index for spots in drawn for index in range(36)[spots]) == list(range(36))
@@ -304,11 +305,11 @@ def test_sampling_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"whole.h5ad", "parts.h5ad"}
 
     # what is there of other draws is not gone on with
-    monkeypatch.setattr(UnfinishedDraws, "write", die_at_the_third)
+    monkeypatch.setattr(UnfinishedArrays, "write", die_at_the_third)
     drawn.clear()
     with pytest.raises(KeyboardInterrupt):
         finished.sample("sim2", output=tmp_path / "parts2.h5ad", batch_size=16, seed=9)
-    monkeypatch.setattr(UnfinishedDraws, "write", note)
+    monkeypatch.setattr(UnfinishedArrays, "write", note)
     drawn.clear()
     again = finished.sample("sim2", output=tmp_path / "parts2.h5ad", batch_size=16)
     assert len(drawn) == len(list(range(0, 36, drawn[0].stop)))

@@ -1,8 +1,5 @@
-"""Files of draws: the finished h5ad, and what is there of one that is still being drawn."""
+"""Files of draws."""
 
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import anndata as ad
@@ -12,7 +9,7 @@ from anndata import AnnData
 from hinge.data.slide import slide_name
 from hinge.data.writers import attach_draws, write_draws_zarr
 from hinge.errors import DataError
-from hinge.files import atomic_path, read_json, write_json
+from hinge.files import atomic_path
 
 MOST_BYTES_IN_LAYERS = 2 << 30  # draws; a Visium slide's 20 draws of 200 genes are 80 MB
 
@@ -80,80 +77,3 @@ def same_draws(path: Path, about: dict, slide: AnnData) -> bool:
         and list(there.obs_names) == list(slide.obs_names)
         and np.array_equal(there.obsm.get("spatial"), slide.obsm["spatial"])
     )
-
-
-class UnfinishedDraws:
-    """Draws on their way: arrays mapped from files in a folder beside the h5ad file, filled part by part.
-
-    A part is a range of spots, the same whatever the number of processes; a finished one has a mark of its own, so
-    that whoever goes on draws only what is missing. Memory holds one part.
-
-    Parameters
-    ----------
-    path
-        The h5ad file to be.
-    about
-        What the draws depend on, as JSON keeps it: parts of other draws are thrown away.
-    num_draws, num_spots, num_genes
-        K, n and G.
-    spots_per_part
-        Spots in a part.
-    """
-
-    def __init__(self, path: Path, about: dict, num_draws: int, num_spots: int, num_genes: int, spots_per_part: int):
-        self.folder = path.parent / f".{path.stem}.unfinished"
-        self.about = {**about, "shape": [num_draws, num_spots, num_genes], "spots_per_part": spots_per_part}
-        self.shape, self.spots_per_part = (num_draws, num_spots, num_genes), spots_per_part
-
-    def prepare(self) -> None:
-        """Make the folder, or keep the one there if it is of the same draws; for one process.
-
-        Raises
-        ------
-        DataError
-            There is no room for the draws, or no permission.
-        """
-        try:
-            if read_json(self.folder / "about.json") == self.about:
-                return
-        except DataError:  # none, or one that was killed while being made
-            pass
-        try:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            for name, shape in (("values", self.shape), ("expected", self.shape[1:])):
-                array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.float32, shape)
-                del array
-                # reserved now: writing to a mapped file on a full disk would kill the process without a word
-                if hasattr(os, "posix_fallocate"):
-                    with open(self.folder / f"{name}.npy", "r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        except OSError as error:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise DataError(f"cannot write draws to {self.folder}: {error.strerror or error}") from error
-        write_json(self.folder / "about.json", self.about)
-
-    def missing(self) -> Iterator[tuple[int, slice]]:
-        """Number and spots of each part that is not finished."""
-        for number, start in enumerate(range(0, self.shape[1], self.spots_per_part)):
-            if not self._mark(number).exists():
-                yield number, slice(start, min(start + self.spots_per_part, self.shape[1]))
-
-    def write(self, number: int, spots: slice, values: np.ndarray, expected: np.ndarray) -> None:
-        """Keep a part: values (K, spots, G) and expected (spots, G)."""
-        for name, content in (("values", values), ("expected", expected)):
-            array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "r+")
-            array[..., spots, :] = content
-            array.flush()
-        self._mark(number).touch()
-
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Values (K, n, G) and expected (n, G), mapped."""
-        return tuple(np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("values", "expected"))
-
-    def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _mark(self, number: int) -> Path:
-        return self.folder / f"{number}.finished"

@@ -157,18 +157,22 @@ class FeatureWriter:
     def write(self, indices: np.ndarray, features: np.ndarray) -> None:
         """Store features (b, views, d) of the spots at `indices` (b,)."""
         order = np.argsort(indices)
-        indices, values = np.asarray(indices)[order], np.asarray(features)[order]
+        indices = np.asarray(indices)[order]
+        self._features[indices] = self.checked(indices, np.asarray(features)[order])
+        self._written[indices] = True
+
+    def checked(self, indices: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """Features (b, views, d) of the spots at `indices` (b,) as they will be stored; a DataError if they cannot."""
         with np.errstate(over="ignore"):
-            values = values.astype(self._dtype)
+            values = np.asarray(features).astype(self._dtype)
         wrong = ~np.isfinite(values).all(axis=(1, 2))
         if wrong.any():
-            spot, encoder = self._barcodes[indices[wrong][0]], self._attributes["encoder"]
+            spot, encoder = self._barcodes[np.asarray(indices)[wrong][0]], self._attributes["encoder"]
             raise DataError(
                 f"{self.path} was not written: {encoder} gives spot {spot} a feature that is no finite "
                 f"{self._dtype} ({int(wrong.sum())} such spots in this batch)"
             )
-        self._features[indices] = values
-        self._written[indices] = True
+        return values
 
     def __exit__(self, *raised: Any) -> None:
         late = None

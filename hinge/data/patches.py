@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
@@ -61,15 +61,22 @@ class PatchReader:
         self.batch_size, self.workers = batch_size, workers
         self.coords = np.asarray(slide.obsm["spatial"], dtype=np.float64)
         band = self.coords[:, 1] // (self.patch_um / self.um_per_px)
-        self._order = np.lexsort((self.coords[:, 0], band))
+        self.order = np.lexsort((self.coords[:, 0], band))
 
     def __len__(self) -> int:
         """Number of batches."""
-        return math.ceil(len(self._order) / self.batch_size)
+        return math.ceil(len(self.order) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        starts = range(0, len(self._order), self.batch_size)
-        batches = iter([self._order[start : start + self.batch_size] for start in starts])
+        return self.read([self.order])
+
+    def read(self, parts: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Batches of some spots only: one part (places in the slide) after the other, none in a batch with another.
+
+        `order` (n,) is the order in which spots are best read.
+        """
+        size = self.batch_size
+        batches = iter([part[start : start + size] for part in parts for start in range(0, len(part), size)])
         with SlideImage(self.image_path) as image, ThreadPoolExecutor(self.workers) as pool:
             waiting: deque[tuple[np.ndarray, Future]] = deque()
             try:

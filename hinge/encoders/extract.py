@@ -1,6 +1,8 @@
 """From a slide to its feature file."""
 
+import contextlib
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,10 +13,18 @@ from tqdm import tqdm
 from hinge.data.features import FeatureWriter, read_feature_header
 from hinge.data.patches import PatchReader, dihedral_views
 from hinge.data.slide import slide_name
+from hinge.data.unfinished import UnfinishedArrays
 from hinge.encoders.registry import Encoder
 from hinge.errors import ConfigError, DataError
+from hinge.files import arrays_digest
+from hinge.locks import lock_file
+from hinge.memory import with_less_memory
 
 logger = logging.getLogger(__name__)
+
+# batches in a part of a slide's features: what is computed again if extraction is killed
+BATCHES_IN_A_PART = 8
+ROWS_AT_ONCE = 4096
 
 
 def extract_features(
@@ -30,8 +40,9 @@ def extract_features(
 ) -> Path:
     """Encode the patch of every spot and write them as a feature file.
 
-    A finished file of the same spots, encoder, patch and views is left as it is. Patches are read in the
-    background and features written as they come: memory does not grow with the slide.
+    A finished file of the same spots, encoder, patch and views is left as it is, and one that was stopped is gone on
+    with. Patches are read in the background and features written as they come: memory does not grow with the slide.
+    Where memory runs out, the encoder goes on with smaller batches.
 
     Parameters
     ----------
@@ -64,7 +75,8 @@ def extract_features(
     ConfigError
         If `views`, `batch_size`, `patch_um` or `workers` cannot be used.
     DataError
-        If the slide has no image, the image is damaged, or a file of other features is at `path`.
+        If the slide has no image, the image is damaged, a file of other features is at `path`, or another process
+        is writing it.
     """
     path = Path(path)
     if views not in (1, 8):
@@ -77,6 +89,13 @@ def extract_features(
             logger.info("%s is finished", path)
             return path
         raise DataError(f"{path} was made {difference}: overwrite it, or write to another folder")
+    shape, dtype_stored = (slide.n_obs, views, encoder.dim), encoder.feature_dtype
+    about = {
+        "encoder": encoder.digest,
+        "patch_um": side,
+        "computed_in": dtype,
+        "spots": arrays_digest({"names": np.array(slide.obs_names, dtype=str), "coords": reader.coords}),
+    }
     writer = FeatureWriter(
         path,
         slide.obs_names,
@@ -87,14 +106,41 @@ def extract_features(
         digest=encoder.digest,
         patch_um=side,
         patch_px=encoder.patch_px,
-        dtype=encoder.feature_dtype,
+        dtype=dtype_stored,
     )
-    progress = tqdm(total=slide.n_obs, desc=f"{encoder.name} {slide_name(slide)}", unit="spot", disable=None)
-    with progress, writer:
-        for indices, patches in reader:
-            features = [encoder.encode(view, dtype) for view in dihedral_views(patches, views)]
-            writer.write(indices, np.stack(features, axis=1))
-            progress.update(len(indices))
+    unfinished = UnfinishedArrays(
+        path, about, {"features": (shape, dtype_stored, 0)}, slide.n_obs, BATCHES_IN_A_PART * batch_size
+    )
+
+    def encode(patches: np.ndarray, at_once: int) -> np.ndarray:
+        """Features (b, views, d) of a batch of patches, so many in one forward pass."""
+        pieces = [patches[start : start + at_once] for start in range(0, len(patches), at_once)]
+        encoded = [[encoder.encode(view, dtype) for view in dihedral_views(piece, views)] for piece in pieces]
+        return np.concatenate([np.stack(of_views, axis=1) for of_views in encoded])
+
+    with lock_file(path):
+        unfinished.prepare()
+        missing = unfinished.missing()
+        done = slide.n_obs - sum(part.stop - part.start for _, part in missing)
+        progress = tqdm(
+            total=slide.n_obs, initial=done, desc=f"{encoder.name} {slide_name(slide)}", unit="spot", disable=None
+        )
+        batches = reader.read([reader.order[part] for _, part in missing])
+        with progress, contextlib.closing(batches):
+            for number, part in missing:
+                spots, found = reader.order[part], []
+                while sum(map(len, found)) < len(spots):
+                    indices, patches = next(batches)
+                    features, batch_size = with_less_memory(batch_size, partial(encode, patches))
+                    found.append(writer.checked(indices, features))
+                    progress.update(len(indices))
+                unfinished.write(number, spots, np.concatenate(found))
+        with writer:
+            stored = unfinished.read()[0]
+            for start in range(0, slide.n_obs, ROWS_AT_ONCE):
+                rows = np.arange(start, min(start + ROWS_AT_ONCE, slide.n_obs))
+                writer.write(rows, stored[rows])
+        unfinished.remove()
     logger.info("wrote %s (%d spots, %d views, %d features)", path, slide.n_obs, views, encoder.dim)
     return path
 

@@ -1,0 +1,106 @@
+"""What is there of a file that takes long to compute: arrays on disk that are filled part by part."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from hinge.errors import DataError
+from hinge.files import read_json, write_json
+
+
+class UnfinishedArrays:
+    """Arrays on their way: mapped from files in a folder beside the file to be.
+
+    A part is a range of spots, the same whatever the number of processes; a finished one has a mark of its own, so
+    that whoever goes on computes only what is missing. Memory holds one part.
+
+    Parameters
+    ----------
+    path
+        The file to be.
+    about
+        What the arrays depend on, as JSON keeps it: parts of others are thrown away.
+    arrays
+        Name → shape, type, and which axis the spots are on.
+    num_spots
+        n.
+    spots_per_part
+        Spots in a part; what was begun with parts of another size is gone on with in that size.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        about: dict[str, Any],
+        arrays: dict[str, tuple[tuple[int, ...], DTypeLike, int]],
+        num_spots: int,
+        spots_per_part: int,
+    ):
+        self.folder = path.parent / f".{path.stem}.unfinished"
+        self.arrays = arrays
+        described = {name: [list(shape), np.dtype(dtype).name] for name, (shape, dtype, _) in arrays.items()}
+        self.about = {**about, "arrays": described}
+        self.num_spots, self.spots_per_part = num_spots, spots_per_part
+
+    def prepare(self) -> None:
+        """Make the folder, or keep the one there if it is of the same arrays; for one process.
+
+        Raises
+        ------
+        DataError
+            There is no room for the arrays, or no permission.
+        """
+        try:
+            there = read_json(self.folder / "about.json")
+            if there["about"] == self.about and there["spots_per_part"] >= 1:
+                return
+        except (DataError, KeyError, TypeError):  # none, or one that was killed while being made
+            pass
+        try:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            for name, (shape, dtype, _) in self.arrays.items():
+                array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, shape)
+                del array
+                # reserved now: writing to a mapped file on a full disk would kill the process without a word
+                if hasattr(os, "posix_fallocate"):
+                    with open(self.folder / f"{name}.npy", "r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            write_json(self.folder / "about.json", {"about": self.about, "spots_per_part": self.spots_per_part})
+        except OSError as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise DataError(f"cannot write {self.folder}: {error.strerror or error}") from error
+
+    def missing(self) -> list[tuple[int, slice]]:
+        """Number and spots of each part that is not finished."""
+        self.spots_per_part = read_json(self.folder / "about.json")["spots_per_part"]
+        parts = enumerate(range(0, self.num_spots, self.spots_per_part))
+        return [
+            (number, slice(start, min(start + self.spots_per_part, self.num_spots)))
+            for number, start in parts
+            if not self._mark(number).exists()
+        ]
+
+    def write(self, number: int, spots: slice | np.ndarray, *contents: np.ndarray) -> None:
+        """Keep a part: for every array what belongs to these spots."""
+        for (name, (_, _, axis)), content in zip(self.arrays.items(), contents, strict=True):
+            array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "r+")
+            array[(slice(None),) * axis + (spots,)] = content
+            array.flush()
+        self._mark(number).touch()
+
+    def read(self) -> tuple[np.ndarray, ...]:
+        """The arrays, mapped."""
+        return tuple(np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in self.arrays)
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _mark(self, number: int) -> Path:
+        return self.folder / f"{number}.finished"

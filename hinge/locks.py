@@ -1,0 +1,210 @@
+"""One process at a time at a folder or a file, and tidying up after one that died there.
+
+A lock is a file that the system unlocks when its process ends, however it ends. Beside it lies a record of who holds
+it, whose time is renewed as long as the process lives: on a disk shared by machines that do not see each other's
+locks, a record that is silent for long is taken for that of a dead process.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+from hinge.errors import DataError
+from hinge.files import HOST, process_mark, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT = 15.0
+"""Seconds after which a holder shows that it lives."""
+
+SILENCE = 60.0
+"""Seconds without a sign of life after which a holder on another machine counts as dead."""
+
+_CHILDREN_END = 10.0  # seconds that processes started by a dead one may go on: data loaders look for it every five
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate looks for them
+
+_held: set[tuple[int, Path]] = set()
+
+
+@contextlib.contextmanager
+def try_lock(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process holds the lock file `path`, until the end of the block; it may wait for it.
+
+    Raises
+    ------
+    DataError
+        The lock file cannot be made.
+    """
+    lock, missing = FileLock(path), 0
+    while not lock.is_locked:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            yield False
+            return
+        except OSError as error:
+            missing += 1
+            # whoever was here before may just be tidying up
+            if not isinstance(error, FileNotFoundError) or missing == 10:
+                raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def lock_folder(folder: str | Path) -> Iterator[None]:
+    """Have a folder to oneself until the end of the block; it is made if it is not there.
+
+    Of several processes that were launched together the first one locks for all. A process that has a folder already
+    may lock it again. What a dead process left half-written there is removed.
+
+    Raises
+    ------
+    DataError
+        Another process has it (the sentence says which and since when), or it cannot be written to.
+    """
+    folder = Path(folder)
+    with _lock(folder / ".lock", folder, wait=False):
+        yield
+
+
+@contextlib.contextmanager
+def lock_file(path: str | Path, wait: bool = False) -> Iterator[None]:
+    """Have a file that is to be written to oneself until the end of the block; as `lock_folder`.
+
+    With `wait`, another process that has it is waited for.
+    """
+    path = Path(path)
+    with _lock(path.with_name(f".{path.name}.lock"), path, wait):
+        yield
+
+
+@contextlib.contextmanager
+def _lock(path: Path, what: Path, wait: bool) -> Iterator[None]:
+    key = (os.getpid(), path.absolute())
+    if key in _held or any(int(os.environ.get(name, 0)) > 0 for name in _RANKS):
+        yield
+        return
+    record = path.with_name(f"{path.name}.json")
+    with contextlib.ExitStack() as stack:
+        if not path.parent.exists():
+            stack.callback(_remove_if_empty, path.parent)
+        dead = _acquire(stack, path, record, what, wait)
+        # the lock file goes while it is held: whoever opened it sees that and opens another one
+        stack.callback(_remove, record, path)
+        if dead is not None:
+            logger.info("%s was left by %s, which has died; taking it over", what, _described(dead))
+            _sweep(what, process_mark(dead["pid"], dead["host"]))
+        words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+        since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        write_json(record, {"pid": os.getpid(), "host": HOST, "since": since, "command": " ".join(words)[:200]})
+        stack.enter_context(_heartbeat(record))
+        _held.add(key)
+        stack.callback(_held.discard, key)
+        yield
+
+
+def _acquire(stack: contextlib.ExitStack, path: Path, record: Path, what: Path, wait: bool) -> dict | None:
+    """Hold a lock; the record of its last holder, if that died."""
+    began, told, seen = time.monotonic(), None, None
+    while True:
+        with contextlib.ExitStack() as attempt:
+            free = attempt.enter_context(try_lock(path))
+            owner, beat = _read_record(record)
+            if free and (owner is None or owner["host"] == HOST or _age(path, beat) > SILENCE):
+                stack.enter_context(attempt.pop_all())
+                return owner
+        waited = time.monotonic() - began
+        here = owner is not None and owner["host"] == HOST
+        if owner is None:
+            # between locking and recording, or between removing the record and unlocking
+            refused, sentence = waited > 2, f"{what} is in use by another process"
+        elif here and not psutil.pid_exists(owner["pid"]):
+            refused = waited > _CHILDREN_END
+            sentence = f"{what} is in use by processes that {_described(owner)} started"
+        elif not free:
+            refused, sentence = True, f"{what} is in use by {_described(owner)}"
+        else:
+            # no lock is seen from here, which may be so for locks of other machines: does the record's time move on?
+            seen = seen or beat
+            refused, sentence = beat != seen, f"{what} is in use by {_described(owner)}"
+            if told is None and not refused:
+                told = "silence"
+                logger.info("%s was left by %s: waiting %.0f s for a sign of life", what, _described(owner), SILENCE)
+        if refused and not wait:
+            raise DataError(f"{sentence}; wait until it has ended, or choose another output")
+        if refused and told != "waiting":
+            told = "waiting"
+            logger.info("%s; waiting until it has ended", sentence)
+        time.sleep(0.2)
+
+
+def _described(owner: dict) -> str:
+    return f"process {owner['pid']} on {owner['host']} since {owner['since']} ({owner['command']})"
+
+
+def _read_record(path: Path) -> tuple[dict | None, float | None]:
+    """A record and its time; None where there is none, or none of ours."""
+    try:
+        owner, beat = read_json(path), path.stat().st_mtime
+    except (DataError, OSError):
+        return None, None
+    fields = {"pid": int, "host": str, "since": str, "command": str}
+    if not isinstance(owner, dict) or not all(isinstance(owner.get(key), kind) for key, kind in fields.items()):
+        return None, None
+    return owner, beat
+
+
+def _age(path: Path, beat: float) -> float:
+    """Seconds since a time, by the clock of the disk, which need not be this machine's."""
+    os.utime(path)
+    return path.stat().st_mtime - beat
+
+
+@contextlib.contextmanager
+def _heartbeat(record: Path) -> Iterator[None]:
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):
+                os.utime(record)
+
+    thread = threading.Thread(target=beat, daemon=True, name="heartbeat of a lock")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _sweep(what: Path, mark: str) -> None:
+    """Remove the temporary folders of `atomic_path` that a dead process left in a folder, or beside it."""
+    found = list(what.rglob(f".*.{mark}.*")) if what.is_dir() else []
+    for path in [*found, *what.parent.glob(f".*.{mark}.*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()

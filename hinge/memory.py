@@ -1,0 +1,49 @@
+"""Going on with less at a time when memory runs out."""
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from hinge.errors import HingeError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+def with_less_memory(batch_size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
+    """Do something by batches, of half the size as often as memory runs out.
+
+    Parameters
+    ----------
+    batch_size
+        To begin with.
+    work
+        Takes a batch size. What it returns must not depend on it, and it is called again from its start.
+
+    Returns
+    -------
+    tuple
+        What it returned, and the batch size with which it did.
+
+    Raises
+    ------
+    HingeError
+        A batch of one is too much.
+    """
+    while True:
+        try:
+            return work(batch_size), batch_size
+        except Exception as error:
+            # numpy has an error of its own; torch tells by the words alone on a CPU
+            if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        # out of the except block: the error holds on to what its frames allocated
+        if batch_size == 1:
+            raise HingeError(f"memory runs out even with one at a time: {reason}")
+        batch_size = (batch_size + 1) // 2
+        logger.warning("memory ran out: going on with batches of %d", batch_size)
+        clear_device_cache(garbage_collection=True)
