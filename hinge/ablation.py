@@ -18,6 +18,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ from hinge.data.simulate import simulate_tissue
 from hinge.errors import ConfigError, HingeError, Interrupted
 from hinge.evaluation.statistics import summarise_rows
 from hinge.files import atomic_path, read_json, write_json
+from hinge.locks import lock_folder
 from hinge.models import HingeModel
 from hinge.run import Run
 
@@ -263,43 +265,48 @@ def run_grid(
     """
     output = Path(output)
     cells = make_cells(grid, output, overrides)
-    if grid.simulate is not None:
-        grid.simulate.write(Path(os.path.realpath(output)) / "slides")
-    waiting = [cell for cell in cells if not cell.is_finished()]
-    logger.info("%d cells, %d of them finished", len(cells), len(cells) - len(waiting))
+    with lock_folder(output):
+        if grid.simulate is not None:
+            grid.simulate.write(Path(os.path.realpath(output)) / "slides")
+        waiting = [cell for cell in cells if not cell.is_finished()]
+        logger.info("%d cells, %d of them finished", len(cells), len(cells) - len(waiting))
 
-    patches = {}
-    for cell in waiting:
-        (cell.config.output / "error.txt").unlink(missing_ok=True)
-        for slide in (*cell.config.data.train, *cell.config.data.test):
-            features = cell.config.features
-            patches[features.folder, features.encoder, cell.config.data.path, slide] = (cell, slide)
-    foundations = {str(cell.foundation.output): cell.foundation for cell in waiting if cell.foundation is not None}
-    groups: dict[str, list[Cell]] = {}
-    failures = []
-    with _Workers(jobs) as workers:
-        # what fails here is told by the cells that need it
-        workers.run("features", _extract, {f"features of {slide}": (cell, slide) for cell, slide in patches.values()})
-        broken = workers.run("backbones", _pretrain, {path: (config,) for path, config in foundations.items()})
+        patches = {}
         for cell in waiting:
-            path = "" if cell.foundation is None else str(cell.foundation.output)
-            if path in broken:
-                failures.append(Failure(cell.name, f"no backbone: {broken[path]}"))
-            else:
-                groups.setdefault(_training_digest(cell), []).append(cell)
-        outcome = workers.run("cells", _run_cells, {group[0].name: (group,) for group in groups.values()})
-    # a group that died as a whole: which of its cells are there is on the disk
-    for cell in (cell for group in groups.values() for cell in group):
-        if not cell.is_finished():
-            written = cell.config.output / "error.txt"
-            group = groups[_training_digest(cell)][0].name
-            reason = written.read_text().splitlines()[0] if written.exists() else outcome.get(group, "it did not end")
-            failures.append(Failure(cell.name, reason))
-    rows = []
-    for cell in cells:
-        if cell.is_finished():
-            rows += read_json(cell.result_path)["rows"]
-    return rows, failures
+            (cell.config.output / "error.txt").unlink(missing_ok=True)
+            for slide in (*cell.config.data.train, *cell.config.data.test):
+                features = cell.config.features
+                patches[features.folder, features.encoder, cell.config.data.path, slide] = (cell, slide)
+        foundations = {str(cell.foundation.output): cell.foundation for cell in waiting if cell.foundation is not None}
+        groups: dict[str, list[Cell]] = {}
+        failures = []
+        with _Workers(jobs) as workers:
+            # what fails here is told by the cells that need it
+            workers.run(
+                "features", _extract, {f"features of {slide}": (cell, slide) for cell, slide in patches.values()}
+            )
+            broken = workers.run("backbones", _pretrain, {path: (config,) for path, config in foundations.items()})
+            for cell in waiting:
+                path = "" if cell.foundation is None else str(cell.foundation.output)
+                if path in broken:
+                    failures.append(Failure(cell.name, f"no backbone: {broken[path]}"))
+                else:
+                    groups.setdefault(_training_digest(cell), []).append(cell)
+            outcome = workers.run("cells", _run_cells, {group[0].name: (group,) for group in groups.values()})
+        # a group that died as a whole: which of its cells are there is on the disk
+        for cell in (cell for group in groups.values() for cell in group):
+            if not cell.is_finished():
+                written = cell.config.output / "error.txt"
+                group = groups[_training_digest(cell)][0].name
+                reason = (
+                    written.read_text().splitlines()[0] if written.exists() else outcome.get(group, "it did not end")
+                )
+                failures.append(Failure(cell.name, reason))
+        rows = []
+        for cell in cells:
+            if cell.is_finished():
+                rows += read_json(cell.result_path)["rows"]
+        return rows, failures
 
 
 def ablate(grid: Grid, output: str | Path, overrides: Sequence[str] = (), jobs: int = 1) -> Tables:
@@ -310,21 +317,22 @@ def ablate(grid: Grid, output: str | Path, overrides: Sequence[str] = (), jobs: 
     Tables
         Of the cells that are finished; the failures name the others.
     """
-    rows, failures = run_grid(grid, output, overrides, jobs)
-    entries = summarise_cells(rows)
-    tables = Tables(Path(output) / "table.csv", Path(output) / "table.md", failures)
-    with atomic_path(tables.csv) as temporary, temporary.open("w", newline="") as file:
-        parts = ("mean", "sd", "sd_seeds", "sd_slides")
-        writer = csv.writer(file)
-        writer.writerow(["variant", "method", "n", *(f"{key}_{part}" for key in COLUMNS for part in parts)])
-        for entry in entries:
-            numbers = [entry[part].get(key) for key in COLUMNS for part in parts]
-            writer.writerow(
-                [entry["variant"], entry["method"], entry["n"], *("" if n is None else f"{n:.6g}" for n in numbers)]
-            )
-    with atomic_path(tables.markdown) as temporary:
-        temporary.write_text(markdown(entries) + "\n")
-    return tables
+    with lock_folder(output):
+        rows, failures = run_grid(grid, output, overrides, jobs)
+        entries = summarise_cells(rows)
+        tables = Tables(Path(output) / "table.csv", Path(output) / "table.md", failures)
+        with atomic_path(tables.csv) as temporary, temporary.open("w", newline="") as file:
+            parts = ("mean", "sd", "sd_seeds", "sd_slides")
+            writer = csv.writer(file)
+            writer.writerow(["variant", "method", "n", *(f"{key}_{part}" for key in COLUMNS for part in parts)])
+            for entry in entries:
+                numbers = [entry[part].get(key) for key in COLUMNS for part in parts]
+                writer.writerow(
+                    [entry["variant"], entry["method"], entry["n"], *("" if n is None else f"{n:.6g}" for n in numbers)]
+                )
+        with atomic_path(tables.markdown) as temporary:
+            temporary.write_text(markdown(entries) + "\n")
+        return tables
 
 
 def summarise_cells(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -538,8 +546,12 @@ class _Workers:
             os.environ.update(settings)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if self.pool is not None:
+            if kind is not None:
+                # SIGTERM came to this process alone: the others save what they have and end too
+                for child in multiprocessing.active_children():
+                    child.terminate()
             self.pool.shutdown(cancel_futures=True)
         for key, value in self.kept.items():
             if value is None:
@@ -606,5 +618,6 @@ def _start_pool(jobs: int) -> ProcessPoolExecutor:
 def _start_process(devices, level: int) -> None:
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hinge").setLevel(level or logging.INFO)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hinge.config import check_config
 from hinge.data.simulate import simulate_tissue
+from hinge.locks import lock_folder
 from hinge.run import Run
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,11 @@ def run_demo(output: str | Path, seed: int = 0) -> Run:
     Run
         The finished run.
     """
-    output = Path(output)
+    with lock_folder(output):
+        return _run_demo(Path(output), seed)
+
+
+def _run_demo(output: Path, seed: int) -> Run:
     slides = output / "slides"
     training, test, pretraining = ["sim0", "sim1", "sim2"], ["sim3"], [f"sim{PRETRAIN_FROM + i}" for i in range(8)]
     if not all((slides / f"{name}.h5ad").exists() for name in [*training, *test]):

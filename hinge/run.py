@@ -49,7 +49,7 @@ from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
 from hinge.diffusion.continuous import Denoiser, NoisePath, draw_continuous
 from hinge.diffusion.likelihood import chain_log_likelihood
 from hinge.encoders import Encoder, extract_features, load_encoder
-from hinge.errors import ConfigError, DataError, WeightsError
+from hinge.errors import ConfigError, DataError, WeightsError, one_line
 from hinge.evaluation.baselines import BASELINES, GENERATIVE_BASELINES, Prediction
 from hinge.evaluation.likelihood import marginal_log_likelihood, oracle_log_likelihood
 from hinge.evaluation.modules import read_gene_sets
@@ -337,7 +337,11 @@ class Run:
         """
         if not (self.model_path / HingeModel.config_name).exists():
             raise DataError(f"{self.folder} holds no trained model; run hinge train first")
-        scheduler = MaskedDiffusionScheduler.from_config(read_json(self.model_path / "scheduler_config.json"))
+        path = self.model_path / "scheduler_config.json"
+        try:
+            scheduler = MaskedDiffusionScheduler.from_config(read_json(path))
+        except (TypeError, ValueError, AttributeError, OSError) as error:
+            raise WeightsError(f"{path} describes no scheduler: {one_line(error)}") from error
         backbone = self.backbone()
         model = HingeModel.from_pretrained(self.model_path, backbone)
         backbone.float()  # draws are made in float32, whatever the weights are stored in
@@ -540,7 +544,8 @@ class Run:
             accelerator.wait_for_everyone()  # or a quick process would finish a part before another one looks
             mine = missing[accelerator.process_index :: accelerator.num_processes]
             silent = None if accelerator.is_main_process else True
-            with tqdm(total=sum(part.stop - part.start for _, part in mine), unit="spot", disable=silent) as bar:
+            bar = tqdm(total=sum(part.stop - part.start for _, part in mine), unit="spot", disable=silent)
+            with bar, unfinished.kept() if accelerator.num_processes == 1 else contextlib.nullcontext():
                 for number, part in mine:
                     draw = partial(
                         pipeline,

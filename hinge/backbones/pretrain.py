@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hinge.backbones.cellfm import CellFMConfig, CellFMModel
 from hinge.errors import ConfigError, DataError
 from hinge.files import atomic_path
+from hinge.locks import lock_folder
 from hinge.loop import LoopConfig, make_accelerator, run_loop, step_generator
 
 
@@ -116,24 +117,26 @@ def pretrain_expression(
             total += torch.tensor([loss.item(), float(len(part))])
         return total
 
-    run_loop(
-        task,
-        batch_loss,
-        len(training),
-        config,
-        folder.with_name(f"{folder.name}-training"),
-        seed,
-        evaluate=evaluate if num_held else None,
-        num_evaluation_rows=num_held,
-        accelerator=accelerator,
-        description="pre-training",
-        continue_with=continue_with,
-    )
-    model = model.to("cpu").eval()
-    if accelerator.is_main_process:
-        with atomic_path(folder) as temporary:
-            model.save_pretrained(temporary)
-    accelerator.wait_for_everyone()
+    training_folder = folder.with_name(f"{folder.name}-training")
+    with lock_folder(training_folder):
+        run_loop(
+            task,
+            batch_loss,
+            len(training),
+            config,
+            training_folder,
+            seed,
+            evaluate=evaluate if num_held else None,
+            num_evaluation_rows=num_held,
+            accelerator=accelerator,
+            description="pre-training",
+            continue_with=continue_with,
+        )
+        model = model.to("cpu").eval()
+        if accelerator.is_main_process:
+            with atomic_path(folder) as temporary:
+                model.save_pretrained(temporary)
+        accelerator.wait_for_everyone()
     return model
 
 

@@ -1,5 +1,6 @@
 """What is there of a file that takes long to compute: arrays on disk that are filled part by part."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -97,6 +98,16 @@ class UnfinishedArrays:
     def read(self) -> tuple[np.ndarray, ...]:
         """The arrays, mapped."""
         return tuple(np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in self.arrays)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Leave the folder to the next try if the block fails, unless no part is finished; for one process."""
+        try:
+            yield
+        except BaseException:
+            if not any(self.folder.glob("*.finished")):
+                self.remove()
+            raise
 
     def remove(self) -> None:
         """Delete the folder."""

@@ -126,7 +126,7 @@ def extract_features(
             total=slide.n_obs, initial=done, desc=f"{encoder.name} {slide_name(slide)}", unit="spot", disable=None
         )
         batches = reader.read([reader.order[part] for _, part in missing])
-        with progress, contextlib.closing(batches):
+        with progress, unfinished.kept(), contextlib.closing(batches):
             for number, part in missing:
                 spots, found = reader.order[part], []
                 while sum(map(len, found)) < len(spots):

@@ -38,6 +38,7 @@ from hinge.encoders.augment import CROP_DRAWS, STAIN_DRAWS, Crops, jitter_stains
 from hinge.encoders.registry import Encoder, load_encoder
 from hinge.errors import ConfigError, DataError
 from hinge.files import atomic_path, read_json, write_json
+from hinge.locks import lock_folder
 from hinge.loop import LoopConfig, batch_rows, make_accelerator, run_loop, step_generator
 
 logger = logging.getLogger(__name__)
@@ -526,30 +527,31 @@ def pretrain_histology(
                 features.append(model.teacher.tokens(part)[0].float().cpu())
         return probe.accuracies(torch.cat(features).numpy())
 
-    try:
-        run_loop(
-            model,
-            batch_loss,
-            len(patches),
-            config,
-            training,
-            seed,
-            accelerator=accelerator,
-            description="pre-training",
-            unit="patches",
-            continue_with=continue_with,
-            carried=model.carried,
-            before_step=before_step,
-            after_step=lambda step: model.teach(config.momentum_at(step, total)),
-            measure=measure if probe is not None else None,
-        )
-    finally:
-        patches.close()
-        del batches
-    if accelerator.is_main_process:
-        save_encoder(model.teacher.vit.vit, vit, folder, settings)
-        logger.info("wrote %s (%d steps)", folder, total)
-    accelerator.wait_for_everyone()
+    with lock_folder(training):
+        try:
+            run_loop(
+                model,
+                batch_loss,
+                len(patches),
+                config,
+                training,
+                seed,
+                accelerator=accelerator,
+                description="pre-training",
+                unit="patches",
+                continue_with=continue_with,
+                carried=model.carried,
+                before_step=before_step,
+                after_step=lambda step: model.teach(config.momentum_at(step, total)),
+                measure=measure if probe is not None else None,
+            )
+        finally:
+            patches.close()
+            del batches
+        if accelerator.is_main_process:
+            save_encoder(model.teacher.vit.vit, vit, folder, settings)
+            logger.info("wrote %s (%d steps)", folder, total)
+        accelerator.wait_for_everyone()
     return load_encoder(str(folder), device="cpu")
 
 

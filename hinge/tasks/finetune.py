@@ -43,6 +43,7 @@ from hinge.errors import ConfigError, DataError
 from hinge.evaluation.baselines import spot_groups
 from hinge.evaluation.metrics import gene_pcc
 from hinge.files import atomic_path, read_json, write_json
+from hinge.locks import lock_folder
 from hinge.loop import LoopConfig, make_accelerator, run_loop
 from hinge.tasks.embeddings import fit_ridge, read_slides
 
@@ -258,30 +259,31 @@ def finetune_encoder(
     slides = read_slides(data, samples)
     asked["groups"] = slide_groups(slides, folds)
     made = make_folds(asked["groups"], hold_out)
-    with accelerator.main_process_first():
-        _claim(output, asked, accelerator.is_main_process)
-        for slide in slides.values():
-            # without tuning, the head is trained on the features of all turns
-            views = _VIEWS if config.tune == "linear" else 1
-            extract_features(slide, start, features_of(output, slide_name(slide)), views=views, patch_um=side)
-    task = _Task(data, slides, output, config, panel, n_genes, transform, side, seed, accelerator)
-    rows = []
-    for fold in made:
-        folder = output / "folds" / fold.name
-        if not (folder / "scores.json").exists():
-            # a fold starts from the weights as they were loaded
-            fresh = start if config.tune == "linear" else load_encoder(encoder, device=accelerator.device)
-            _run_fold(fold, fresh, task)
+    with lock_folder(output):
+        with accelerator.main_process_first():
+            _claim(output, asked, accelerator.is_main_process)
+            for slide in slides.values():
+                # without tuning, the head is trained on the features of all turns
+                views = _VIEWS if config.tune == "linear" else 1
+                extract_features(slide, start, features_of(output, slide_name(slide)), views=views, patch_um=side)
+        task = _Task(data, slides, output, config, panel, n_genes, transform, side, seed, accelerator)
+        rows = []
+        for fold in made:
+            folder = output / "folds" / fold.name
+            if not (folder / "scores.json").exists():
+                # a fold starts from the weights as they were loaded
+                fresh = start if config.tune == "linear" else load_encoder(encoder, device=accelerator.device)
+                _run_fold(fold, fresh, task)
+            accelerator.wait_for_everyone()
+            rows += read_json(folder / "scores.json")["rows"]
+        path = output / "scores.json"
+        if accelerator.is_main_process:
+            if len({row["slide"] for row in rows}) > 1:
+                rows += _means(rows)
+            write_json(path, {"encoder": encoder, "transform": transform, "definitions": DEFINITIONS, "rows": rows})
+            shutil.rmtree(output / "patches", ignore_errors=True)
         accelerator.wait_for_everyone()
-        rows += read_json(folder / "scores.json")["rows"]
-    path = output / "scores.json"
-    if accelerator.is_main_process:
-        if len({row["slide"] for row in rows}) > 1:
-            rows += _means(rows)
-        write_json(path, {"encoder": encoder, "transform": transform, "definitions": DEFINITIONS, "rows": rows})
-        shutil.rmtree(output / "patches", ignore_errors=True)
-    accelerator.wait_for_everyone()
-    return path
+        return path
 
 
 DEFINITIONS = {

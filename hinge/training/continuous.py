@@ -54,6 +54,7 @@ def train_denoiser(
     model, path = denoiser.model, denoiser.path
     model.set_feature_statistics(features[training].flatten(0, 1))
     model.gradient_checkpointing = config.gradient_checkpointing
+    denoiser.eval()  # the start is without dropout: it would be another one each time that a run is resumed
     if config.closed_form_start and model.path is not None:
         _start_from_ridge(denoiser, spots.subset(training), seed)
     dropout, noise_scale = model.config.feature_dropout, model.config.feature_noise

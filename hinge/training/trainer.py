@@ -128,6 +128,7 @@ def train_hinge(
     gene_ids = gene_ids.to(device)
     model.set_feature_statistics(features[training].flatten(0, 1))
     model.gradient_checkpointing = config.gradient_checkpointing
+    model.eval()  # the start is without dropout: it would be another one each time that a run is resumed
     shifts = None
     if config.closed_form_start and model.path is not None:
         # also before a resumed run: the checkpoint then replaces the parameters, but not buffers and shifts
