@@ -6,10 +6,13 @@ folder that `atomic_path` makes.
 """
 
 import contextlib
+import csv
 import json
 import multiprocessing
 import os
 import random
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -17,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from hinge.config import check_config
 from hinge.data import read_slide, simulate_tissue
@@ -150,6 +152,20 @@ def ablate(grid: Path, output: Path) -> None:
     assert not tables.failures, tables.failures
 
 
+def small_parts() -> None:
+    """Many parts, that take some time each."""
+    import hinge.run as module
+    from hinge.data.unfinished import UnfinishedArrays
+
+    write = UnfinishedArrays.write
+
+    def slow(self, *arguments):
+        time.sleep(0.03)
+        write(self, *arguments)
+
+    UnfinishedArrays.write, module.BATCHES_IN_A_PART = slow, 1
+
+
 def command(arguments: list[str], errors: Path, prepare: Callable | None = None, *more) -> None:
     """The command line, its stderr in a file."""
     from hinge.cli import main
@@ -206,6 +222,17 @@ class After:
         if self.since is None and size > self.size:
             self.since = time.monotonic()
         return self.since is not None and time.monotonic() - self.since >= self.seconds
+
+
+class Anytime:
+    """Some seconds after the process was started."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.since = seconds, None
+
+    def __call__(self) -> bool:
+        self.since = self.since or time.monotonic()
+        return time.monotonic() - self.since >= self.seconds
 
 
 class WhileWriting:
@@ -273,25 +300,254 @@ def check_training(server, slides: Path, tmp_path: Path, kills: int, writing: in
     content = settings(slides, tmp_path / "whole", steps)
     whole(server, train, content, tmp_path / "whole.steps", 0.0)
     content["output"] = str(tmp_path / "killed")
+    whole(server, pretrain, content, tmp_path / "whole.steps", 0.0)  # so that all are killed in training
     chance, log = random.Random(seed), tmp_path / "steps"
     checkpoint = tmp_path / "killed" / "training" / "latest.safetensors"
-    moments = [After(log, chance.uniform(0, 0.12)) for _ in range(kills - writing)]
-    moments += [WhileWriting(checkpoint) for _ in range(writing)]
+    moments = [WhileWriting(checkpoint) for _ in range(writing)]
+    moments += [Anytime(chance.uniform(0, 1)) for _ in range(kills // 5)]
+    moments += [After(log, chance.uniform(0, 0.12)) for _ in range(kills - len(moments))]
     chance.shuffle(moments)
     left = survive(server, train, (content, log), moments)
-    hits = sum(bool(found) for found in left)
-    for part in ("model", "backbone"):
-        same_files(tmp_path / "whole" / part, tmp_path / "killed" / part)
-    for name in ("latest", "best"):
-        assert file_digest(tmp_path / "whole" / "training" / f"{name}.safetensors") == file_digest(
-            tmp_path / "killed" / "training" / f"{name}.safetensors"
-        )
+    same_files(tmp_path / "whole", tmp_path / "killed", but=("config.yaml", "log.jsonl"))
     logged = [json.loads(line)["step"] for line in (checkpoint.parent / "log.jsonl").read_text().splitlines()]
     assert logged == list(range(1, steps + 1))
     nothing_left(tmp_path / "killed")
-    return {"kills": len(moments), "in_checkpoints": hits, "repeated": repeated(log, CHECKPOINT_EVERY)[1]}
+    lives, most = repeated(log, CHECKPOINT_EVERY)
+    return {"kills": len(left), "in_checkpoints": sum(map(bool, left)), "lives": lives, "repeated": most}
 
 
 def test_training_killed_twenty_times(server, slides, tmp_path):
-    figures = check_training(server, slides, tmp_path, kills=20, writing=8, seed=0, steps=160)
-    assert figures["kills"] == 20 and figures["in_checkpoints"] >= 4, figures
+    figures = check_training(server, slides, tmp_path, kills=20, writing=8, seed=0, steps=120)
+    assert figures["kills"] == 20 and figures["in_checkpoints"] >= 4 and figures["lives"] > 10, figures
+
+
+def check_backbone(server, slides: Path, tmp_path: Path, kills: int, seed: int, steps: int) -> dict:
+    content = settings(slides, tmp_path / "whole", steps)
+    whole(server, pretrain, content, tmp_path / "whole.steps", 0.0)
+    content["output"] = str(tmp_path / "killed")
+    chance, log = random.Random(seed), tmp_path / "steps"
+    checkpoint = tmp_path / "killed" / "backbone-training" / "latest.safetensors"
+    moments = [
+        WhileWriting(checkpoint) if number % 2 else After(log, chance.uniform(0, 0.12)) for number in range(kills)
+    ]
+    left = survive(server, pretrain, (content, log), moments)
+    same_files(tmp_path / "whole", tmp_path / "killed", but=("config.yaml", "log.jsonl"))
+    nothing_left(tmp_path / "killed")
+    return {
+        "kills": len(left),
+        "in_checkpoints": sum(map(bool, left)),
+        "repeated": repeated(log, CHECKPOINT_EVERY)[1],
+    }
+
+
+def test_a_backbones_pretraining_is_killed(server, slides, tmp_path):
+    assert check_backbone(server, slides, tmp_path, kills=4, seed=1, steps=40)["in_checkpoints"] >= 1
+
+
+def encoder_settings(slides: Path, output: Path, steps: int) -> dict:
+    return {
+        "output": str(output),
+        "data": {"path": str(slides), "samples": ["sim0", "sim1"]},
+        "vit": {
+            "architecture": "vit_tiny_patch16_224",
+            "arguments": {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
+        },
+        "training": {
+            "steps": steps,
+            "batch_size": 8,
+            "outputs": 32,
+            "hidden": 32,
+            "bottleneck": 16,
+            "local_crops": 2,
+            "local_px": 16,
+            "global_scale": (0.4, 1.0),
+            "local_scale": (0.1, 0.4),
+            "frozen_last_layer_steps": 2,
+            "checkpoint_every": CHECKPOINT_EVERY,
+        },
+    }
+
+
+def check_encoder(server, slides: Path, tmp_path: Path, kills: int, seed: int, steps: int) -> dict:
+    whole(server, pretrain_encoder, encoder_settings(slides, tmp_path / "whole", steps), tmp_path / "whole.steps", 0.0)
+    content = encoder_settings(slides, tmp_path / "killed", steps)
+    chance, log = random.Random(seed), tmp_path / "steps"
+    checkpoint = tmp_path / "killed-training" / "latest.safetensors"
+    moments = [
+        WhileWriting(checkpoint) if number % 2 else After(log, chance.uniform(0, 0.2)) for number in range(kills)
+    ]
+    left = survive(server, pretrain_encoder, (content, log), moments)
+    for name in ("", "-training"):
+        same_files(tmp_path / f"whole{name}", tmp_path / f"killed{name}", but=("log.jsonl",))
+        nothing_left(tmp_path / f"killed{name}")
+    return {
+        "kills": len(left),
+        "in_checkpoints": sum(map(bool, left)),
+        "repeated": repeated(log, CHECKPOINT_EVERY)[1],
+    }
+
+
+def test_an_encoders_pretraining_is_killed(server, slides, tmp_path):
+    assert check_encoder(server, slides, tmp_path, kills=2, seed=2, steps=16)["kills"] == 2
+
+
+def check_features(server, slides: Path, tmp_path: Path, kills: int, seed: int) -> dict:
+    whole(server, extract, slides, tmp_path / "whole.h5", tmp_path / "whole.log", 0.0)
+    chance, log, path = random.Random(seed), tmp_path / "log", tmp_path / "killed" / "features.h5"
+    moments = [After(log, chance.uniform(0, 0.05)) for _ in range(kills - 1)] + [WhileWriting(path)]
+    survive(server, extract, (slides, path, log), moments)
+    assert file_digest(path) == file_digest(tmp_path / "whole.h5")
+    assert list(path.parent.iterdir()) == [path]
+    encoded = sum(int(line.split()[1]) for line in log.read_text().splitlines())
+    assert encoded <= 36 + 2 * kills  # a part has two spots here
+    return {"kills": kills, "encoded_again": encoded - 36}
+
+
+def test_feature_extraction_is_killed(server, slides, tmp_path):
+    assert check_features(server, slides, tmp_path, kills=5, seed=3)["kills"] == 5
+
+
+@pytest.fixture(scope="module")
+def trained(server, slides, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    whole(server, train, settings(slides, folder / "tiny", 8), folder / "steps", 0.0)
+    whole(server, sample, folder / "tiny", folder / "whole.h5ad", folder / "whole.log", 0.0)
+    return folder
+
+
+def check_sampling(server, trained: Path, tmp_path: Path, kills: int, seed: int) -> dict:
+    chance, log, path = random.Random(seed), tmp_path / "log", tmp_path / "killed" / "sim2.h5ad"
+    moments = [After(log, chance.uniform(0, 0.1)) for _ in range(kills - 1)] + [WhileWriting(path)]
+    survive(server, sample, (trained / "tiny", path, log), moments)
+    assert file_digest(path) == file_digest(trained / "whole.h5ad")
+    assert list(path.parent.iterdir()) == [path]
+    parts = [line.split()[1] for line in log.read_text().splitlines()]
+    assert sorted(parts, key=int) == [str(number) for number in range(len(set(parts)))], "a finished part came again"
+    return {"kills": kills, "parts": len(parts)}
+
+
+def test_sampling_is_killed(server, trained, tmp_path):
+    assert check_sampling(server, trained, tmp_path, kills=5, seed=4)["parts"] == 18
+
+
+def check_ablation(server, slides: Path, tmp_path: Path, kills: int, seed: int) -> dict:
+    base = settings(slides, tmp_path / "never", 8)
+    base["evaluation"] = {"baselines": ["mean"], "bootstrap": 0}
+    (tmp_path / "base.yaml").write_text(json.dumps(base))  # JSON is YAML
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(json.dumps({"base": "base.yaml", "variants": {"a": {}, "b": {"diffusion.schedule": "cosine"}}}))
+    began = time.monotonic()
+    whole(server, ablate, grid, tmp_path / "whole")
+    seconds, chance = time.monotonic() - began, random.Random(seed)
+    moments = [Anytime(chance.uniform(0.05, 0.3) * seconds) for _ in range(kills)]
+    survive(server, ablate, (grid, tmp_path / "killed"), moments)
+    tables = []
+    for name in ("whole", "killed"):
+        with (tmp_path / name / "table.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        tables.append([{key: cell for key, cell in row.items() if not key.startswith("seconds")} for row in rows])
+    assert tables[0] == tables[1]
+    for variant in ("a", "b"):
+        cell = Path(variant) / "sim2" / "seed0"
+        same_files(tmp_path / "whole" / cell / "model", tmp_path / "killed" / cell / "model")
+        same_files(tmp_path / "whole" / cell / "samples", tmp_path / "killed" / cell / "samples")
+    nothing_left(tmp_path / "killed")
+    return {"kills": kills}
+
+
+def test_an_ablation_is_killed(server, slides, tmp_path):
+    check_ablation(server, slides, tmp_path, kills=3, seed=5)
+
+
+@pytest.mark.slow
+def test_killed_many_more_times(server, slides, trained, tmp_path):
+    """Minutes; prints the figures that docs/reliability.md tells."""
+    figures = {}
+
+    def check(name: str, function: Callable, *arguments, **options) -> None:
+        (tmp_path / name).mkdir()
+        figures[name] = function(server, *arguments, tmp_path / name, **options)
+        print(name, figures[name], flush=True)
+
+    for seed in (10, 11):
+        check(f"training {seed}", check_training, slides, kills=60, writing=25, seed=seed, steps=400)
+    check("backbone", check_backbone, slides, kills=30, seed=12, steps=240)
+    check("encoder", check_encoder, slides, kills=16, seed=13, steps=120)
+    check("features", check_features, slides, kills=12, seed=14)
+    check("sampling", check_sampling, trained, kills=12, seed=15)
+    check("ablation", check_ablation, slides, kills=12, seed=16)
+
+
+# --- asked to stop -----------------------------------------------------------------------------------
+
+
+def stop(server, number: int, moment: Callable[[], bool], *arguments) -> int:
+    """Send a signal to a command at a moment; its exit code."""
+    process = server.Process(target=command, args=arguments)
+    process.start()
+    began = time.monotonic()
+    while not moment():
+        assert process.exitcode is None and time.monotonic() - began < SECONDS
+        time.sleep(0.0005)
+    os.kill(process.pid, number)
+    process.join(SECONDS)
+    return process.exitcode
+
+
+def told(errors: Path) -> list[str]:
+    """What a command that was stopped printed last, and the arguments with which it goes on."""
+    lines = [line for line in errors.read_text().splitlines() if line.startswith("hinge: ")]
+    assert len(lines) == 2 and lines[1].startswith("hinge: continue with: hinge "), errors.read_text()
+    return [lines[0].removeprefix("hinge: "), shlex.split(lines[1].removeprefix("hinge: continue with: hinge "))]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(server, slides, trained, tmp_path):
+    content = settings(slides, tmp_path / "stopped", 8)
+    (tmp_path / "run file.yaml").write_text(json.dumps(content))
+    shutil.copytree(trained / "tiny" / "backbone", tmp_path / "stopped" / "backbone")
+    log, errors = tmp_path / "steps", tmp_path / "stderr"
+    arguments = ["train", "--config", str(tmp_path / "run file.yaml")]
+    code = stop(server, signal.SIGTERM, After(log, 0.02), arguments, errors, noted_steps, log, 0.05)
+    sentence, again = told(errors)
+    assert code == 128 + signal.SIGTERM
+    assert sentence.startswith("stopped at step ") and again == arguments
+    nothing_left(tmp_path / "stopped")
+    done = len(log.read_text().splitlines())
+    assert done < 8
+    whole(server, command, again, errors, noted_steps, log, 0.0)
+    steps = [int(line.split()[1]) for line in log.read_text().splitlines()]
+    assert steps == list(range(8))  # what was done is not done again
+    same_files(tmp_path / "stopped" / "model", trained / "tiny" / "model")
+
+
+def test_ctrl_c_keeps_what_is_drawn_and_says_how_to_go_on(server, trained, tmp_path):
+    output, errors = tmp_path / "out" / "sim2.h5ad", tmp_path / "stderr"
+    arguments = ["sample", str(trained / "tiny"), "--batch-size", "6", "--output", str(output)]
+    part = output.parent / ".sim2.unfinished" / "2.finished"
+    code = stop(server, signal.SIGINT, part.exists, arguments, errors, small_parts)
+    sentence, again = told(errors)
+    assert (code, sentence, again) == (128 + signal.SIGINT, "stopped; what is finished is kept", arguments)
+    assert [path.name for path in output.parent.iterdir()] == [".sim2.unfinished"]
+    kept = {path.name: path.stat().st_mtime_ns for path in part.parent.glob("*.finished")}
+    assert 3 <= len(kept) < 18
+    whole(server, command, again, errors, small_parts)
+    assert file_digest(output) == file_digest(trained / "whole.h5ad")
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_ctrl_c_in_the_last_step_of_training_is_not_lost(tmp_path):
+    """It came too late for the loop, whose work is done, and stops what would have followed."""
+    import torch
+
+    from hinge.loop import LoopConfig, run_loop
+
+    model = torch.nn.Linear(2, 1)
+
+    def batch_loss(module, step, rows, positions, generator):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return module(torch.ones(len(positions), 2)).square().sum()
+
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(model, batch_loss, 4, LoopConfig(steps=3, batch_size=4), tmp_path, seed=0)
+    assert run_loop(model, batch_loss, 4, LoopConfig(steps=3, batch_size=4), tmp_path, seed=0).step == 3

@@ -309,6 +309,26 @@ def test_the_same_command_twice_gives_the_same_weights(tmp_path):
     assert train(tmp_path / "a", views=2)[0].digest() == train(tmp_path / "b", views=2)[0].digest()
 
 
+def test_what_is_begun_again_in_another_state_of_the_generator_is_the_same(tmp_path):
+    """Dropout was on in the closed-form start: each life of a run had another one."""
+    digests = []
+    for seed in (1, 2):
+        model = make_model(dropout=0.3)
+        torch.manual_seed(seed)
+        digests.append(train(tmp_path / str(seed), model, steps=6)[0].digest())
+    assert digests[0] == digests[1]
+
+
+def test_a_loaded_model_is_without_dropout(tmp_path):
+    """It was not: draws differed from call to call, and were noisier than the model says."""
+    model, _ = train(tmp_path / "run", make_model(dropout=0.5), steps=6)
+    model.save_pretrained(tmp_path / "model")
+    loaded = HingeModel.from_pretrained(tmp_path / "model", model.backbone)
+    pipeline = HingePipeline(loaded, MaskedDiffusionScheduler(10, "linear"))
+    arguments = (table().features[:, 0], torch.arange(1, GENES + 1), [f"b{i}" for i in range(60)], 2, 4)
+    np.testing.assert_array_equal(pipeline(*arguments).values, pipeline(*arguments).values)
+
+
 def test_accumulation_changes_nothing_but_memory(tmp_path):
     one, _ = train(tmp_path / "a", make_model())
     two, _ = train(tmp_path / "b", make_model(), accumulation=3)

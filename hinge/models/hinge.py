@@ -565,7 +565,7 @@ class HingeModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone: CellFMModel | None = None) -> "HingeModel":
-        """Load what `save_pretrained` wrote and attach the backbone it was trained on.
+        """Load what `save_pretrained` wrote and attach the backbone it was trained on; in eval mode.
 
         Parameters
         ----------
@@ -603,7 +603,8 @@ class HingeModel(ModelMixin, ConfigMixin):
         if wrong:
             what = "have one that the model has not" if unexpected else "lack one"
             raise WeightsError(f"the weights in {folder} do not fit its config.json: they {what}, {wrong[0]}")
-        return model
+        # whoever loads a model samples with it: dropout is for training, which switches it on
+        return model.eval()
 
 
 def _unused_in_backbone(backbone: CellFMModel) -> tuple[str, ...]:
