@@ -33,3 +33,9 @@ class Interrupted(HingeError):
     def __init__(self, message: str, signal_number: int = signal.SIGINT):
         super().__init__(message)
         self.signal_number = int(signal_number)
+
+
+def one_line(error: BaseException, most: int = 160) -> str:
+    """The first line of what a library says, for the end of a sentence; its kind where it says nothing."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hinge import hub
 from hinge.backbones.checkpoints import fill, is_folder, open_state, read_our_config, read_published
-from hinge.errors import ConfigError, WeightsError
+from hinge.errors import ConfigError, WeightsError, one_line
 from hinge.files import arrays_digest
 
 
@@ -327,10 +327,12 @@ class CellFMModel(PreTrainedModel):
             else:
                 published = read_published(path, num_attention_heads, **options)
                 config, state, sources = CellFMConfig(**published.config), published.state, published.sources
-        except (ValueError, TypeError) as error:
-            raise WeightsError(f"the backbone in {path} cannot be built: {error}") from error
-        with torch.device("meta"):
-            model = cls(config)
+            if not 0 < config.num_hidden_layers <= len(state.shapes):
+                raise ValueError(f"it cannot have {config.num_hidden_layers:,} layers in {len(state.shapes)} tensors")
+            with torch.device("meta"):
+                model = cls(config)
+        except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+            raise WeightsError(f"the backbone in {path} cannot be built: {one_line(error)}") from error
         fill(model, state, sources, dtype)
         return model.eval()
 

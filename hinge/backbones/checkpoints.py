@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from hinge.backbones.mindspore import MindSporeCheckpoint, is_mindspore
 from hinge.backbones.vocabulary import GeneVocabulary
-from hinge.errors import ConfigError, WeightsError
+from hinge.errors import ConfigError, WeightsError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def _open_safetensors(path: Path, files: list[Path]) -> StateFile:
                     shapes[name], home[name] = tuple(part.get_shape()), file
                     dtypes[name] = _SAFETENSORS_DTYPES.get(part.get_dtype(), torch.uint8)
         except Exception as error:  # safetensors has an exception class of its own, and OSError
-            raise WeightsError(f"{file} is not a whole safetensors file: {_one_line(error)}") from error
+            raise WeightsError(f"{file} is not a whole safetensors file: {one_line(error)}") from error
 
     opened = _Mapping(lambda file: safe_open(file, "pt"))
 
@@ -150,7 +150,7 @@ def _open_torch(path: Path) -> StateFile:
     try:
         tensors = load(mapped)
     except Exception as error:  # a damaged or foreign archive ends in almost any exception
-        raise WeightsError(f"{path} is not a readable torch state dict: {_one_line(error)}") from error
+        raise WeightsError(f"{path} is not a readable torch state dict: {one_line(error)}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     whole = None if mapped else tensors  # the format before torch 1.6 can only be read as a whole
@@ -175,11 +175,6 @@ class _Mapping:
             self._content = self._open(path)
         self._n_bytes += n_bytes
         return self._content
-
-
-def _one_line(error: Exception) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 # -- names -------------------------------------------------------------------------------------------------
@@ -375,7 +370,7 @@ def read_our_config(folder: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise WeightsError(f"{folder} holds no backbone: config.json is missing") from None
     except (OSError, ValueError) as error:
-        raise WeightsError(f"the backbone in {folder} cannot be read: config.json: {_one_line(error)}") from None
+        raise WeightsError(f"the backbone in {folder} cannot be read: config.json: {one_line(error)}") from None
     if not isinstance(content, dict) or content.get("model_type") != "cellfm":
         raise WeightsError(f"the backbone in {folder} cannot be read: its config.json is not that of a CellFM")
     return content

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 from anndata import AnnData
 
 from hinge.data.slide import slide_name
+from hinge.data.untrusted import inside, read_h5ad
 from hinge.data.writers import attach_draws, write_draws_zarr
 from hinge.errors import DataError
 from hinge.files import atomic_path
@@ -57,14 +57,12 @@ def write_draws(
 
 def read_draws(path: str | Path) -> AnnData:
     """Read what `write_draws` wrote."""
-    try:
-        draws = ad.read_h5ad(path)
-    except Exception as error:
-        raise DataError(f"{path} is not a readable h5ad file: {error}") from error
-    if "draws" not in draws.uns.get("hinge", {}):
+    draws = read_h5ad(path)
+    about = draws.uns.get("hinge")
+    if not isinstance(about, dict) or "draws" not in about:
         raise DataError(f"{path} holds no draws: uns['hinge'] does not describe any")
-    if "draws_store" in draws.uns["hinge"]:
-        attach_draws(draws, Path(path).parent / str(draws.uns["hinge"]["draws_store"]))
+    if "draws_store" in about:
+        attach_draws(draws, inside(Path(path).parent, str(about["draws_store"]), Path(path)))
     return draws
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import KDTree
 
+from hinge.data.untrusted import check_hdf5
 from hinge.errors import DataError
 from hinge.files import atomic_path
 
@@ -296,6 +297,7 @@ def _grid_step(corners: np.ndarray) -> float | None:
 def _open(path: str | Path) -> Iterator[h5py.File]:
     if not Path(path).is_file():
         raise DataError(f"there is no feature file {path}")
+    check_hdf5(path, "a readable feature file")
     try:
         with h5py.File(path, "r") as file:
             yield file
@@ -307,7 +309,7 @@ def _dataset(file: h5py.File, name: str, path: str | Path) -> h5py.Dataset:
     """A dataset whose values all lie in this file."""
     link = file.get(name, getlink=True)
     if link is None:
-        there = ", ".join(sorted(file)) or "nothing"
+        there = ", ".join(sorted(map(str, file))) or "nothing"
         raise DataError(f"{path} has no dataset {name!r}; it holds {there}")
     dataset = file[name] if isinstance(link, h5py.HardLink) else None
     if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:

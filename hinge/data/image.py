@@ -272,8 +272,11 @@ class SlideImage:
             yield
         except DataError:
             raise
-        # imagecodecs raises RuntimeErrors, and damaged metadata lack keys
-        except (OSError, SyntaxError, ValueError, LookupError, RuntimeError, openslide.OpenSlideError) as error:
+        # imagecodecs raises RuntimeErrors, and damaged metadata lack keys or hold other things than numbers
+        except (
+            *(OSError, SyntaxError, ValueError, LookupError, RuntimeError, openslide.OpenSlideError),
+            *(TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError),
+        ) as error:
             raise DataError(f"{self.path} is damaged or not an image that can be read: {error}") from error
 
 

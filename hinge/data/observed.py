@@ -3,13 +3,13 @@
 import logging
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 from anndata import AnnData
 from scipy.sparse import issparse
 
 from hinge.data.slide import slide_name
 from hinge.data.transforms import get_transform
+from hinge.data.untrusted import read_h5ad
 from hinge.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -45,10 +45,7 @@ def read_observed(
         The file is unreadable, shares no spot or no gene with slide and panel, holds negative or infinite counts or
         repeated names, or lacks a total that is needed.
     """
-    try:
-        measured = ad.read_h5ad(path)
-    except Exception as error:
-        raise DataError(f"{path} is not a readable h5ad file: {error}") from error
+    measured = read_h5ad(path)
     for names, what in ((measured.obs_names, "barcode"), (measured.var_names, "gene")):
         if not names.is_unique:
             raise DataError(f"{path} holds the {what} {names[names.duplicated()][0]} more than once")

@@ -15,6 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 SCHEDULES = ("power", "linear", "cosine", "sqrt", "exp", "poly_auto")
+MOST_TIMESTEPS = 1_000_000
 REVEALS = ("budget", "bernoulli")
 FILLS = ("zero", "noise", "mask_token")
 
@@ -82,8 +83,8 @@ class MaskedDiffusionScheduler(SchedulerMixin, ConfigMixin):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
-        if num_train_timesteps < 1:
-            raise ValueError("num_train_timesteps must be at least 1")
+        if not isinstance(num_train_timesteps, int) or not 1 <= num_train_timesteps <= MOST_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps must be a whole number from 1 to {MOST_TIMESTEPS:,}")
         self.timesteps = torch.arange(num_train_timesteps, 0, -1)
 
     def masked_share(self, timesteps: Tensor | np.ndarray | int, num_genes: int) -> np.ndarray:

@@ -23,6 +23,8 @@ from hinge.encoders.weights import load_weights
 from hinge.errors import ConfigError, WeightsError
 from hinge.files import arrays_digest, read_json
 
+# of networks that a config.json describes
+_LARGEST_SIZE, _MOST_BLOCKS = 1 << 16, 1000
 RANDOM_SEED = 0
 
 
@@ -340,14 +342,37 @@ def _from_folder(name: str, path: Path, device: torch.device) -> Encoder:
             f"{file} does not say of which network it is: put timm's config.json beside it, or give the "
             f"network's name as NAME@{file}"
         )
-    try:
-        module = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
-    except Exception as error:  # whatever the file makes timm stumble over
-        raise WeightsError(f"{folder / 'config.json'} does not describe a timm model: {_first_line(error)}") from error
+    _check_size(folder / "config.json", file)
+    module = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
     load_weights(module, file, name)
     # one set of weights may be pooled in several ways, and features of one must not pass for those of another
     pooling = getattr(module, "global_pool", "token")
-    return _finished(name, module, device, _patch_um(folder), "" if pooling == "token" else str(pooling))
+    notes = "" if pooling == "token" else str(pooling)
+    try:
+        return _finished(name, module, device, _patch_um(folder), notes)
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        raise WeightsError(f"{folder / 'config.json'} does not say how images are prepared: {error}") from error
+
+
+def _check_size(config: Path, weights: Path) -> None:
+    """Refuse a config of a far larger network than its weights are, before memory is asked for it."""
+    content = read_json(config)
+    arguments = content.get("model_args") if isinstance(content, dict) else None
+    sizes = (
+        {key: size for key, size in arguments.items() if isinstance(size, int)} if isinstance(arguments, dict) else {}
+    )
+    if max(sizes.values(), default=0) > _LARGEST_SIZE or sizes.get("depth", 0) > _MOST_BLOCKS:
+        raise WeightsError(f"{config} announces a network of impossible size")
+    try:
+        with torch.device("meta"):
+            module = timm.create_model(f"local-dir:{config.parent}", pretrained=False, num_classes=0)
+    except Exception as error:  # whatever the file makes timm stumble over
+        raise WeightsError(f"{config} does not describe a timm model: {_first_line(error)}") from error
+    numbers = sum(parameter.numel() for parameter in module.parameters())
+    if numbers > weights.stat().st_size:  # of a byte each at least
+        raise WeightsError(
+            f"{config} is that of {numbers:,} weights, and {weights} has {weights.stat().st_size:,} bytes"
+        )
 
 
 def _patch_um(folder: Path) -> float:

@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from hinge.data.spots import SpotTable
 from hinge.data.transforms import get_transform
+from hinge.data.untrusted import check_gzip, inside, read_h5ad
 from hinge.errors import ConfigError, DataError
 from hinge.evaluation.baselines import Prediction
 
@@ -108,6 +108,8 @@ def _read(path: Path) -> tuple[pd.DataFrame, list[pd.DataFrame], str | None]:
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if suffix not in _SEPARATORS:
         raise DataError(f"{path} is not a table of predictions: give .h5ad, .csv, .tsv or one of the latter gzipped")
+    if path.suffix == ".gz":
+        check_gzip(path)
     try:
         table = pd.read_csv(path, sep=_SEPARATORS[suffix], index_col=0)
         # barcodes such as 10 are names, not numbers
@@ -118,16 +120,13 @@ def _read(path: Path) -> tuple[pd.DataFrame, list[pd.DataFrame], str | None]:
 
 
 def _read_h5ad(path: Path) -> tuple[pd.DataFrame, list[pd.DataFrame], str | None]:
-    try:
-        content = ad.read_h5ad(path)
-    except Exception as error:
-        raise DataError(f"{path} is not a readable h5ad file: {error}") from error
+    content = read_h5ad(path)
     about = content.uns.get("hinge", {})
     units = about.get("transform") if isinstance(about, dict) else None
     if isinstance(about, dict) and "draws_store" in about:
         from hinge.data.writers import attach_draws
 
-        attach_draws(content, path.parent / str(about["draws_store"]))
+        attach_draws(content, inside(path.parent, str(about["draws_store"]), path))
     names = sorted(name for name in content.layers if name.startswith("draw_"))
     drawn = [_frame(content, content.layers[name]) for name in names]
     if "expected" in content.layers:

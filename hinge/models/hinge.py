@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hinge import hub
 from hinge.backbones.cellfm import CellFMModel
-from hinge.errors import WeightsError
+from hinge.errors import WeightsError, one_line
 from hinge.files import arrays_digest, atomic_path
 from hinge.models import fused
 from hinge.models.conditioning import Concatenation, CrossAttention
@@ -594,7 +594,19 @@ class HingeModel(ModelMixin, ConfigMixin):
             if beside is None:
                 raise WeightsError(f"there is no backbone beside the model in {folder}; give the one it was trained on")
             backbone = CellFMModel.from_pretrained(beside)
-        model = cls.from_config(config).attach_backbone(backbone, check=True)
+        stored = sum(tensor.numel() for tensor in weights.values())
+        try:
+            if config.get("num_layers", 0) > stored:
+                raise ValueError(f"it announces {config['num_layers']:,} layers")
+            # without storage first: a damaged config announces any size
+            with torch.device("meta"):
+                announced = sum(tensor.numel() for tensor in cls.from_config(config).state_dict().values())
+            if announced > stored:
+                raise ValueError(f"it is that of {announced:,} weights, and there are {stored:,}")
+            model = cls.from_config(config)
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, OverflowError, OSError) as error:
+            raise WeightsError(f"{folder / cls.config_name} describes no hinge model: {one_line(error)}") from error
+        model = model.attach_backbone(backbone, check=True)
         try:
             unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
         except RuntimeError as error:

@@ -33,6 +33,7 @@ from hinge.data.features import read_features
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import slide_name
 from hinge.data.tissue import slide_from_image
+from hinge.data.untrusted import check_hdf5
 from hinge.encoders import Encoder, extract_features
 from hinge.errors import ConfigError, DataError
 from hinge.evaluation.baselines import spot_groups
@@ -393,6 +394,7 @@ def map_slide(
 def _same_map(path: Path, slide: AnnData, genes: list[str], about: dict[str, Any]) -> bool:
     if not path.exists():
         return False
+    check_hdf5(path, "a readable h5ad file")
     try:
         there = anndata.read_h5ad(path, backed="r")
     except Exception as error:  # a damaged HDF5 file ends in almost any exception

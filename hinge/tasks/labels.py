@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from hinge.data.untrusted import check_gzip
 from hinge.errors import ConfigError, DataError
 
 
@@ -120,6 +121,8 @@ def _text(label: object) -> str:
 def _of_table(path: Path, column: str, slide: AnnData, name: str) -> pd.Series:
     if not path.is_file():
         raise DataError(f"there is no file {path}")
+    if path.suffix == ".gz":
+        check_gzip(path)
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     try:
         table = pd.read_csv(path, sep="," if suffix == ".csv" else "\t", index_col=0)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
 import scipy.sparse
 from anndata import AnnData
@@ -14,6 +13,7 @@ from scipy.spatial import KDTree
 
 from hinge.data.image import IMAGE_SUFFIXES, SlideImage
 from hinge.data.slide import describe_slide
+from hinge.data.untrusted import read_h5ad
 from hinge.errors import DataError
 
 LAYOUT = (
@@ -78,10 +78,7 @@ def open_h5ad(file: Path) -> AnnData:
     DataError
         If the file is damaged or lacks either.
     """
-    try:
-        slide = anndata.read_h5ad(file)
-    except Exception as error:  # a damaged HDF5 file ends in almost any exception
-        raise DataError(f"{file} is not a readable h5ad file: {error}") from error
+    slide = read_h5ad(file)
     slide.X = scipy.sparse.csr_matrix(raw_counts(slide, file), dtype=np.float32)
     coordinates = slide.obsm.get("spatial")
     if coordinates is None or np.ndim(coordinates) != 2 or np.shape(coordinates)[1] != 2:

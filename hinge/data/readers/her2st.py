@@ -13,6 +13,7 @@ from anndata import AnnData
 from scipy.spatial.distance import pdist
 
 from hinge.data.slide import describe_slide
+from hinge.data.untrusted import check_gzip
 from hinge.errors import DataError
 
 LAYOUT = (
@@ -81,6 +82,7 @@ def _root(path: Path) -> Path:
 
 def _read_counts(file: Path) -> tuple[pd.Index, pd.DataFrame]:
     """Gene names and a table spots x genes."""
+    check_gzip(file)
     try:
         # pandas renames repeated columns, so the names come from the line itself
         with gzip.open(file, "rt") as lines:

@@ -14,7 +14,8 @@ from anndata.io import read_elem
 from hinge.data.readers.h5ad import pitch_in_px, positive_length, raw_counts
 from hinge.data.readers.visium import SPOT_DIAMETER_UM, SPOT_PITCH_UM, um_per_px_of_array
 from hinge.data.slide import describe_slide
-from hinge.errors import DataError
+from hinge.data.untrusted import check_zarr
+from hinge.errors import DataError, HingeError
 
 LAYOUT = (
     "a SpatialData store <name>.zarr, or a folder of them, with a table of raw counts that annotates shapes, and an "
@@ -124,10 +125,13 @@ def _samples(path: Path) -> dict[str, tuple[Path, str, str]]:
         annotated = []
         for table in sorted(folder.name for folder in (store / "tables").glob("[!.]*/")):
             try:
+                check_zarr(zarr.open_group(store / "tables" / table, mode="r"), store / "tables" / table)
                 keys = read_elem(zarr.open_group(store / "tables" / table, mode="r")["uns/spatialdata_attrs"])
                 regions = np.atleast_1d(keys["region"])
             except KeyError:  # a table that annotates nothing
                 continue
+            except HingeError:
+                raise
             except Exception as error:  # a damaged store ends in almost any exception
                 raise DataError(f"{store} is not a readable SpatialData store: {error}") from error
             annotated += [(store, table, str(region)) for region in regions]

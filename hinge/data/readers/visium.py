@@ -15,6 +15,7 @@ from scipy.spatial.distance import pdist
 
 from hinge.data.image import IMAGE_SUFFIXES, SlideImage, image_name
 from hinge.data.slide import describe_slide
+from hinge.data.untrusted import check_gzip, check_hdf5
 from hinge.errors import DataError
 
 LAYOUT = (
@@ -132,6 +133,11 @@ def _read_counts(folder: Path) -> AnnData:
     matrix = _matrix(folder)
     if matrix is None:
         raise DataError(f"{folder} has no counts: {_MATRIX}.h5 is missing")
+    if matrix.is_file():
+        check_hdf5(matrix, "readable as Space Ranger's counts")
+    else:
+        for file in sorted(matrix.glob("*.gz")):
+            check_gzip(file)
     try:
         with warnings.catch_warnings():  # of symbols that are there twice, which is put right below
             warnings.filterwarnings("ignore", "Variable names are not unique")

@@ -6,7 +6,8 @@ import numpy as np
 import zarr
 from anndata import AnnData
 
-from hinge.errors import DataError
+from hinge.data.untrusted import check_zarr
+from hinge.errors import DataError, HingeError, one_line
 from hinge.files import atomic_path
 
 _CHUNK_SPOTS, _CHUNK_GENES = 1024, 32
@@ -63,10 +64,13 @@ def attach_draws(draws: AnnData, path: str | Path) -> AnnData:
         If the store is missing or damaged, or of other spots or genes.
     """
     try:
-        array = zarr.open_group(path, mode="r")["obsm/draws"]
-        values = np.moveaxis(array[:], -1, 0)
+        group = zarr.open_group(path, mode="r")
+        check_zarr(group, Path(path))
+        values = np.moveaxis(group["obsm/draws"][:], -1, 0)
+    except HingeError:
+        raise
     except Exception as error:  # a damaged store ends in almost any exception
-        raise DataError(f"{path} is not a readable store of draws: {error}") from error
+        raise DataError(f"{path} is not a readable store of draws: {one_line(error)}") from error
     if values.shape[1:] != draws.shape:
         raise DataError(f"{path} holds draws of {values.shape[1:]} spots and genes, not of {draws.shape}")
     for number, draw in enumerate(values):

@@ -1,0 +1,181 @@
+"""Files of strangers, looked through before a library is let loose on them.
+
+The HDF5 library follows what a file says: into other files, into sizes that no memory holds, and where its heaps of
+strings are damaged, round in circles or out of bounds. Zarr and gzip announce or unpack to any size as well. What can
+be seen beforehand is refused here, at little cost: no array is read.
+"""
+
+import gzip
+import mmap
+import struct
+import zlib
+from pathlib import Path
+
+import anndata
+import h5py
+import zarr
+from anndata import AnnData
+
+from hinge.errors import DataError, HingeError, one_line
+
+# zlib makes at most a thousand zeros of one byte, counts of genes seldom compress twentyfold
+MOST_UNPACKED = 200
+UNPACKED_ANYWAY = 256 << 20
+
+_HEAP, _HEAP_HEADER, _OBJECT = b"GCOL\x01\0\0\0", 16, struct.Struct("<HHIQ")
+
+
+def check_size(path: Path, stored: int, unpacked: int) -> None:
+    """Refuse what would unpack to far more than it is.
+
+    Parameters
+    ----------
+    path
+        For the error.
+    stored, unpacked
+        Bytes on disk and in memory.
+    """
+    if unpacked > max(UNPACKED_ANYWAY, MOST_UNPACKED * stored):
+        raise DataError(
+            f"{path} has {stored:,} bytes and would take {unpacked:,} in memory: it is damaged, or made to fill it"
+        )
+
+
+def check_gzip(path: Path) -> None:
+    """Make sure that a gzip file unpacks to no more than a table of its size can.
+
+    Raises
+    ------
+    DataError
+        As `check_size`; what else is wrong with it is left to who reads it.
+    """
+    stored, unpacked = path.stat().st_size, 0
+    try:
+        with gzip.open(path) as file:
+            while part := file.read(1 << 20):
+                unpacked += len(part)
+                # numbers of one digit take eight bytes in memory
+                check_size(path, stored, 4 * unpacked)
+    except (OSError, EOFError, zlib.error):
+        return
+
+
+def check_zarr(group: zarr.Group, path: Path) -> None:
+    """Make sure that the arrays of a group announce no more than its folder can hold.
+
+    Raises
+    ------
+    DataError
+        As `check_size`.
+    """
+    unpacked = sum(member.nbytes for _, member in group.members(max_depth=None) if isinstance(member, zarr.Array))
+    check_size(path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()), unpacked)
+
+
+def inside(folder: Path, name: str, named_in: Path) -> Path:
+    """The path of a file that another file names, which must lie in a folder.
+
+    Raises
+    ------
+    DataError
+        It leads out of the folder.
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{named_in} names {name!r}, which leads out of {folder}")
+    return path
+
+
+def check_hdf5(path: str | Path, what: str = "a readable HDF5 file") -> None:
+    """Make sure that a file is HDF5, keeps to itself, and announces no more than it can hold.
+
+    Reads the file's structure and none of its arrays.
+
+    Raises
+    ------
+    DataError
+        It is missing, damaged, leads into other files, or would unpack to far more than its own size.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    try:
+        _check_heaps(path)
+        with h5py.File(path, "r") as file:
+            _check_structure(file, path)
+    except HingeError:
+        raise
+    except Exception as error:  # a damaged HDF5 file ends in almost any exception
+        raise DataError(f"{path} is not {what}: {one_line(error)}") from error
+
+
+def read_h5ad(path: str | Path) -> AnnData:
+    """Read a file of AnnData after `check_hdf5`.
+
+    Raises
+    ------
+    DataError
+        As `check_hdf5`, or it holds no AnnData.
+    """
+    check_hdf5(path, "a readable h5ad file")
+    try:
+        return anndata.read_h5ad(path)
+    except Exception as error:  # a damaged HDF5 file ends in almost any exception
+        raise DataError(f"{path} is not a readable h5ad file: {one_line(error)}") from error
+
+
+def _check_heaps(path: Path) -> None:
+    """Walk the global heaps, where strings of any length lie, as the library will; it does not stop at a size of 0."""
+    with open(path, "rb") as file:
+        if not file.read(1):
+            raise ValueError("it is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            at = view.find(_HEAP)
+            while at >= 0:
+                head = view[at : at + _HEAP_HEADER]
+                end = at + struct.unpack("<Q", head[8:])[0] if len(head) == _HEAP_HEADER else len(view) + 1
+                if end > len(view):
+                    raise ValueError("a heap of strings is cut off")
+                place = at + _HEAP_HEADER
+                while place + _OBJECT.size <= end:
+                    index, _, _, size = _OBJECT.unpack(view[place : place + _OBJECT.size])
+                    # object 0 is what is free, its size that of all that follows
+                    place += size if index == 0 else _OBJECT.size + -(-size // 8) * 8
+                    if place > end or (index == 0 and size < _OBJECT.size):
+                        raise ValueError("a heap of strings is damaged")
+                at = view.find(_HEAP, at + 1)
+
+
+def _check_structure(file: h5py.File, path: Path) -> None:
+    stored, unpacked = path.stat().st_size, 0
+
+    def check_attributes(thing: h5py.Group | h5py.Dataset, name: str) -> None:
+        for number in range(h5py.h5a.get_num_attrs(thing.id)):
+            _check_type(h5py.h5a.open(thing.id, index=number).get_type(), name, path)
+
+    links: dict[str, object] = {}
+    file.visititems_links(links.__setitem__)  # an exception in there would be lost on its way through the library
+    check_attributes(file, "/")
+    for name, link in links.items():
+        if isinstance(link, h5py.ExternalLink):
+            raise DataError(f"{path}: {name!r} must be a dataset in the file itself, not a link into another")
+        if not isinstance(link, h5py.HardLink):
+            continue
+        thing = file[name]
+        check_attributes(thing, name)
+        if not isinstance(thing, h5py.Dataset):
+            continue
+        if thing.external or thing.is_virtual:
+            raise DataError(f"{path}: {name!r} must be a dataset in the file itself, and its values lie in others")
+        _check_type(thing.id.get_type(), name, path)
+        unpacked += thing.size * thing.id.get_type().get_size() if thing.shape is not None else 0
+        check_size(path, stored, unpacked)
+
+
+def _check_type(kind: h5py.h5t.TypeID, name: str, path: Path) -> None:
+    """Strings may be of any length, other sequences not: the formats have none, and damaged types look like them."""
+    if isinstance(kind, h5py.h5t.TypeCompoundID):
+        for number in range(kind.get_nmembers()):
+            _check_type(kind.get_member_type(number), name, path)
+    elif kind.get_class() == h5py.h5t.VLEN:
+        raise DataError(f"{path}: {name!r} holds sequences of various lengths, which no slide has")
