@@ -149,7 +149,7 @@ def _acquire(stack: contextlib.ExitStack, path: Path, record: Path, what: Path, 
         if refused and told != "waiting":
             told = "waiting"
             logger.info("%s; waiting until it has ended", sentence)
-        time.sleep(0.2)
+        time.sleep(0.05)
 
 
 def _described(owner: dict) -> str:
