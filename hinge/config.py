@@ -176,6 +176,9 @@ class ModelConfig(_Section):
     gene_path: bool = True
     num_factors: int = Field(8, ge=1)
     num_slide_factors: int = Field(4, ge=1)
+    masked_decoding: float = Field(
+        1.0, ge=0, le=1, description="how much of what the backbone decodes counts where no gene is visible"
+    )
     standardise_features: bool = True
     feature_dropout: float = Field(0.0, ge=0, lt=1)
     feature_noise: float = Field(0.0, ge=0)
@@ -253,6 +256,8 @@ class RunConfig(_Section):
         return self
 
 
+_MOST_YAML_BYTES, _MOST_YAML_VALUES = 1 << 18, 100_000
+
 # where a path may stand in a configuration file
 PATHS = (
     ("output",),
@@ -292,7 +297,7 @@ def read_settings(
     """Read a YAML file of keys and values and apply overrides, as `load_config`; `paths` are keys that hold paths."""
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_bytes())
+        content = parse_yaml(path.read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(f"there is no configuration file {path}") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -310,7 +315,7 @@ def read_settings(
         if not equals or not key:
             raise ConfigError(f"{override!r} is not an override; write key=value, e.g. training.epochs=10")
         try:
-            value = yaml.safe_load(text)
+            value = parse_yaml(text)
         except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"the value of {key} is not YAML: {text!r}") from error
         keys = key.split(".")
@@ -320,6 +325,35 @@ def read_settings(
             if not isinstance(section, dict):
                 raise ConfigError(f"{key} cannot be set: {part} is not a section")
         section[keys[-1]] = value
+    return content
+
+
+def parse_yaml(text: bytes | str) -> Any:
+    """What a YAML text says, of plain values alone.
+
+    Raises
+    ------
+    ValueError, RecursionError, yaml.YAMLError
+        It is not YAML, or far too large; also by aliases, of which nine levels of nine make a thousand million values.
+    """
+    if len(text) > _MOST_YAML_BYTES:
+        raise ValueError(f"it has {len(text):,} bytes, and no settings have more than {_MOST_YAML_BYTES:,}")
+    content = yaml.safe_load(text)
+    sizes: dict[int, int | None] = {}
+
+    def size(node: Any) -> int:
+        if not isinstance(node, dict | list):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = None
+            parts = [*node.keys(), *node.values()] if isinstance(node, dict) else node
+            sizes[id(node)] = 1 + sum(size(part) for part in parts)
+        known = sizes[id(node)]
+        if known is None or known > _MOST_YAML_VALUES:
+            raise ValueError("its aliases make it contain itself, or too many values")
+        return known
+
+    size(content)
     return content
 
 

@@ -7,6 +7,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from hinge.config import parse_yaml
 from hinge.data.draws import read_draws
 from hinge.data.writers import write_cellxgene, write_draws_zarr, write_geojson, write_spatialdata
 from hinge.errors import ConfigError, DataError
@@ -169,8 +170,8 @@ def _read_metadata(path: Path | None) -> dict:
     if path is None:
         return {}
     try:
-        content = yaml.safe_load(path.read_bytes())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = parse_yaml(path.read_bytes())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold fields and values, such as tissue_ontology_term_id: UBERON:0000310")

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from hinge.backbones.mindspore import MindSporeCheckpoint, is_mindspore
 from hinge.backbones.vocabulary import GeneVocabulary
 from hinge.errors import ConfigError, WeightsError, one_line
+from hinge.foreign import load_torch, plain_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -136,14 +137,14 @@ def _open_safetensors(path: Path, files: list[Path]) -> StateFile:
 
 def _open_torch(path: Path) -> StateFile:
     def load(mapped: bool) -> dict[str, Tensor]:
-        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        content = load_torch(path, mapped)
         for _ in range(2):
             for key in _WRAPPERS:
                 if isinstance(content, dict) and isinstance(content.get(key), dict):
                     content = content[key]
         if not isinstance(content, dict):
             raise ValueError("it holds no dictionary of tensors")
-        return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+        return plain_tensors(content)
 
     with open(path, "rb") as file:
         mapped = file.read(2) == b"PK"

@@ -15,7 +15,7 @@ from hinge.errors import DataError
 
 _TIFF_SUFFIXES = {".tif", ".tiff", ".btf", ".tf2", ".tf8"}
 _UM = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3}
-_BAND_ROWS = 2048
+_BAND_ROWS, _BAND_PIXELS = 2048, 1 << 26
 
 
 class ArrayPyramid:
@@ -105,7 +105,7 @@ def reduce_by_bands(size: tuple[int, int], max_px: int, read: Callable[[int, int
         Gives `rows` full rows from `top` on.
     """
     factor = max(1, max(size) // max_px)
-    step = factor * max(1, _BAND_ROWS // factor)
+    step = factor * max(1, min(_BAND_ROWS, _BAND_PIXELS // size[0]) // factor)
     bands = [read(top, min(step, size[1] - top)).reduce(factor) for top in range(0, size[1], step)]
     return Image.fromarray(np.concatenate([np.asarray(band) for band in bands]))
 

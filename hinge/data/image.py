@@ -6,6 +6,7 @@ tile by tile; all other images (JPEG, PNG, striped TIFF) are decoded once by Pil
 
 import contextlib
 import math
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import openslide
 from PIL import Image
 
 from hinge.data.arrays import open_arrays, reduce_by_bands
+from hinge.data.untrusted import UNPACKED_ANYWAY, check_size
 from hinge.errors import DataError
 
 # Endings under which a slide's image is looked for, whole-slide formats first.
@@ -69,11 +71,13 @@ class SlideImage:
             # before OpenSlide, which sees neither the levels nor the channels that OME-TIFF keeps apart
             self._arrays = open_arrays(self.path)
             if self._arrays:
+                self._check_overview()
                 return
             if self.path.is_dir():
                 raise DataError(f"{self.path} is a folder and no OME-Zarr image")
             if openslide.OpenSlide.detect_format(self.path):
                 self._pyramid = openslide.OpenSlide(self.path)
+                self._check_overview()
             else:
                 self._flat = self._open_flat()
 
@@ -262,9 +266,22 @@ class SlideImage:
                 f"{self.path} has {image.width} x {image.height} pixels, and an image without tiles may have "
                 f"at most {MAX_DECODED_PIXELS:,}: convert it to a tiled pyramidal TIFF"
             )
+        check_size(self.path, self.path.stat().st_size, 3 * pixels)
         if image.mode.startswith(("I", "F")):
             raise DataError(f"{self.path} has pixels of type {image.mode}; an image with 8 bits a channel is needed")
         return image
+
+    def _check_overview(self) -> None:
+        """Refuse a coarsest level and tiles of sizes that no scanner writes: all of them are held at once."""
+        width, height = self.level_dimensions[-1]
+        if 3 * width * height > UNPACKED_ANYWAY:
+            files = [self.path] if self.path.is_file() else [file for file in self.path.rglob("*") if file.is_file()]
+            check_size(self.path, sum(file.stat().st_size for file in files), 3 * width * height)
+        # OpenSlide ends the process where it gets no memory for a tile
+        properties = self._pyramid.properties if self._pyramid else {}
+        for name, side in properties.items():
+            if re.fullmatch(r"openslide\.level\[\d+\]\.tile-(width|height)", name) and int(side) > MAX_REGION_PX:
+                raise DataError(f"{self.path} has tiles of {side} pixels, and no scanner writes such")
 
     @contextlib.contextmanager
     def _damage_named(self) -> Iterator[None]:

@@ -97,7 +97,11 @@ class UnfinishedArrays:
 
     def read(self) -> tuple[np.ndarray, ...]:
         """The arrays, mapped."""
-        return tuple(np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in self.arrays)
+        files = [self.folder / f"{name}.npy" for name in self.arrays]
+        try:
+            return tuple(np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{self.folder} is damaged; delete it to begin again: {error}") from error
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:

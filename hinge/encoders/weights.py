@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hinge.encoders.recipes import AttentionPooledViT, PooledTokens
 from hinge.errors import WeightsError
+from hinge.foreign import load_torch, plain_tensors
 
 # what was needed in training only, or can be computed, by the first part of its name
 _LEFT_OUT = {"head", "fc", "classifier", "pooler", "mask_token", "masked_embed"}
@@ -54,19 +55,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         else:
             # training scripts leave their arguments in the file: a Namespace, which holds no code
             with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+                content = load_torch(path)
+        for key in ("state_dict", "model"):
+            if isinstance(content, dict) and isinstance(content.get(key), dict):
+                content = content[key]
+        tensors = plain_tensors(content) if isinstance(content, dict) else {}
     except Exception as error:  # torch and safetensors raise a dozen kinds for a file that is not theirs
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
             f"{path} cannot be read as a file of weights alone (nothing else is ever loaded): {reason}"
         ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     if not tensors:
         raise WeightsError(f"{path} holds no tensors by name")
-    return {re.sub(r"^((module|backbone|_orig_mod)\.)+", "", str(name)): t for name, t in tensors.items()}
+    return {re.sub(r"^((module|backbone|_orig_mod)\.)+", "", name): t for name, t in tensors.items()}
 
 
 def load_weights(network: nn.Module, path: str | Path, name: str) -> None:

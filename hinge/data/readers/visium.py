@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import scanpy as sc
 from anndata import AnnData
 from PIL import Image
@@ -15,7 +16,7 @@ from scipy.spatial.distance import pdist
 
 from hinge.data.image import IMAGE_SUFFIXES, SlideImage, image_name
 from hinge.data.slide import describe_slide
-from hinge.data.untrusted import check_gzip, check_hdf5
+from hinge.data.untrusted import check_gzip, check_hdf5, check_size
 from hinge.errors import DataError
 
 LAYOUT = (
@@ -162,6 +163,8 @@ def _read_positions(spatial: Path) -> pd.DataFrame:
         raise DataError(f"{spatial} has no spot positions: one of {', '.join(_POSITION_FILES)} is needed")
     try:
         if file.suffix == ".parquet":
+            facts = pq.read_metadata(file)
+            check_size(file, file.stat().st_size, 8 * facts.num_rows * facts.num_columns)
             positions = pd.read_parquet(file)
         else:
             # Space Ranger 1 wrote no header, Space Ranger 2 does, and files are renamed
