@@ -120,6 +120,7 @@ PUBLISHED_SIZE = {
     "hibou-l": 304,
     "ctranspath": 28,
     "spafoundation": 86,
+    "hinge-vit-tiny": 3,
 }
 
 
@@ -131,7 +132,17 @@ def test_recipe_builds_without_weights(name):
         features = network(torch.empty(2, 3, recipe.patch_px, recipe.patch_px))
     assert features.shape == (2, recipe.dim)
     assert round(sum(p.numel() for p in network.parameters()) / 1e6) == PUBLISHED_SIZE[name]
-    assert recipe.licence and recipe.page.startswith("https://")
+    assert recipe.licence and (recipe.packaged or recipe.page.startswith("https://"))
+
+
+def test_the_small_encoder_lies_in_the_package():
+    recipe = RECIPES["hinge-vit-tiny"]
+    assert recipe.packaged.stat().st_size < 12e6
+    patches = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3), dtype=np.uint8)
+    encoder = load_encoder("hinge-vit-tiny", device="cpu")
+    features = encoder.encode(patches)
+    assert features.shape == (3, 384) and np.isfinite(features).all() and features.std(axis=0).min() > 0
+    assert not np.allclose(features, load_encoder("random:hinge-vit-tiny", device="cpu").encode(patches))
 
 
 def test_class_token_and_mean_of_patches():

@@ -1,12 +1,14 @@
 """Published histology encoders: how each is built, what it expects and where its weights are.
 
-A recipe builds an encoder without weights; `hinge.encoders.registry` loads them. No weights are shipped: each
-set comes from its authors under their licence, most after a request on the Hugging Face Hub.
+A recipe builds an encoder without weights; `hinge.encoders.registry` loads them. But for a small one that lies in the
+package, weights are not shipped: each set comes from its authors under their licence, most after a request on the Hugging
+Face Hub.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -43,6 +45,8 @@ class Recipe:
         Of the weights.
     repo, file
         Where the weights are on the Hugging Face Hub; `repo` is None where they are not.
+    packaged
+        The weights where they lie in this package.
     source
         Where else they come from: a web page.
     gated
@@ -56,6 +60,7 @@ class Recipe:
     dim: int
     licence: str
     file: str
+    packaged: Path | None = None
     repo: str | None = None
     source: str | None = None
     gated: bool = False
@@ -385,6 +390,19 @@ RECIPES: dict[str, Recipe] = {
         source="https://github.com/NingZhangCSUBio/SpaFoundation",
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
+    ),
+    # configs/pretrain/small.yaml; its card is docs/hinge-vit-tiny.md
+    "hinge-vit-tiny": Recipe(
+        "vit_tiny_patch16_224",
+        pooling="cls+mean",
+        dim=384,
+        licence="Apache-2.0",
+        file="hinge-vit-tiny.safetensors",
+        packaged=Path(__file__).with_name("hinge-vit-tiny.safetensors"),
+        arguments={"img_size": 96, "patch_size": 16, "embed_dim": 192, "depth": 6, "num_heads": 3},
+        patch_px=96,
+        mean=(0.70, 0.58, 0.70),
+        std=(0.21, 0.23, 0.18),
     ),
 }
 

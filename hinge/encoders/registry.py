@@ -157,6 +157,7 @@ def load_encoder(
         One of
 
         - `stain-texture`: colour and texture statistics, no weights;
+        - `hinge-vit-tiny`: a small ViT whose weights lie in the package;
         - a published encoder, `RECIPES`: `uni`, `conch`, `virchow2`, `spafoundation`, ...;
         - a timm model with pretrained weights: `timm:NAME` or `NAME`;
         - `hf-hub:owner/repo`: a timm model on the Hugging Face Hub;
@@ -261,7 +262,8 @@ def _published(name: str, recipe: Recipe, file: Path | None, device: torch.devic
     if file is None:
         file = _fetch(name, recipe)
     elif not file.is_file():
-        raise WeightsError(f"encoder {name}: there is no file {file}; it is {recipe.file} of {recipe.page}")
+        there = f"; it is {recipe.file} of {recipe.page}" if recipe.packaged is None else ""
+        raise WeightsError(f"encoder {name}: there is no file {file}{there}")
     module = build(recipe)
     load_weights(module, file, name.partition("@")[0])
     return _frozen(name, module, _preprocess(recipe), recipe.dim, device, recipe.pooling)
@@ -272,7 +274,9 @@ def _preprocess(recipe: Recipe) -> Preprocess:
 
 
 def _fetch(name: str, recipe: Recipe) -> Path:
-    """The weight file from the user's hub cache, or else from the hub."""
+    """The weight file from this package, the user's hub cache, or else from the hub."""
+    if recipe.packaged is not None:
+        return recipe.packaged
     put = f"put it anywhere and name it as {name}@/path/to/{recipe.file}"
     if recipe.repo is None:
         raise WeightsError(
