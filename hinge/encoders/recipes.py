@@ -1,8 +1,8 @@
 """Published histology encoders: how each is built, what it expects and where its weights are.
 
 A recipe builds an encoder without weights; `hinge.encoders.registry` loads them. But for a small one that lies in the
-package, weights are not shipped: each set comes from its authors under their licence, most after a request on the Hugging
-Face Hub.
+package, weights are not shipped: each set comes from its authors under their licence, most after a request on the
+Hugging Face Hub.
 """
 
 from collections.abc import Callable, Mapping
