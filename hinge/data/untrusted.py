@@ -13,6 +13,7 @@ from pathlib import Path
 
 import anndata
 import h5py
+import scipy.sparse
 import zarr
 from anndata import AnnData
 
@@ -119,9 +120,25 @@ def read_h5ad(path: str | Path) -> AnnData:
     """
     check_hdf5(path, "a readable h5ad file")
     try:
-        return anndata.read_h5ad(path)
+        content = anndata.read_h5ad(path)
+        check_sparse(content)
     except Exception as error:  # a damaged HDF5 file ends in almost any exception
         raise DataError(f"{path} is not a readable h5ad file: {one_line(error)}") from error
+    return content
+
+
+def check_sparse(content: AnnData) -> None:
+    """Make sure that the indices of sparse matrices lie within them: scipy believes them, and reads beyond its memory.
+
+    Raises
+    ------
+    ValueError
+        They do not.
+    """
+    mappings = (content.layers, content.obsm, content.varm, content.obsp, content.varp)
+    for matrix in (content.X, *(value for mapping in mappings for value in mapping.values())):
+        if scipy.sparse.issparse(matrix) and matrix.format in ("csr", "csc"):
+            matrix.check_format(full_check=True)
 
 
 def _check_heaps(path: Path) -> None:

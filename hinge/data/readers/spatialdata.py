@@ -14,7 +14,7 @@ from anndata.io import read_elem
 from hinge.data.readers.h5ad import pitch_in_px, positive_length, raw_counts
 from hinge.data.readers.visium import SPOT_DIAMETER_UM, SPOT_PITCH_UM, um_per_px_of_array
 from hinge.data.slide import describe_slide
-from hinge.data.untrusted import check_zarr
+from hinge.data.untrusted import check_sparse, check_zarr
 from hinge.errors import DataError, HingeError
 
 LAYOUT = (
@@ -46,6 +46,10 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
     except Exception as error:  # a damaged store ends in almost any exception
         raise DataError(f"{store} is not a readable SpatialData store: {' '.join(str(error).split())}") from error
     table = data.tables[table_name]
+    try:
+        check_sparse(table)
+    except ValueError as error:
+        raise DataError(f"{store} is not a readable SpatialData store: {error}") from error
     keys = table.uns["spatialdata_attrs"]
     slide = table[(table.obs[keys["region_key"]] == region).to_numpy()].copy()
     if region not in data.shapes:

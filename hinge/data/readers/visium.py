@@ -6,10 +6,12 @@ import math
 import warnings
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import scanpy as sc
+import scipy.sparse
 from anndata import AnnData
 from PIL import Image
 from scipy.spatial.distance import pdist
@@ -142,6 +144,8 @@ def _read_counts(folder: Path) -> AnnData:
     try:
         with warnings.catch_warnings():  # of symbols that are there twice, which is put right below
             warnings.filterwarnings("ignore", "Variable names are not unique")
+            if matrix.is_file():
+                _check_indices(matrix)
             slide = sc.read_10x_h5(matrix) if matrix.is_file() else sc.read_10x_mtx(matrix, make_unique=False)
     except Exception as error:  # a damaged HDF5 file ends in almost any exception
         raise DataError(f"{matrix} is not readable as Space Ranger's counts: {error}") from error
@@ -150,6 +154,15 @@ def _read_counts(folder: Path) -> AnnData:
     slide.var_names_make_unique()
     slide.X = slide.X.tocsr().astype(np.float32)
     return slide
+
+
+def _check_indices(file: Path) -> None:
+    """Make sure that the indices lie within the matrix: scanpy cuts it before anyone can look."""
+    with h5py.File(file) as content:
+        for group in content.values():
+            if isinstance(group, h5py.Group) and {"data", "indices", "indptr", "shape"} <= set(group):
+                parts = tuple(group[name][:] for name in ("data", "indices", "indptr"))
+                scipy.sparse.csc_matrix(parts, shape=tuple(group["shape"][:])).check_format(full_check=True)
 
 
 def _positions_file(spatial: Path) -> Path | None:
