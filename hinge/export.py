@@ -1,5 +1,6 @@
 """A run's draws in the formats of other tools, and its denoiser as a program: what `hinge export` does."""
 
+import io
 import logging
 from pathlib import Path
 
@@ -149,8 +150,11 @@ def export_denoiser(run: Run, output: Path | None = None) -> Path:
     with torch.no_grad():
         program = torch.export.export(step, (), given, dynamic_shapes={name: {0: batch} for name in given})
         outputs = {name: list(value.shape[1:]) for name, value in step(**given).items()}
+    # torch's own writer ends the process where the disk is full
+    archive = io.BytesIO()
+    torch.export.save(program, archive)
     with atomic_path(output) as temporary:
-        torch.export.save(program, temporary)
+        temporary.write_bytes(archive.getbuffer())
     about = {
         "inputs": {
             name: {"shape": ["batch", *value.shape[1:]], "dtype": str(value.dtype)} for name, value in given.items()

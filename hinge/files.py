@@ -15,6 +15,8 @@ from hinge.errors import DataError
 
 HOST = socket.gethostname()
 
+_ROOM = 1 << 20
+
 
 def process_mark(pid: int, host: str) -> str:
     """What the names of a process's temporary folders contain: whoever finds its lock knows what it left."""
@@ -37,6 +39,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     ------
     Path
         A name in the same folder (same suffix, so that writers that look at it agree), not yet existing.
+
+    Raises
+    ------
+    DataError
+        There is no room or no permission.
     """
     path = Path(path)
     try:
@@ -50,8 +57,30 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         if temporary.is_dir() and path.is_dir():
             os.replace(path, holder / "replaced")
         os.replace(temporary, path)
+    except Exception as error:
+        reason = _why_not_written(error, holder)
+        if reason is None:
+            raise
+        raise DataError(f"cannot write {path}: {reason}") from error
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def _why_not_written(error: Exception, holder: Path) -> str | None:
+    """Why nothing more can be written to a folder, if that is what an error is about."""
+    if isinstance(error, DataError):
+        return None
+    if isinstance(error, OSError):
+        # one that names another file is about reading that
+        ours = error.filename is None or str(error.filename).startswith(str(holder))
+        return (error.strerror or " ".join(str(error).split())) if ours else None
+    # libraries say it in words of their own: ask the disk
+    try:
+        with open(holder / "room", "wb") as file:
+            file.write(bytes(_ROOM))
+    except OSError as full:
+        return full.strerror
+    return f"{error}" if type(error).__name__ == "SafetensorError" else None
 
 
 def write_json(path: str | Path, content: Any) -> Path:

@@ -59,6 +59,8 @@ def random_crops(patches: Tensor, crops: Crops, uniform: Tensor) -> Tensor:
     Tensor
         (B, n, 3, px, px) in [0, 1].
     """
+    if crops.number == 0:
+        return patches.new_zeros(len(patches), 0, 3, crops.px, crops.px)
     draws = uniform.flatten(0, 1)
     low, high = crops.scale
     area = low + (high - low) * draws[:, 0]

@@ -173,7 +173,9 @@ def write_hinge(model: HingeModel, gene_ids: Tensor, out: str | Path) -> Path:
     """Write `export_hinge` as the file that the authors' code loads."""
     state = export_hinge(model, gene_ids)
     with atomic_path(out) as temporary:
-        torch.save({"model": state}, temporary)
+        # a file of Python's: torch's own writer ends the process where the disk is full
+        with temporary.open("wb") as file:
+            torch.save({"model": state}, file)
     return Path(out)
 
 
