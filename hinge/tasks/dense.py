@@ -12,9 +12,11 @@ and not on its area.
 import hashlib
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +40,9 @@ from hinge.encoders import Encoder, extract_features
 from hinge.errors import ConfigError, DataError
 from hinge.evaluation.baselines import spot_groups
 from hinge.evaluation.metrics import gene_pcc
-from hinge.files import arrays_digest, atomic_path
+from hinge.files import HOST, arrays_digest, atomic_path, process_mark
+from hinge.locks import lock_file
+from hinge.memory import with_less_memory
 from hinge.run import Run
 from hinge.tasks.embeddings import fit_ridge
 
@@ -120,7 +124,7 @@ class RunPredictor:
             groups = spot_groups(spots.slide, spots.coords)
             self.ridge = fit_ridge(spots.features[:, 0], spots.values, groups)
             return
-        self.pipeline = run.pipeline()
+        self.pipeline, self.batch_size = run.pipeline(), sampling.batch_size
         self.draws, self.steps = draws or sampling.draws, steps or sampling.steps
         self.seed = sampling.seed if seed is None else seed
         self.pipeline.model.to(self.encoder.device)
@@ -142,14 +146,14 @@ class RunPredictor:
             values = self.ridge.predict(conditions.astype(np.float64)).reshape(len(conditions), len(self.genes))
             return {"X": values.astype(np.float32)}
         sampling = self.run.config.sampling
-        result = self.pipeline(
+        draw = partial(
+            self.pipeline,
             conditions,
             self.gene_ids,
             [f"{slide}/{name}" for name in names],
             num_draws=self.draws,
             num_inference_steps=self.steps,
             seed=self.seed,
-            batch_size=sampling.batch_size,
             slide=slide if sampling.coherent else None,
             positions=positions if sampling.coherent else None,
             order=sampling.order,
@@ -157,6 +161,7 @@ class RunPredictor:
             temperature=sampling.temperature,
             progress=False,
         )
+        result, self.batch_size = with_less_memory(self.batch_size, lambda size: draw(batch_size=size))
         return {
             "X": result.values.mean(axis=0, dtype=np.float64).astype(np.float32),
             "expected": result.expected,
@@ -371,7 +376,8 @@ def map_slide(
     lattice = _Lattice.of(grid)
     logger.info("%s: %d points %g µm apart", name, grid.n_obs, pitch_um)
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{stem}.", dir=output) as scratch:
+    mark = process_mark(os.getpid(), HOST)
+    with lock_file(path), tempfile.TemporaryDirectory(prefix=f".{stem}.{mark}.", dir=output) as scratch:
         features = extract_features(
             grid,
             predictor.encoder,
