@@ -142,7 +142,7 @@ class BackboneConfig(_Section):
                 raise ValueError(f"{key} says how to read given weights; it needs path")
         return self
 
-    def architecture(self) -> dict[str, int]:
+    def architecture(self) -> dict[str, Any]:
         """Size of a CellFM that is pre-trained here."""
         return self.model_dump(include={"hidden_size", "num_hidden_layers", "num_attention_heads", "num_value_bins"})
 
@@ -177,7 +177,7 @@ class ModelConfig(_Section):
     num_factors: int = Field(8, ge=1)
     num_slide_factors: int = Field(4, ge=1)
     masked_decoding: float = Field(
-        1.0, ge=0, le=1, description="how much of what the backbone decodes counts where no gene is visible"
+        0.0, ge=0, le=1, description="how much of what the backbone decodes counts where no gene is visible"
     )
     standardise_features: bool = True
     feature_dropout: float = Field(0.0, ge=0, lt=1)
@@ -214,7 +214,7 @@ class SamplingConfig(_Section):
 class EvaluationConfig(_Section):
     """What draws are scored beside, and how."""
 
-    baselines: list[Literal[*BASELINES, *GENERATIVE_BASELINES]] = Field(
+    baselines: list[Literal[*BASELINES, *GENERATIVE_BASELINES]] = Field(  # type: ignore[valid-type]
         list(DEFAULT_BASELINES), description=f"a list of {', '.join((*BASELINES, *GENERATIVE_BASELINES))}"
     )
     gene_sets: AbsolutePath | None = Field(
@@ -393,7 +393,7 @@ def _takes(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
     """What stands at a key: the keys of a section, or the description of a value."""
     description = None
     for part in location:
-        field = model.model_fields[part]
+        field = model.model_fields[str(part)]
         model, description = field.annotation, field.description
     if description is not None:
         return f"it takes {description}"

@@ -115,6 +115,36 @@ def test_the_closed_form_start_is_ridge_for_fully_masked_spots():
     assert torch.equal(model.modulation.bias, before)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_where_no_gene_is_visible_the_modulation_counts_as_far_as_it_is_told_to(share):
+    spots, model = table(90), make_model(masked_decoding=share)
+    features, ids = torch.from_numpy(spots.features[:, 0]), torch.arange(1, GENES + 1)
+    model.set_feature_statistics(features)
+    fit_gene_path(model, MaskedDiffusionScheduler(10, "linear"), ids, spots, seed=0)
+    values, nothing, half = torch.from_numpy(spots.values), torch.zeros(90, GENES), torch.zeros(90, GENES)
+    half[:, ::2] = 1
+
+    def located(visible, timestep):
+        with torch.no_grad():
+            return model(values * visible, visible, torch.full((90,), timestep), features, ids).location
+
+    before, before_half = located(nothing, 10), located(half, 5)
+    with torch.no_grad():
+        for parameter in model.modulation.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    moved, moved_half = (located(nothing, 10) - before).abs().mean(), (located(half, 5) - before_half).abs().mean()
+    assert moved_half > 0
+    if share == 0:
+        assert moved == 0
+        return
+    full = make_model(masked_decoding=1.0)
+    full.load_state_dict(model.state_dict())
+    full.path.masked_decoding.fill_(1.0)
+    with torch.no_grad():
+        whole = full(nothing, nothing, torch.full((90,), 10), features, ids).location - before
+    torch.testing.assert_close(located(nothing, 10) - before, share * whole, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 def test_residuals_in_training_are_out_of_fold_whatever_features_are_dropped(dropped):
     """40 features without any meaning: in-sample residuals are too small, those of dropped features too large."""

@@ -201,6 +201,9 @@ class HingeModel(ModelMixin, ConfigMixin):
         as in the released code; None: they are not.
     gene_path, num_factors, num_slide_factors
         Whether there is a `GenePath`, and its numbers of factors.
+    masked_decoding
+        From 0 to 1: how much of what the backbone decodes counts, beside the gene path's regression, where no gene is
+        visible, from the closed-form start on.
     standardise_features
         Whether features are divided by the training spots' deviations; the released code takes them as they are.
     feature_dropout, feature_noise
@@ -234,6 +237,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         gene_path: bool = True,
         num_factors: int = 8,
         num_slide_factors: int = 4,
+        masked_decoding: float = 0.0,
         standardise_features: bool = True,
         feature_dropout: float = 0.0,
         feature_noise: float = 0.0,

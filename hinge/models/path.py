@@ -27,8 +27,12 @@ class GenePath(nn.Module):
     model; Bishop, Pattern Recognition and Machine Learning, 2006, section 12.2.4), v = ψ + diag(ΛCΛᵀ) is the variance
     left in every gene and v₀ the one before any is visible. Then
 
-        location = decoded + m₀φ(decoded − offset) + (1 + m₁φ)P + (1 + m₂φ)R·ẑ + φ·visible_bias + slide shift
+        location = offset + (δ + (1 + m₀ − δ)φ)(decoded − offset) + (1 + m₁φ)P + (1 + m₂φ)R·ẑ + φ·visible_bias + slide shift
         log-scale = S·features + s + ρ·½log(v / v₀) + φ·visible_log_scale
+
+    δ is how much of what the backbone decodes counts where no gene is visible. There it knows no more than P does, and
+    what it learns of some slides' images beyond P need not hold on the next one. It is 1 until the closed-form start sets
+    it, so that a new model equals its backbone.
 
     Genes revealed in the same step are drawn together: their normal numbers have the correlations of ΛCΛᵀ + Ψ
     (`innovation`), so that few steps do not cost dependence.
@@ -60,6 +64,7 @@ class GenePath(nn.Module):
         self.visible_log_scale = nn.Parameter(torch.zeros(num_genes))
         self.left_log_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("saturation", torch.tensor(0.1))
+        self.register_buffer("masked_decoding", torch.ones(()))
         # how a whole slide is drawn: U above, and what share of a factor's and of a gene's own variance neighbouring
         # spots have in common, with the range in spot pitches over which it falls to 1/e
         self.register_buffer("slide_loadings", torch.zeros(num_genes, num_slide_factors))
@@ -120,7 +125,7 @@ class GenePath(nn.Module):
         left_share = ((left**2).sum(dim=1) + noise) / ((loadings**2).sum(dim=1) + noise)
         location = (
             decoded
-            + self.mix[0] * phi * (decoded - self.offset)
+            + (self.mix[0] * phi - (1 - self.masked_decoding) * (1 - phi)) * (decoded - self.offset)
             + (1 + self.mix[1] * phi) * path
             + (1 + self.mix[2] * phi) * carried
             + phi * self.visible_bias

@@ -119,6 +119,7 @@ def fit_gene_path(
         regression = regression + shifts[slide_of]
     spatial = _SpatialCorrelation(spots.coords, slide_of)
     spatial_range = spatial.range(unexplained)
+    path.masked_decoding.fill_(model.config.masked_decoding)
     path.spatial_range.fill_(spatial_range)
     path.spatial_scale.fill_((1 - spatial.common(spatial_range)) ** -0.5)
     num_factors = min(path.loadings.shape[1], num_genes // 2, num_spots // 10)
@@ -169,15 +170,17 @@ def fit_gene_path(
     def shared_work(saturation: float) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
         """Least squares of what is left on φ·columns and φ per gene: error, mix, biases, log-scales."""
         phi = saturating_share(np.asarray(shares), saturation)
+        left_out = 1 - model.config.masked_decoding
+        rests = [rest + left_out * (1 - f) * column[0] for f, column, rest in zip(phi, columns, remaining, strict=True)]
         per_gene = np.maximum(sum(f**2 * w.sum(axis=0) for f, w in zip(phi, weights, strict=True)), 1e-12)
 
         def bias_of(parts: list[np.ndarray]) -> np.ndarray:
             return sum(f * (w * part).sum(axis=-2) for f, w, part in zip(phi, weights, parts, strict=True)) / per_gene
 
         scaled = [f * column for f, column in zip(phi, columns, strict=True)]
-        column_bias, left_bias = bias_of(scaled), bias_of(remaining)
+        column_bias, left_bias = bias_of(scaled), bias_of(rests)
         gram, right = np.zeros((3, 3)), np.zeros(3)
-        for f, w, column, rest in zip(phi, weights, scaled, remaining, strict=True):
+        for f, w, column, rest in zip(phi, weights, scaled, rests, strict=True):
             free = column - f * column_bias[:, None, :]
             gram += np.einsum("ing,jng,ng->ij", free, free, w)
             right += np.einsum("ing,ng,ng->i", free, rest - f * left_bias, w)
@@ -188,7 +191,7 @@ def fit_gene_path(
             mix[1:] = np.linalg.solve(gram[1:, 1:], right[1:] - gram[1:, 0] * mix[0])
         bias = left_bias - np.einsum("i,ig->g", mix, column_bias)
         variances, error = [], 0.0
-        for f, w, column, rest in zip(phi, weights, scaled, remaining, strict=True):
+        for f, w, column, rest in zip(phi, weights, scaled, rests, strict=True):
             squared = (w * (rest - np.einsum("i,ing->ng", mix, column) - f * bias) ** 2).sum(axis=0)
             variances.append(squared / np.maximum(w.sum(axis=0), 1))
             error += squared.sum()
