@@ -27,12 +27,13 @@ class GenePath(nn.Module):
     model; Bishop, Pattern Recognition and Machine Learning, 2006, section 12.2.4), v = ψ + diag(ΛCΛᵀ) is the variance
     left in every gene and v₀ the one before any is visible. Then
 
-        location = offset + (δ + (1 + m₀ − δ)φ)(decoded − offset) + (1 + m₁φ)P + (1 + m₂φ)R·ẑ + φ·visible_bias + slide shift
+        location = offset + (δ + (1 + m₀ − δ)φ)(decoded − offset) + (1 + m₁φ)P + (1 + m₂φ)R·ẑ
+                   + φ·visible_bias + slide shift
         log-scale = S·features + s + ρ·½log(v / v₀) + φ·visible_log_scale
 
-    δ is how much of what the backbone decodes counts where no gene is visible. There it knows no more than P does, and
-    what it learns of some slides' images beyond P need not hold on the next one. It is 1 until the closed-form start sets
-    it, so that a new model equals its backbone.
+    δ is how much of what the backbone decodes counts where no gene is visible. There it knows no more than P does,
+    and what it learns of some slides' images beyond P need not hold on the next one. It is 1 until the closed-form
+    start sets it, so that a new model equals its backbone.
 
     Genes revealed in the same step are drawn together: their normal numbers have the correlations of ΛCΛᵀ + Ψ
     (`innovation`), so that few steps do not cost dependence.
