@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from anndata import AnnData
 
 from hinge.config import check_config
 from hinge.data import read_slide, simulate_tissue
@@ -113,6 +114,17 @@ def pretrain_encoder(content: dict, steps: Path, seconds: float = 0.01) -> None:
     pretrain_histology(PretrainHistologyConfig.model_validate(content))
 
 
+def lingering(kind: type, name: str, seconds: float) -> None:
+    """Let a file stay for a while under its temporary name once it has been written."""
+    write = getattr(kind, name)
+
+    def linger(self, *arguments, **options):
+        write(self, *arguments, **options)
+        time.sleep(seconds)
+
+    setattr(kind, name, linger)
+
+
 def extract(slides: Path, path: Path, log: Path, seconds: float = 0.01) -> None:
     import hinge.encoders.extract as module
     from hinge.encoders import Encoder, extract_features, load_encoder
@@ -126,6 +138,7 @@ def extract(slides: Path, path: Path, log: Path, seconds: float = 0.01) -> None:
         return encode(self, batch, *arguments)
 
     Encoder.encode, module.BATCHES_IN_A_PART = slow, 1
+    lingering(module.FeatureWriter, "write", 10 * seconds)
     extract_features(read_slide(slides, "sim0"), load_encoder("stain-texture"), path, batch_size=2)
 
 
@@ -142,6 +155,7 @@ def sample(run: Path, path: Path, log: Path, seconds: float = 0.01) -> None:
             file.write(f"{os.getpid()} {number}\n")
 
     UnfinishedArrays.write, module.BATCHES_IN_A_PART = noted, 1
+    lingering(AnnData, "write_h5ad", 10 * seconds)
     Run.open(run).sample("sim2", output=path, batch_size=6)
 
 
