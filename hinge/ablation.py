@@ -95,8 +95,8 @@ class SimulatedTissue(_Part):
 
     def write(self, folder: Path) -> None:
         """Simulate what is not there yet."""
-        common = {"n_genes": self.genes, "seed": self.seed}
-        parts = (
+        common: dict[str, Any] = {"n_genes": self.genes, "seed": self.seed}
+        parts: tuple[tuple[int, int, dict[str, Any]], ...] = (
             (0, self.slides, {"grid": self.grid}),
             (_SIMULATED_PRETRAIN_FROM, self.pretrain, {"grid": self.pretrain_grid, "with_image": False}),
         )
@@ -480,7 +480,7 @@ def _run_cell(cell: Cell, trained: Cell | None) -> None:
         "trainable": model.num_trainable(),
         "seconds_training": _seconds_of_training(run.folder / "training"),
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in scores["rows"]:
         row = {"variant": cell.variant, "held_out": cell.held_out, "seed": cell.seed, **row}
         if row["method"] == "hinge":

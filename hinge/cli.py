@@ -65,6 +65,7 @@ def main() -> None:
         os.environ.setdefault(name, value)
     # hinge says so itself, in a sentence that names the first of them
     warnings.filterwarnings("ignore", "(Observation|Variable) names are not unique")
+    warnings.filterwarnings("ignore", "User provided device_type of 'cuda'")  # older diffusers, on import
     try:
         app()
     except Interrupted as error:

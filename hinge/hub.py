@@ -61,7 +61,7 @@ def find(name: str | Path, part: str) -> Path:
     part
         `model` or `backbone`.
     """
-    folder = fetch(name) if is_repository(name) else Path(name)
+    folder = fetch(str(name)) if is_repository(name) else Path(name)
     inside = folder / part
     return inside if (inside / "config.json").is_file() and not (folder / "config.json").is_file() else folder
 

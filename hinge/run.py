@@ -18,6 +18,7 @@ Each stage reads what the one before wrote, recognises what is finished and can 
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, partial
@@ -32,7 +33,7 @@ from tqdm import tqdm
 from hinge.backbones import CellFMConfig, CellFMModel, pretrain_expression
 from hinge.backbones.cellfm import read_config
 from hinge.backbones.checkpoints import vocabulary_for
-from hinge.backbones.vocabulary import GeneMapping, GeneNames, GeneVocabulary
+from hinge.backbones.vocabulary import GeneMapping, GeneNames, GeneVocabulary, OnMissing
 from hinge.config import BackboneConfig, RunConfig, explain, load_config, save_config
 from hinge.data.context import slide_features, spot_positions
 from hinge.data.draws import read_draws, same_draws, write_draws
@@ -40,6 +41,7 @@ from hinge.data.features import read_features
 from hinge.data.observed import read_observed
 from hinge.data.panel import Panel, select_panel
 from hinge.data.readers import list_samples, read_slide
+from hinge.data.readers.h5ad import positive_length
 from hinge.data.readers.table import images_alone
 from hinge.data.slide import slide_name
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots
@@ -169,12 +171,12 @@ class Run:
         """Distance between the training slides' spots and their diameter, µm."""
         written = self.folder / "split.json"
         facts = read_json(written) if written.exists() else {}
-        if "spot_pitch_um" not in facts:
+        if not isinstance(facts, dict) or "spot_pitch_um" not in facts:
             facts = self._training_grid()
-        pitch, diameter = facts["spot_pitch_um"], facts["spot_diameter_um"]
-        if not pitch or not np.isfinite(pitch):
+        pitch, diameter = (positive_length(facts, key) for key in ("spot_pitch_um", "spot_diameter_um"))
+        if math.isnan(pitch):
             raise DataError(f"the training slides of {self.folder} do not tell the distance between their spots")
-        return pitch, diameter if diameter and np.isfinite(diameter) else pitch / 2
+        return pitch, pitch / 2 if math.isnan(diameter) else diameter
 
     def _training_grid(self) -> dict[str, float]:
         slides = [self.slide(name).uns["hinge"] for name in self.config.data.train]
@@ -270,7 +272,7 @@ class Run:
 
     def gene_ids(self, backbone: CellFMModel) -> torch.Tensor:
         """Vocabulary ids (G,) of the panel."""
-        on_missing = "new" if self.config.backbone.unknown_genes == "new" else "error"
+        on_missing: OnMissing = "new" if self.config.backbone.unknown_genes == "new" else "error"
         ids = torch.from_numpy(self._match(self.panel().genes, on_missing).ids)
         if ids.max() >= backbone.gene_embedding.num_embeddings:
             raise WeightsError(f"this backbone has no embedding for the new genes of {self.panel_path}")
@@ -294,7 +296,7 @@ class Run:
             raise WeightsError(f"the backbone {source} brings no gene vocabulary; name its file as backbone.vocabulary")
         return GeneVocabulary.from_genes(backbone.gene_names)
 
-    def _match(self, genes: list[str], on_missing: str) -> GeneMapping:
+    def _match(self, genes: list[str], on_missing: OnMissing) -> GeneMapping:
         table = self.config.backbone.gene_names
         return self.vocabulary.match(genes, on_missing, GeneNames(table) if table is not None else None)
 
@@ -547,7 +549,7 @@ class Run:
             bar = tqdm(total=sum(part.stop - part.start for _, part in mine), unit="spot", disable=silent)
             with bar, unfinished.kept() if accelerator.num_processes == 1 else contextlib.nullcontext():
                 for number, part in mine:
-                    draw = partial(
+                    draw = partial(  # type: ignore[misc]
                         pipeline,
                         features[part],
                         gene_ids,
@@ -565,12 +567,13 @@ class Run:
                         temperature=settings.temperature,
                         progress=False,
                     )
-                    result, batch_size = with_less_memory(batch_size, lambda size, draw=draw: draw(batch_size=size))
+                    result, batch_size = with_less_memory(batch_size, lambda size, draw=draw: draw(batch_size=size))  # type: ignore[misc]
                     unfinished.write(number, part, result.values, result.expected)
                     bar.update(part.stop - part.start)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                write_draws(output, *unfinished.read(), slide, genes, about)
+                values, expected = unfinished.read()
+                write_draws(output, values, expected, slide, genes, about)
                 unfinished.remove()
                 logger.info("wrote %s (%d draws of %d spots)", output, draws, slide.n_obs)
             accelerator.wait_for_everyone()

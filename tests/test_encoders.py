@@ -372,9 +372,12 @@ def test_a_folder_as_timm_saves_it(tmp_path, given):
         source,
         tmp_path / "mine",
         model_args={"img_size": 48, "depth": 1},
-        data_config={"mean": mean, "std": [1.0, 1.0, 1.0], "input_size": (3, 48, 48)},
         safe_serialization=True,
     )
+    config = tmp_path / "mine" / "config.json"
+    content = json.loads(config.read_text())
+    content["pretrained_cfg"] |= {"mean": mean, "std": [1.0, 1.0, 1.0], "input_size": [3, 48, 48]}
+    config.write_text(json.dumps(content))
     path = tmp_path / "mine" / ("model.safetensors" if given == "file" else "")
     encoder = load_encoder(str(path), device="cpu")
     assert encoder.patch_px == 48

@@ -105,7 +105,10 @@ def read_config(path: str | Path) -> CellFMConfig:
         As `CellFMModel.from_pretrained`.
     """
     if is_folder(path):
-        return CellFMConfig.from_dict(read_our_config(path))
+        try:
+            return CellFMConfig.from_dict(read_our_config(path))
+        except (ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
+            raise WeightsError(f"the backbone in {path} cannot be built: {one_line(error)}") from error
     return CellFMConfig(**read_published(path).config)
 
 
@@ -323,7 +326,7 @@ class CellFMModel(PreTrainedModel):
                     state = open_state(path)
                 except WeightsError as error:
                     raise WeightsError(f"the backbone in {path} cannot be read: {error}") from error
-                sources = {name: (name,) for name in state.shapes}
+                sources: dict[str, tuple[str, ...]] = {name: (name,) for name in state.shapes}
             else:
                 published = read_published(path, num_attention_heads, **options)
                 config, state, sources = CellFMConfig(**published.config), published.state, published.sources
@@ -331,7 +334,7 @@ class CellFMModel(PreTrainedModel):
                 raise ValueError(f"it cannot have {config.num_hidden_layers:,} layers in {len(state.shapes)} tensors")
             with torch.device("meta"):
                 model = cls(config)
-        except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ZeroDivisionError) as error:
             raise WeightsError(f"the backbone in {path} cannot be built: {one_line(error)}") from error
         fill(model, state, sources, dtype)
         return model.eval()

@@ -168,7 +168,8 @@ class _Mapping:
     """A mapped file, opened anew after every 64 MB read: pages of a mapping that stays open count as memory in use."""
 
     def __init__(self, open_file: Callable[[Path], Any]):
-        self._open, self._path, self._content, self._n_bytes = open_file, None, None, 0
+        self._open, self._content, self._n_bytes = open_file, None, 0
+        self._path: Path | None = None
 
     def __call__(self, path: Path, n_bytes: int) -> Any:
         if path != self._path or self._n_bytes > _MAPPED_BYTES:

@@ -19,8 +19,8 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from tqdm import tqdm
@@ -334,7 +334,7 @@ def _map(path: Path) -> mmap.mmap:
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _chunks(path: Path, file: BinaryIO, start: int, stop: int) -> Iterator[bytearray]:
+def _chunks(path: Path, file: BufferedReader, start: int, stop: int) -> Iterator[bytearray]:
     """The bytes from `start` to `stop`, in parts of at most 4 MB."""
     file.seek(start)
     while start < stop:

@@ -18,6 +18,7 @@ import numpy as np
 from hinge.errors import ConfigError, DataError, WeightsError
 from hinge.files import write_json
 
+OnMissing = Literal["drop", "error", "new"]
 Rule = Literal["symbol", "Ensembl id", "case", "previous symbol", "alias"]
 _RULES: tuple[Rule, ...] = ("symbol", "Ensembl id", "case", "previous symbol", "alias")
 
@@ -101,14 +102,15 @@ class GeneNames:
         ensembl = _without_version(gene)
         if ensembl:
             found = self._by["ensembl"].get(ensembl, set())
-            return (*found, "Ensembl id") if len(found) == 1 else None
+            return (next(iter(found)), "Ensembl id") if len(found) == 1 else None
         if gene.upper() in self._approved:
             symbol = self._approved[gene.upper()]
             return symbol, "symbol" if symbol == gene else "case"
-        for what, rule in (("previous", "previous symbol"), ("alias", "alias")):
+        names: tuple[tuple[str, Rule], ...] = (("previous", "previous symbol"), ("alias", "alias"))
+        for what, rule in names:
             found = self._by[what].get(gene.upper(), set())
             if found:
-                return (*found, rule) if len(found) == 1 else None
+                return (next(iter(found)), rule) if len(found) == 1 else None
         return None
 
     def previous(self, symbol: str) -> list[str]:
@@ -353,7 +355,7 @@ class GeneVocabulary:
     def match(
         self,
         genes: Iterable[str],
-        on_missing: Literal["drop", "error", "new"] = "drop",
+        on_missing: OnMissing = "drop",
         names: GeneNames | None = None,
     ) -> GeneMapping:
         """Find the genes of a slide or panel in the vocabulary, under whatever name they have there.

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, Self
 
 import anndata
 import numpy as np
@@ -55,7 +54,7 @@ class Panel(BaseModel):
         return genes
 
     @classmethod
-    def from_list(cls, genes: Sequence[str]) -> Self:
+    def from_list(cls, genes: Sequence[str]) -> "Panel":
         """Make a panel of given genes, in the given order.
 
         Raises
@@ -66,7 +65,7 @@ class Panel(BaseModel):
         return _checked(cls, {"genes": list(genes), "method": "list"}, "this list of genes is no panel")
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> "Panel":
         """Read what `save` wrote.
 
         Raises
@@ -81,7 +80,7 @@ class Panel(BaseModel):
         return write_json(path, self.model_dump())
 
 
-def select_panel(slides: Sequence[AnnData], method: Literal["hmhvg", "hvg"] = "hmhvg", n_genes: int = 200) -> Panel:
+def select_panel(slides: Sequence[AnnData], method: str = "hmhvg", n_genes: int = 200) -> Panel:
     """Choose a panel from slides: give the training slides only.
 
     `hmhvg` (highly expressed and highly variable; HINGE, Fang et al. 2026, after Stem, Zhu et al. 2025): the

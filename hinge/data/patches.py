@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
@@ -70,7 +70,7 @@ class PatchReader:
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return self.read([self.order])
 
-    def read(self, parts: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def read(self, parts: Sequence[np.ndarray]) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
         """Batches of some spots only: one part (places in the slide) after the other, none in a batch with another.
 
         `order` (n,) is the order in which spots are best read.

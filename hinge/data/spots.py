@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -63,7 +63,7 @@ class SpotTable:
             index = np.asarray(index)
             index = index.astype(np.intp) if index.size == 0 else index
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
-        chosen = {name: array[index] for name, array in arrays.items() if isinstance(array, np.ndarray)}
+        chosen: dict[str, Any] = {name: array[index] for name, array in arrays.items() if isinstance(array, np.ndarray)}
         return replace(self, **chosen)
 
 
@@ -146,7 +146,7 @@ def concatenate_spots(tables: Sequence[SpotTable]) -> SpotTable:
         if table.features is not None and table.features.shape[1:] != first.features.shape[1:]:
             shapes = ("{} views x {}".format(*each.features.shape[1:]) for each in (first, table))
             raise DataError(f"{names} they have features of {' and '.join(shapes)}")
-    arrays = {
+    arrays: dict[str, Any] = {
         field.name: np.concatenate([getattr(table, field.name) for table in tables])
         for field in fields(SpotTable)
         if isinstance(getattr(first, field.name), np.ndarray)

@@ -20,6 +20,7 @@ DEFAULT_PITCH_UM, DEFAULT_DIAMETER_UM = 100.0, 55.0
 
 _MASK_UM = 10.0  # side of a pixel of the mask
 _BLUR_UM = 20.0
+_MOST_SPOTS = 10_000_000  # on one image; a bin of 2 µm on a slide of 6.5 mm makes as many
 _SMALLEST_MM2 = 0.02  # smaller pieces are debris, smaller holes belong to the tissue
 _GLASS_DENSITY = 0.25  # glass absorbs less green than this (natural logarithm), the palest tissue more
 _LEAST_CONTRAST = 0.05  # in green density, between tissue and glass
@@ -86,6 +87,11 @@ def lay_spots(mask: np.ndarray, dimensions: tuple[int, int], pitch_px: float, di
     numpy.ndarray
         int (n, 2), column and row in the grid; column c of C lies at x = (width + (2c + 1 - C) pitch) / 2.
     """
+    if not pitch_px > 0 or dimensions[0] * dimensions[1] > _MOST_SPOTS * pitch_px**2:
+        raise DataError(
+            f"spots {pitch_px:.3g} pixels apart on {dimensions[0]} x {dimensions[1]} pixels are more than "
+            f"{_MOST_SPOTS:,}: the distance or the resolution is wrong"
+        )
     shape = [max(1, math.floor(side / pitch_px)) for side in dimensions]
     scale = mask.shape[1] / dimensions[0]
     share = uniform_filter(mask.astype(np.float32), max(1, round(diameter_px * scale)))

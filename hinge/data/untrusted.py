@@ -43,12 +43,12 @@ def check_size(path: Path, stored: int, unpacked: int) -> None:
 
 
 def check_gzip(path: Path) -> None:
-    """Make sure that a gzip file unpacks to no more than a table of its size can.
+    """Make sure that a gzip file holds text, and no more of it than a table of its size can.
 
     Raises
     ------
     DataError
-        As `check_size`; what else is wrong with it is left to who reads it.
+        As `check_size`, or it holds bytes of 0; what else is wrong with it is left to who reads it.
     """
     stored, unpacked = path.stat().st_size, 0
     try:
@@ -57,6 +57,8 @@ def check_gzip(path: Path) -> None:
                 unpacked += len(part)
                 # numbers of one digit take eight bytes in memory
                 check_size(path, stored, 4 * unpacked)
+                if b"\0" in part:  # scipy's reader of matrices ends the process over one
+                    raise DataError(f"{path} is damaged: it is no text")
     except (OSError, EOFError, zlib.error):
         return
 

@@ -25,7 +25,7 @@ def _open_interval(uniform: np.ndarray) -> np.ndarray:
     return np.clip(uniform, 1e-12, 1 - 1e-12)
 
 
-def spot_uniforms(seed: int, spot: str, draw: int, num_genes: int) -> np.ndarray:
+def spot_uniforms(seed: int | str, spot: str, draw: int, num_genes: int) -> np.ndarray:
     """The random numbers of one draw of one spot: order, value and fill, (3, G) in (0, 1), float64.
 
     They depend on nothing but the arguments, so a draw is the same in any batch, on any device count.
@@ -54,7 +54,7 @@ class SlideNoise:
         (C,) standard normal numbers of the slide as a whole.
     """
 
-    def __init__(self, seed: int, slide: str, draw: int, num_columns: int, spatial_range: float):
+    def __init__(self, seed: int | str, slide: str, draw: int, num_columns: int, spatial_range: float):
         generator = _generator("slide", seed, slide, draw)
         self.order = _open_interval(generator.random(num_columns))
         self.normal = generator.standard_normal(num_columns)
@@ -69,6 +69,6 @@ class SlideNoise:
         return np.concatenate([np.cos(phase), np.sin(phase)], axis=1) @ self._weights
 
 
-def spot_normals(seed: int, spot: str, draw: int, count: int) -> np.ndarray:
+def spot_normals(seed: int | str, spot: str, draw: int, count: int) -> np.ndarray:
     """Further standard normal numbers (count,) of one draw of one spot: for its depth and its factors."""
     return _generator("normal", seed, spot, draw).standard_normal(count)

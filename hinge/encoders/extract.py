@@ -128,8 +128,9 @@ def extract_features(
         batches = reader.read([reader.order[part] for _, part in missing])
         with progress, unfinished.kept(), contextlib.closing(batches):
             for number, part in missing:
-                spots, found = reader.order[part], []
-                while sum(map(len, found)) < len(spots):
+                spots = reader.order[part]
+                found: list[np.ndarray] = []
+                while sum(len(each) for each in found) < len(spots):
                     indices, patches = next(batches)
                     features, batch_size = with_less_memory(batch_size, partial(encode, patches))
                     found.append(writer.checked(indices, features))

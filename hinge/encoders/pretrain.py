@@ -293,6 +293,8 @@ class _TokenCenter(nn.Module):
     how many there are.
     """
 
+    value: Tensor
+
     def __init__(self, outputs: int, momentum: float):
         super().__init__()
         self.register_buffer("value", torch.zeros(1, outputs))

@@ -398,7 +398,7 @@ def _finished(
     """An encoder from a timm model, with the preprocessing that timm attaches to it."""
     data = resolve_model_data_config(module)
     px = data["input_size"][-1]
-    interpolation = data["interpolation"] if data["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear" if data["interpolation"] == "bilinear" else "bicubic"
     with torch.no_grad():
         shape = module.eval()(torch.zeros(1, 3, px, px)).shape
     if len(shape) != 2:

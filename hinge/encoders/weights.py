@@ -129,7 +129,8 @@ def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
         classes, positions = classes + positions[:, :1], positions[:, 1:]
         state["reg_token"] = registers
     state["cls_token"], state["pos_embed"] = classes, positions
-    renamed, parts = {}, {}
+    renamed: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         for pattern, replacement in _FROM_TRANSFORMERS:
             key = re.sub(pattern, replacement, key)

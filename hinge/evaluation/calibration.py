@@ -8,8 +8,6 @@ the measured values). Nor do those intervals allow for ties, and many genes are 
 Coverage is therefore read from the rank of the measured value among the draws, with ties split evenly.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -132,7 +130,7 @@ def pit_values(measured: ArrayLike, draws: ArrayLike, seed: int) -> NDArray[np.f
     return (below + np.random.default_rng(seed).random(below.shape) * (equal + 1)) / (len(draws) + 1)
 
 
-def coverage(measured: ArrayLike, draws: ArrayLike, levels: Sequence[float] = CURVE_LEVELS) -> NDArray[np.float64]:
+def coverage(measured: ArrayLike, draws: ArrayLike, levels: ArrayLike = CURVE_LEVELS) -> NDArray[np.float64]:
     """Share of the measured values in the draws' central intervals.
 
     The mass of `pit_distribution` in the central part of width `level`: calibrated draws have coverage =
@@ -156,7 +154,7 @@ def coverage(measured: ArrayLike, draws: ArrayLike, levels: Sequence[float] = CU
     levels = np.asarray(levels, dtype=np.float64)
     upper = pit_distribution(measured, draws, 0.5 + levels / 2)
     lower = pit_distribution(measured, draws, 0.5 - levels / 2)
-    return np.where(_resolved(len(draws), levels), upper - lower, np.nan)
+    return np.where(_resolved(len(np.asarray(draws)), levels), upper - lower, np.nan)
 
 
 def covered(measured: ArrayLike, draws: ArrayLike, level: float) -> NDArray[np.float64]:

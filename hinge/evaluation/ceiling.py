@@ -112,7 +112,7 @@ def noise_ceiling(
     generator = np.random.default_rng(seed)
     correlation = np.zeros(counts.shape[1])
     for _ in range(n_repeats):
-        half = generator.binomial(counts, 0.5)
+        half = generator.binomial(counts, 0.5)  # type: ignore[arg-type]
         half_total = half.sum(axis=1) + generator.binomial(rest, 0.5)
         first = transform.forward(half, half_total)
         second = transform.forward(counts - half, total - half_total)

@@ -119,7 +119,8 @@ def _score(
 ) -> tuple[dict[str, float], dict[str, NDArray]]:
     """The scores, and of those that are means over spots each spot's share (n,)."""
     measured = as_matrix(measured, "the measured slide")
-    result, of_spots = dict.fromkeys(METRICS, float("nan")), {}
+    result = dict.fromkeys(METRICS, float("nan"))
+    of_spots: dict[str, Any] = {}
     has_draws = prediction.draws is not None and len(prediction.draws) > 0
     try:
         if prediction.mean is not None:
@@ -233,8 +234,9 @@ def score_draws(
         If something does not fit, or a value is not finite.
     """
     measured, draws = check_draws(measured, draws)
-    place = _Place(coordinates, None if transform is None else total, transform)
-    return _draw_scores(measured, draws, _draws_of_spots(measured, draws), place, features, seed)
+    place = _Place(coordinates, None if transform is None else np.asarray(total), transform)
+    of_spots = _draws_of_spots(measured, draws)
+    return _draw_scores(measured, draws, of_spots, place, features if features is None else np.asarray(features), seed)
 
 
 def evaluate_slide(

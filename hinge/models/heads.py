@@ -11,8 +11,10 @@ the values that counts can take, given the spot's depth where the transform divi
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -410,7 +412,8 @@ class GaussianHead(ScaledHead):
     def forward(self, location: Tensor, tokens: Tensor, log_scale: Tensor | None, grid: CountGrid | None):
         """location (B, G), tokens (B, G, D), log_scale (B, G) to add, or None → the output distribution."""
         scale = self.scale(tokens, log_scale)
-        return self.output(location, scale, grid) if self.output in COUNT_OUTPUTS else self.output(location, scale)
+        made: Callable[..., Any] = self.output
+        return made(location, scale, grid) if self.output in COUNT_OUTPUTS else made(location, scale)
 
 
 class RoundedMixtureHead(ScaledHead):
@@ -481,7 +484,7 @@ def needs_depth(head: str, transform: str | None) -> bool:
     return head in COUNT_HEADS and transform == "log1p_cp10k"
 
 
-HEADS = {
+HEADS: dict[str, Callable[[int, int], nn.Module]] = {
     "point": PointHead,
     "gaussian": partial(GaussianHead, output=GaussianOutput),
     "censored_gaussian": partial(GaussianHead, output=CensoredGaussianOutput),

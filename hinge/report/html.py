@@ -157,7 +157,7 @@ def report_slide(draws: AnnData, slide: AnnData) -> ReportSlide:
         raise DataError(f"slide {name} lacks {len(missing)} of the draws' spots: {', '.join(missing[:5])}")
     spots = spots.subset(rows)
     prediction = prediction_from_draws(draws, spots)
-    library = next(iter(draws.uns.get("spatial", {}).values()), {})
+    library: dict[str, Any] = next(iter(draws.uns.get("spatial", {}).values()), {})
     size = next((size for size in ("hires", "lowres") if size in library.get("images", {})), None)
     if size is None:
         raise DataError(f"the draws of slide {name} hold no image in uns['spatial']")

@@ -116,9 +116,11 @@ class RunPredictor:
         self.encoder = run.encoder
         self.patch_um = settings.patch_um or run.encoder.patch_um
         self.neighbours, self.standardise = settings.neighbours, settings.standardise_slide
-        self.genes, self.transform = run.panel().genes, run.config.transform
+        self.genes: list[str] = run.panel().genes
+        self.transform: str = run.config.transform
         self.pitch_um, self.diameter_um = run.spot_grid()
-        self.about = {"method": method, "encoder": self.encoder.name, "encoder_digest": self.encoder.digest}
+        encoder = self.encoder
+        self.about: dict[str, Any] = {"method": method, "encoder": encoder.name, "encoder_digest": encoder.digest}
         if method == "regression":
             spots = run.spots(run.config.data.train)
             groups = spot_groups(spots.slide, spots.coords)
@@ -427,7 +429,10 @@ class _SpotPrediction:
             )
             stored = read_features(path, barcodes=list(slide.obs_names), digest=predictor.encoder.digest)
         conditions = slide_features(stored.features, self.coords, predictor.neighbours, False)[:, 0]
-        self.mean, self.deviation = feature_scale(conditions) if predictor.standardise else (0.0, 1.0)
+        self.mean: Any = 0.0
+        self.deviation: Any = 1.0
+        if predictor.standardise:
+            self.mean, self.deviation = feature_scale(conditions)
         conditions = ((conditions - self.mean) / self.deviation).astype(np.float32)
         layers = predictor.predict(conditions, list(slide.obs_names), slide_name(slide), spot_positions(self.coords))
         self.layer = "expected" if "expected" in layers else "X"

@@ -257,8 +257,8 @@ def finetune_encoder(
         "training": config.model_dump(mode="json"),
     }
     slides = read_slides(data, samples)
-    asked["groups"] = slide_groups(slides, folds)
-    made = make_folds(asked["groups"], hold_out)
+    asked["groups"] = groups = slide_groups(slides, folds)
+    made = make_folds(groups, hold_out)
     with lock_folder(output):
         with accelerator.main_process_first():
             _claim(output, asked, accelerator.is_main_process)
@@ -341,7 +341,7 @@ def _run_fold(fold: Fold, encoder: Encoder, task: _Task) -> None:
                 _cut_patches(slides[name], encoder, patch_um, cache / f"{name}.npy", table.barcodes)
                 for name, table in zip(fold.train, tables, strict=True)
             ]
-        inputs = _patch_inputs(patches)
+        inputs = _patch_inputs(patches)  # type: ignore[assignment]
         if config.tune == "lora":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)

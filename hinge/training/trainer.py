@@ -63,7 +63,8 @@ def split_spots(spots: SpotTable, share: float, groups: str, seed: int) -> tuple
     unique, group, counts = np.unique(names, return_inverse=True, return_counts=True)
     order = torch.randperm(len(unique), generator=step_generator(seed, 20)).numpy()
     wanted = share * len(spots)
-    held, taken = [], 0
+    held: list[int] = []
+    taken = 0
     for index in order:
         if taken >= wanted or len(held) + 1 == len(unique):
             break

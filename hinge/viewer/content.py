@@ -86,7 +86,7 @@ class SlideContent:
             self._total = np.asarray(measured.X.sum(axis=1, dtype=np.float64), dtype=np.float32).ravel()
             self._rows = measured.obs_names.get_indexer(draws.obs_names)
             self._columns = measured.var_names.get_indexer(draws.var_names)
-        library = next(iter(draws.uns.get("spatial", {}).values()), {})
+        library: dict[str, Any] = next(iter(draws.uns.get("spatial", {}).values()), {})
         self._scale, self.note = 1.0, None
         path = facts.get("image_path")
         if path and Path(path).exists():

@@ -30,8 +30,10 @@ class TiledImage:
     """
 
     def __init__(self, source: str | Path | NDArray[np.uint8]):
-        pixels = isinstance(source, np.ndarray)
-        self._slide = ImageSlide(Image.fromarray(source)) if pixels else _Levels(SlideImage(source))
+        if isinstance(source, np.ndarray):
+            self._slide: AbstractSlide = ImageSlide(Image.fromarray(source))
+        else:
+            self._slide = _Levels(SlideImage(source))
         self._tiles = DeepZoomGenerator(self._slide, TILE_PX, OVERLAP_PX)
 
     @property
@@ -76,7 +78,8 @@ class _Levels(AbstractSlide):
         # without it the coarsest tiles of an image without pyramid would read all of it, each time
         if max(self._sizes[-1]) > OVERVIEW_PX:
             shrink = OVERVIEW_PX / max(image.dimensions)
-            self._sizes.append(tuple(max(1, round(side * shrink)) for side in image.dimensions))
+            width, height = (max(1, round(side * shrink)) for side in image.dimensions)
+            self._sizes.append((width, height))
 
     @classmethod
     def detect_format(cls, filename: Any) -> None:

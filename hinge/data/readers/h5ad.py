@@ -135,7 +135,7 @@ def positive_length(facts: Mapping[str, Any], key: str) -> float:
     """A positive length, or NaN where there is none."""
     try:
         value = float(facts[key])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return math.nan
     return value if 0 < value < math.inf else math.nan
 

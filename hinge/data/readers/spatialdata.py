@@ -43,15 +43,12 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
     store, table_name, region = _samples(path)[sample]
     try:
         data = spatialdata.read_zarr(store, selection=("images", "shapes", "tables"))
+        table = data.tables[table_name]
+        check_sparse(table)
+        keys = table.uns["spatialdata_attrs"]
+        slide = table[(table.obs[keys["region_key"]] == region).to_numpy()].copy()
     except Exception as error:  # a damaged store ends in almost any exception
         raise DataError(f"{store} is not a readable SpatialData store: {' '.join(str(error).split())}") from error
-    table = data.tables[table_name]
-    try:
-        check_sparse(table)
-    except ValueError as error:
-        raise DataError(f"{store} is not a readable SpatialData store: {error}") from error
-    keys = table.uns["spatialdata_attrs"]
-    slide = table[(table.obs[keys["region_key"]] == region).to_numpy()].copy()
     if region not in data.shapes:
         raise DataError(f"{store} has no shapes {region!r}, and spots are read from shapes only")
     shapes = data.shapes[region]

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import scanpy as sc
 import scipy.sparse
 from anndata import AnnData
-from PIL import Image
 from scipy.spatial.distance import pdist
 
 from hinge.data.image import IMAGE_SUFFIXES, SlideImage, image_name
@@ -263,11 +262,8 @@ def _add_thumbnails(slide: AnnData, name: str, spatial: Path, scales: dict[str, 
         file = spatial / f"tissue_{size}_image.png"
         if not file.is_file() or f"tissue_{size}_scalef" not in scales:
             continue
-        try:
-            with Image.open(file) as picture:
-                images[size] = np.asarray(picture.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{file} is damaged: {error}") from error
+        with SlideImage(file) as picture:
+            images[size] = picture.read_pixels(0, 0, *picture.dimensions)
     if images:
         kept = {f"tissue_{size}_scalef": scales[f"tissue_{size}_scalef"] for size in images}
         slide.uns["spatial"] = {
