@@ -18,7 +18,7 @@ from scipy.spatial.distance import pdist
 from hinge.data.image import IMAGE_SUFFIXES, SlideImage, image_name
 from hinge.data.slide import describe_slide
 from hinge.data.untrusted import check_gzip, check_hdf5, check_size
-from hinge.errors import DataError
+from hinge.errors import DataError, HingeError, one_line
 
 LAYOUT = (
     "Space Ranger's outs folder, or a folder of such, with filtered_feature_bc_matrix.h5 and spatial/ (Visium) or "
@@ -183,8 +183,10 @@ def _read_positions(spatial: Path) -> pd.DataFrame:
             with open(file) as lines:
                 header = lines.readline().startswith("barcode")
             positions = pd.read_csv(file, header=0 if header else None, names=None if header else _POSITION_COLUMNS)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} is not a readable table of spot positions: {error}") from error
+    except HingeError:
+        raise
+    except Exception as error:  # pandas and pyarrow raise a dozen kinds
+        raise DataError(f"{file} is not a readable table of spot positions: {one_line(error)}") from error
     for column in _POSITION_COLUMNS:
         if column not in positions:
             raise DataError(f"{file} has no column {column}; it needs {', '.join(_POSITION_COLUMNS)}")

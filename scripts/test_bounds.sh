@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The tests with the oldest or the newest versions that pyproject.toml allows, in a fresh environment.
+#   scripts/test_bounds.sh lowest|newest [pytest arguments]      PYTHON_VERSION=3.12 by default; needs uv
+set -euo pipefail
+cd "$(dirname "$0")/.."
+case "$1" in lowest) resolution=lowest-direct ;; newest) resolution=highest ;; *) sed -n 2,3p "$0"; exit 2 ;; esac
+shift
+environment=$(mktemp -d)
+trap 'rm -rf "$environment"' EXIT
+uv venv --quiet --python "${PYTHON_VERSION:-3.12}" "$environment"
+export UV_PYTHON="$environment/bin/python" OMP_NUM_THREADS=1
+uv pip install --quiet --resolution "$resolution" -e ".[test]"
+uv pip freeze | grep -iE '^(torch|transformers|diffusers|anndata|scanpy|zarr|numpy|pandas)=='
+"$environment/bin/python" -m pytest -q -p no:cacheprovider "$@"
