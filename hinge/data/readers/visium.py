@@ -204,7 +204,7 @@ def _read_scalefactors(spatial: Path) -> dict[str, float]:
         raise DataError(f"{spatial} has no scalefactors_json.json, which tells how its images relate to the spots")
     try:
         return {key: float(value) for key, value in json.loads(file.read_text()).items() if value is not None}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{file} is not a readable table of scale factors: {error}") from error
 
 
