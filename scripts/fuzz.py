@@ -946,12 +946,14 @@ def fuzz(names: list[str], inputs: int, seed: int, first: int, keep: Path | None
     return results
 
 
-def replay(corpus: Path, folder: Path) -> list[Outcome]:
+def replay(corpus: Path, names: list[str], folder: Path) -> list[Outcome]:
     """Read what was found before: `<corpus>/<target>/<name>/…` are files to lay over the valid ones."""
     jobs = []
     for case in sorted(corpus.glob("*/*/")):
         if case.parent.name not in TARGETS:
             raise SystemExit(f"{case} is of no target")
+        if case.parent.name not in names:
+            continue
 
         def lay(place: Path, case: Path = case) -> None:
             shutil.copytree(folder / case.parent.name, place, dirs_exist_ok=True)
@@ -992,7 +994,7 @@ def main() -> None:
     names = given.only or list(TARGETS)
     with tempfile.TemporaryDirectory(prefix="fuzz-valid-") as folder:
         templates(Path(folder), names)
-        results = replay(given.corpus, Path(folder)) if given.corpus else []
+        results = replay(given.corpus, names, Path(folder)) if given.corpus else []
         if given.inputs:
             results += fuzz(names, given.inputs, given.seed, given.first, given.keep, Path(folder))
     found = summary(results)

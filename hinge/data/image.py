@@ -7,6 +7,7 @@ tile by tile; all other images (JPEG, PNG, striped TIFF) are decoded once by Pil
 import contextlib
 import math
 import re
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -292,7 +293,7 @@ class SlideImage:
         # imagecodecs raises RuntimeErrors, and damaged metadata lack keys or hold other things than numbers
         except (
             *(OSError, SyntaxError, ValueError, LookupError, RuntimeError, openslide.OpenSlideError),
-            *(TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError),
+            *(TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError, struct.error),
         ) as error:
             raise DataError(f"{self.path} is damaged or not an image that can be read: {error}") from error
 

@@ -354,7 +354,7 @@ def _from_folder(name: str, path: Path, device: torch.device) -> Encoder:
     notes = "" if pooling == "token" else str(pooling)
     try:
         return _finished(name, module, device, _patch_um(folder), notes)
-    except (TypeError, ValueError, LookupError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, RuntimeError, AssertionError, AttributeError) as error:
         raise WeightsError(f"{folder / 'config.json'} does not say how images are prepared: {error}") from error
 
 

@@ -600,6 +600,8 @@ class HingeModel(ModelMixin, ConfigMixin):
             backbone = CellFMModel.from_pretrained(beside)
         stored = sum(tensor.numel() for tensor in weights.values())
         try:
+            if not isinstance(config.get("backbone_digest"), str | None):
+                raise ValueError("its backbone_digest is no text")
             if config.get("num_layers", 0) > stored:
                 raise ValueError(f"it announces {config['num_layers']:,} layers")
             # without storage first: a damaged config announces any size
