@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,6 +144,38 @@ def test_where_no_gene_is_visible_the_modulation_counts_as_far_as_it_is_told_to(
     with torch.no_grad():
         whole = full(nothing, nothing, torch.full((90,), 10), features, ids).location - before
     torch.testing.assert_close(located(nothing, 10) - before, share * whole, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("transform", ["log2p1", "log1p_cp10k"])
+def test_the_mean_of_what_a_trained_model_predicts_follows_its_regression(tmp_path, transform):
+    """Few counts: a Gaussian that is rounded and has nothing below zero has another mean than its location."""
+    rng = np.random.default_rng(0)
+    spots, depth = table(200), np.full(200, 3000.0, np.float32)
+    counts = rng.poisson(np.exp(0.7 * spots.features[:, 0] @ rng.normal(size=(FEATURES, GENES)) / 2 - 1))
+    values = np.log2(counts + 1) if transform == "log2p1" else np.log1p(counts / 3000 * 1e4)
+    spots = replace(
+        spots, counts=counts.astype(np.float32), values=values.astype(np.float32), total=depth, transform=transform
+    )
+    model = make_model(head="rounded_gaussian", transform=transform, depth=transform != "log2p1")
+    scheduler, ids = MaskedDiffusionScheduler(10, "linear"), torch.arange(1, GENES + 1)
+    train_hinge(model, scheduler, ids, spots, TrainingConfig(**{**SETTINGS, "steps": 20}), tmp_path, seed=0)
+    features = spots.features[:, 0]
+
+    def error() -> float:
+        names = [f"{name}/{code}" for name, code in zip(spots.slide, spots.barcodes, strict=True)]
+        draws = HingePipeline(model, scheduler)(features, ids, names, num_draws=1, num_inference_steps=1)
+        condition = model.standardise(torch.from_numpy(features))
+        if model.depth_path is not None:
+            middle = torch.zeros(len(condition))
+            condition = model.with_depth(condition, model.depth_path(condition, middle, middle))
+        with torch.no_grad():
+            regression = (model.path.offset + model.path.mean(condition)).clamp_min(0).numpy()
+        return float(((draws.expected - regression) ** 2).mean())
+
+    with_correction = error()
+    model.path.masked_bias.zero_()
+    model.path.masked_slope.zero_()
+    assert with_correction < 0.7 * error()
 
 
 @pytest.mark.parametrize("dropped", [False, True])

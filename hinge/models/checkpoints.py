@@ -172,10 +172,9 @@ def export_hinge(model: HingeModel, gene_ids: Tensor) -> dict[str, Tensor]:
 def write_hinge(model: HingeModel, gene_ids: Tensor, out: str | Path) -> Path:
     """Write `export_hinge` as the file that the authors' code loads."""
     state = export_hinge(model, gene_ids)
-    with atomic_path(out) as temporary:
-        # a file of Python's: torch's own writer ends the process where the disk is full
-        with temporary.open("wb") as file:
-            torch.save({"model": state}, file)
+    # a file of Python's: torch's own writer ends the process where the disk is full
+    with atomic_path(out) as temporary, temporary.open("wb") as file:
+        torch.save({"model": state}, file)
     return Path(out)
 
 

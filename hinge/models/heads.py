@@ -188,6 +188,8 @@ class CountGrid:
 _DENSE_COUNT = 200
 # quantiles whose average stands for the mean of a count distribution in the transform's units
 _MEAN_QUANTILES = 32
+# counts up to which the mean of a rounded Gaussian is summed one by one
+_MEAN_COUNTS = 32
 _FAR = 1e3
 
 
@@ -211,6 +213,23 @@ def _rounded_log_prob(grid: CountGrid, values: Tensor, location: Tensor, scale: 
     standard = (values - location) / scale
     density = -0.5 * standard**2 - scale.log() - 0.5 * math.log(2 * math.pi) + grid.slope(counts).log()
     return torch.where(counts > _DENSE_COUNT, density, mass)
+
+
+def _rounded_mean(grid: CountGrid, location: Tensor, scale: Tensor) -> Tensor:
+    """Mean in the transform's units when a Gaussian is rounded to the nearest count, (B, G).
+
+    Σ over counts k of (value of k − value of k − 1)·P(count ≥ k); rounding is left away where counts lie densely.
+    Smooth in location and scale, as an average of rounded quantiles is not.
+    """
+    total, below = torch.zeros_like(location), torch.zeros_like(location)
+    for count in range(1, _MEAN_COUNTS + 1):
+        value = grid.values(torch.full_like(location, count))
+        edge = grid.values(torch.full_like(location, count - 0.5))
+        total += (value - below) * torch.special.ndtr((location - edge) / scale)
+        below = value
+    standard = (location - grid.values(torch.full_like(location, _MEAN_COUNTS + 0.5))) / scale
+    density = torch.exp(-0.5 * standard**2) / math.sqrt(2 * math.pi)
+    return total + (location - below) * torch.special.ndtr(standard) + scale * density
 
 
 def _mean_of_quantiles(output) -> Tensor:
@@ -240,7 +259,7 @@ class RoundedGaussianOutput:
 
     @property
     def mean(self) -> Tensor:
-        return _mean_of_quantiles(self)
+        return _rounded_mean(self.grid, self.location, self.scale)
 
     @property
     def spread(self) -> Tensor:
@@ -282,7 +301,11 @@ class RoundedMixtureOutput:
 
     @property
     def mean(self) -> Tensor:
-        return _mean_of_quantiles(self)
+        parts = [
+            _rounded_mean(self.grid, location, scale)
+            for location, scale in zip(self.locations.unbind(-1), self.scales.unbind(-1), strict=True)
+        ]
+        return (self.log_weights.exp() * torch.stack(parts, dim=-1)).sum(-1)
 
     @property
     def spread(self) -> Tensor:

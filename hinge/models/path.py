@@ -28,12 +28,14 @@ class GenePath(nn.Module):
     left in every gene and v₀ the one before any is visible. Then
 
         location = offset + (δ + (1 + m₀ − δ)φ)(decoded − offset) + (1 + m₁φ)P + (1 + m₂φ)R·ẑ
-                   + φ·visible_bias + slide shift
+                   + φ·visible_bias + (1 − φ)(a + b·P) + slide shift
         log-scale = S·features + s + ρ·½log(v / v₀) + φ·visible_log_scale
 
     δ is how much of what the backbone decodes counts where no gene is visible. There it knows no more than P does,
     and what it learns of some slides' images beyond P need not hold on the next one. It is 1 until the closed-form
-    start sets it, so that a new model equals its backbone.
+    start sets it, so that a new model equals its backbone. a and b are zero until training is over: they then make the
+    mean of the head's distribution, which is not its location where values are rounded to counts, follow P
+    (`fit_masked_mean`).
 
     Genes revealed in the same step are drawn together: their normal numbers have the correlations of ΛCΛᵀ + Ψ
     (`innovation`), so that few steps do not cost dependence.
@@ -66,6 +68,8 @@ class GenePath(nn.Module):
         self.left_log_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("saturation", torch.tensor(0.1))
         self.register_buffer("masked_decoding", torch.ones(()))
+        self.register_buffer("masked_bias", torch.zeros(num_genes))
+        self.register_buffer("masked_slope", torch.zeros(num_genes))
         # how a whole slide is drawn: U above, and what share of a factor's and of a gene's own variance neighbouring
         # spots have in common, with the range in spot pitches over which it falls to 1/e
         self.register_buffer("slide_loadings", torch.zeros(num_genes, num_slide_factors))
@@ -130,6 +134,7 @@ class GenePath(nn.Module):
             + (1 + self.mix[1] * phi) * path
             + (1 + self.mix[2] * phi) * carried
             + phi * self.visible_bias
+            + (1 - phi) * (self.masked_bias + self.masked_slope * path)
             + shift
         )
         log_scale = self.log_scale(features).float() + phi * self.visible_log_scale

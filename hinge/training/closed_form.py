@@ -25,6 +25,11 @@ SMALLEST_SCALE = 0.05
 LEAST_BACKBONE_MIX = -1.0
 
 
+# the correction of the fully masked mean: spots and numbers in their tokens at most, rounds, step of the derivative and
+# its least value, bounds of the slope
+MEAN_SPOTS, MEAN_NUMBERS = 1000, 3 * 10**8
+MEAN_ROUNDS, MEAN_STEP, SLOWEST_MEAN, MEAN_SLOPES = 5, 0.05, 0.02, (-0.5, 1.0)
+
 # distances, in spot pitches, at which residuals of neighbouring spots are compared, and ranges that are tried
 LAGS = ((0.5, 1.2), (1.2, 1.7), (1.7, 2.5), (2.5, 3.5), (3.5, 5.0), (5.0, 7.0))
 RANGES = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -217,6 +222,84 @@ def fit_gene_path(
     write(path.log_scale.bias, line[0])
     write(path.visible_log_scale, line[1] if len(line) > 1 else np.zeros(num_genes))
     return torch.from_numpy(regression - ridge.predict(x)).float()
+
+
+@torch.no_grad()
+def fit_masked_mean(
+    model: HingeModel, scheduler: MaskedDiffusionScheduler, gene_ids: Tensor, features: Tensor, batch_size: int = 256
+) -> None:
+    """Make the mean of what a trained model predicts, where no gene is visible, its location.
+
+    A Gaussian that is rounded to counts, with nothing below zero, has another mean than its location: along the
+    regression it rises too steeply here and too little there. Per gene, a bias and a slope of the location
+    (`masked_bias` and `masked_slope` of `GenePath`) make up for it, by Gauss–Newton least squares of that mean on the
+    location as it was, which cannot be below zero either.
+
+    Parameters
+    ----------
+    model
+        Trained, with a gene path. Nothing else of it is changed.
+    scheduler, gene_ids
+        Of the diffusion and the panel.
+    features
+        (n, d) of training spots; a thousand of them are enough and more are not looked at, fewer where their tokens
+        would fill more than `MEAN_NUMBERS`.
+    batch_size
+        Spots at a time.
+    """
+    if model.config.head in ("point", "gaussian"):
+        return  # their mean is their location
+    path, device = model.path, model.feature_mean.device
+    enough = min(MEAN_SPOTS, max(32, MEAN_NUMBERS // (len(gene_ids) * model.config.hidden_size)))
+    some = np.linspace(0, len(features) - 1, min(len(features), enough)).astype(int)
+    condition = model.standardise(features[torch.from_numpy(some)].to(device))
+    depth = None
+    if model.depth_path is not None:
+        middle = torch.zeros(len(condition), device=device)
+        depth = model.depth_path(condition, middle, middle)
+        condition = model.with_depth(condition, depth)
+    regression = path.mean(condition).double()
+    centre = regression.mean(dim=0)
+    bias, slope = torch.zeros_like(centre), torch.zeros_like(centre)
+    batches = [slice(start, start + batch_size) for start in range(0, len(condition), batch_size)]
+    tokens, nothing = [], torch.zeros(len(condition), len(gene_ids), device=device)
+    filled = scheduler.fill_masked(nothing, nothing, nothing)
+    timesteps = torch.full((len(condition),), scheduler.config.num_train_timesteps, device=device)
+    for rows in batches:
+        tokens.append(
+            model.tokens(
+                filled[rows], nothing[rows], timesteps[rows], condition[rows], gene_ids, next_visible=nothing[rows]
+            )
+        )
+
+    def predicted(moved: Tensor, part: str) -> Tensor:
+        """Location or mean (n, G) of the head's distributions when their locations are moved by (n, G)."""
+        parts = []
+        for rows, h in zip(batches, tokens, strict=True):
+            known = None if depth is None else depth[rows]
+            output, _ = model.read_out(h, filled[rows], nothing[rows], condition[rows], moved[rows].float(), known)
+            parts.append(getattr(output, part).double())
+        return torch.cat(parts)
+
+    path.masked_bias.zero_()
+    path.masked_slope.zero_()
+    wanted = predicted(torch.zeros_like(regression), "location").clamp_min(0)
+    along = regression - centre
+    # what a gene's spots say is weighed against no correction at all, as if by one spot in a hundred
+    weight = 0.01 * len(condition)
+    for _ in range(MEAN_ROUNDS):
+        moved = bias + slope * along
+        mean = predicted(moved, "mean")
+        rate = ((predicted(moved + MEAN_STEP, "mean") - mean) / MEAN_STEP).clamp_min(SLOWEST_MEAN)
+        missing = wanted - mean
+        first, both = (rate**2).sum(dim=0) + weight, (rate**2 * along).sum(dim=0)
+        second = (rate**2 * along**2).sum(dim=0) + weight * along.var(dim=0).clamp_min(1e-12)
+        right, right_along = (rate * missing).sum(dim=0), (rate * along * missing).sum(dim=0)
+        determinant = first * second - both**2
+        bias = bias + (second * right - both * right_along) / determinant
+        slope = (slope + (first * right_along - both * right) / determinant).clamp(*MEAN_SLOPES)
+    path.masked_slope.copy_(slope)
+    path.masked_bias.copy_(bias - slope * centre)
 
 
 def fit_depth(model: HingeModel, spots: SpotTable) -> None:

@@ -15,7 +15,7 @@ from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.errors import DataError
 from hinge.loop import LoopConfig, LoopResult, make_accelerator, run_loop, step_generator
 from hinge.models.hinge import HingeModel
-from hinge.training.closed_form import fit_depth, fit_gene_path
+from hinge.training.closed_form import fit_depth, fit_gene_path, fit_masked_mean
 
 # fixed times, evenly spread, at which every held-out spot is scored: one random time a spot would be too noisy
 # to compare checkpoints by
@@ -209,7 +209,7 @@ def train_hinge(
             sums += torch.tensor([(losses * weights).sum().item(), float((mask.sum(dim=1) > 0).sum())])
         return sums
 
-    return run_loop(
+    result = run_loop(
         _Denoising(model),
         batch_loss,
         len(training) * num_views,
@@ -222,3 +222,6 @@ def train_hinge(
         description="training",
         continue_with=continue_with,
     )
+    if shifts is not None:
+        fit_masked_mean(model, scheduler, gene_ids, features[training, 0])
+    return result
