@@ -182,6 +182,8 @@ def small_parts() -> None:
 
 def command(arguments: list[str], errors: Path, prepare: Callable | None = None, *more) -> None:
     """The command line, its stderr in a file."""
+    # what starts the tests in the background may leave Ctrl-C ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from hinge.cli import main
 
     with errors.open("a") as file:
