@@ -62,8 +62,7 @@ def refused(match: str = "", error: type[HingeError] = HingeError):
     before, started = memory("VmRSS") if status.exists() else 0, time.process_time()
     with pytest.raises(error, match=match):
         yield
-    # a busy machine, or one that traces lines for coverage, takes longer over the same work
-    assert time.process_time() - started < 5 * SECONDS
+    assert time.process_time() - started < SECONDS
     if status.exists():
         assert memory("VmHWM") - before < BYTES
 
