@@ -198,8 +198,7 @@ class HingePipeline(DiffusionPipeline):
         device = model.feature_mean.device
         condition = model.standardise(torch.as_tensor(np.asarray(features), dtype=torch.float32, device=device))
         if model.depth_path is not None:
-            middle = torch.zeros(len(condition), device=device)
-            known = model.depth_path(condition, middle, middle)
+            known = model.depth_path.typical(condition)
             if depth is not None:
                 given = torch.as_tensor(np.asarray(depth), dtype=torch.float32, device=device)
                 known = torch.where(given.isnan(), known, given)
@@ -272,8 +271,7 @@ class HingePipeline(DiffusionPipeline):
         typical = standardised
         if model.depth_path is not None:
             depths = model.depth_path(standardised, tensor(numbers.depth), tensor(numbers.slide_depth))
-            middle = torch.zeros_like(depths)
-            typical_depth = model.depth_path(standardised, middle, middle)
+            typical_depth = model.depth_path.typical(standardised)
             if depth is not None:
                 known_depth = tensor(np.asarray(depth)[spot_index])
                 depths = torch.where(known_depth.isnan(), depths, known_depth)

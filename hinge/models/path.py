@@ -168,6 +168,11 @@ class DepthPath(nn.Module):
         location = self.mean(features).float().squeeze(-1)
         return (location + self.scale * normal + self.slide_scale * slide_normal).exp().round().clamp_min(1)
 
+    def typical(self, features: Tensor) -> Tensor:
+        """Depth (B,) in the middle of what spots of these features (B, d) have."""
+        middle = features.new_zeros(len(features))
+        return self(features, middle, middle)
+
     def standardise(self, features: Tensor, depth: Tensor) -> Tensor:
         """How unusual a depth (B,) is for its features (B, d), in standard deviations, (B,)."""
         scale = (self.scale**2 + self.slide_scale**2).sqrt()

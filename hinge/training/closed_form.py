@@ -255,8 +255,7 @@ def fit_masked_mean(
     condition = model.standardise(features[torch.from_numpy(some)].to(device))
     depth = None
     if model.depth_path is not None:
-        middle = torch.zeros(len(condition), device=device)
-        depth = model.depth_path(condition, middle, middle)
+        depth = model.depth_path.typical(condition)
         condition = model.with_depth(condition, depth)
     regression = path.mean(condition).double()
     centre = regression.mean(dim=0)
