@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,15 @@ import scipy.sparse  # noqa: E402
 from anndata import AnnData  # noqa: E402
 from PIL import Image  # noqa: E402
 
+PRELOADED = [
+    "hinge.run",
+    "hinge.ablation",
+    "hinge.cli",
+    "hinge.tasks.pretraining",
+    "hinge.tasks.dense",
+    "lightly.loss",
+    "lightly.models.utils",
+]
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -22,6 +32,18 @@ def _folder(variable: str, beside: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no {folder}; set {variable}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Starts processes that have imported everything: server.Process(target=…, args=…)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        # the server forks: it must have no threads of OpenMP
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("OPENBLAS_NUM_THREADS", "1")
+        yield context
 
 
 @pytest.fixture(scope="session")

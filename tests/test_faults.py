@@ -3,7 +3,6 @@
 import ctypes
 import json
 import logging
-import multiprocessing
 import os
 import resource
 import shutil
@@ -30,19 +29,6 @@ from hinge.files import file_digest
 from hinge.loop import LoopConfig, run_loop
 from hinge.memory import with_less_memory
 from hinge.run import Run
-
-PRELOADED = ["hinge.run", "hinge.ablation", "hinge.cli", "hinge.tasks.pretraining", "hinge.tasks.dense", "lightly.loss"]
-
-
-@pytest.fixture(scope="module")
-def server():
-    """Starts processes that have imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # the server forks: it must have no threads
-        patch.setenv("OPENBLAS_NUM_THREADS", "1")
-        yield context
 
 
 @pytest.fixture(scope="module")

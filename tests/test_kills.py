@@ -8,7 +8,6 @@ folder that `atomic_path` makes.
 import contextlib
 import csv
 import json
-import multiprocessing
 import os
 import random
 import shlex
@@ -27,28 +26,8 @@ from hinge.data import read_slide, simulate_tissue
 from hinge.files import file_digest
 from hinge.run import Run
 
-PRELOADED = [
-    "hinge.run",
-    "hinge.ablation",
-    "hinge.cli",
-    "hinge.tasks.pretraining",
-    "lightly.loss",
-    "lightly.models.utils",
-]
 CHECKPOINT_EVERY = 4
 SECONDS = 240  # after which a life is taken to hang
-
-
-@pytest.fixture(scope="module")
-def server():
-    """Starts processes: server.Process(target=…, args=…)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with pytest.MonkeyPatch.context() as patch:
-        # the server forks: it must have no threads of OpenMP
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("OPENBLAS_NUM_THREADS", "1")
-        yield context
 
 
 @pytest.fixture(scope="module")
