@@ -4,12 +4,15 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from hinge.errors import DataError
 
@@ -18,9 +21,24 @@ HOST = socket.gethostname()
 _ROOM = 1 << 20
 
 
+_TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)@(?P<host>.*)\.[^.]+")
+
+
 def process_mark(pid: int, host: str) -> str:
-    """What the names of a process's temporary folders contain: whoever finds its lock knows what it left."""
+    """What the names of a process's temporary folders contain: whoever finds them knows whose they are."""
     return f"{pid}@{host[:40]}"
+
+
+def left_behind(name: str, dead: str | None = None) -> bool:
+    """Whether a name is that of a temporary folder whose process is no more.
+
+    A process of this machine is looked for; of other machines' only the one whose mark is `dead` counts as such.
+    """
+    found = _TEMPORARY.fullmatch(name)
+    if found is None:
+        return False
+    mark = process_mark(int(found["pid"]), found["host"])
+    return mark == dead or (found["host"] == HOST[:40] and not psutil.pid_exists(int(found["pid"])))
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from hinge.errors import DataError
-from hinge.files import HOST, process_mark, read_json, write_json
+from hinge.files import HOST, left_behind, process_mark, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _lock(path: Path, what: Path, wait: bool) -> Iterator[None]:
         stack.callback(_remove, record, path)
         if dead is not None:
             logger.info("%s was left by %s, which has died; taking it over", what, _described(dead))
-            _sweep(what, process_mark(dead["pid"], dead["host"]))
+        _sweep(what, None if dead is None else process_mark(dead["pid"], dead["host"]))
         words = [Path(sys.argv[0]).name, *sys.argv[1:]]
         since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         write_json(record, {"pid": os.getpid(), "host": HOST, "since": since, "command": " ".join(words)[:200]})
@@ -192,11 +192,15 @@ def _heartbeat(record: Path) -> Iterator[None]:
         thread.join()
 
 
-def _sweep(what: Path, mark: str) -> None:
-    """Remove the temporary folders of `atomic_path` that a dead process left in a folder, or beside it."""
-    found = list(what.rglob(f".*.{mark}.*")) if what.is_dir() else []
-    for path in [*found, *what.parent.glob(f".*.{mark}.*")]:
-        shutil.rmtree(path, ignore_errors=True)
+def _sweep(what: Path, dead: str | None) -> None:
+    """Remove the temporary folders of `atomic_path` that ended processes left in a folder, or beside it.
+
+    One that ended in good order leaves them too where it has lost its rights.
+    """
+    found = list(what.rglob(".*@*")) if what.is_dir() else []
+    for path in [*found, *what.parent.glob(".*@*")]:
+        if left_behind(path.name, dead):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(*paths: Path) -> None:

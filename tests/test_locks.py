@@ -147,6 +147,22 @@ def test_a_holder_shows_that_it_lives(tmp_path, monkeypatch):
         assert time.time() - (tmp_path / ".lock.json").stat().st_mtime < 5
 
 
+def test_what_nobody_can_finish_goes(tmp_path):
+    """Half-written files of ended processes of this machine, with or without a lock; nobody else's."""
+    ended = CONTEXT.Process(target=int)
+    ended.start()
+    ended.join()
+    dead, other = process_mark(ended.pid, HOST), process_mark(ended.pid, "elsewhere.example")
+    alive = process_mark(os.getppid(), HOST)
+    for name in (f".model.{dead}.x1", f"deep/.latest.safetensors.{dead}.x2", f"deep/.x.{other}.x3", f".y.{alive}.x4"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "deep" / "mine@home").mkdir()
+    with lock_folder(tmp_path / "run"):
+        pass
+    left = {path.name for path in (tmp_path / "run").rglob("*")}
+    assert left == {"deep", "mine@home", f".x.{other}.x3", f".y.{alive}.x4"}
+
+
 @pytest.mark.parametrize("content", ["", "[1]", '{"pid": "x"}', "\x00"])
 def test_a_damaged_record_is_nobody(tmp_path, content):
     (tmp_path / ".lock.json").write_text(content)
