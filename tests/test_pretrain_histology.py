@@ -287,6 +287,11 @@ def test_last_layer_is_frozen_at_first(slides, tmp_path):
     assert not torch.equal(prototypes(2, 1), start)
 
 
+def test_without_small_crops(slides, tmp_path):
+    train(slides, tmp_path / "vit", local_crops=0, steps=2)
+    assert all(record["loss"] > 0 for record in records(tmp_path / "vit-training"))
+
+
 @pytest.mark.parametrize("pooling", ["token", "avg"])
 def test_folder_is_an_encoder(slides, tmp_path, pooling):
     encoder = train(slides, tmp_path / "vit", vit={"pooling": pooling, "patch_um": 150.0, "dtype": "float16"}, steps=1)

@@ -304,6 +304,15 @@ def test_sampling_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
     assert same(parts, whole)
     assert {path.name for path in tmp_path.iterdir()} == {"whole.h5ad", "parts.h5ad"}
 
+    # with another batch size what is there counts too
+    drawn.clear()
+    monkeypatch.setattr(UnfinishedArrays, "write", die_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        finished.sample("sim2", output=tmp_path / "sizes.h5ad", batch_size=16)
+    monkeypatch.setattr(UnfinishedArrays, "write", note)
+    finished.sample("sim2", output=tmp_path / "sizes.h5ad", batch_size=7)
+    assert sorted(index for spots in drawn for index in range(36)[spots]) == list(range(36))
+
     # what is there of other draws is not gone on with
     monkeypatch.setattr(UnfinishedArrays, "write", die_at_the_third)
     drawn.clear()
