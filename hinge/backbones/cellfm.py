@@ -417,10 +417,13 @@ class CellFMModel(PreTrainedModel):
             prefix.append(self.technical_tokens)
         return torch.cat([*(token.expand(genes.shape[0], -1, -1) for token in prefix), genes], dim=1)
 
-    def key_masks(self, visible: Tensor, nonzero: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def key_masks(
+        self, visible: Tensor, nonzero: Tensor | None = None, present: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Which tokens give keys, in the first and in the second half of the layers.
 
-        In the first half masked genes give none; in the second all do, but for padding.
+        In the first half masked genes give none; in the second all do, but for padding: genes of no count where those
+        are padding, and genes that are not `present`.
 
         Returns
         -------
@@ -429,9 +432,10 @@ class CellFMModel(PreTrainedModel):
         """
         prefix = visible.new_ones(visible.shape[0], self.num_prefix_tokens)
         first = torch.cat([prefix, visible], dim=1)
-        if nonzero is None or self.config.zero_input == "token":
-            return first, None
-        return first, torch.cat([prefix, nonzero.to(prefix.dtype)], dim=1)
+        real = present
+        if nonzero is not None and self.config.zero_input == "pad":
+            real = nonzero if present is None else nonzero * present
+        return first, None if real is None else torch.cat([prefix, real.to(prefix.dtype)], dim=1)
 
     def value_scale(self, num_genes: int, nonzero: Tensor | None = None) -> Tensor | float:
         """n^{-½} with n the number of genes that count; the 80M generation has (n - 3 + 1e-6)^{-½}."""

@@ -14,6 +14,7 @@ from hinge.diffusion.noise import SlideNoise, spot_normals, spot_uniforms
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.errors import DataError
 from hinge.models.hinge import HingeModel
+from hinge.models.subset import GeneSubset
 
 ORDERS = ("random", "dependence", "confidence")
 
@@ -284,13 +285,19 @@ class HingePipeline(DiffusionPipeline):
         latest = torch.from_numpy(total - np.searchsorted(kept[::-1], known.sum(1).cpu().numpy(), side="right") + 1)
         latest = latest.clamp(1, total)
 
-        def run(visible: Tensor, timestep: Tensor, next_visible: Tensor, rows=slice(None), condition=standardised):
-            """Tokens (B, P + G, D) of some rows."""
+        def run(visible, timestep, next_visible, rows=slice(None), condition=standardised, subset=None) -> Tensor:
+            """Tokens (B, P + n, D) of some rows."""
             inputs = (scheduler.fill_masked(values, visible, fill), visible, timestep.to(device), condition)
-            return model.tokens(*(part[rows] for part in inputs), gene_ids, next_visible=next_visible[rows])
+            return model.tokens(
+                *(part[rows] for part in inputs), gene_ids, next_visible=next_visible[rows], subset=subset
+            )
 
-        def head(h: Tensor, visible: Tensor):
-            return model.read_out(h, scheduler.fill_masked(values, visible, fill), visible, standardised, shift, depths)
+        def needed(next_visible: Tensor) -> GeneSubset | None:
+            return GeneSubset.of(next_visible) if model.config.drop_masked else None
+
+        def head(h: Tensor, visible: Tensor, subset: GeneSubset | None):
+            filled = scheduler.fill_masked(values, visible, fill)
+            return model.read_out(h, filled, visible, standardised, shift, depths, subset)
 
         def expectation(h: Tensor, rows: Tensor):
             """The head's output for some rows, in the middle of what their slide's shift and depth may be."""
@@ -304,9 +311,9 @@ class HingePipeline(DiffusionPipeline):
             )
             return output
 
-        def sample(h: Tensor, visible: Tensor, numbers: _Numbers, number: int) -> Tensor:
-            """Values (B, G) that all genes would take if they were revealed together in the step of this number."""
-            output, left = head(h, visible)
+        def sample(h: Tensor, visible: Tensor, numbers: _Numbers, number: int, subset: GeneSubset | None) -> Tensor:
+            """Values (B, G) that genes with tokens would take if they were revealed together in this step."""
+            output, left = head(h, visible, subset)
             normal = tensor(numbers.value)
             if left is not None:
                 normal = model.path.innovation(left, tensor(numbers.factors[:, number]), normal)
@@ -319,6 +326,7 @@ class HingePipeline(DiffusionPipeline):
         # and, where the condition looks ahead, what the coming step reveals
         shared = scheduler.config.fill != "noise" and model.config.condition_on_visible != "next"
         for number, timestep in enumerate(scheduler.timesteps.tolist()):
+            subset = None
             end = torch.full((len(values),), scheduler.previous_timestep(timestep), dtype=torch.int64)
             at = torch.minimum(torch.full_like(latest, timestep), latest)
             if means is None:
@@ -328,19 +336,23 @@ class HingePipeline(DiffusionPipeline):
                 if shared:
                     back = torch.from_numpy(row_of).to(device)
                     h, means = h[back], means[back]
-                if depths is not None and not torch.equal(depths, typical_depth):
-                    # the first pass of the draws is not that of the expectation: each has a depth of its own
-                    h = run(visible, at, torch.maximum(visible, scheduler.visible_at(end, rank)))
+                # the first pass of the draws is not that of the expectation where each has a depth of its own; whether
+                # it has tokens of all genes must not depend on which spots are in the batch
+                if depths is not None and (model.config.drop_masked or not torch.equal(depths, typical_depth)):
+                    coming = torch.maximum(visible, scheduler.visible_at(end, rank))
+                    subset = None if order == "confidence" else needed(coming)
+                    h = run(visible, at, coming, subset=subset)
                 if order == "confidence":
-                    spread = head(h, visible)[0].spread
+                    spread = head(h, visible, None)[0].spread
                     rank = torch.where(known > 0, rank, (spread.argsort(1).argsort(1) + 0.5).double() / num_genes)
                 next_visible = torch.maximum(visible, scheduler.visible_at(end, rank))
             else:
                 next_visible = torch.maximum(visible, scheduler.visible_at(end, rank))
                 if torch.equal(next_visible, visible):
                     continue
-                h = run(visible, at, next_visible)
-            drawn = sample(h, visible, numbers, number)
+                subset = needed(next_visible)
+                h = run(visible, at, next_visible, subset=subset)
+            drawn = sample(h, visible, numbers, number, subset)
             values = torch.where((next_visible - visible) > 0, drawn, values)
             visible = next_visible
         for number in range(corrections):
@@ -350,7 +362,7 @@ class HingePipeline(DiffusionPipeline):
             at = torch.from_numpy(np.searchsorted(scheduler.masked_share(np.arange(total + 1), num_genes), share))
             h = run(visible, at.clamp(1, total), torch.ones_like(visible))
             fresh = noise.of(spot_index, draw_index, number + 1)
-            drawn = sample(h, visible, fresh, 0)
+            drawn = sample(h, visible, fresh, 0, None)
             values = torch.where(again > 0, drawn, values)
         return values.cpu().numpy(), means.cpu().numpy()
 

@@ -24,6 +24,7 @@ RELEASED_MODEL = {
     "head": "point",
     "modulation_rank": None,
     "condition_on_visible": "next",
+    "drop_masked": False,
     "gene_path": False,
     "standardise_features": False,
     "dropout": 0.1,

@@ -30,6 +30,7 @@ from hinge.models import fused
 from hinge.models.conditioning import Concatenation, CrossAttention
 from hinge.models.heads import COUNT_HEADS, HEADS, CountGrid, HeadOutput, needs_depth
 from hinge.models.path import DepthPath, GenePath
+from hinge.models.subset import GeneSubset
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 TIME_WIDTH = 256
@@ -204,6 +205,9 @@ class HingeModel(ModelMixin, ConfigMixin):
     masked_decoding
         From 0 to 1: how much of what the backbone decodes counts, beside the gene path's regression, where no gene is
         visible, from the closed-form start on.
+    drop_masked
+        Whether training hides some masked genes' tokens from the others, so that a step of sampling may do without all
+        but those of visible genes and of genes it reveals.
     standardise_features
         Whether features are divided by the training spots' deviations; the released code takes them as they are.
     feature_dropout, feature_noise
@@ -238,6 +242,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         num_factors: int = 8,
         num_slide_factors: int = 4,
         masked_decoding: float = 0.0,
+        drop_masked: bool = True,
         standardise_features: bool = True,
         feature_dropout: float = 0.0,
         feature_noise: float = 0.0,
@@ -399,6 +404,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         feature_mask: Tensor | None = None,
         slide_shift: Tensor | None = None,
         depth: Tensor | None = None,
+        present: Tensor | None = None,
     ) -> HeadOutput:
         """Predict the distribution of every gene's value.
 
@@ -422,6 +428,9 @@ class HingeModel(ModelMixin, ConfigMixin):
             (B, G) what all spots of the slide are shifted by, in units of values; None for no shift.
         depth
             (B,) counts over all genes of each spot; needed where the model has a `DepthPath`.
+        present
+            (B, G), 0 = the gene's token is hidden from the others, as if the pass were without it; it is predicted all
+            the same. None: all are seen.
 
         Returns
         -------
@@ -433,8 +442,9 @@ class HingeModel(ModelMixin, ConfigMixin):
         if self.depth_path is not None:
             features, masked = self.with_depth(features, depth), self.with_depth(masked, depth, features)
         # only what conditions the backbone loses features: the gene path would learn an uncertainty that is not there
-        h = self.tokens(values, visible, timestep, masked, gene_ids, next_visible)
-        return self.read_out(h, values, visible, features, slide_shift, depth)[0]
+        subset = None if present is None else GeneSubset(None, present)
+        h = self.tokens(values, visible, timestep, masked, gene_ids, next_visible, subset)
+        return self.read_out(h, values, visible, features, slide_shift, depth, subset)[0]
 
     def read_out(
         self,
@@ -444,10 +454,11 @@ class HingeModel(ModelMixin, ConfigMixin):
         features: Tensor,
         slide_shift: Tensor | None = None,
         depth: Tensor | None = None,
+        subset: GeneSubset | None = None,
     ) -> tuple[HeadOutput, Tensor | None]:
-        """From tokens (B, P + G, D) to the distribution of every gene's value.
+        """From tokens (B, P + n, D) to the distribution of every gene's value.
 
-        Other arguments as those of `forward`, but `features` as in `tokens`.
+        Other arguments as those of `forward`, but `features` and `subset` as in `tokens`.
 
         Returns
         -------
@@ -455,10 +466,16 @@ class HingeModel(ModelMixin, ConfigMixin):
             HeadOutput over (B, G), and W (B, K, G) for `GenePath.innovation`, None without a gene path.
         """
         location, log_scale, left = self.backbone.decode(h).float(), None, None
+        h = h[:, self.backbone.num_prefix_tokens :]
+        if subset is not None and subset.index is not None:
+            # where the path has its offset, what was decoded says nothing
+            nothing = location.new_zeros(values.shape) if self.path is None else self.path.offset.expand(values.shape)
+            location = subset.scatter(location, nothing)
+            h = subset.scatter(h, h.new_zeros(*values.shape, h.shape[-1]))
         if self.path is not None:
             location, log_scale, left = self.path(location, values, visible, features, slide_shift)
         grid = None if self.config.transform is None else CountGrid(self.config.transform, depth)
-        return self.value_head(location, h[:, self.backbone.num_prefix_tokens :], log_scale, grid), left
+        return self.value_head(location, h, log_scale, grid), left
 
     def tokens(
         self,
@@ -468,18 +485,24 @@ class HingeModel(ModelMixin, ConfigMixin):
         features: Tensor,
         gene_ids: Tensor,
         next_visible: Tensor | None = None,
+        subset: GeneSubset | None = None,
     ) -> Tensor:
-        """The modulated backbone's tokens before its decoder, (B, P + G, D).
+        """The modulated backbone's tokens before its decoder, (B, P + n, D), n = G without a subset.
 
-        Arguments as those of `forward`, but `features` are standardised (and `with_depth` where the model has one).
+        Arguments as those of `forward`, but `features` are standardised (and `with_depth` where the model has one);
+        `subset` are the genes that have tokens, None for all: what is read out of the others is the gene path's word.
         """
         backbone, config = self.backbone, self.config
         visible = visible.to(features.dtype)
         shown = next_visible if config.condition_on_visible == "next" else visible
         parts = self.condition.parts(timestep, features, shown.to(features.dtype))
 
+        present = None
+        if subset is not None:
+            values, visible, present = subset.gather(values), subset.gather(visible), subset.present
+            gene_ids = gene_ids if subset.index is None else gene_ids[subset.index]
         h = backbone.embed(values, visible, gene_ids)
-        early, late = backbone.key_masks(visible)
+        early, late = backbone.key_masks(visible, present=present)
         value_scale = backbone.value_scale(values.shape[1])
         half = config.num_layers // 2
         key_masks = [early] * half + [late] * (config.num_layers - half)

@@ -175,6 +175,11 @@ def train_hinge(
         noise = torch.randn(size, num_genes, generator=generator)
         visible = scheduler.visible_at(timesteps, uniform)
         weights = spot_weights(loss_mask(scheduler, timesteps, visible, uniform, config.loss_on), config.weighting)
+        present = None
+        if model.config.drop_masked:
+            # what a step of any length would reveal
+            ends = (torch.rand(size, generator=generator) * timesteps).long()
+            present = scheduler.visible_at(ends, uniform)
         spot, view = training[rows // num_views], rows % num_views
         condition = features[spot, view]
         if noise_scale:
@@ -183,6 +188,8 @@ def train_hinge(
         inputs = inputs_at(
             spot[positions], timesteps[positions], uniform[positions], noise[positions], condition[positions]
         )
+        if present is not None:
+            inputs["present"] = present[positions].to(device)
         if dropout:
             kept = torch.rand(condition.shape, generator=generator) >= dropout
             inputs["feature_mask"] = (kept.float() / (1 - dropout))[positions].to(device)

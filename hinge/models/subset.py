@@ -1,0 +1,47 @@
+"""A pass over some of a panel's genes.
+
+CellFM was pre-trained on changing sets of genes, and a token reaches the others only through the key it gives. A gene
+that is neither seen nor asked for can therefore stay away.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class GeneSubset:
+    """The genes of a panel that have tokens, and those of them that the other tokens take notice of.
+
+    Attributes
+    ----------
+    index
+        (B, n) numbers of the genes in the panel; None for all, in their order.
+    present
+        (B, n), 0 = the token gives no key: the others are as they would be without it. None where all give one.
+    """
+
+    index: Tensor | None
+    present: Tensor | None
+
+    @classmethod
+    def of(cls, present: Tensor) -> "GeneSubset | None":
+        """Tokens of `present` (B, G), 1 = present, and no more than fill up all rows; None if that is all of them."""
+        counts = present.sum(dim=1)
+        most = max(1, int(counts.max()))
+        ragged = int(counts.min()) < most
+        if most == present.shape[1]:
+            return cls(None, present) if ragged else None
+        index = present.argsort(dim=1, descending=True, stable=True)[:, :most]
+        return cls(index, present.gather(1, index) if ragged else None)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Values (B, G) of the panel → (B, n)."""
+        return values if self.index is None else values.gather(1, self.index)
+
+    def scatter(self, values: Tensor, into: Tensor) -> Tensor:
+        """`into` (B, G, …) with `values` (B, n, …) in the places of their genes."""
+        if self.index is None:
+            return values
+        index = self.index.view(*self.index.shape, *[1] * (values.dim() - 2)).expand_as(values)
+        return into.scatter(1, index, values)

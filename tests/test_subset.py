@@ -1,0 +1,151 @@
+"""Tokens that are not needed stay away, and nothing else changes."""
+
+import numpy as np
+import pytest
+import torch
+
+from hinge.backbones import CellFMConfig, CellFMModel
+from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
+from hinge.models import HingeModel
+from hinge.models.subset import GeneSubset
+
+GENES, FEATURES = 24, 5
+IDS = torch.arange(1, GENES + 1)
+SIZE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "num_value_bins": 8}
+
+
+def make(backbone=None, moved=True, **options) -> HingeModel:
+    torch.manual_seed(0)
+    model = HingeModel.from_backbone(
+        CellFMModel(CellFMConfig(num_genes=GENES, **SIZE, **(backbone or {}))), FEATURES, GENES, **options
+    ).eval()
+    if moved:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def masks(batch=6, seed=1, ragged=True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Visible genes, and those that are present: more of them, of different number in every row if `ragged`."""
+    uniform = torch.rand(batch, GENES, generator=torch.Generator().manual_seed(seed)).argsort(1).argsort(1)
+    visible = uniform < torch.arange(batch)[:, None] * 2
+    present = uniform < (torch.arange(batch)[:, None] * 3 + 4 if ragged else torch.full((batch, 1), 13))
+    return visible.float(), present.float()
+
+
+def inputs(visible, seed=2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    batch = len(visible)
+    return {
+        "values": 3 * torch.rand(batch, GENES, generator=generator) * visible,
+        "visible": visible,
+        "timestep": torch.randint(1, 51, (batch,), generator=generator),
+        "features": torch.randn(batch, FEATURES, generator=generator),
+    }
+
+
+VARIANTS = [
+    ({}, {"head": "rounded_gaussian", "transform": "log2p1"}),
+    ({"technical_tokens": True, "masked_input": "value_plus_zero_token"}, {"head": "gaussian", "gene_path": False}),
+    ({}, {"head": "rounded_mixture", "transform": "log2p1", "injection": "concatenation"}),
+    ({}, {"head": "point", "injection": "cross_attention"}),
+]
+
+
+@pytest.mark.parametrize("backbone, options", VARIANTS)
+@pytest.mark.parametrize("ragged", [True, False])
+@torch.no_grad()
+def test_absent_tokens_equal_hidden_ones(backbone, options, ragged):
+    """What is computed of some genes only is what training sees, where the others are there but hidden."""
+    model = make(backbone, **options)
+    visible, present = masks(ragged=ragged)
+    given = inputs(visible)
+    hidden = model(**given, gene_ids=IDS, present=present)
+    subset = GeneSubset.of(present)
+    assert subset.index.shape[1] == int(present.sum(1).max()) < GENES and (subset.present is not None) == ragged
+    features = model.standardise(given.pop("features"))
+    h = model.tokens(**given, features=features, gene_ids=IDS, subset=subset)
+    assert h.shape[1] == model.backbone.num_prefix_tokens + subset.index.shape[1]
+    output, _ = model.read_out(h, given["values"], visible, features, subset=subset)
+    there = present > 0
+    torch.testing.assert_close(output.mean[there], hidden.mean[there], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(output.spread[there], hidden.spread[there], atol=2e-5, rtol=1e-5)
+    # and another thing than a pass that sees them all
+    assert (model(**given, features=features, gene_ids=IDS).mean - hidden.mean).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_a_new_model_equals_its_backbone_on_any_subset():
+    model = make(moved=False, head="gaussian", gate="linear")
+    visible, present = masks(ragged=False)
+    given = inputs(visible)
+    predicted = model(**given, gene_ids=IDS, present=present).mean
+    for row in range(len(visible)):
+        chosen = present[row].nonzero().squeeze(1)
+        tokens = model.backbone(given["values"][row : row + 1, chosen], visible[row : row + 1, chosen], IDS[chosen])
+        alone = model.backbone.decode(tokens)
+        torch.testing.assert_close(predicted[row : row + 1, chosen], alone, atol=2e-4, rtol=1e-4)
+
+
+def test_all_present_is_no_subset():
+    assert GeneSubset.of(torch.ones(3, GENES)) is None
+    none = GeneSubset.of(torch.zeros(3, GENES))
+    assert none.index.shape == (3, 1) and not none.present.any()
+    ragged = GeneSubset.of(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+    assert ragged.index is None and ragged.present.tolist() == [[1, 1], [0, 1]]
+
+
+def test_hidden_tokens_get_no_gradient_through_others_in_fused_layers():
+    """The fused layers' own gradients under a key mask in the second half, against the plain layers'."""
+    visible, present = masks()
+    gradients = {}
+    for fused in (True, False):
+        model = make(head="point", gene_path=False).train()
+        model.fused = fused
+        model(**inputs(visible), gene_ids=IDS, present=present).mean.square().mean().backward()
+        gradients[fused] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients[True].keys() == gradients[False].keys()
+    for name, gradient in gradients[False].items():
+        torch.testing.assert_close(gradients[True][name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("order", ["random", "confidence"])
+@pytest.mark.parametrize("with_observed", [False, True])
+def test_sampling_uses_what_it_needs(order, with_observed, monkeypatch):
+    counted: dict[bool, list[int]] = {}
+    draws = {}
+    features = np.random.default_rng(0).standard_normal((5, FEATURES)).astype(np.float32)
+    observed = None
+    if with_observed:
+        observed = np.where(np.random.default_rng(1).random((5, GENES)) < 0.3, 1.0, np.nan).astype(np.float32)
+    for drop in (True, False):
+        model = make(head="gaussian", transform="log2p1", depth=True, drop_masked=drop)
+        pipeline = HingePipeline(model, MaskedDiffusionScheduler(schedule="linear"))
+        tokens, lengths = model.tokens, counted.setdefault(drop, [])
+
+        def count(*arguments, tokens=tokens, lengths=lengths, **named):
+            h = tokens(*arguments, **named)
+            lengths.append(h.shape[1] - 1)
+            return h
+
+        monkeypatch.setattr(model, "tokens", count)
+        settings = {"num_draws": 4, "num_inference_steps": 6, "observed": observed, "order": order, "progress": False}
+        spots = [f"s{i}" for i in range(5)]
+        drawn = pipeline(features, IDS, spots, batch_size=20, **settings)
+        passes = len(lengths)
+        # batches of another size, whose rows need other numbers of tokens
+        again = pipeline(features, IDS, spots, batch_size=3, **settings)
+        np.testing.assert_allclose(drawn.values, again.values, atol=1e-4)
+        if observed is not None:
+            measured = ~np.isnan(observed)
+            assert (drawn.values[:, measured] == observed[measured]).all()
+        draws[drop] = drawn
+        del lengths[passes:]
+    # the first pass is the same: the expectation is of all genes
+    np.testing.assert_allclose(draws[True].expected, draws[False].expected, atol=1e-5)
+    assert set(counted[False]) == {GENES} and len(counted[True]) == len(counted[False])
+    # the first pass, then one for each step, of which the last sees all genes
+    assert counted[True][0] == GENES == counted[True][-1]
+    later = counted[True][1 if order == "random" else 2 :]
+    assert later == sorted(later) and np.mean(later) < (0.9 if with_observed else 0.75) * GENES
