@@ -38,6 +38,7 @@ from hinge.data import SlideImage, read_slide
 from hinge.data.draws import read_draws, write_draws
 from hinge.data.features import FeatureWriter, read_features
 from hinge.data.unfinished import UnfinishedArrays
+from hinge.data.untrusted import check_hdf5
 from hinge.encoders import load_encoder
 from hinge.encoders.weights import read_checkpoint
 from hinge.errors import DataError, HingeError, WeightsError
@@ -342,6 +343,72 @@ def test_strings_of_hdf5_that_never_end(slides):
     slides.write_bytes(content)
     with refused("heap", DataError):
         read_slide(slides)
+
+
+def lengths_of_strings(path, name=None):
+    """Where the lengths of a file's strings lie: of a dataset, or all outside of it."""
+    content = path.read_bytes()
+    with h5py.File(path) as file:
+        start, size = file["obs/_index"].id.get_offset(), file["obs/_index"].id.get_storage_size()
+    found, heap = [], content.find(b"GCOL\x01")
+    while heap >= 0:
+        at = content.find(struct.pack("<Q", heap))
+        while at >= 0:
+            found.append(at - 4)
+            at = content.find(struct.pack("<Q", heap), at + 1)
+        heap = content.find(b"GCOL\x01", heap + 1)
+    return [at for at in sorted(found) if (start <= at < start + size) == (name is not None)]
+
+
+@pytest.mark.parametrize("name", [None, "obs/_index"])
+@pytest.mark.parametrize("length", [0xFFFFFFFF, 0x40000000, 129 << 20])
+def test_a_string_of_hdf5_of_gigabytes(slides, name, length):
+    """The library asks for what the length tells before it looks how long the string is."""
+    content, places = slides.read_bytes(), lengths_of_strings(slides, name)
+    assert len(places) > 5
+    for place in (places[0], places[len(places) // 2], places[-1]):
+        slides.write_bytes(content[:place] + struct.pack("<I", length) + content[place + 4 :])
+        with refused(f"a string of {length:,} bytes", DataError):
+            read_slide(slides)
+
+
+def test_packed_strings_of_hdf5_of_gigabytes(slides):
+    ad.read_h5ad(slides).write_h5ad(slides, compression="gzip")
+    read_slide(slides)
+    with h5py.File(slides, "r+") as file:
+        index = file["obs/_index"]
+        mask, packed = index.id.read_direct_chunk((0,))
+        content = bytearray(zlib.decompress(packed))
+        content[16 * 3 : 16 * 3 + 4] = b"\xff" * 4
+        index.id.write_direct_chunk((0,), zlib.compress(content), mask)
+    with refused("a string of 4,294,967,295 bytes", DataError):
+        read_slide(slides)
+
+
+@pytest.mark.parametrize("kind", ["<i4", "<i8", "<f4", "<u1"])
+@pytest.mark.parametrize("options", [{}, {"chunks": (64,)}, {"chunks": (64,), "compression": "gzip"}])
+def test_numbers_that_look_like_strings_of_hdf5_are_read(slides, kind, options):
+    """-1, the address of a heap and 1 in numbers: the same bytes as a string of gigabytes."""
+    content = slides.read_bytes()
+    heap = content.index(b"GCOL\x01")
+    like = np.frombuffer(struct.pack("<qQQ", -1, heap, 1) * 32, kind)
+    with h5py.File(slides, "r+") as file:
+        file["uns"].create_dataset("like", data=like, **options)
+    assert options.get("compression") or slides.read_bytes().count(struct.pack("<iQI", -1, heap, 1)) >= 8
+    assert read_slide(slides).n_obs
+
+
+def test_strings_of_a_large_hdf5_file_are_checked_in_a_moment(tmp_path):
+    """Hundreds of heaps and thousands of pieces: in one pass."""
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file["names"] = np.array(["x" * 900 + str(row) for row in range(40_000)], dtype=object)
+        file.create_dataset("values", data=np.arange(1_000_000), chunks=(100,))
+        file.attrs["kind"] = "much"
+    assert path.read_bytes().count(b"GCOL\x01") > 500
+    started = time.process_time()
+    check_hdf5(path)
+    assert time.process_time() - started < SECONDS
 
 
 def test_safetensors_of_a_trillion(tmp_path):

@@ -6,13 +6,16 @@ be seen beforehand is refused here, at little cost: no array is read.
 """
 
 import gzip
+import math
 import mmap
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import anndata
 import h5py
+import numpy as np
 import scipy.sparse
 import zarr
 from anndata import AnnData
@@ -24,6 +27,8 @@ MOST_UNPACKED = 200
 UNPACKED_ANYWAY = 256 << 20
 
 _HEAP, _HEAP_HEADER, _OBJECT = b"GCOL\x01\0\0\0", 16, struct.Struct("<HHIQ")
+# where a string lies: its length (4 bytes), its heap (8) and the number in it (4)
+_REFERENCE, _LONGEST_ANYWAY, _BLOCK = 16, 128 << 20, 4 << 20
 
 
 def check_size(path: Path, stored: int, unpacked: int) -> None:
@@ -92,7 +97,7 @@ def inside(folder: Path, name: str, named_in: Path) -> Path:
 def check_hdf5(path: str | Path, what: str = "a readable HDF5 file") -> None:
     """Make sure that a file is HDF5, keeps to itself, and announces no more than it can hold.
 
-    Reads the file's structure and none of its arrays.
+    Reads the file's structure and where its strings lie, and none of its arrays of numbers.
 
     Raises
     ------
@@ -103,9 +108,13 @@ def check_hdf5(path: str | Path, what: str = "a readable HDF5 file") -> None:
     if not path.is_file():
         raise DataError(f"there is no file {path}")
     try:
-        _check_heaps(path)
-        with h5py.File(path, "r") as file:
-            _check_structure(file, path)
+        if not path.stat().st_size:
+            raise ValueError("it is empty")
+        with open(path, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            heaps = _check_heaps(view)
+            with h5py.File(path, "r") as file:
+                arrays = _check_structure(file, path, view)
+            _check_references(view, heaps, arrays)
     except HingeError:
         raise
     except Exception as error:  # a damaged HDF5 file ends in almost any exception
@@ -143,30 +152,33 @@ def check_sparse(content: AnnData) -> None:
             matrix.check_format(full_check=True)
 
 
-def _check_heaps(path: Path) -> None:
-    """Walk the global heaps, where strings of any length lie, as the library will; it does not stop at a size of 0."""
-    with open(path, "rb") as file:
-        if not file.read(1):
-            raise ValueError("it is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            at = view.find(_HEAP)
-            while at >= 0:
-                head = view[at : at + _HEAP_HEADER]
-                end = at + struct.unpack("<Q", head[8:])[0] if len(head) == _HEAP_HEADER else len(view) + 1
-                if end > len(view):
-                    raise ValueError("a heap of strings is cut off")
-                place = at + _HEAP_HEADER
-                while place + _OBJECT.size <= end:
-                    index, _, _, size = _OBJECT.unpack(view[place : place + _OBJECT.size])
-                    # object 0 is what is free, its size that of all that follows
-                    place += size if index == 0 else _OBJECT.size + -(-size // 8) * 8
-                    if place > end or (index == 0 and size < _OBJECT.size):
-                        raise ValueError("a heap of strings is damaged")
-                at = view.find(_HEAP, at + 1)
+def _check_heaps(view: mmap.mmap) -> list[int]:
+    """Walk the global heaps, where strings of any length lie, as the library will; it does not stop at a size of 0.
+
+    Returns where they begin.
+    """
+    heaps = []
+    at = view.find(_HEAP)
+    while at >= 0:
+        heaps.append(at)
+        head = view[at : at + _HEAP_HEADER]
+        end = at + struct.unpack("<Q", head[8:])[0] if len(head) == _HEAP_HEADER else len(view) + 1
+        if end > len(view):
+            raise ValueError("a heap of strings is cut off")
+        place = at + _HEAP_HEADER
+        while place + _OBJECT.size <= end:
+            index, _, _, size = _OBJECT.unpack(view[place : place + _OBJECT.size])
+            # object 0 is what is free, its size that of all that follows
+            place += size if index == 0 else _OBJECT.size + -(-size // 8) * 8
+            if place > end or (index == 0 and size < _OBJECT.size):
+                raise ValueError("a heap of strings is damaged")
+        at = view.find(_HEAP, at + 1)
+    return heaps
 
 
-def _check_structure(file: h5py.File, path: Path) -> None:
-    stored, unpacked = path.stat().st_size, 0
+def _check_structure(file: h5py.File, path: Path, view: mmap.mmap) -> list[tuple[int, int]]:
+    """Look at every object but not into arrays of numbers; returns where in the file (start, end) arrays lie."""
+    stored, unpacked, arrays = len(view), 0, []
 
     def check_attributes(thing: h5py.Group | h5py.Dataset, name: str) -> None:
         for number in range(h5py.h5a.get_num_attrs(thing.id)):
@@ -186,9 +198,94 @@ def _check_structure(file: h5py.File, path: Path) -> None:
             continue
         if thing.external or thing.is_virtual:
             raise DataError(f"{path}: {name!r} must be a dataset in the file itself, and its values lie in others")
-        _check_type(thing.id.get_type(), name, path)
-        unpacked += thing.size * thing.id.get_type().get_size() if thing.shape is not None else 0
+        kind = thing.id.get_type()
+        _check_type(kind, name, path)
+        unpacked += thing.size * kind.get_size() if thing.shape is not None else 0
         check_size(path, stored, unpacked)
+        strings = kind.get_class() == h5py.h5t.STRING and kind.is_variable_str()
+        for start, end, mask in _pieces(thing):
+            if strings:
+                references = _unfiltered(thing, view[start:end], mask)
+                lengths = np.frombuffer(references[: len(references) // _REFERENCE * _REFERENCE], "<u4")[::4]
+                _check_length(lengths.max(initial=0), stored)
+            if kind.get_class() != h5py.h5t.COMPOUND:  # whose strings lie anywhere between other things
+                arrays.append((start, end))
+    return arrays
+
+
+def _pieces(dataset: h5py.Dataset) -> list[tuple[int, int, int]]:
+    """Where in the file (start, end) the parts of a dataset lie, each with the mask of the filters it was spared."""
+    if dataset.chunks is None:
+        start = dataset.id.get_offset()  # None where nothing was written, or all of it lies with the description
+        return [] if start is None else [(start, start + dataset.id.get_storage_size(), 0)]
+    found: list[tuple[int, int, int]] = []
+    most = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+
+    def add(chunk: h5py.h5d.StoreInfo) -> bool | None:
+        found.append((chunk.byte_offset, chunk.byte_offset + chunk.size, chunk.filter_mask))
+        return True if len(found) > most else None  # a damaged index may lead round in circles; anything but None ends
+
+    dataset.id.chunk_iter(add)
+    if len(found) > most:
+        raise ValueError(f"the index of {dataset.name!r} is damaged")
+    return found
+
+
+def _unfiltered(dataset: h5py.Dataset, piece: bytes, mask: int) -> bytes:
+    """References to strings as before the filters of their dataset; empty where these cannot be undone here."""
+    plan = dataset.id.get_create_plist()
+    for number in reversed(range(plan.get_nfilters())):
+        code = plan.get_filter(number)[0]
+        if mask >> number & 1:
+            continue
+        if code == h5py.h5z.FILTER_DEFLATE:
+            piece = zlib.decompressobj().decompress(piece, _REFERENCE * math.prod(dataset.chunks))
+        elif code == h5py.h5z.FILTER_SHUFFLE and len(piece) % _REFERENCE == 0:
+            piece = np.frombuffer(piece, np.uint8).reshape(_REFERENCE, -1).T.tobytes()
+        elif code == h5py.h5z.FILTER_FLETCHER32:
+            piece = piece[:-4]
+        else:
+            return b""
+    return piece
+
+
+def _check_length(length: int, stored: int) -> None:
+    """The library asks for the memory that a string's length tells before it looks how long the string is."""
+    if length > max(stored, _LONGEST_ANYWAY):
+        raise ValueError(f"a string of {length:,} bytes is announced, and the file has {stored:,}")
+
+
+def _check_references(view: mmap.mmap, heaps: list[int], arrays: list[tuple[int, int]]) -> None:
+    """Check the lengths of strings outside of arrays: those of attributes, wherever the library put them.
+
+    What looks like a reference is one if it names the address of a heap and a number that an object there may have.
+    Three numbers of an array could look so as well (-1, 2048, 1), hence arrays are left out, which makes this quick as
+    well: one pass over the rest, however many heaps there are. In that rest, of descriptions, indices, names and
+    strings, only references tell where a heap lies.
+    """
+    if not heaps:
+        return
+    base = max(view.find(b"\x89HDF\r\n\x1a\n"), 0)  # addresses count from there
+    addresses = np.array(heaps, np.uint64) - np.uint64(base)
+    for start, end in _between(arrays, len(view)):
+        for block in range(start, end, _BLOCK):
+            part = view[block : min(block + _BLOCK + _REFERENCE - 1, end)]
+            for shift in range(min(4, max(len(part) - _REFERENCE + 1, 0))):  # nothing is aligned
+                words = np.frombuffer(part, "<u4", (len(part) - shift) // 4, shift)
+                lengths, low, high, number = words[:-3], words[1:-2], words[2:-1], words[3:]
+                seems = (lengths > _LONGEST_ANYWAY) & (high <= len(view) >> 32) & (number - np.uint32(1) < 0xFFFF)
+                at = np.flatnonzero(seems)
+                named = np.isin(low[at] + (high[at].astype(np.uint64) << np.uint64(32)), addresses)
+                _check_length(lengths[at[named]].max(initial=0), len(view))
+
+
+def _between(spans: list[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
+    """What spans leave of a file, where a reference has room."""
+    at = 0
+    for start, stop in [*sorted(spans), (end, end)]:
+        if start - at >= _REFERENCE:
+            yield at, min(start, end)
+        at = max(at, stop)
 
 
 def _check_type(kind: h5py.h5t.TypeID, name: str, path: Path) -> None:
