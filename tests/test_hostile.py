@@ -4,9 +4,11 @@ What a fuzzer found lies in tests/corpus and is read again here, with some hundr
 mutation hardly finds have a test each.
 """
 
+import bz2
 import contextlib
 import gzip
 import json
+import lzma
 import os
 import pickle
 import struct
@@ -19,6 +21,8 @@ from pathlib import Path
 
 import anndata as ad
 import h5py
+import numcodecs
+import numcodecs.zarr3
 import numpy as np
 import pandas as pd
 import pytest
@@ -27,8 +31,10 @@ import torch
 import yaml
 import zarr
 from anndata import AnnData
+from numcodecs.checksum32 import CRC32C
 from PIL import Image
 from test_visium import write_visium
+from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
 from hinge.ablation import load_grid
 from hinge.backbones.checkpoints import open_state
@@ -525,6 +531,109 @@ def test_ome_zarr_of_a_trillion_pixels(tmp_path):
         where.write_text(json.dumps(content | {"shape": [3, 10**6, 10**6]}))
     with refused("made to fill", DataError):
         SlideImage(path)
+
+
+# codecs of Zarr: as format 2 and 3 have them, and what unpacks to far more than the bytes announced
+CODECS = {
+    "zstd": (numcodecs.Zstd, ZstdCodec, lambda: zstd_bomb()),
+    "blosc": (
+        numcodecs.Blosc,
+        BloscCodec,
+        lambda: struct.pack("<4B3I", 2, 1, 33, 4, 2**31 - 64, 1 << 18, 80) + bytes(64),
+    ),
+    "gzip": (numcodecs.GZip, GzipCodec, lambda: gzip.compress(bytes(32 << 20)) * 80),
+    "zlib": (numcodecs.Zlib, numcodecs.zarr3.Zlib, lambda: zlib.compress(bytes(128 << 20), 1)),
+    "lz4": (numcodecs.LZ4, numcodecs.zarr3.LZ4, lambda: struct.pack("<I", 2**31 - 64) + bytes(64)),
+    "bz2": (numcodecs.BZ2, numcodecs.zarr3.BZ2, lambda: bz2.compress(bytes(32 << 20)) * 80),
+    "lzma": (numcodecs.LZMA, numcodecs.zarr3.LZMA, lambda: lzma.compress(bytes(32 << 20), preset=0) * 80),
+}
+
+
+def zstd_bomb():
+    """20,000 blocks, each of them one byte 128 k times; the frame does not tell how long it is."""
+    blocks = [struct.pack("<I", (last | 2 | 128 << 13))[:3] + b"\0" for last in [0] * 19_999 + [1]]
+    return struct.pack("<IBB", 0xFD2FB528, 0, 56) + b"".join(blocks)
+
+
+def store_of_draws(slides, format, **options):
+    """A table of draws with a store of its own format and codecs, and the file of the store's first chunk."""
+    path = draws_with_store(slides, "d.zarr")
+    group = zarr.open_group(path.parent / "d.zarr", mode="w", zarr_format=format)
+    draws = ad.read_h5ad(path)
+    values = np.random.default_rng(0).poisson(2, (*draws.shape, 3)).astype("f4")
+    array = group.create_group("obsm").create_array("draws", data=values, chunks=(4, 2, 3), **options)
+    chunk = path.parent / "d.zarr" / "obsm" / "draws" / array.metadata.encode_chunk_key((0, 0, 0))
+    return path, values, chunk
+
+
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
+@pytest.mark.parametrize("format", [2, 3])
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_chunk_of_zarr_that_unpacks_to_gigabytes(slides, format, codec):
+    path, values, chunk = store_of_draws(slides, format, compressors=CODECS[codec][format - 2]())
+    draws = read_draws(path)
+    np.testing.assert_array_equal(draws.layers["draw_001"], values[..., 1])
+    chunk.write_bytes(CODECS[codec][2]())
+    assert chunk.stat().st_size < 4 << 20
+    with refused("made to fill the memory", DataError):
+        read_draws(path)
+
+
+def test_a_chunk_of_zarr_in_a_shard_that_unpacks_to_gigabytes(slides):
+    path, values, shard = store_of_draws(slides, 3, shards=(8, 2, 3), compressors=ZstdCodec())
+    np.testing.assert_array_equal(read_draws(path).layers["draw_001"], values[..., 1])
+    content, bomb = shard.read_bytes(), zstd_bomb()
+    index = np.frombuffer(content[-36:-4], "<u8").copy()
+    index[2:] = len(content) - 36, len(bomb)
+    shard.write_bytes(content[:-36] + bomb + index.tobytes() + bytes(CRC32C(location="end").encode(index))[-4:])
+    with refused("made to fill the memory", DataError):
+        read_draws(path)
+
+
+@pytest.mark.parametrize("form", ["frames", "stated", "many"])
+def test_frames_of_zstd(slides, form):
+    path, _, chunk = store_of_draws(slides, 2, compressors=numcodecs.Zstd())
+    sound = chunk.read_bytes()
+    if form == "frames":  # behind a sound one, and one to be skipped
+        chunk.write_bytes(sound + struct.pack("<II", 0x184D2A50, 4) + b"skip" + zstd_bomb())
+    elif form == "stated":
+        chunk.write_bytes(struct.pack("<IBBQ", 0xFD2FB528, 0xC0, 56, 2**40) + zstd_bomb()[6:])
+    else:
+        chunk.write_bytes(numcodecs.Zstd().encode(bytes(1 << 20)) * 3000)
+    with refused("made to fill the memory", DataError):
+        read_draws(path)
+
+
+@pytest.mark.parametrize("filters", [[{"id": "pickle"}], [{"id": "zstd"}]])
+def test_chunks_of_zarr_are_packed_once_and_not_pickled(slides, tmp_path, filters):
+    path, _, chunk = store_of_draws(slides, 2, compressors=numcodecs.Zstd())
+    chunk.write_bytes(numcodecs.Zstd().encode(pickle.dumps(Trap(tmp_path / "sprung"))))
+    image = ome_zarr(tmp_path / "s.zarr", ["0"])
+    for array in (chunk.parent, image / "0"):
+        described = json.loads((array / ".zarray").read_text())
+        strings = {"dtype": "|O", "fill_value": "", "filters": [{"id": "vlen-utf8"}, *filters]}
+        for change in (strings, {"filters": filters}):
+            (array / ".zarray").write_text(json.dumps(described | change))
+            with refused("pickle|packed twice|damaged", DataError):
+                read_draws(path) if array == chunk.parent else SlideImage(image)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_chunk_of_an_image_that_unpacks_to_gigabytes(tmp_path):
+    path = ome_zarr(tmp_path / "s.zarr", ["0"])
+    with SlideImage(path) as image:
+        assert image.thumbnail(64).shape == (64, 64, 3)
+    (path / "0" / "0.0.0").write_bytes(CODECS["blosc"][2]())
+    with SlideImage(path) as image, refused("made to fill the memory", DataError):
+        image.thumbnail(64)
+
+
+def test_a_chunk_larger_than_its_array(slides):
+    path, _, chunk = store_of_draws(slides, 2)
+    described = json.loads((chunk.parent / ".zarray").read_text())
+    (chunk.parent / ".zarray").write_text(json.dumps(described | {"chunks": [10**6, 10**3, 3]}))
+    with refused("has chunks of 12,000,000,000 bytes", DataError):
+        read_draws(path)
 
 
 def test_a_store_of_draws_of_a_trillion(slides):

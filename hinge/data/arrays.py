@@ -10,7 +10,7 @@ import tifffile
 import zarr
 from PIL import Image
 
-from hinge.data.untrusted import inside
+from hinge.data.untrusted import CheckedArray, inside
 from hinge.errors import DataError
 
 _TIFF_SUFFIXES = {".tif", ".tiff", ".btf", ".tf2", ".tf8"}
@@ -152,7 +152,8 @@ def _open_ome_zarr(path: Path) -> ArrayPyramid | None:
         return None
     axes = [axis["name"] for axis in scales["axes"]]
     datasets = scales["datasets"]
-    levels = [zarr.open_array(inside(path, each["path"], path), mode="r") for each in datasets]
+    folders = [inside(path, each["path"], path) for each in datasets]
+    levels = [CheckedArray(zarr.open_array(folder, mode="r"), folder) for folder in folders]
     um_per_px = None
     unit = next((_UM.get(axis.get("unit", "")) for axis in scales["axes"] if axis["name"] == "x"), None)
     steps = [each["scale"] for each in datasets[0].get("coordinateTransformations", []) if each["type"] == "scale"]
