@@ -4,9 +4,10 @@
     python scripts/fuzz.py --corpus tests/corpus
 
 A small valid file or folder of each kind is made on the spot, one file in it is mutated (bytes of any file; nodes of
-JSON and YAML, cells of tables, what is inside gzip, the checked parts of PNG, safetensors and zip), and the reader is
-called on it in a forked child. It may succeed or raise a `HingeError`, within `MOST_SECONDS` of CPU time and
-`MOST_BYTES` of memory beyond what the child began with. Anything else is a finding: another exception, a crash, a hang.
+JSON and YAML, cells of tables, what is inside gzip, the checked parts of PNG, safetensors and zip, where HDF5 says that
+strings lie), and the reader is called on it in a forked child. It may succeed or raise a `HingeError`, within
+`MOST_SECONDS` of CPU time and `MOST_BYTES` of memory beyond what the child began with. Anything else is a finding:
+another exception, a crash, a hang.
 
 An input is a pure function of reader, seed and number: `--only READER --seed S --first N --inputs 1 --keep FOLDER`
 makes it again and keeps it. What was found lies in tests/corpus as the files that differ from the valid ones.
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import select
 import shutil
@@ -749,6 +751,8 @@ def mutate(name: str, content: bytes, rng: random.Random) -> bytes:
             return struct.pack("<Q", len(head)) + head + content[8 + length :]
         if name.endswith(".png"):
             return _mutate_png(content, rng)
+        if name.endswith((".h5", ".h5ad")) and rng.random() < 0.5:
+            return _mutate_strings(content, rng)
         if name.endswith(".pth") and content[:2] == b"PK":
             return _mutate_zip(content, rng)
     except (ValueError, OverflowError, RecursionError, yaml.YAMLError):
@@ -769,6 +773,18 @@ def _mutate_png(content: bytes, rng: random.Random) -> bytes:
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
     ]
     return content[:8] + b"".join(parts)
+
+
+def _mutate_strings(content: bytes, rng: random.Random) -> bytes:
+    """Length, heap or number in it of strings of HDF5 changed, a few at a time."""
+    found = []
+    for heap in re.finditer(rb"GCOL\x01", content):
+        found += [each.start() - 4 for each in re.finditer(re.escape(struct.pack("<Q", heap.start())), content)]
+    changed = bytearray(content)
+    for at in rng.choices(found, k=rng.choice((1, 1, 3, 20))) if found else ():
+        number = rng.choice((0, 1, 2**16, 2**27 + 1, 2**31 - 1, 2**31, 2**32 - 1, rng.getrandbits(32)))
+        changed[at + (place := rng.choice((0, 0, 0, 4, 12))) : at + place + 4] = struct.pack("<I", number)
+    return bytes(changed)
 
 
 def _mutate_zip(content: bytes, rng: random.Random) -> bytes:

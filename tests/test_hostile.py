@@ -628,6 +628,14 @@ def test_a_chunk_of_an_image_that_unpacks_to_gigabytes(tmp_path):
         image.thumbnail(64)
 
 
+def test_chunks_of_zarr_behind_a_link_are_not_read(slides, tmp_path):
+    path, _, chunk = store_of_draws(slides, 3)
+    (chunk.parents[1] / "0").rename(tmp_path / "elsewhere")
+    (chunk.parents[1] / "0").symlink_to(tmp_path / "elsewhere")
+    with refused("holds links", DataError):
+        read_draws(path)
+
+
 def test_a_chunk_larger_than_its_array(slides):
     path, _, chunk = store_of_draws(slides, 2)
     described = json.loads((chunk.parent / ".zarray").read_text())

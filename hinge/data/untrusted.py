@@ -110,11 +110,13 @@ def check_zarr(group: zarr.Group, path: Path) -> None:
     unpacked = sum(array.nbytes for array in arrays.values())
     check_size(path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()), unpacked)
     for name, array in arrays.items():
-        checked = CheckedArray(array, path / name)
-        for folder, _, files in os.walk(path / name):
-            inner = Path(folder).relative_to(path / name)
+        top = inside(path, name, path)
+        checked = CheckedArray(array, top)
+        for folder, inner, files in os.walk(top):
+            if any(Path(folder, each).is_symlink() for each in inner):
+                raise DataError(f"{folder} holds links to other folders, and chunks must lie in their array's own")
             for file in files:
-                if _CHUNK.fullmatch((inner / file).as_posix()):
+                if _CHUNK.fullmatch(Path(folder, file).relative_to(top).as_posix()):
                     checked.check(Path(folder, file))
 
 
@@ -137,7 +139,7 @@ class CheckedArray:
 
     def __init__(self, array: zarr.Array, folder: Path) -> None:
         self.shape, self.dtype = array.shape, array.dtype
-        self._array, self._folder, self._known = array, folder, set[Path]()
+        self._array, self._folder, self._known = array, folder, set[tuple[int, ...]]()
         self._grid = array.shards or array.chunks
         described = array.metadata.to_dict()
         if "codecs" in described:
@@ -160,10 +162,11 @@ class CheckedArray:
         if all(ranges):
             spans = [range(r[0] // side, r[-1] // side + 1) for r, side in zip(ranges, self._grid, strict=True)]
             for place in itertools.product(*spans):
-                file = self._folder / self._array.metadata.encode_chunk_key(place)
-                if file not in self._known and file.is_file():
-                    self.check(file)
-                    self._known.add(file)
+                if place not in self._known:
+                    file = self._folder / self._array.metadata.encode_chunk_key(place)
+                    if file.is_file():
+                        self.check(file)
+                    self._known.add(place)
         return self._array[index]
 
     def check(self, file: Path) -> None:
