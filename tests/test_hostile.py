@@ -378,6 +378,36 @@ def test_a_string_of_hdf5_of_gigabytes(slides, name, length):
             read_slide(slides)
 
 
+@pytest.mark.parametrize("libver", ["earliest", "latest"])
+@pytest.mark.parametrize("userblock", [0, 512])
+def test_every_string_of_an_hdf5_file_is_checked(tmp_path, libver, userblock):
+    """Of datasets in one piece, in chunks, as part of rows, and of attributes near and far, also where no heap lies."""
+    path, strings = tmp_path / "x.h5", np.array(["a", "bc", "def"], dtype=object)
+    text = h5py.string_dtype()
+    with h5py.File(path, "w", libver=libver, userblock_size=userblock) as file:
+        file["plain"], file["one"] = strings, "alone"
+        file.create_dataset("chunks", data=strings, chunks=(2,), compression="gzip", shuffle=True)
+        rows = np.dtype([("number", "i4"), ("first", text), ("inner", [("x", "f8"), ("second", text)])])
+        file["rows"] = np.array([(1, "one", (0.5, "x")), (2, "two", (1.5, "y"))], rows)
+        for number in range(12):  # more than eight are kept elsewhere
+            file["plain"].attrs[f"name {number}"] = "value" if number % 2 else strings
+        file.create_group("größe").attrs["ßß"] = "s"
+    check_hdf5(path)
+    content = path.read_bytes()
+    heap = content.index(b"GCOL\x01") - userblock
+    places, at = [], content.find(struct.pack("<Q", heap))
+    while at >= 0:
+        places.append(at - 4)
+        at = content.find(struct.pack("<Q", heap), at + 1)
+    assert len(places) >= 3 + 1 + 4 + 6 + 18 + 1
+    for place in places:
+        for address in (heap, 0x5555):
+            damaged = struct.pack("<IQ", 0xF0000000, address)
+            path.write_bytes(content[:place] + damaged + content[place + 12 :])
+            with pytest.raises(DataError, match=r"a string of 4,026,531,840 bytes|checksum"):
+                check_hdf5(path)
+
+
 def test_packed_strings_of_hdf5_of_gigabytes(slides):
     ad.read_h5ad(slides).write_h5ad(slides, compression="gzip")
     read_slide(slides)

@@ -35,7 +35,7 @@ UNPACKED_ANYWAY = 256 << 20
 
 _HEAP, _HEAP_HEADER, _OBJECT = b"GCOL\x01\0\0\0", 16, struct.Struct("<HHIQ")
 # where a string lies: its length (4 bytes), its heap (8) and the number in it (4)
-_REFERENCE, _LONGEST_ANYWAY, _BLOCK = 16, 128 << 20, 4 << 20
+_REFERENCE, _LONGEST_ANYWAY, _MOST_NAMES = 16, 128 << 20, 1000
 
 
 # what zarr has at hand: codecs that pack, and others that leave the size about as it is. Not among them: pickle
@@ -55,6 +55,7 @@ _PLAIN = {
     *("bitround", "packbits", "astype", "categorize", "crc32", "crc32c", "adler32", "fletcher32", "jenkins_lookup3"),
 }
 _CHUNK = re.compile(r"c|(c[/.])?\d+([/.]\d+)*")
+_VLEN = {bytes([version << 4 | 9]) for version in range(1, 6)}  # HDF5's types of a length of their own
 _MOST_OF_DEFLATE, _ZSTD, _ZSTD_BLOCK = 1032, 0xFD2FB528, 128 << 10
 
 
@@ -226,8 +227,8 @@ def check_hdf5(path: str | Path, what: str = "a readable HDF5 file") -> None:
         with open(path, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as view:
             heaps = _check_heaps(view)
             with h5py.File(path, "r") as file:
-                arrays = _check_structure(file, path, view)
-            _check_references(view, heaps, arrays)
+                arrays, names = _check_structure(file, path, view)
+            _check_attributes(view, names, heaps + arrays)
     except HingeError:
         raise
     except Exception as error:  # a damaged HDF5 file ends in almost any exception
@@ -351,19 +352,19 @@ def _size_of_zstd(view: mmap.mmap | bytes) -> int:
     return total
 
 
-def _check_heaps(view: mmap.mmap) -> list[int]:
+def _check_heaps(view: mmap.mmap) -> list[tuple[int, int]]:
     """Walk the global heaps, where strings of any length lie, as the library will; it does not stop at a size of 0.
 
-    Returns where they begin.
+    Returns where they lie (start, end).
     """
     heaps = []
     at = view.find(_HEAP)
     while at >= 0:
-        heaps.append(at)
         head = view[at : at + _HEAP_HEADER]
         end = at + struct.unpack("<Q", head[8:])[0] if len(head) == _HEAP_HEADER else len(view) + 1
         if end > len(view):
             raise ValueError("a heap of strings is cut off")
+        heaps.append((at, end))
         place = at + _HEAP_HEADER
         while place + _OBJECT.size <= end:
             index, _, _, size = _OBJECT.unpack(view[place : place + _OBJECT.size])
@@ -375,13 +376,19 @@ def _check_heaps(view: mmap.mmap) -> list[int]:
     return heaps
 
 
-def _check_structure(file: h5py.File, path: Path, view: mmap.mmap) -> list[tuple[int, int]]:
-    """Look at every object but not into arrays of numbers; returns where in the file (start, end) arrays lie."""
-    stored, unpacked, arrays = len(view), 0, []
+def _check_structure(file: h5py.File, path: Path, view: mmap.mmap) -> tuple[list[tuple[int, int]], set[bytes]]:
+    """Look at every object, but not into numbers.
+
+    Returns where in the file (start, end) arrays lie, and the names of attributes that hold strings.
+    """
+    stored, unpacked, arrays, names = len(view), 0, [], set[bytes]()
 
     def check_attributes(thing: h5py.Group | h5py.Dataset, name: str) -> None:
         for number in range(h5py.h5a.get_num_attrs(thing.id)):
-            _check_type(h5py.h5a.open(thing.id, index=number).get_type(), name, path)
+            attribute = h5py.h5a.open(thing.id, index=number)
+            _check_type(attribute.get_type(), name, path)
+            if _references(attribute.get_type())[0]:
+                names.add(attribute.name)
 
     links: dict[str, object] = {}
     file.visititems_links(links.__setitem__)  # an exception in there would be lost on its way through the library
@@ -401,22 +408,46 @@ def _check_structure(file: h5py.File, path: Path, view: mmap.mmap) -> list[tuple
         _check_type(kind, name, path)
         unpacked += thing.size * kind.get_size() if thing.shape is not None else 0
         check_size(path, stored, unpacked)
-        strings = kind.get_class() == h5py.h5t.STRING and kind.is_variable_str()
-        for start, end, mask in _pieces(thing):
-            if strings:
-                references = _unfiltered(thing, view[start:end], mask)
-                lengths = np.frombuffer(references[: len(references) // _REFERENCE * _REFERENCE], "<u4")[::4]
-                _check_length(lengths.max(initial=0), stored)
-            if kind.get_class() != h5py.h5t.COMPOUND:  # whose strings lie anywhere between other things
-                arrays.append((start, end))
-    return arrays
+        places, width = _references(kind)
+        for start, end, mask in _pieces(thing, width):
+            if end > stored:
+                raise ValueError(f"{name!r} is cut off")
+            arrays.append((start, end))
+            if places:
+                _check_lengths(_unfiltered(thing, view[start:end], mask, width), places, width, stored)
+    return arrays, names
 
 
-def _pieces(dataset: h5py.Dataset) -> list[tuple[int, int, int]]:
+def _references(kind: h5py.h5t.TypeID) -> tuple[list[int], int]:
+    """Where in an element as it is stored strings of any length are referred to, and the element's size there."""
+    if kind.get_class() == h5py.h5t.STRING and kind.is_variable_str():
+        return [0], _REFERENCE
+    places, size = list[int](), kind.get_size()
+    if isinstance(kind, h5py.h5t.TypeCompoundID):
+        for number in range(kind.get_nmembers()):
+            member = kind.get_member_type(number)
+            inner, width = _references(member)
+            # as it is told here, a string is a pointer
+            places += [kind.get_member_offset(number) + size - kind.get_size() + place for place in inner]
+            size += width - member.get_size()
+    return places, size
+
+
+def _check_lengths(content: bytes, places: list[int], width: int, stored: int) -> None:
+    """The library asks for the memory that a string's length tells before it looks how long the string is."""
+    elements = np.frombuffer(content[: len(content) // width * width], np.uint8).reshape(-1, width)
+    for place in places:
+        longest = elements[:, place : place + 4].copy().view("<u4").max(initial=0)
+        if longest > max(stored, _LONGEST_ANYWAY):
+            raise ValueError(f"a string of {longest:,} bytes is announced, and the file has {stored:,}")
+
+
+def _pieces(dataset: h5py.Dataset, width: int) -> list[tuple[int, int, int]]:
     """Where in the file (start, end) the parts of a dataset lie, each with the mask of the filters it was spared."""
     if dataset.chunks is None:
         start = dataset.id.get_offset()  # None where nothing was written, or all of it lies with the description
-        return [] if start is None else [(start, start + dataset.id.get_storage_size(), 0)]
+        size = min(dataset.id.get_storage_size(), (dataset.size or 0) * width)
+        return [] if start is None else [(start, start + size, 0)]
     found: list[tuple[int, int, int]] = []
     most = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
 
@@ -430,56 +461,55 @@ def _pieces(dataset: h5py.Dataset) -> list[tuple[int, int, int]]:
     return found
 
 
-def _unfiltered(dataset: h5py.Dataset, piece: bytes, mask: int) -> bytes:
-    """References to strings as before the filters of their dataset; empty where these cannot be undone here."""
+def _unfiltered(dataset: h5py.Dataset, piece: bytes, mask: int, width: int) -> bytes:
+    """Elements of a dataset as before its filters; empty where these cannot be undone here."""
     plan = dataset.id.get_create_plist()
     for number in reversed(range(plan.get_nfilters())):
         code = plan.get_filter(number)[0]
         if mask >> number & 1:
             continue
         if code == h5py.h5z.FILTER_DEFLATE:
-            piece = zlib.decompressobj().decompress(piece, _REFERENCE * math.prod(dataset.chunks))
-        elif code == h5py.h5z.FILTER_SHUFFLE and len(piece) % _REFERENCE == 0:
-            piece = np.frombuffer(piece, np.uint8).reshape(_REFERENCE, -1).T.tobytes()
-        elif code == h5py.h5z.FILTER_FLETCHER32:
-            piece = piece[:-4]
+            piece = zlib.decompressobj().decompress(piece, width * math.prod(dataset.chunks))
+        elif code == h5py.h5z.FILTER_SHUFFLE and len(piece) % width == 0:
+            piece = np.frombuffer(piece, np.uint8).reshape(width, -1).T.tobytes()
         else:
             return b""
     return piece
 
 
-def _check_length(length: int, stored: int) -> None:
-    """The library asks for the memory that a string's length tells before it looks how long the string is."""
-    if length > max(stored, _LONGEST_ANYWAY):
-        raise ValueError(f"a string of {length:,} bytes is announced, and the file has {stored:,}")
+def _check_attributes(view: mmap.mmap, names: set[bytes], known: list[tuple[int, int]]) -> None:
+    """Check the lengths of attributes' strings, wherever in the file the library put them.
 
-
-def _check_references(view: mmap.mmap, heaps: list[int], arrays: list[tuple[int, int]]) -> None:
-    """Check the lengths of strings outside of arrays: those of attributes, wherever the library put them.
-
-    What looks like a reference is one if it names the address of a heap and a number that an object there may have.
-    Three numbers of an array could look so as well (-1, 2048, 1), hence arrays are left out, which makes this quick as
-    well: one pass over the rest, however many heaps there are. In that rest, of descriptions, indices, names and
-    strings, only references tell where a heap lies.
+    There, an attribute is its version, flags, the sizes of its name, type and space, and these three with its values.
+    Arrays and heaps (`known`) are left out: nothing in them can be taken for one, and what is left is little.
     """
-    if not heaps:
+    if len(names) > _MOST_NAMES:
+        raise ValueError(f"it has attributes of {len(names):,} names, and no slide has so many")
+    for start, end in _between(known, len(view)):
+        for name in names:
+            at = view.find(name + b"\0", start, end)
+            while at >= 0:
+                for version, before, grain in ((1, 8, 8), (2, 8, 1), (3, 9, 1)):
+                    if at >= before and view[at - before] == version:
+                        _check_attribute(view, at - before, at, grain, len(name) + 1)
+                at = view.find(name + b"\0", at + 1, end)
+
+
+def _check_attribute(view: mmap.mmap, head: int, at: int, grain: int, length: int) -> None:
+    """Check strings of an attribute whose name of `length` bytes is at `at`, if it is one."""
+    sizes = struct.unpack("<3H", view[head + 2 : head + 8])
+    kind = at + -(-length // grain) * grain
+    space = kind + -(-sizes[1] // grain) * grain
+    if sizes[0] != length or view[kind : kind + 1][:1] not in _VLEN or sizes[2] < 4 or space + 4 > len(view):
         return
-    base = max(view.find(b"\x89HDF\r\n\x1a\n"), 0)  # addresses count from there
-    addresses = np.array(heaps, np.uint64) - np.uint64(base)
-    for start, end in _between(arrays, len(view)):
-        for block in range(start, end, _BLOCK):
-            part = view[block : min(block + _BLOCK + _REFERENCE - 1, end)]
-            for shift in range(min(4, max(len(part) - _REFERENCE + 1, 0))):  # nothing is aligned
-                words = np.frombuffer(part, "<u4", (len(part) - shift) // 4, shift)
-                lengths, low, high, number = words[:-3], words[1:-2], words[2:-1], words[3:]
-                seems = (lengths > _LONGEST_ANYWAY) & (high <= len(view) >> 32) & (number - np.uint32(1) < 0xFFFF)
-                at = np.flatnonzero(seems)
-                named = np.isin(low[at] + (high[at].astype(np.uint64) << np.uint64(32)), addresses)
-                _check_length(lengths[at[named]].max(initial=0), len(view))
+    rank, dimensions = view[space + 1], space + (8 if view[space] == 1 else 4)
+    shape = struct.unpack_from(f"<{rank}Q", view[dimensions : dimensions + 8 * rank].ljust(8 * rank, b"\0"))
+    values = space + -(-sizes[2] // grain) * grain
+    _check_lengths(view[values : values + _REFERENCE * math.prod(shape)], [0], _REFERENCE, len(view))
 
 
 def _between(spans: list[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
-    """What spans leave of a file, where a reference has room."""
+    """What spans leave of a file, where an attribute has room."""
     at = 0
     for start, stop in [*sorted(spans), (end, end)]:
         if start - at >= _REFERENCE:

@@ -148,6 +148,9 @@ def _read_counts(folder: Path) -> AnnData:
             slide = sc.read_10x_h5(matrix) if matrix.is_file() else sc.read_10x_mtx(matrix, make_unique=False)
     except Exception as error:  # a damaged HDF5 file ends in almost any exception
         raise DataError(f"{matrix} is not readable as Space Ranger's counts: {error}") from error
+    if not slide.obs_names.is_unique:
+        twice = slide.obs_names[slide.obs_names.duplicated()][0]
+        raise DataError(f"{matrix} has counts of the barcode {twice!r} twice")
     slide.var.index.name = None
     slide.var["symbol"] = slide.var_names
     slide.var_names_make_unique()
