@@ -9,6 +9,7 @@ can be evaluated at any place without its neighbours: a single spot can be drawn
 """
 
 import hashlib
+from functools import cached_property
 
 import numpy as np
 
@@ -58,15 +59,22 @@ class SlideNoise:
         generator = _generator("slide", seed, slide, draw)
         self.order = _open_interval(generator.random(num_columns))
         self.normal = generator.standard_normal(num_columns)
+        self._generator, self._range = generator, spatial_range
+
+    @cached_property
+    def _waves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Frequencies (F, 2) and weights (2F, C), by far the most numbers of all: not before a field is asked for."""
+        generator, shape = self._generator, (2 * NUM_FREQUENCIES, len(self.normal))
         # the spectrum of exp(−r/ℓ) in the plane is a Cauchy distribution of scale 1/ℓ
         frequencies = generator.standard_normal((NUM_FREQUENCIES, 2))
-        self._frequencies = frequencies / (spatial_range * np.abs(generator.standard_normal((NUM_FREQUENCIES, 1))))
-        self._weights = generator.standard_normal((2 * NUM_FREQUENCIES, num_columns)) / np.sqrt(NUM_FREQUENCIES)
+        frequencies = frequencies / (self._range * np.abs(generator.standard_normal((NUM_FREQUENCIES, 1))))
+        return frequencies, generator.standard_normal(shape) / np.sqrt(NUM_FREQUENCIES)
 
     def field(self, positions: np.ndarray) -> np.ndarray:
         """The fields at positions (n, 2) → standard normal numbers (n, C)."""
-        phase = np.asarray(positions, dtype=np.float64) @ self._frequencies.T
-        return np.concatenate([np.cos(phase), np.sin(phase)], axis=1) @ self._weights
+        frequencies, weights = self._waves
+        phase = np.asarray(positions, dtype=np.float64) @ frequencies.T
+        return np.concatenate([np.cos(phase), np.sin(phase)], axis=1) @ weights
 
 
 def spot_normals(seed: int | str, spot: str, draw: int, count: int) -> np.ndarray:

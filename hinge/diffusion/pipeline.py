@@ -10,11 +10,14 @@ from scipy.special import ndtri
 from torch import Tensor
 from tqdm import tqdm
 
-from hinge.diffusion.noise import SlideNoise, spot_normals, spot_uniforms
+from hinge.diffusion.noise import NUM_FREQUENCIES, SlideNoise, spot_normals, spot_uniforms
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.errors import DataError
 from hinge.models.hinge import HingeModel
 from hinge.models.subset import GeneSubset
+
+# float64 numbers of a slide's noise, which every batch needs again: half a gigabyte
+MOST_NUMBERS_KEPT = 1 << 26
 
 ORDERS = ("random", "dependence", "confidence")
 
@@ -404,18 +407,17 @@ class _Noise:
         if slide_effect is not None:
             self.mean, self.root = slide_effect
             self.typical_shift = self.loadings @ self.mean
-        self._slides: dict[tuple, SlideNoise] = {}
+        self._slides: dict[tuple[int, int], SlideNoise] = {}
 
     def _slide(self, spot: int, draw: int, again: int) -> SlideNoise:
-        # a spot on its own is a slide of one spot
-        name = self.spots[spot] if self.slide is None else self.slide
-        key = (name, draw, again)
-        if key not in self._slides:
-            if len(self._slides) > 4096:
+        seed = self.seed if not again else f"{self.seed} again {again}"
+        if self.slide is None:  # a spot on its own is a slide of one spot
+            return SlideNoise(seed, self.spots[spot], draw, len(self.share), self.range)
+        if (draw, again) not in self._slides:
+            if len(self._slides) * 2 * NUM_FREQUENCIES * len(self.share) > MOST_NUMBERS_KEPT:
                 self._slides.clear()
-            seed = self.seed if not again else f"{self.seed} again {again}"
-            self._slides[key] = SlideNoise(seed, name, draw, len(self.share), self.range)
-        return self._slides[key]
+            self._slides[draw, again] = SlideNoise(seed, self.slide, draw, len(self.share), self.range)
+        return self._slides[draw, again]
 
     def of(self, spot_index: np.ndarray, draw_index: np.ndarray, again: int = 0) -> _Numbers:
         genes = self.num_genes
