@@ -695,6 +695,21 @@ def test_a_spatialdata_table_of_a_trillion(tmp_path):
         read_slide(tmp_path / "s.zarr")
 
 
+@pytest.mark.parametrize("format", [2, 3])
+@pytest.mark.parametrize("name", ["X/data", "obs/_index"])
+def test_a_chunk_of_a_spatialdata_table_that_unpacks_to_gigabytes(tmp_path, format, name):
+    from anndata.io import write_elem
+
+    table = AnnData(scipy.sparse.csr_matrix(np.ones((4, 2))))
+    table.uns["spatialdata_attrs"] = {"region": "r", "region_key": "region", "instance_key": "i"}
+    root = zarr.open_group(tmp_path / "s.zarr", mode="w", zarr_format=format)
+    write_elem(root.create_group("tables"), "table", table)
+    chunk = tmp_path / "s.zarr" / "tables" / "table" / name / ("0" if format == 2 else "c/0")
+    chunk.write_bytes(CODECS["blosc" if format == 2 else "zstd"][2]())
+    with refused("made to fill the memory", DataError):
+        read_slide(tmp_path / "s.zarr")
+
+
 def test_gzip_that_unpacks_to_a_thousandfold(tmp_path):
     (tmp_path / "ST-cnts").mkdir()
     line = b"1x1" + b"\t0" * 1000 + b"\n"

@@ -42,11 +42,15 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
 
     store, table_name, region = _samples(path)[sample]
     try:
+        for folder in (store / "tables").glob("[!.]*/"):
+            check_zarr(zarr.open_group(folder, mode="r"), folder)
         data = spatialdata.read_zarr(store, selection=("images", "shapes", "tables"))
         table = data.tables[table_name]
         check_sparse(table)
         keys = table.uns["spatialdata_attrs"]
         slide = table[(table.obs[keys["region_key"]] == region).to_numpy()].copy()
+    except HingeError:
+        raise
     except Exception as error:  # a damaged store ends in almost any exception
         raise DataError(f"{store} is not a readable SpatialData store: {' '.join(str(error).split())}") from error
     if region not in data.shapes:
@@ -126,9 +130,9 @@ def _samples(path: Path) -> dict[str, tuple[Path, str, str]]:
         annotated = []
         for table in sorted(folder.name for folder in (store / "tables").glob("[!.]*/")):
             try:
-                check_zarr(zarr.open_group(store / "tables" / table, mode="r"), store / "tables" / table)
-                keys = read_elem(zarr.open_group(store / "tables" / table, mode="r")["uns/spatialdata_attrs"])
-                regions = np.atleast_1d(keys["region"])
+                group = zarr.open_group(store / "tables" / table, mode="r")["uns/spatialdata_attrs"]
+                check_zarr(group, store / "tables" / table / "uns" / "spatialdata_attrs")
+                regions = np.atleast_1d(read_elem(group)["region"])
             except KeyError:  # a table that annotates nothing
                 continue
             except HingeError:
