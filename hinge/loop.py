@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers.training_utils import EMAModel
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -194,11 +193,11 @@ def run_loop(
         weight_decay=config.weight_decay,
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
-    ema = (
-        EMAModel(trainable.values(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-        if config.ema_decay
-        else None
-    )
+    ema = None
+    if config.ema_decay:
+        from diffusers.training_utils import EMAModel  # all of its diffusion models come along: seconds
+
+        ema = EMAModel(trainable.values(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     state: dict[str, Any] = {"step": 0, "best_step": None, "best_score": None, "bad_evaluations": 0, "stopped": False}
     latest, best = folder / "latest.safetensors", folder / "best.safetensors"
     if latest.exists():
