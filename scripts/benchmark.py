@@ -350,7 +350,7 @@ def features(
 
     loaded = load_encoder(encoder)
     with tempfile.TemporaryDirectory() as folder:
-        slide = read_slide(simulate_tissue(folder, n_slides=1, grid=(8, 8), n_genes=20)[0])
+        slide = read_slide(simulate_tissue(folder, n_slides=1, grid=(8, 4), n_genes=20)[0])
         patch = np.zeros((batch_size, loaded.patch_px, loaded.patch_px, 3), dtype=np.uint8)
         x = loaded.transform(torch.from_numpy(patch).to(loaded.device))
 

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from hinge.data.spots import SpotTable
 from hinge.diffusion.continuous import NUM_TIMES, Denoiser
-from hinge.errors import DataError
 from hinge.loop import LoopResult, make_accelerator, run_loop, step_generator
 from hinge.training.closed_form import held_out_folds, ridge_out_of_fold
-from hinge.training.trainer import VALIDATION_TIMES, TrainingConfig, split_spots
+from hinge.training.trainer import VALIDATION_TIMES, TrainingConfig, TrainingRows
 
 
 def train_denoiser(
@@ -42,22 +41,15 @@ def train_denoiser(
     DataError
         No spot, or spots without features.
     """
-    if len(spots) == 0 or spots.features is None:
-        raise DataError("training needs spots with features")
+    model, path = denoiser.model, denoiser.path
+    data = TrainingRows(model, spots, config, seed)
+    held, num_genes = data.held, spots.values.shape[1]
     accelerator = accelerator or make_accelerator(config, folder)
     device = accelerator.device
-    training, held = split_spots(spots, config.validation_share, config.validation_groups, seed)
-    num_views, num_genes = spots.features.shape[1], spots.values.shape[1]
-    features = torch.from_numpy(np.asarray(spots.features, dtype=np.float32))
-    denoiser.to(device)
+    denoiser.to(device).eval()
     x0 = denoiser.standardise(torch.from_numpy(np.asarray(spots.values, dtype=np.float32)).to(device)).cpu()
-    model, path = denoiser.model, denoiser.path
-    model.set_feature_statistics(features[training].flatten(0, 1))
-    model.gradient_checkpointing = config.gradient_checkpointing
-    denoiser.eval()  # the start is without dropout: it would be another one each time that a run is resumed
     if config.closed_form_start and model.path is not None:
-        _start_from_ridge(denoiser, spots.subset(training), seed)
-    dropout, noise_scale = model.config.feature_dropout, model.config.feature_noise
+        _start_from_ridge(denoiser, spots.subset(data.training), seed)
 
     def losses(module, spot, times, noise, condition, feature_mask=None) -> Tensor:
         """Weighted squared error of each spot, (B,)."""
@@ -67,18 +59,11 @@ def train_denoiser(
         return path.weights(times).to(device) * ((predicted - target.to(device)) ** 2).mean(dim=1)
 
     def batch_loss(module, step, rows, positions, generator) -> Tensor:
-        # everything random is drawn for the global batch on every process; each then takes its rows
-        spot, view = training[rows // num_views], rows % num_views
         times = torch.randint(1, NUM_TIMES + 1, (len(rows),), generator=generator)
         noise = torch.randn(len(rows), num_genes, generator=generator)
-        condition, kept = features[spot, view], None
-        if noise_scale:
-            jitter = torch.randn(condition.shape, generator=generator)
-            condition = condition + noise_scale * jitter * model.feature_std.cpu()
-        if dropout:
-            kept = (torch.rand(condition.shape, generator=generator) >= dropout).float() / (1 - dropout)
-            kept = kept[positions]
-        of_spots = losses(module, spot[positions], times[positions], noise[positions], condition[positions], kept)
+        spot, condition, mask = data.draw(rows, generator)
+        mask = None if mask is None else mask[positions]
+        of_spots = losses(module, spot[positions], times[positions], noise[positions], condition[positions], mask)
         return of_spots.sum() / len(rows)
 
     # the last time but not the first, at which there is nothing to predict
@@ -91,13 +76,13 @@ def train_denoiser(
             spot, times = held[part // len(grid)], torch.from_numpy(grid[part % len(grid)])
             # one generator a row: the noise of a held-out spot is the same on any number of processes
             noise = torch.stack([torch.randn(num_genes, generator=step_generator(seed, 31, int(row))) for row in part])
-            sums += torch.tensor([losses(module, spot, times, noise, features[spot, 0]).sum().item(), len(part)])
+            sums += torch.tensor([losses(module, spot, times, noise, data.features[spot, 0]).sum().item(), len(part)])
         return sums
 
     return run_loop(
         denoiser,
         batch_loss,
-        len(training) * num_views,
+        len(data),
         config,
         folder,
         seed,

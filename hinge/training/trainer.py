@@ -86,6 +86,59 @@ class _Denoising(nn.Module):
         return self.model(**inputs).loss(target)
 
 
+class TrainingRows:
+    """What a run trains on: every view of every training spot is a row. The model's part in it is prepared.
+
+    Parameters
+    ----------
+    model
+        Its feature statistics are set from the training spots; it is in eval mode afterwards.
+    spots, config, seed
+        As in `train_hinge`.
+
+    Attributes
+    ----------
+    training, held
+        Indices of spots.
+    features
+        (n, V, d) of all spots.
+
+    Raises
+    ------
+    DataError
+        No spot, or spots without features.
+    """
+
+    def __init__(self, model: HingeModel, spots: SpotTable, config: TrainingConfig, seed: int):
+        if len(spots) == 0 or spots.features is None:
+            raise DataError("training needs spots with features")
+        self.model = model
+        self.training, self.held = split_spots(spots, config.validation_share, config.validation_groups, seed)
+        self.features = torch.from_numpy(np.asarray(spots.features, dtype=np.float32))
+        model.set_feature_statistics(self.features[self.training].flatten(0, 1))
+        model.gradient_checkpointing = config.gradient_checkpointing
+        model.eval()  # the start is without dropout: it would be another one each time that a run is resumed
+
+    def __len__(self) -> int:
+        return len(self.training) * self.features.shape[1]
+
+    def draw(self, rows: np.ndarray, generator: torch.Generator) -> tuple[np.ndarray, Tensor, Tensor | None]:
+        """The spots (B,) of rows, their features (B, d) with noise, and what these are multiplied with, if anything.
+
+        Everything random is drawn for the global batch on every process; each then takes its rows.
+        """
+        config, num_views = self.model.config, self.features.shape[1]
+        spot, view = self.training[rows // num_views], rows % num_views
+        condition, mask = self.features[spot, view], None
+        if config.feature_noise:
+            jitter = torch.randn(condition.shape, generator=generator)
+            condition = condition + config.feature_noise * jitter * self.model.feature_std.cpu()
+        if config.feature_dropout:
+            kept = torch.rand(condition.shape, generator=generator) >= config.feature_dropout
+            mask = kept.float() / (1 - config.feature_dropout)
+        return spot, condition, mask
+
+
 def train_hinge(
     model: HingeModel,
     scheduler: MaskedDiffusionScheduler,
@@ -118,18 +171,12 @@ def train_hinge(
     DataError
         No spot, or spots without features.
     """
-    if len(spots) == 0 or spots.features is None:
-        raise DataError("training needs spots with features")
+    data = TrainingRows(model, spots, config, seed)
+    training, held, features, num_genes = data.training, data.held, data.features, spots.values.shape[1]
     accelerator = accelerator or make_accelerator(config, folder)
     device = accelerator.device
-    training, held = split_spots(spots, config.validation_share, config.validation_groups, seed)
-    num_views, num_genes = spots.features.shape[1], spots.values.shape[1]
-    features = torch.from_numpy(np.asarray(spots.features, dtype=np.float32))
     values = torch.from_numpy(np.asarray(spots.values, dtype=np.float32))
     gene_ids = gene_ids.to(device)
-    model.set_feature_statistics(features[training].flatten(0, 1))
-    model.gradient_checkpointing = config.gradient_checkpointing
-    model.eval()  # the start is without dropout: it would be another one each time that a run is resumed
     shifts = None
     if config.closed_form_start and model.path is not None:
         # also before a resumed run: the checkpoint then replaces the parameters, but not buffers and shifts
@@ -145,9 +192,7 @@ def train_hinge(
     elif model.depth_path is not None:
         fit_depth(model.to(device), spots.subset(training))
     depth = torch.from_numpy(np.asarray(spots.total, dtype=np.float32)) if model.depth_path is not None else None
-    total = config.num_steps(len(training) * num_views)
-    warm_steps = round(config.warm_start_share * total)
-    dropout, noise_scale = model.config.feature_dropout, model.config.feature_noise
+    warm_steps = round(config.warm_start_share * config.num_steps(len(data)))
 
     def inputs_at(
         spot: np.ndarray, timesteps: Tensor, uniform: Tensor, noise: Tensor, condition: Tensor
@@ -167,7 +212,6 @@ def train_hinge(
         return {name: tensor.to(device) for name, tensor in inputs.items()} | {"gene_ids": gene_ids}
 
     def batch_loss(module, step, rows, positions, generator) -> Tensor:
-        # everything random is drawn for the global batch on every process; each then takes its rows
         size = len(rows)
         share = config.warm_start_masked_share if step < warm_steps else 1.0
         timesteps = draw_timesteps(scheduler, size, num_genes, generator, share)
@@ -180,19 +224,14 @@ def train_hinge(
             # what a step of any length would reveal
             ends = (torch.rand(size, generator=generator) * timesteps).long()
             present = scheduler.visible_at(ends, uniform)
-        spot, view = training[rows // num_views], rows % num_views
-        condition = features[spot, view]
-        if noise_scale:
-            jitter = torch.randn(condition.shape, generator=generator)
-            condition = condition + noise_scale * jitter * model.feature_std.cpu()
+        spot, condition, mask = data.draw(rows, generator)
         inputs = inputs_at(
             spot[positions], timesteps[positions], uniform[positions], noise[positions], condition[positions]
         )
         if present is not None:
             inputs["present"] = present[positions].to(device)
-        if dropout:
-            kept = torch.rand(condition.shape, generator=generator) >= dropout
-            inputs["feature_mask"] = (kept.float() / (1 - dropout))[positions].to(device)
+        if mask is not None:
+            inputs["feature_mask"] = mask[positions].to(device)
         losses = module(values[spot][positions].to(device), **inputs)
         return (losses * weights[positions].to(device)).sum() / size
 
@@ -219,7 +258,7 @@ def train_hinge(
     result = run_loop(
         _Denoising(model),
         batch_loss,
-        len(training) * num_views,
+        len(data),
         config,
         folder,
         seed,
