@@ -12,6 +12,9 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+# what oneDNN, torch's library on CPUs, says of memory that it did not get
+_ONEDNN = ("could not create a primitive", "could not create a memory object")
+
 
 def with_less_memory(batch_size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
     """Do something by batches, of half the size as often as memory runs out.
@@ -38,7 +41,7 @@ def with_less_memory(batch_size: int, work: Callable[[int], Result]) -> tuple[Re
             return work(batch_size), batch_size
         except Exception as error:
             # numpy has an error of its own; torch tells by the words alone on a CPU
-            if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            if not (isinstance(error, MemoryError) or should_reduce_batch_size(error) or str(error) in _ONEDNN):
                 raise
             reason = str(error).splitlines()[0] if str(error) else "out of memory"
         # out of the except block: the error holds on to what its frames allocated

@@ -297,10 +297,11 @@ OUT_OF_MEMORY = [
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to ..."),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."),
     MemoryError("Unable to allocate 2.00 GiB for an array with shape (1, 2) and data type float32"),
+    RuntimeError("could not create a primitive"),
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cpu", "cuda", "numpy"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cpu", "cuda", "numpy", "onednn"])
 def test_batches_are_halved(error, monkeypatch):
     monkeypatch.setattr(memory, "clear_device_cache", lambda **_: None)  # a second each, in a process this large
     tried = []

@@ -530,6 +530,15 @@ def test_ctrl_c_keeps_what_is_drawn_and_says_how_to_go_on(server, trained, tmp_p
     assert list(output.parent.iterdir()) == [output]
 
 
+@pytest.fixture
+def ctrl_c_counts():
+    """Also where the tests themselves were put into the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_counts")
 def test_ctrl_c_in_the_last_step_of_training_is_not_lost(tmp_path):
     """It came too late for the loop, whose work is done, and stops what would have followed."""
     import torch
