@@ -6,6 +6,7 @@
     python scripts/benchmark.py load
     python scripts/benchmark.py scale --plot scale.png
     python scripts/benchmark.py steps runs/her2st
+    python scripts/benchmark.py processes
 
 Every command prints JSON and writes it where --output says. What is compared takes turns in one process, so that a busy
 machine slows all of it; times are medians with the smallest and the largest. Peak memory is that of a process of its
@@ -16,6 +17,7 @@ import json
 import multiprocessing
 import platform
 import resource
+import socket
 import statistics
 import tempfile
 import time
@@ -455,6 +457,94 @@ def scale(
     if plot is not None:
         _plot_scale(rows, plot)
     report({"benchmark": "scale", "rows": rows}, output)
+
+
+def _shared_work(size: str, rank: int, world: int, port: int, spots: int, num_steps: int, sender) -> None:
+    """Seconds that this process and the others together take to train and to sample."""
+    import os
+
+    from hinge.data.spots import SpotTable
+    from hinge.loop import make_accelerator
+    from hinge.training import TrainingConfig, train_hinge
+
+    torch.set_num_threads(1)
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if world > 1:
+        os.environ.update({name: str(value) for name, value in where.items()}, ACCELERATE_USE_CPU="true")
+    model, genes = make_model(size, "hinge bfloat16"), SIZES[size][3]
+    ids, scheduler = torch.arange(1, genes + 1), MaskedDiffusionScheduler(50, "cosine")
+    values = np.random.default_rng(0).random((64, genes), dtype=np.float32)
+    table = SpotTable(
+        slide=np.repeat("A1", 64),
+        barcodes=np.arange(64).astype(str),
+        coords=np.zeros((64, 2)),
+        features=np.random.default_rng(1).standard_normal((64, 1, FEATURES)).astype(np.float32),
+        counts=values,
+        total=np.ones(64, dtype=np.float32),
+        values=values,
+        genes=[str(number) for number in ids.tolist()],
+        transform="log2p1",
+    )
+    seconds = {}
+    for steps in (1, num_steps):
+        config = TrainingConfig(
+            epochs=None, steps=steps, batch_size=32, precision="bf16", validation_share=0, checkpoint_every=1000
+        )
+        accelerator = make_accelerator(config)
+        with tempfile.TemporaryDirectory() as folder:
+            accelerator.wait_for_everyone()
+            started = time.perf_counter()
+            train_hinge(model, scheduler, ids, table, config, Path(folder) / "training", accelerator=accelerator)
+            accelerator.wait_for_everyone()
+            seconds["train"] = time.perf_counter() - started
+    pipeline = HingePipeline(model, scheduler)
+    for number in (4, spots):
+        mine = np.array_split(np.arange(number), world)[rank]
+        accelerator.wait_for_everyone()
+        started = time.perf_counter()
+        names, features = [str(spot) for spot in mine], table.features[mine % 64, 0]
+        pipeline(features, ids, names, num_draws=20, num_inference_steps=8, progress=False)
+        accelerator.wait_for_everyone()
+        seconds["sample"] = time.perf_counter() - started
+    sender.send(seconds)
+
+
+@app.command()
+def processes(
+    size: Size = "base",
+    spots: Annotated[int, typer.Option(help="Spots that are sampled.")] = 32,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 12,
+    repeats: Annotated[int, typer.Option(help="Rounds.")] = 3,
+    output: Output = None,
+) -> None:
+    """How many times as fast two CPU processes of one thread train and sample as one."""
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[str, dict[int, list[float]]] = {"train": {1: [], 2: []}, "sample": {1: [], 2: []}}
+    for _ in range(repeats):
+        for world in (1, 2):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            receiver, sender = context.Pipe(duplex=False)
+            shared = (world, port, spots, steps, sender)
+            started = [context.Process(target=_shared_work, args=(size, rank, *shared)) for rank in range(world)]
+            for process in started:
+                process.start()
+            sender.close()
+            results = [receiver.recv() for _ in started]
+            for what, rounds in seconds.items():
+                rounds[world].append(max(result[what] for result in results))
+            for process in started:
+                process.join()
+    rows = {
+        what: {
+            "one_s": statistics.median(own[1]),
+            "two_s": statistics.median(own[2]),
+            "speed_up": ratio(own[1], own[2]),
+        }
+        for what, own in seconds.items()
+    }
+    report({"benchmark": "processes", "size": size, "spots": spots, "steps": steps, "rows": rows}, output)
 
 
 def _plot_scale(rows: list[dict], path: Path) -> None:
