@@ -10,7 +10,8 @@ import tifffile
 import zarr
 from PIL import Image
 
-from hinge.data.untrusted import CheckedArray, inside
+from hinge.data.untrusted import inside
+from hinge.data.untrusted_zarr import CheckedArray
 from hinge.errors import DataError
 
 _TIFF_SUFFIXES = {".tif", ".tiff", ".btf", ".tf2", ".tf8"}

@@ -14,7 +14,8 @@ from anndata.io import read_elem
 from hinge.data.readers.h5ad import pitch_in_px, positive_length, raw_counts
 from hinge.data.readers.visium import SPOT_DIAMETER_UM, SPOT_PITCH_UM, um_per_px_of_array
 from hinge.data.slide import describe_slide
-from hinge.data.untrusted import check_sparse, check_zarr
+from hinge.data.untrusted import check_sparse
+from hinge.data.untrusted_zarr import check_zarr
 from hinge.errors import DataError, HingeError
 
 LAYOUT = (

@@ -6,7 +6,7 @@ import numpy as np
 import zarr
 from anndata import AnnData
 
-from hinge.data.untrusted import check_zarr
+from hinge.data.untrusted_zarr import check_zarr
 from hinge.errors import DataError, HingeError, one_line
 from hinge.files import atomic_path
 
