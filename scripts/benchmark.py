@@ -511,9 +511,9 @@ def _shared_work(size: str, rank: int, world: int, port: int, spots: int, num_st
 
 @app.command()
 def processes(
-    size: Size = "base",
-    spots: Annotated[int, typer.Option(help="Spots that are sampled.")] = 32,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 12,
+    size: Size = "her2st",
+    spots: Annotated[int, typer.Option(help="Spots that are sampled.")] = 64,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 40,
     repeats: Annotated[int, typer.Option(help="Rounds.")] = 3,
     output: Output = None,
 ) -> None:

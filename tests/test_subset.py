@@ -149,3 +149,9 @@ def test_sampling_uses_what_it_needs(order, with_observed, monkeypatch):
     assert counted[True][0] == GENES == counted[True][-1]
     later = counted[True][1 if order == "random" else 2 :]
     assert later == sorted(later) and np.mean(later) < (0.9 if with_observed else 0.75) * GENES
+
+
+def test_tokens_stay_where_only_they_know_the_genes():
+    for path in (True, False):
+        assert make(gene_path=path).drops_masked is path
+        assert make(gene_path=path, drop_masked=not path).drops_masked is not path

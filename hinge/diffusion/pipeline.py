@@ -296,7 +296,7 @@ class HingePipeline(DiffusionPipeline):
             )
 
         def needed(next_visible: Tensor) -> GeneSubset | None:
-            return GeneSubset.of(next_visible) if model.config.drop_masked else None
+            return GeneSubset.of(next_visible) if model.drops_masked else None
 
         def head(h: Tensor, visible: Tensor, subset: GeneSubset | None):
             filled = scheduler.fill_masked(values, visible, fill)
@@ -341,7 +341,7 @@ class HingePipeline(DiffusionPipeline):
                     h, means = h[back], means[back]
                 # the first pass of the draws is not that of the expectation where each has a depth of its own; whether
                 # it has tokens of all genes must not depend on which spots are in the batch
-                if depths is not None and (model.config.drop_masked or not torch.equal(depths, typical_depth)):
+                if depths is not None and (model.drops_masked or not torch.equal(depths, typical_depth)):
                     coming = torch.maximum(visible, scheduler.visible_at(end, rank))
                     subset = None if order == "confidence" else needed(coming)
                     h = run(visible, at, coming, subset=subset)

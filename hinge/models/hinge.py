@@ -207,7 +207,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         visible, from the closed-form start on.
     drop_masked
         Whether training hides some masked genes' tokens from the others, so that a step of sampling may do without all
-        but those of visible genes and of genes it reveals.
+        but those of visible genes and of genes it reveals. None: with a gene path, where it costs nothing.
     standardise_features
         Whether features are divided by the training spots' deviations; the released code takes them as they are.
     feature_dropout, feature_noise
@@ -242,7 +242,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         num_factors: int = 8,
         num_slide_factors: int = 4,
         masked_decoding: float = 0.0,
-        drop_masked: bool = True,
+        drop_masked: bool | None = None,
         standardise_features: bool = True,
         feature_dropout: float = 0.0,
         feature_noise: float = 0.0,
@@ -300,6 +300,11 @@ class HingeModel(ModelMixin, ConfigMixin):
         if self._backbone is None:
             raise WeightsError("this HingeModel has no backbone yet; give it one with attach_backbone()")
         return self._backbone
+
+    @property
+    def drops_masked(self) -> bool:
+        """Whether a step of sampling has no tokens of genes that stay masked."""
+        return self.config.gene_path if self.config.drop_masked is None else self.config.drop_masked
 
     @classmethod
     def from_backbone(cls, backbone: CellFMModel, feature_dim: int, num_genes: int, **options) -> "HingeModel":

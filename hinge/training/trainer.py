@@ -220,7 +220,7 @@ def train_hinge(
         visible = scheduler.visible_at(timesteps, uniform)
         weights = spot_weights(loss_mask(scheduler, timesteps, visible, uniform, config.loss_on), config.weighting)
         present = None
-        if model.config.drop_masked:
+        if model.drops_masked:
             # what a step of any length would reveal
             ends = (torch.rand(size, generator=generator) * timesteps).long()
             present = scheduler.visible_at(ends, uniform)
