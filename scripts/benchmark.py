@@ -136,7 +136,9 @@ def make_model(size: str, kind: str, seed: int = 0) -> torch.nn.Module:
         )
         # full modulation of 40 layers × 1536 would be 566 M weights, with Adam 9 GB
         rank = 32 if width * layers > 128 * 40 else None
-        model = HingeModel.from_backbone(backbone, FEATURES, genes, head="point", gene_path=False, modulation_rank=rank)
+        # the released model's parts, and tokens as a model with a gene path has them by default
+        options = {"head": "point", "gene_path": False, "drop_masked": True, "modulation_rank": rank}
+        model = HingeModel.from_backbone(backbone, FEATURES, genes, **options)
     model.to(device())
     if kind.startswith("plain"):
         return PlainHinge(model).to(device())
