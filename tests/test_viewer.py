@@ -444,7 +444,8 @@ def test_by_keyboard_alone(page):
     assert page.locator("#tab-pairs").get_attribute("aria-selected") == "true"
     page.locator("#pairs").focus()
     page.keyboard.press("ArrowDown")  # nothing yet to move over, and no complaint
-    page.wait_for_function("document.querySelector('#pairs-scores').textContent.includes('genes')")
+    # by a locator: the page's policy forbids evaluating a condition again and again
+    page.locator("#pairs-scores", has_text="genes").wait_for()
     page.keyboard.press("ArrowDown")
     assert ": measured " in page.locator("#pairs-text").inner_text()
     page.keyboard.press("?")
