@@ -40,8 +40,6 @@ class GeneSubset:
         return values if self.index is None else values.gather(1, self.index)
 
     def scatter(self, values: Tensor, into: Tensor) -> Tensor:
-        """`into` (B, G, …) with `values` (B, n, …) in the places of their genes."""
-        if self.index is None:
-            return values
+        """`into` (B, G, …) with `values` (B, n, …) in the places of their genes; for a subset with an index."""
         index = self.index.view(*self.index.shape, *[1] * (values.dim() - 2)).expand_as(values)
         return into.scatter(1, index, values)
