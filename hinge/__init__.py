@@ -30,7 +30,7 @@ _HOME = {
     "write_report": "hinge.report",
     "Run": "hinge.run",
     "load_config": "hinge.config",
-    "HingeError": "hinge.errors",
+    "HingeError": "hinge.utils.errors",
 }
 
 __all__ = ["__version__", *_HOME]

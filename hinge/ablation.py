@@ -32,12 +32,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from hinge.config import PATHS, BackboneConfig, RunConfig, check_config, explain, read_settings
 from hinge.data.simulate import simulate_tissue
-from hinge.errors import ConfigError, HingeError, Interrupted
 from hinge.evaluation.statistics import summarise_rows
-from hinge.files import atomic_path, read_json, write_json
-from hinge.locks import lock_folder
 from hinge.models import HingeModel
 from hinge.run import Run
+from hinge.utils.errors import ConfigError, HingeError, Interrupted
+from hinge.utils.files import atomic_path, read_json, write_json
+from hinge.utils.locks import lock_folder
 
 logger = logging.getLogger(__name__)
 

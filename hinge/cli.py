@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from hinge.cpu import prepare_cpu
-from hinge.errors import ConfigError, HingeError, Interrupted
+from hinge.utils.errors import ConfigError, HingeError, Interrupted
+from hinge.utils.threads import prepare_cpu
 
 
 class _Terminated(KeyboardInterrupt):
@@ -96,7 +96,7 @@ def _print_scores(path: Path) -> None:
     from rich.console import Console
 
     from hinge.evaluation.score import scores_table
-    from hinge.files import read_json
+    from hinge.utils.files import read_json
 
     console = Console()
     # a pipe has no width: give the table the room it needs
@@ -111,7 +111,7 @@ def _print_rows(path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from hinge.files import read_json
+    from hinge.utils.files import read_json
 
     console = Console()
     console = console if console.is_terminal else Console(width=240)

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hinge.errors import DataError, HingeError, Interrupted
-from hinge.locks import try_lock
+from hinge.utils.errors import DataError, HingeError, Interrupted
+from hinge.utils.locks import try_lock
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from hinge.backbones import PretrainConfig
 from hinge.data.readers.table import split_table
-from hinge.errors import ConfigError, DataError
 from hinge.evaluation.baselines import BASELINES, DEFAULT_BASELINES, GENERATIVE_BASELINES
-from hinge.files import atomic_path
 from hinge.models.heads import needs_depth
 from hinge.training import TrainingConfig
+from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.files import atomic_path
 
 
 # absolute, so that a run means the same files from whatever folder it is opened

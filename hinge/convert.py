@@ -16,11 +16,11 @@ from hinge.backbones.checkpoints import (
 )
 from hinge.data.panel import Panel
 from hinge.diffusion import MaskedDiffusionScheduler
-from hinge.errors import ConfigError, DataError, WeightsError
-from hinge.files import atomic_path, read_json, write_json
 from hinge.models import HingeModel
 from hinge.models.checkpoints import import_hinge, read_hinge, write_hinge
 from hinge.run import Run
+from hinge.utils.errors import ConfigError, DataError, WeightsError
+from hinge.utils.files import atomic_path, read_json, write_json
 
 # the released code's diffusion; its sampler is not part of what was released
 RELEASED_DIFFUSION = {

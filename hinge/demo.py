@@ -5,8 +5,8 @@ from pathlib import Path
 
 from hinge.config import check_config
 from hinge.data.simulate import simulate_tissue
-from hinge.locks import lock_folder
 from hinge.run import Run
+from hinge.utils.locks import lock_folder
 
 logger = logging.getLogger(__name__)
 

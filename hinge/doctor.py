@@ -12,8 +12,8 @@ import torch
 
 from hinge.backbones.checkpoints import read_our_config
 from hinge.encoders.recipes import RECIPES
-from hinge.errors import HingeError
-from hinge.files import read_json
+from hinge.utils.errors import HingeError
+from hinge.utils.files import read_json
 
 PACKAGES = ("torch", "torchvision", "timm", "diffusers", "transformers", "accelerate", "anndata", "scanpy", "numpy")
 OPTIONAL = {"spatialdata": "SpatialData stores", "playwright": "the viewer's tests", "tensorboard": "TensorBoard logs"}

@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hinge.errors import ConfigError, DataError, HingeError, Interrupted
-from hinge.files import atomic_path, write_json
+from hinge.utils.errors import ConfigError, DataError, HingeError, Interrupted
+from hinge.utils.files import atomic_path, write_json
 
 
 class LoopConfig(BaseModel):

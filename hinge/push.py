@@ -13,10 +13,10 @@ from safetensors import safe_open
 
 from hinge import __version__, hub
 from hinge.config import load_config, save_config
-from hinge.errors import ConfigError, DataError
-from hinge.files import read_json
 from hinge.models import HingeModel
 from hinge.run import Run
+from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.files import read_json
 
 logger = logging.getLogger(__name__)
 

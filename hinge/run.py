@@ -51,21 +51,21 @@ from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
 from hinge.diffusion.continuous import Denoiser, NoisePath, draw_continuous
 from hinge.diffusion.likelihood import chain_log_likelihood
 from hinge.encoders import Encoder, extract_features, load_encoder
-from hinge.errors import ConfigError, DataError, WeightsError, one_line
 from hinge.evaluation.baselines import BASELINES, GENERATIVE_BASELINES, Prediction
 from hinge.evaluation.likelihood import marginal_log_likelihood, oracle_log_likelihood
 from hinge.evaluation.modules import read_gene_sets
 from hinge.evaluation.oracle import oracle_prediction
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
 from hinge.evaluation.score import evaluate_slide, prediction_from_draws, write_scores
-from hinge.files import arrays_digest, atomic_path, file_digest, read_json, write_json
-from hinge.locks import lock_file, lock_folder
 from hinge.loop import make_accelerator, write_environment
-from hinge.memory import with_less_memory
 from hinge.models import HingeModel
 from hinge.models.heads import COUNT_HEADS, needs_depth
 from hinge.report import report_slide, write_report
 from hinge.training import split_spots, train_denoiser, train_hinge
+from hinge.utils.errors import ConfigError, DataError, WeightsError, one_line
+from hinge.utils.files import arrays_digest, atomic_path, file_digest, read_json, write_json
+from hinge.utils.locks import lock_file, lock_folder
+from hinge.utils.memory import with_less_memory
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from hinge.cpu import prepare_cpu
+from hinge.utils.threads import prepare_cpu
 
 prepare_cpu()
 

@@ -20,7 +20,7 @@ from hinge.data.spots import load_spots
 from hinge.encoders import extract_features, load_encoder
 from hinge.evaluation.baselines import fit_baselines
 from hinge.evaluation.metrics import gene_pcc, summarise_pcc
-from hinge.files import write_json
+from hinge.utils.files import write_json
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from hinge.ablation import Grid, markdown, run_grid, summarise_cells
-from hinge.errors import HingeError
-from hinge.files import write_json
+from hinge.utils.errors import HingeError
+from hinge.utils.files import write_json
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
-from hinge.cpu import prepare_cpu
+from hinge.utils.threads import prepare_cpu
 
 prepare_cpu()
 

@@ -20,7 +20,7 @@ import time
 import warnings
 from pathlib import Path
 
-from hinge.cpu import prepare_cpu
+from hinge.utils.threads import prepare_cpu
 
 prepare_cpu()
 
@@ -30,8 +30,8 @@ import psutil  # noqa: E402
 from hinge.config import check_config  # noqa: E402
 from hinge.data import simulate_tissue  # noqa: E402
 from hinge.data.draws import read_draws  # noqa: E402
-from hinge.files import arrays_digest  # noqa: E402
 from hinge.run import Run  # noqa: E402
+from hinge.utils.files import arrays_digest  # noqa: E402
 
 WARM_UP_SHARE = 0.15
 LARGEST_CHANGE = 0.05

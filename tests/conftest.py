@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from hinge.cpu import prepare_cpu
+from hinge.utils.threads import prepare_cpu
 
 prepare_cpu()  # threads that spin make boosting a hundred times slower where another process wants the core
 

@@ -12,8 +12,8 @@ import yaml
 from hinge.ablation import COLUMNS, _Workers, ablate, load_grid, make_cells, markdown, run_grid, summarise_cells
 from hinge.config import check_config
 from hinge.data import simulate_tissue
-from hinge.errors import ConfigError, HingeError, Interrupted
 from hinge.run import Run
+from hinge.utils.errors import ConfigError, HingeError, Interrupted
 
 GRIDS = sorted((Path(__file__).parents[1] / "configs" / "ablations").glob("*.yaml"))
 

@@ -14,7 +14,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from hinge.data.spots import SpotTable
-from hinge.errors import ConfigError, DataError
 from hinge.evaluation.baselines import (
     ALPHAS,
     BASELINES,
@@ -23,6 +22,7 @@ from hinge.evaluation.baselines import (
     fit_mlp,
     spot_groups,
 )
+from hinge.utils.errors import ConfigError, DataError
 
 METHODS = ["mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", "knn", "training-correlation"]
 N_GENES, N_FEATURES = 6, 10

@@ -6,8 +6,8 @@ import scoringrules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hinge.errors import DataError
 from hinge.evaluation.calibration import CURVE_LEVELS, coverage, crps, pit_distribution
+from hinge.utils.errors import DataError
 
 
 @pytest.fixture

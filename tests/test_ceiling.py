@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from hinge.data.transforms import get_transform
-from hinge.errors import DataError
 from hinge.evaluation.ceiling import noise_ceiling
 from hinge.evaluation.metrics import gene_pcc
+from hinge.utils.errors import DataError
 
 
 @pytest.fixture(scope="module")

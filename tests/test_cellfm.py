@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, safe_open
 
 from hinge.backbones import CellFMConfig, CellFMModel, PretrainConfig, pretrain_expression
-from hinge.errors import ConfigError, DataError
+from hinge.utils.errors import ConfigError, DataError
 
 
 def small(**options) -> CellFMModel:

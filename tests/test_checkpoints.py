@@ -22,11 +22,11 @@ from hinge.config import load_config
 from hinge.convert import RELEASED_DIFFUSION, convert_cellfm, convert_hinge, export_hinge_folder
 from hinge.data import read_slide, select_panel, simulate_tissue
 from hinge.data.draws import read_draws
-from hinge.errors import ConfigError, WeightsError
-from hinge.files import read_json
 from hinge.models import HingeModel
 from hinge.models.checkpoints import RELEASED_MODEL, import_hinge, write_hinge
 from hinge.run import Run
+from hinge.utils.errors import ConfigError, WeightsError
+from hinge.utils.files import read_json
 
 
 def small(**options) -> CellFMModel:

@@ -409,7 +409,7 @@ def test_damaged_files(fails, trained, tiny_slide, tmp_path):
 
 def test_an_image_that_breaks_off_while_patches_are_read(fails, hinge, tiny_slide, tmp_path, monkeypatch):
     import hinge.data.patches as patches
-    from hinge.errors import DataError
+    from hinge.utils.errors import DataError
 
     read, calls = patches.SlideImage.read_region, []
 

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy.stats import pearsonr
 
-from hinge.errors import DataError
 from hinge.evaluation.coexpression import coexpression_scores, correlation_matrix, matrix_scores
+from hinge.utils.errors import DataError
 
 N_GENES = 12
 UPPER = np.triu_indices(N_GENES, k=1)

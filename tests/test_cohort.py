@@ -13,7 +13,7 @@ from hinge.cohort import each_slide, work_alone
 from hinge.config import check_config, load_config, save_config
 from hinge.data import list_samples, read_slide, recognise_format
 from hinge.data.readers.table import images_alone, read_table, split_table
-from hinge.errors import ConfigError, DataError
+from hinge.utils.errors import ConfigError, DataError
 
 HEAD = "slide,image,counts,sample,um_per_px,patient,split,condition\n"
 

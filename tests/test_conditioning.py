@@ -7,8 +7,8 @@ import torch
 
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
-from hinge.errors import WeightsError
 from hinge.models import HingeModel
+from hinge.utils.errors import WeightsError
 
 GENES, FEATURES = 10, 6
 IDS = torch.arange(3, 3 + GENES)

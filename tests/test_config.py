@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from hinge.config import check_config, load_config, save_config
-from hinge.errors import ConfigError
+from hinge.utils.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

@@ -24,7 +24,7 @@ from hinge.data.patches import dihedral_views
 from hinge.encoders import RECIPES, Encoder, extract_features, load_encoder, recipes, registry
 from hinge.encoders.stain_texture import StainTexture
 from hinge.encoders.weights import load_weights, read_checkpoint
-from hinge.errors import ConfigError, DataError, WeightsError
+from hinge.utils.errors import ConfigError, DataError, WeightsError
 
 TINY = "vit_tiny_patch16_224"
 SMALL = {"img_size": 32, "depth": 1}

@@ -18,17 +18,17 @@ import pytest
 import torch
 
 import hinge.encoders.extract as extract_module
-import hinge.memory as memory
+import hinge.utils.memory as memory
 from hinge.config import check_config
 from hinge.data import read_slide, simulate_tissue
 from hinge.data.draws import read_draws
 from hinge.diffusion import HingePipeline
 from hinge.encoders import Encoder, extract_features, load_encoder
-from hinge.errors import HingeError
-from hinge.files import file_digest
 from hinge.loop import LoopConfig, run_loop
-from hinge.memory import with_less_memory
 from hinge.run import Run
+from hinge.utils.errors import HingeError
+from hinge.utils.files import file_digest
+from hinge.utils.memory import with_less_memory
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hinge.data.features import FeatureWriter, read_feature_header, read_features, read_features_at
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 N, VIEWS, DIM = 7, 2, 5
 BARCODES = [f"spot-{i}" for i in range(N)]

@@ -14,9 +14,7 @@ from typer.testing import CliRunner
 from hinge.cli import app
 from hinge.data import Panel, load_spots, read_slide, simulate_tissue
 from hinge.encoders import RECIPES, load_encoder, registry
-from hinge.errors import ConfigError, DataError
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
-from hinge.files import read_json
 from hinge.tasks.finetune import (
     finetune_config,
     finetune_encoder,
@@ -25,6 +23,8 @@ from hinge.tasks.finetune import (
     predict_slide,
     slide_groups,
 )
+from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.files import read_json
 
 ENCODER = "random:test_vit"
 

@@ -11,11 +11,11 @@ from hinge.config import check_config
 from hinge.data import simulate_tissue
 from hinge.data.spots import SpotTable
 from hinge.diffusion.continuous import NUM_TIMES, PATHS, Denoiser, NoisePath, draw_continuous
-from hinge.errors import DataError, HingeError
 from hinge.evaluation.baselines import GENERATIVE_BASELINES
 from hinge.models import HingeModel
 from hinge.run import Run
 from hinge.training import TrainingConfig, train_denoiser
+from hinge.utils.errors import DataError, HingeError
 
 GENES, FEATURES = 6, 4
 

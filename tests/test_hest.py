@@ -13,7 +13,7 @@ from PIL import Image
 
 from hinge.data import list_samples, read_slide, recognise_format
 from hinge.data.hest import TABLE, download_sample_table, download_samples, read_sample_table, select_samples
-from hinge.errors import ConfigError, DataError
+from hinge.utils.errors import ConfigError, DataError
 
 TABLE_ROWS = [
     ("TENX1", "Breast", "IDC", "Visium", "Homo sapiens"),

@@ -12,9 +12,9 @@ from PIL import Image
 
 from hinge.cli import app
 from hinge.data import simulate_tissue
-from hinge.errors import ConfigError, DataError
 from hinge.export import export_draws
 from hinge.run import Run
+from hinge.utils.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")

@@ -47,9 +47,9 @@ from hinge.data.unfinished import UnfinishedArrays
 from hinge.data.untrusted import check_hdf5
 from hinge.encoders import load_encoder
 from hinge.encoders.weights import read_checkpoint
-from hinge.errors import DataError, HingeError, WeightsError
 from hinge.export import _read_metadata
-from hinge.files import read_json
+from hinge.utils.errors import DataError, HingeError, WeightsError
+from hinge.utils.files import read_json
 
 ROOT = Path(__file__).parents[1]
 TRILLION = 10**12

@@ -9,7 +9,7 @@ import zarr
 from PIL import Image, ImageFile
 
 from hinge.data import SlideImage, image
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 
 def smooth_pixels(width=300, height=200):

@@ -23,8 +23,8 @@ from anndata import AnnData
 
 from hinge.config import check_config
 from hinge.data import read_slide, simulate_tissue
-from hinge.files import file_digest
 from hinge.run import Run
+from hinge.utils.files import file_digest
 
 CHECKPOINT_EVERY = 4
 SECONDS = 240  # after which a life is taken to hang

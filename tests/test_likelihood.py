@@ -12,8 +12,8 @@ from hinge.data.panel import Panel
 from hinge.data.simulate import DEPTH_SD
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.diffusion.likelihood import chain_log_likelihood
-from hinge.errors import DataError
 from hinge.evaluation.likelihood import marginal_log_likelihood, oracle_log_likelihood
+from hinge.utils.errors import DataError
 
 GENES = 7
 

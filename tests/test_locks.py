@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-import hinge.locks as locks
+import hinge.utils.locks as locks
 from hinge.config import check_config
 from hinge.data import simulate_tissue
-from hinge.errors import DataError
-from hinge.files import HOST, atomic_path, process_mark
-from hinge.locks import lock_file, lock_folder, try_lock
 from hinge.run import Run
+from hinge.utils.errors import DataError
+from hinge.utils.files import HOST, atomic_path, process_mark
+from hinge.utils.locks import lock_file, lock_folder, try_lock
 
 CONTEXT = multiprocessing.get_context("fork")
 

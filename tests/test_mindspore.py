@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from hinge.backbones.mindspore import MindSporeCheckpoint, is_mindspore, read_mindspore
-from hinge.errors import WeightsError
+from hinge.utils.errors import WeightsError
 
 TYPES = {
     torch.float16: "Float16",

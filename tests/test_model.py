@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 
 from hinge.backbones import CellFMConfig, CellFMModel
-from hinge.errors import WeightsError
 from hinge.models import CensoredGaussianOutput, GaussianOutput, HingeModel, PointOutput
 from hinge.models.heads import COUNT_HEADS, HEADS, CountGrid, NegativeBinomialOutput, RoundedGaussianOutput
+from hinge.utils.errors import WeightsError
 
 GENES, FEATURES = 10, 6
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scoringrules
 
-from hinge.errors import DataError
 from hinge.evaluation.calibration import crps
 from hinge.evaluation.multivariate import energy_score, variogram_score
+from hinge.utils.errors import DataError
 
 
 @pytest.fixture

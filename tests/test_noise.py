@@ -7,8 +7,8 @@ import torch
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
 from hinge.diffusion.noise import SlideNoise, spot_normals
-from hinge.errors import DataError
 from hinge.models import HingeModel
+from hinge.utils.errors import DataError
 
 GENES, FEATURES = 12, 4
 

@@ -17,7 +17,6 @@ from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.data.transforms import get_transform
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.diffusion.scheduler import FILLS, SCHEDULES
-from hinge.errors import DataError
 from hinge.evaluation import (
     coexpression_scores,
     correlation_matrix,
@@ -33,6 +32,7 @@ from hinge.evaluation import (
 )
 from hinge.models import HingeModel
 from hinge.models.heads import COUNT_HEADS, HEADS
+from hinge.utils.errors import DataError
 
 TRANSFORMS = ("log2p1", "log1p_cp10k")
 FEW = settings(max_examples=40, deadline=None)

@@ -11,8 +11,8 @@ from hinge.config import check_config
 from hinge.data import simulate_tissue
 from hinge.data.draws import read_draws
 from hinge.data.observed import read_observed
-from hinge.errors import DataError
 from hinge.run import Run
+from hinge.utils.errors import DataError
 
 
 @pytest.fixture(scope="module")

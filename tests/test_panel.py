@@ -6,7 +6,7 @@ import scipy.sparse
 from anndata import AnnData
 
 from hinge.data import Panel, read_slide, select_panel
-from hinge.errors import ConfigError, DataError
+from hinge.utils.errors import ConfigError, DataError
 
 
 def make_slide(name, genes, seed=0, spots=40):

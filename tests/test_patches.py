@@ -8,7 +8,7 @@ import pytest
 
 from hinge.data import SlideImage, read_slide
 from hinge.data.patches import PatchReader, dihedral_views
-from hinge.errors import ConfigError, DataError
+from hinge.utils.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])

@@ -19,8 +19,8 @@ from hinge.data.tissue_patches import TissuePatches
 from hinge.encoders import extract_features, load_encoder
 from hinge.encoders.augment import CROP_DRAWS, STAIN_DRAWS, Crops, jitter_stains, random_crops
 from hinge.encoders.pretrain import Ibot, IbotConfig, VitConfig, block_masks, pretrain_histology
-from hinge.errors import ConfigError, DataError, HingeError
 from hinge.tasks.pretraining import expression_clusters, load_pretraining
+from hinge.utils.errors import ConfigError, DataError, HingeError
 
 VIT = {
     "architecture": "vit_tiny_patch16_224",

@@ -12,8 +12,6 @@ from typer.testing import CliRunner
 
 from hinge.cli import app
 from hinge.data import read_slide, simulate_tissue
-from hinge.errors import ConfigError, DataError
-from hinge.files import read_json
 from hinge.report.clusters import ClusterMap, draw_clusters
 from hinge.tasks.cluster import agreement, cluster, cluster_slides, smooth_features
 from hinge.tasks.embeddings import read_slides
@@ -26,6 +24,8 @@ from hinge.tasks.probe import (
     probe_scores,
     prototype_probe,
 )
+from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.files import read_json
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import scipy.sparse
 from PIL import Image
 
 from hinge.data import list_samples, read_slide, recognise_format, slide_name, validate_slide
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 # --- h5ad -----------------------------------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from hinge.config import load_config
-from hinge.files import read_json
 from hinge.run import Run
+from hinge.utils.files import read_json
 
 CONFIG = Path(__file__).parents[1] / "configs" / "her2st-quick.yaml"
 

@@ -18,10 +18,10 @@ from PIL import Image
 from scipy import sparse
 
 from hinge.data.transforms import get_transform
-from hinge.errors import DataError
 from hinge.evaluation.coexpression import coexpression_scores, correlation_matrix
 from hinge.evaluation.metrics import gene_pcc
 from hinge.report import ReportSlide, report_slide, write_report
+from hinge.utils.errors import DataError
 
 HOSTILE = [
     "<script>document.title='run'</script>",

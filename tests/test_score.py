@@ -11,7 +11,6 @@ from rich.console import Console
 
 from hinge.data.spots import SpotTable
 from hinge.data.transforms import get_transform
-from hinge.errors import DataError
 from hinge.evaluation import (
     METRICS,
     Prediction,
@@ -35,6 +34,7 @@ from hinge.evaluation import (
     variogram_score,
     write_scores,
 )
+from hinge.utils.errors import DataError
 
 METHODS = ["mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", "knn", "training-correlation", "noise-ceiling"]
 ABOUT = {"slide", "method", "transform", "n_spots", "n_genes", "n_genes_constant", "n_draws"}

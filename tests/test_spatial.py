@@ -5,7 +5,6 @@ import pytest
 from anndata import AnnData
 from scipy.ndimage import gaussian_filter
 
-from hinge.errors import DataError
 from hinge.evaluation.spatial import (
     lattice_pitch,
     moran_scores,
@@ -14,6 +13,7 @@ from hinge.evaluation.spatial import (
     spot_structure,
     ssim_of_maps,
 )
+from hinge.utils.errors import DataError
 
 SQUARE = np.stack(np.meshgrid(np.arange(12), np.arange(10), indexing="ij"), axis=-1).reshape(-1, 2) * 200.0
 HEXAGONAL = SQUARE * [1, np.sqrt(3) / 2] + np.where(SQUARE[:, 1:] // 200 % 2, [[100.0, 0.0]], [[0.0, 0.0]])

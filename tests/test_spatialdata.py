@@ -4,7 +4,7 @@ from test_visium import write_visium, write_visium_hd
 
 from hinge.data import list_samples, read_slide, recognise_format
 from hinge.data.patches import PatchReader
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 spatialdata = pytest.importorskip("spatialdata")
 spatialdata_io = pytest.importorskip("spatialdata_io")

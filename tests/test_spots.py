@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from hinge.data import Panel, concatenate_spots, get_transform, load_spots, read_slide
-from hinge.errors import ConfigError, DataError
+from hinge.utils.errors import ConfigError, DataError
 
 PANEL = Panel.from_list(["GENE20", "GENE3", "GENE11"])
 

@@ -4,7 +4,7 @@ from PIL import Image
 
 from hinge.data import SlideImage, list_samples, read_slide, recognise_format
 from hinge.data.tissue import find_tissue, lay_spots, slide_from_image
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 GLASS, STROMA, TUMOUR, INK = (236, 228, 238), (225, 170, 200), (130, 80, 150), (40, 140, 90)
 

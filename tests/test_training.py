@@ -16,11 +16,11 @@ import hinge.loop as loop
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.data.spots import SpotTable, concatenate_spots
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
-from hinge.errors import ConfigError, DataError, HingeError
 from hinge.loop import LoopConfig, batch_rows
 from hinge.models import HingeModel
 from hinge.training import TrainingConfig, split_spots, train_hinge
 from hinge.training.closed_form import fit_gene_path
+from hinge.utils.errors import ConfigError, DataError, HingeError
 
 GENES, FEATURES = 8, 5
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hinge.data import get_transform
-from hinge.errors import ConfigError
+from hinge.utils.errors import ConfigError
 
 NAMES = ["log2p1", "log1p_cp10k"]
 counts_of_spots = hnp.arrays(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from hinge.data.transforms import get_transform
-from hinge.errors import DataError
 from hinge.evaluation.two_sample import round_to_counts, two_sample_auc
+from hinge.utils.errors import DataError
 
 
 @pytest.fixture(scope="module")

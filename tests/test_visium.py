@@ -12,7 +12,7 @@ from PIL import Image
 
 from hinge.data import list_samples, read_slide, recognise_format
 from hinge.data.patches import PatchReader
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 

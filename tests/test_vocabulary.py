@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hinge.backbones.vocabulary import GeneNames, GeneVocabulary
-from hinge.errors import ConfigError, DataError, WeightsError
+from hinge.utils.errors import ConfigError, DataError, WeightsError
 
 # a few lines as HGNC's complete set has them (columns out of its order, as nobody promises one)
 HGNC = """hgnc_id\tsymbol\tstatus\talias_symbol\tprev_symbol\tensembl_gene_id

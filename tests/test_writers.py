@@ -19,7 +19,7 @@ from hinge.data import draws as draws_module
 from hinge.data import read_slide
 from hinge.data.draws import read_draws, write_draws
 from hinge.data.writers import attach_draws, write_cellxgene, write_draws_zarr, write_geojson, write_spatialdata
-from hinge.errors import ConfigError, DataError
+from hinge.utils.errors import ConfigError, DataError
 
 matplotlib.use("Agg")
 

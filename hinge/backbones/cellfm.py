@@ -19,10 +19,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hinge import hub
 from hinge.backbones.checkpoints import fill, is_folder, open_state, read_our_config, read_published
-from hinge.errors import ConfigError, WeightsError, one_line
-from hinge.files import arrays_digest
+from hinge.utils import hub
+from hinge.utils.errors import ConfigError, WeightsError, one_line
+from hinge.utils.files import arrays_digest
 
 
 class CellFMConfig(PretrainedConfig):

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from hinge.errors import WeightsError
+from hinge.utils.errors import WeightsError
 
 _DTYPES = {
     "Float16": torch.float16,

@@ -9,10 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hinge.backbones.cellfm import CellFMConfig, CellFMModel
-from hinge.errors import ConfigError, DataError
-from hinge.files import atomic_path
-from hinge.locks import lock_folder
 from hinge.loop import LoopConfig, make_accelerator, run_loop, step_generator
+from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.files import atomic_path
+from hinge.utils.locks import lock_folder
 
 
 class PretrainConfig(LoopConfig):

@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from hinge.errors import ConfigError, DataError, WeightsError
-from hinge.files import write_json
+from hinge.utils.errors import ConfigError, DataError, WeightsError
+from hinge.utils.files import write_json
 
 OnMissing = Literal["drop", "error", "new"]
 Rule = Literal["symbol", "Ensembl id", "case", "previous symbol", "alias"]

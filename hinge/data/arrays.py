@@ -12,7 +12,7 @@ from PIL import Image
 
 from hinge.data.untrusted import inside
 from hinge.data.untrusted_zarr import CheckedArray
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 _TIFF_SUFFIXES = {".tif", ".tiff", ".btf", ".tf2", ".tf8"}
 _UM = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3}

@@ -24,8 +24,8 @@ import pandas as pd
 from scipy.spatial import KDTree
 
 from hinge.data.untrusted import check_hdf5
-from hinge.errors import DataError
-from hinge.files import atomic_path
+from hinge.utils.errors import DataError
+from hinge.utils.files import atomic_path
 
 _logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from hinge.errors import ConfigError, DataError
+from hinge.utils.errors import ConfigError, DataError
 
 REPOSITORY = "MahmoodLab/hest"
 TABLE = "HEST_v1_1_0.csv"

@@ -20,7 +20,7 @@ from PIL import Image
 
 from hinge.data.arrays import open_arrays, reduce_by_bands
 from hinge.data.untrusted import UNPACKED_ANYWAY, check_size
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 # Endings under which a slide's image is looked for, whole-slide formats first.
 IMAGE_SUFFIXES = (

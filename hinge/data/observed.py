@@ -10,7 +10,7 @@ from scipy.sparse import issparse
 from hinge.data.slide import slide_name
 from hinge.data.transforms import get_transform
 from hinge.data.untrusted import read_h5ad
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from anndata import AnnData
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from hinge.data.slide import slide_name
-from hinge.errors import ConfigError, DataError
-from hinge.files import read_json, write_json
+from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.files import read_json, write_json
 
 # As the paper prints them and taken literally, so that its panels can be made again: MT* is meant for the
 # mitochondrial genes MT-*, but also drops nuclear ones such as MT2A, MTDH or MTOR.

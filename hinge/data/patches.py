@@ -11,7 +11,7 @@ from anndata import AnnData
 
 from hinge.data.image import SlideImage
 from hinge.data.slide import slide_name
-from hinge.errors import ConfigError, DataError
+from hinge.utils.errors import ConfigError, DataError
 
 
 class PatchReader:

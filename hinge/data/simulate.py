@@ -43,8 +43,8 @@ from scipy.spatial import KDTree
 from scipy.spatial.distance import cdist
 from tqdm import tqdm
 
-from hinge.errors import ConfigError, DataError
-from hinge.files import atomic_path
+from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.files import atomic_path
 
 SPOT_PITCH_UM, SPOT_DIAMETER_UM = 200.0, 100.0
 MARGIN_UM = 200.0  # from the outermost spots' centres to the image's edge

@@ -18,7 +18,7 @@ from anndata import AnnData
 from PIL import Image
 
 from hinge.data.image import SlideImage
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 HIRES_PX, LOWRES_PX = 2000, 600
 

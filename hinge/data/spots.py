@@ -12,7 +12,7 @@ from anndata import AnnData
 from hinge.data.panel import Panel
 from hinge.data.slide import slide_name
 from hinge.data.transforms import get_transform
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 # Features and slide may round coordinates differently; another section's spots lie farther away.
 _SAME_PLACE_PX = 2.0

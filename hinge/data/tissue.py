@@ -13,7 +13,7 @@ from skimage.morphology import remove_small_holes, remove_small_objects
 
 from hinge.data.image import SlideImage, image_name
 from hinge.data.slide import describe_slide
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 # Visium's, for a slide that is laid out for no model in particular
 DEFAULT_PITCH_UM, DEFAULT_DIAMETER_UM = 100.0, 55.0

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from hinge.data.image import SlideImage
 from hinge.data.slide import slide_name
 from hinge.data.tissue import find_tissue, lay_spots
-from hinge.errors import ConfigError, DataError
+from hinge.utils.errors import ConfigError, DataError
 
 MAX_OPEN = 32  # images a process keeps open at a time
 

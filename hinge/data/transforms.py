@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hinge.errors import ConfigError
+from hinge.utils.errors import ConfigError
 
 Array = Any
 """A `numpy.ndarray` or a `torch.Tensor`; a function returns the kind it was given."""

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from hinge.errors import DataError
-from hinge.files import read_json, write_json
+from hinge.utils.errors import DataError
+from hinge.utils.files import read_json, write_json
 
 
 class UnfinishedArrays:

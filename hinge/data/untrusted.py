@@ -19,7 +19,7 @@ import numpy as np
 import scipy.sparse
 from anndata import AnnData
 
-from hinge.errors import DataError, HingeError, one_line
+from hinge.utils.errors import DataError, HingeError, one_line
 
 # zlib makes at most a thousand zeros of one byte, counts of genes seldom compress twentyfold
 MOST_UNPACKED = 200

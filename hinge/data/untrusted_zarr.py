@@ -18,7 +18,7 @@ import numpy as np
 import zarr
 
 from hinge.data.untrusted import MOST_UNPACKED, UNPACKED_ANYWAY, check_size, inside
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 # what zarr has at hand: codecs that pack, and others that leave the size about as it is. Not among them: pickle
 _PACKING = {"zstd", "blosc", "gzip", "zlib", "lz4", "bz2", "lzma", "sharding_indexed"}

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 from hinge.backbones.cellfm import CellFMModel
 from hinge.diffusion.noise import spot_normals
-from hinge.errors import WeightsError
-from hinge.files import atomic_path
 from hinge.models.hinge import HingeModel
+from hinge.utils.errors import WeightsError
+from hinge.utils.files import atomic_path
 
 NUM_TIMES = 1000
 """Times that training draws from, t = 1/1000 … 1; the denoiser is told t · 1000."""

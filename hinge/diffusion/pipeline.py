@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from hinge.diffusion.noise import NUM_FREQUENCIES, SlideNoise, spot_normals, spot_uniforms
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
-from hinge.errors import DataError
 from hinge.models.hinge import HingeModel
 from hinge.models.subset import GeneSubset
+from hinge.utils.errors import DataError
 
 # float64 numbers of a slide's noise, which every batch needs again: half a gigabyte
 MOST_NUMBERS_KEPT = 1 << 26

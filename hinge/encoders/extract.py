@@ -15,10 +15,10 @@ from hinge.data.patches import PatchReader, dihedral_views
 from hinge.data.slide import slide_name
 from hinge.data.unfinished import UnfinishedArrays
 from hinge.encoders.registry import Encoder
-from hinge.errors import ConfigError, DataError
-from hinge.files import arrays_digest
-from hinge.locks import lock_file
-from hinge.memory import with_less_memory
+from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.files import arrays_digest
+from hinge.utils.locks import lock_file
+from hinge.utils.memory import with_less_memory
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from torchvision.transforms import functional as TF
 from hinge.encoders import stain_texture
 from hinge.encoders.recipes import PATCH_UM, RECIPES, Recipe, build
 from hinge.encoders.weights import load_weights
-from hinge.errors import ConfigError, WeightsError
-from hinge.files import arrays_digest, read_json
+from hinge.utils.errors import ConfigError, WeightsError
+from hinge.utils.files import arrays_digest, read_json
 
 # of networks that a config.json describes
 _LARGEST_SIZE, _MOST_BLOCKS = 1 << 16, 1000

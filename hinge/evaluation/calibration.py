@@ -11,8 +11,8 @@ Coverage is therefore read from the rank of the measured value among the draws, 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hinge.errors import DataError
 from hinge.evaluation.metrics import as_matrix
+from hinge.utils.errors import DataError
 
 CURVE_LEVELS = tuple(np.round(np.arange(0.1, 0.91, 0.1), 1).tolist())
 """Nominal levels of a calibration curve: 10 %, 20 % ... 90 %."""

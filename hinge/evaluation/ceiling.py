@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hinge.data.transforms import get_transform
-from hinge.errors import DataError
 from hinge.evaluation.metrics import as_matrix, constant_genes, gene_pcc
+from hinge.utils.errors import DataError
 
 CEILING = "noise-ceiling"
 

@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hinge.errors import DataError
 from hinge.evaluation.metrics import as_matrix, constant_genes, gene_pcc
+from hinge.utils.errors import DataError
 
 
 def correlation_matrix(values: ArrayLike) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from hinge.data.spots import SpotTable
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 BANDWIDTHS = (0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0)
 """Widths of the kernel of the marginal, in units of log2(count + 1), that leave-one-out likelihood chooses from."""

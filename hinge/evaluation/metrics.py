@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 # A gene whose standard deviation is below this share of its largest value is constant: what varies is
 # rounding.

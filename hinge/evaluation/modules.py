@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hinge.errors import DataError
 from hinge.evaluation.coexpression import correlation_matrix
-from hinge.files import read_json
+from hinge.utils.errors import DataError
+from hinge.utils.files import read_json
 
 MARKERS: dict[str, tuple[str, ...]] = {
     "luminal epithelium": ("EPCAM", "KRT8", "KRT18", "KRT19", "KRT7", "CDH1", "MUC1", "ESR1", "GATA3", "AGR2", "XBP1"),

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from hinge.data.spots import SpotTable
 from hinge.data.transforms import get_transform
 from hinge.data.untrusted import check_gzip, inside, read_h5ad
-from hinge.errors import ConfigError, DataError
 from hinge.evaluation.baselines import Prediction
+from hinge.utils.errors import ConfigError, DataError
 
 UNITS = ("counts", "log2p1", "log1p_cp10k")
 

@@ -13,7 +13,6 @@ from rich.table import Table
 from tqdm import tqdm
 
 from hinge.data.spots import SpotTable
-from hinge.errors import DataError
 from hinge.evaluation.baselines import DEFAULT_BASELINES, Prediction, baseline_predictions
 from hinge.evaluation.calibration import check_draws, coverage, covered, crps_of_spots, pit_values
 from hinge.evaluation.ceiling import CEILING, attained_shares, noise_ceiling
@@ -25,7 +24,8 @@ from hinge.evaluation.multivariate import energy_score, variogram_score
 from hinge.evaluation.spatial import moran_scores, spot_structure, ssim_of_maps
 from hinge.evaluation.statistics import bootstrap_intervals, paired_wilcoxon, summarise_rows
 from hinge.evaluation.two_sample import round_to_counts, two_sample_auc
-from hinge.files import write_json
+from hinge.utils.errors import DataError
+from hinge.utils.files import write_json
 
 _DRAWS_TESTED = 2  # draws of the two-sample tests, which take a second each
 _DRAWS_MAPPED = 2  # draws whose maps are compared by SSIM, which takes a millisecond a map

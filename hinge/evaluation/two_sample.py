@@ -9,9 +9,9 @@ from sklearn.model_selection import KFold
 from sklearn.preprocessing import StandardScaler
 
 from hinge.data.transforms import get_transform
-from hinge.errors import DataError
 from hinge.evaluation.calibration import check_draws
 from hinge.evaluation.metrics import as_matrix
+from hinge.utils.errors import DataError
 
 _FOLDS = 5
 _TREES, _LEAVES, _BINS = 60, 8, 63  # some hundred spots do not feed more

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hinge.backbones.cellfm import CellFMModel
 from hinge.backbones.checkpoints import PublishedCellFM, export_cellfm, read_published
-from hinge.errors import ConfigError, WeightsError
-from hinge.files import atomic_path
 from hinge.models.hinge import HingeModel
+from hinge.utils.errors import ConfigError, WeightsError
+from hinge.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
 

@@ -22,15 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hinge import hub
 from hinge.backbones.cellfm import CellFMModel
-from hinge.errors import WeightsError, one_line
-from hinge.files import arrays_digest, atomic_path
 from hinge.models import fused
 from hinge.models.conditioning import Concatenation, CrossAttention
 from hinge.models.heads import COUNT_HEADS, HEADS, CountGrid, HeadOutput, needs_depth
 from hinge.models.path import DepthPath, GenePath
 from hinge.models.subset import GeneSubset
+from hinge.utils import hub
+from hinge.utils.errors import WeightsError, one_line
+from hinge.utils.files import arrays_digest, atomic_path
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 TIME_WIDTH = 256

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hinge.files import atomic_path
+from hinge.utils.files import atomic_path
 
 PANEL_PX = 520
 """Long side of one map."""

@@ -29,7 +29,6 @@ from scipy.spatial.distance import squareform
 from tqdm import tqdm
 
 from hinge.data import Panel, load_spots, slide_name
-from hinge.errors import DataError
 from hinge.evaluation import (
     correlation_matrix,
     coverage,
@@ -38,7 +37,8 @@ from hinge.evaluation import (
     pit_distribution,
     prediction_from_draws,
 )
-from hinge.files import atomic_path
+from hinge.utils.errors import DataError
+from hinge.utils.files import atomic_path
 
 IMAGE_PX = 1400  # long side of the image kept in the page
 DRAWS_SHOWN = 8  # draws that can be looked at one by one ...

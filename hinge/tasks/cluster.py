@@ -17,11 +17,11 @@ from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import kneighbors_graph
 
 from hinge.encoders import load_encoder
-from hinge.errors import ConfigError, DataError
 from hinge.evaluation.spatial import neighbour_weights
-from hinge.files import atomic_path, write_json
 from hinge.report.clusters import ClusterMap, write_cluster_report
 from hinge.tasks.embeddings import embed
+from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.files import atomic_path, write_json
 
 METHODS = ("kmeans", "leiden", "gmm")
 

@@ -37,14 +37,14 @@ from hinge.data.slide import slide_name
 from hinge.data.tissue import slide_from_image
 from hinge.data.untrusted import check_hdf5
 from hinge.encoders import Encoder, extract_features
-from hinge.errors import ConfigError, DataError
 from hinge.evaluation.baselines import spot_groups
 from hinge.evaluation.metrics import gene_pcc
-from hinge.files import HOST, arrays_digest, atomic_path, process_mark
-from hinge.locks import lock_file
-from hinge.memory import with_less_memory
 from hinge.run import Run
 from hinge.tasks.embeddings import fit_ridge
+from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.files import HOST, arrays_digest, atomic_path, process_mark
+from hinge.utils.locks import lock_file
+from hinge.utils.memory import with_less_memory
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from hinge.data.features import read_features
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import slide_name
 from hinge.encoders import Encoder, extract_features
-from hinge.errors import DataError
 from hinge.evaluation.baselines import ALPHAS
+from hinge.utils.errors import DataError
 
 _FOLDS = 5
 

@@ -39,13 +39,13 @@ from hinge.data.spots import concatenate_spots, load_spots
 from hinge.encoders import RECIPES, Encoder, extract_features, load_encoder
 from hinge.encoders.recipes import PooledTokens
 from hinge.encoders.registry import Joined, Preprocess
-from hinge.errors import ConfigError, DataError
 from hinge.evaluation.baselines import spot_groups
 from hinge.evaluation.metrics import gene_pcc
-from hinge.files import atomic_path, read_json, write_json
-from hinge.locks import lock_folder
 from hinge.loop import LoopConfig, make_accelerator, run_loop
 from hinge.tasks.embeddings import fit_ridge, read_slides
+from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.files import atomic_path, read_json, write_json
+from hinge.utils.locks import lock_folder
 
 logger = logging.getLogger(__name__)
 

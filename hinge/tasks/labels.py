@@ -8,7 +8,7 @@ import pandas as pd
 from anndata import AnnData
 
 from hinge.data.untrusted import check_gzip
-from hinge.errors import ConfigError, DataError
+from hinge.utils.errors import ConfigError, DataError
 
 
 def read_labels(slides: Mapping[str, AnnData], column: str, table: str | None = None) -> dict[str, pd.Series]:

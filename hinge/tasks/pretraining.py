@@ -15,8 +15,8 @@ from hinge.config import AbsolutePath, _Section, explain, read_settings
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.simulate import simulate_tissue
 from hinge.encoders.pretrain import IbotConfig, VitConfig, pretrain_histology
-from hinge.errors import ConfigError, DataError
 from hinge.loop import make_accelerator
+from hinge.utils.errors import ConfigError, DataError
 
 CLUSTERS = 6
 """Expression clusters that the probes tell apart."""

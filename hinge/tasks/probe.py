@@ -18,10 +18,10 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from hinge.encoders import load_encoder
-from hinge.errors import ConfigError, DataError
 from hinge.evaluation.baselines import spot_groups
-from hinge.files import atomic_path, write_json
 from hinge.tasks.embeddings import embed
+from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.files import atomic_path, write_json
 
 INVERSE_PENALTIES = np.logspace(-5, 1, 7)
 """Of the logistic regression, to choose from by cross-validation: one a decade."""

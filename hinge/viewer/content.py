@@ -34,11 +34,11 @@ from tqdm import tqdm
 
 from hinge.data import get_transform, list_samples, slide_name
 from hinge.data.draws import read_draws
-from hinge.errors import DataError, HingeError
 from hinge.evaluation import correlation_matrix, gene_pcc, matrix_scores
-from hinge.files import atomic_path
 from hinge.report.html import gene_order
 from hinge.run import Run
+from hinge.utils.errors import DataError, HingeError
+from hinge.utils.files import atomic_path
 from hinge.viewer.tiles import OVERLAP_PX, TILE_PX, TiledImage
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from hinge.errors import ConfigError, HingeError
+from hinge.utils.errors import ConfigError, HingeError
 from hinge.viewer.content import CONTENT_TYPES, Viewer
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from anndata import AnnData
 from hinge.data.readers import h5ad, her2st, hest, spatialdata, table, visium
 from hinge.data.readers import image as image_reader
 from hinge.data.slide import validate_slide
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 FORMATS: dict[str, ModuleType] = {
     "her2st": her2st,

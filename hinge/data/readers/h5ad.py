@@ -14,7 +14,7 @@ from scipy.spatial import KDTree
 from hinge.data.image import IMAGE_SUFFIXES, SlideImage
 from hinge.data.slide import describe_slide
 from hinge.data.untrusted import read_h5ad
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 LAYOUT = (
     "a file <sample>.h5ad or a folder of them, each with raw counts in X or layers['counts'], pixel x and y "

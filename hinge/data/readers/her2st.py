@@ -14,7 +14,7 @@ from scipy.spatial.distance import pdist
 
 from hinge.data.slide import describe_slide
 from hinge.data.untrusted import check_gzip
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 LAYOUT = (
     "a folder with ST-cnts/<sample>.tsv.gz and ST-spotfiles/<sample>_selection.tsv, "

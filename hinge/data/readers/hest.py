@@ -8,8 +8,8 @@ from anndata import AnnData
 from hinge.data.image import SlideImage
 from hinge.data.readers.h5ad import open_h5ad, pitch_in_px, positive_length
 from hinge.data.slide import describe_slide
-from hinge.errors import DataError
-from hinge.files import read_json
+from hinge.utils.errors import DataError
+from hinge.utils.files import read_json
 
 LAYOUT = "a folder with st/<sample>.h5ad, wsis/<sample>.tif and metadata/<sample>.json"
 

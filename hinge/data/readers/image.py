@@ -6,7 +6,7 @@ from anndata import AnnData
 
 from hinge.data.image import IMAGE_SUFFIXES, image_name
 from hinge.data.tissue import DEFAULT_DIAMETER_UM, DEFAULT_PITCH_UM, slide_from_image
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 LAYOUT = f"an image without counts, or a folder of them ({', '.join(IMAGE_SUFFIXES)})"
 

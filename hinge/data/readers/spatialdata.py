@@ -16,7 +16,7 @@ from hinge.data.readers.visium import SPOT_DIAMETER_UM, SPOT_PITCH_UM, um_per_px
 from hinge.data.slide import describe_slide
 from hinge.data.untrusted import check_sparse
 from hinge.data.untrusted_zarr import check_zarr
-from hinge.errors import DataError, HingeError
+from hinge.utils.errors import DataError, HingeError
 
 LAYOUT = (
     "a SpatialData store <name>.zarr, or a folder of them, with a table of raw counts that annotates shapes, and an "

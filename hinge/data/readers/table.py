@@ -14,7 +14,7 @@ from pathlib import Path
 
 from anndata import AnnData
 
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 LAYOUT = "a .csv table with the columns slide, image and counts"
 COLUMNS = ("slide", "image", "counts", "sample", "um_per_px", "patient", "split", "condition")

@@ -11,8 +11,8 @@ import scipy.sparse
 from anndata import AnnData
 
 from hinge.data.slide import slide_name
-from hinge.errors import ConfigError, DataError
-from hinge.files import atomic_path
+from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.files import atomic_path
 
 SCHEMA_VERSION = "7.1.0"
 VISIUM_ASSAYS = ("EFO:0010961", "EFO:0022857", "EFO:0022858", "EFO:0022859", "EFO:0022860")

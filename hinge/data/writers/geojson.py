@@ -11,8 +11,8 @@ from anndata import AnnData
 from tqdm import tqdm
 
 from hinge.data.slide import slide_name
-from hinge.errors import DataError
-from hinge.files import atomic_path
+from hinge.utils.errors import DataError
+from hinge.utils.files import atomic_path
 
 _CORNERS = 24  # of the polygon that stands for a round spot
 _COLOUR = [96, 96, 160]

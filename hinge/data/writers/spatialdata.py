@@ -9,8 +9,8 @@ from anndata import AnnData
 
 from hinge.data.image import SlideImage
 from hinge.data.slide import slide_name
-from hinge.errors import DataError
-from hinge.files import atomic_path
+from hinge.utils.errors import DataError
+from hinge.utils.files import atomic_path
 
 _TILE_PX = 2048
 _SMALLEST_LEVEL_PX = 1024

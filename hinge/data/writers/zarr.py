@@ -7,8 +7,8 @@ import zarr
 from anndata import AnnData
 
 from hinge.data.untrusted_zarr import check_zarr
-from hinge.errors import DataError, HingeError, one_line
-from hinge.files import atomic_path
+from hinge.utils.errors import DataError, HingeError, one_line
+from hinge.utils.files import atomic_path
 
 _CHUNK_SPOTS, _CHUNK_GENES = 1024, 32
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from hinge.errors import ConfigError, WeightsError
+from hinge.utils.errors import ConfigError, WeightsError
 
 # of a repository with a model, all that is ever read
 PATTERNS = ("*.json", "*.yaml", "*.md", "*.safetensors", "model/*", "backbone/*")

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from hinge.errors import DataError
+from hinge.utils.errors import DataError
 
 HOST = socket.gethostname()
 

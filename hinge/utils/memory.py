@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from hinge.errors import HingeError
+from hinge.utils.errors import HingeError
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from hinge.errors import DataError
-from hinge.files import HOST, left_behind, process_mark, read_json, write_json
+from hinge.utils.errors import DataError
+from hinge.utils.files import HOST, left_behind, process_mark, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
