@@ -46,7 +46,6 @@ from hinge.data.readers.table import images_alone
 from hinge.data.slide import slide_name
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots
 from hinge.data.transforms import get_transform
-from hinge.data.unfinished import UnfinishedArrays
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
 from hinge.diffusion.continuous import Denoiser, NoisePath, draw_continuous
 from hinge.diffusion.likelihood import chain_log_likelihood
@@ -66,6 +65,7 @@ from hinge.utils.errors import ConfigError, DataError, WeightsError, one_line
 from hinge.utils.files import arrays_digest, atomic_path, file_digest, read_json, write_json
 from hinge.utils.locks import lock_file, lock_folder
 from hinge.utils.memory import with_less_memory
+from hinge.utils.resumable import UnfinishedArrays
 
 logger = logging.getLogger(__name__)
 

@@ -43,13 +43,13 @@ from hinge.config import load_config
 from hinge.data import SlideImage, read_slide
 from hinge.data.draws import read_draws, write_draws
 from hinge.data.features import FeatureWriter, read_features
-from hinge.data.unfinished import UnfinishedArrays
-from hinge.data.untrusted import check_hdf5
 from hinge.encoders import load_encoder
 from hinge.encoders.weights import read_checkpoint
 from hinge.export import _read_metadata
 from hinge.utils.errors import DataError, HingeError, WeightsError
 from hinge.utils.files import read_json
+from hinge.utils.resumable import UnfinishedArrays
+from hinge.utils.safe_hdf5 import check_hdf5
 
 ROOT = Path(__file__).parents[1]
 TRILLION = 10**12

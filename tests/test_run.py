@@ -18,9 +18,9 @@ from hinge.backbones import CellFMModel
 from hinge.config import check_config
 from hinge.data import list_samples, load_spots, read_slide, simulate_tissue
 from hinge.data.draws import read_draws
-from hinge.data.unfinished import UnfinishedArrays
 from hinge.run import Run
 from hinge.utils.errors import ConfigError, DataError, WeightsError
+from hinge.utils.resumable import UnfinishedArrays
 
 EDGE, EMPTY = 5, 14  # spots of the test slide
 

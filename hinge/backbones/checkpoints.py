@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from hinge.backbones.mindspore import MindSporeCheckpoint, is_mindspore
 from hinge.backbones.vocabulary import GeneVocabulary
-from hinge.foreign import load_torch, plain_tensors
 from hinge.utils.errors import ConfigError, WeightsError, one_line
+from hinge.utils.safe_torch import load_torch, plain_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import tifffile
 import zarr
 from PIL import Image
 
-from hinge.data.untrusted import inside
-from hinge.data.untrusted_zarr import CheckedArray
 from hinge.utils.errors import DataError
+from hinge.utils.safe_hdf5 import inside
+from hinge.utils.safe_zarr import CheckedArray
 
 _TIFF_SUFFIXES = {".tif", ".tiff", ".btf", ".tf2", ".tf8"}
 _UM = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3}

@@ -6,10 +6,10 @@ import numpy as np
 from anndata import AnnData
 
 from hinge.data.slide import slide_name
-from hinge.data.untrusted import inside, read_h5ad
 from hinge.data.writers import attach_draws, write_draws_zarr
 from hinge.utils.errors import DataError
 from hinge.utils.files import atomic_path
+from hinge.utils.safe_hdf5 import inside, read_h5ad
 
 MOST_BYTES_IN_LAYERS = 2 << 30  # draws; a Visium slide's 20 draws of 200 genes are 80 MB
 

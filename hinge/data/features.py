@@ -23,9 +23,9 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import KDTree
 
-from hinge.data.untrusted import check_hdf5
 from hinge.utils.errors import DataError
 from hinge.utils.files import atomic_path
+from hinge.utils.safe_hdf5 import check_hdf5
 
 _logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ import openslide
 from PIL import Image
 
 from hinge.data.arrays import open_arrays, reduce_by_bands
-from hinge.data.untrusted import UNPACKED_ANYWAY, check_size
 from hinge.utils.errors import DataError
+from hinge.utils.safe_hdf5 import UNPACKED_ANYWAY, check_size
 
 # Endings under which a slide's image is looked for, whole-slide formats first.
 IMAGE_SUFFIXES = (

@@ -9,8 +9,8 @@ from scipy.sparse import issparse
 
 from hinge.data.slide import slide_name
 from hinge.data.transforms import get_transform
-from hinge.data.untrusted import read_h5ad
 from hinge.utils.errors import DataError
+from hinge.utils.safe_hdf5 import read_h5ad
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from tqdm import tqdm
 from hinge.data.features import FeatureWriter, read_feature_header
 from hinge.data.patches import PatchReader, dihedral_views
 from hinge.data.slide import slide_name
-from hinge.data.unfinished import UnfinishedArrays
 from hinge.encoders.registry import Encoder
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import arrays_digest
 from hinge.utils.locks import lock_file
 from hinge.utils.memory import with_less_memory
+from hinge.utils.resumable import UnfinishedArrays
 
 logger = logging.getLogger(__name__)
 

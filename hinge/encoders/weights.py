@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hinge.encoders.recipes import AttentionPooledViT, PooledTokens
-from hinge.foreign import load_torch, plain_tensors
 from hinge.utils.errors import WeightsError
+from hinge.utils.safe_torch import load_torch, plain_tensors
 
 # what was needed in training only, or can be computed, by the first part of its name
 _LEFT_OUT = {"head", "fc", "classifier", "pooler", "mask_token", "masked_embed"}

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from hinge.data.spots import SpotTable
 from hinge.data.transforms import get_transform
-from hinge.data.untrusted import check_gzip, inside, read_h5ad
 from hinge.evaluation.baselines import Prediction
 from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.safe_hdf5 import check_gzip, inside, read_h5ad
 
 UNITS = ("counts", "log2p1", "log1p_cp10k")
 

@@ -35,7 +35,6 @@ from hinge.data.features import read_features
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import slide_name
 from hinge.data.tissue import slide_from_image
-from hinge.data.untrusted import check_hdf5
 from hinge.encoders import Encoder, extract_features
 from hinge.evaluation.baselines import spot_groups
 from hinge.evaluation.metrics import gene_pcc
@@ -45,6 +44,7 @@ from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import HOST, arrays_digest, atomic_path, process_mark
 from hinge.utils.locks import lock_file
 from hinge.utils.memory import with_less_memory
+from hinge.utils.safe_hdf5 import check_hdf5
 
 logger = logging.getLogger(__name__)
 

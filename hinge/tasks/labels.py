@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from hinge.data.untrusted import check_gzip
 from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.safe_hdf5 import check_gzip
 
 
 def read_labels(slides: Mapping[str, AnnData], column: str, table: str | None = None) -> dict[str, pd.Series]:

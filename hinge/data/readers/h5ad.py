@@ -13,8 +13,8 @@ from scipy.spatial import KDTree
 
 from hinge.data.image import IMAGE_SUFFIXES, SlideImage
 from hinge.data.slide import describe_slide
-from hinge.data.untrusted import read_h5ad
 from hinge.utils.errors import DataError
+from hinge.utils.safe_hdf5 import read_h5ad
 
 LAYOUT = (
     "a file <sample>.h5ad or a folder of them, each with raw counts in X or layers['counts'], pixel x and y "

@@ -13,8 +13,8 @@ from anndata import AnnData
 from scipy.spatial.distance import pdist
 
 from hinge.data.slide import describe_slide
-from hinge.data.untrusted import check_gzip
 from hinge.utils.errors import DataError
+from hinge.utils.safe_hdf5 import check_gzip
 
 LAYOUT = (
     "a folder with ST-cnts/<sample>.tsv.gz and ST-spotfiles/<sample>_selection.tsv, "

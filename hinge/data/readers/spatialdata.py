@@ -14,9 +14,9 @@ from anndata.io import read_elem
 from hinge.data.readers.h5ad import pitch_in_px, positive_length, raw_counts
 from hinge.data.readers.visium import SPOT_DIAMETER_UM, SPOT_PITCH_UM, um_per_px_of_array
 from hinge.data.slide import describe_slide
-from hinge.data.untrusted import check_sparse
-from hinge.data.untrusted_zarr import check_zarr
 from hinge.utils.errors import DataError, HingeError
+from hinge.utils.safe_hdf5 import check_sparse
+from hinge.utils.safe_zarr import check_zarr
 
 LAYOUT = (
     "a SpatialData store <name>.zarr, or a folder of them, with a table of raw counts that annotates shapes, and an "

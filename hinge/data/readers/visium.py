@@ -17,8 +17,8 @@ from scipy.spatial.distance import pdist
 
 from hinge.data.image import IMAGE_SUFFIXES, SlideImage, image_name
 from hinge.data.slide import describe_slide
-from hinge.data.untrusted import check_gzip, check_hdf5, check_size
 from hinge.utils.errors import DataError, HingeError, one_line
+from hinge.utils.safe_hdf5 import check_gzip, check_hdf5, check_size
 
 LAYOUT = (
     "Space Ranger's outs folder, or a folder of such, with filtered_feature_bc_matrix.h5 and spatial/ (Visium) or "

@@ -6,9 +6,9 @@ import numpy as np
 import zarr
 from anndata import AnnData
 
-from hinge.data.untrusted_zarr import check_zarr
 from hinge.utils.errors import DataError, HingeError, one_line
 from hinge.utils.files import atomic_path
+from hinge.utils.safe_zarr import check_zarr
 
 _CHUNK_SPOTS, _CHUNK_GENES = 1024, 32
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import zarr
 
-from hinge.data.untrusted import MOST_UNPACKED, UNPACKED_ANYWAY, check_size, inside
 from hinge.utils.errors import DataError
+from hinge.utils.safe_hdf5 import MOST_UNPACKED, UNPACKED_ANYWAY, check_size, inside
 
 # what zarr has at hand: codecs that pack, and others that leave the size about as it is. Not among them: pickle
 _PACKING = {"zstd", "blosc", "gzip", "zlib", "lz4", "bz2", "lzma", "sharding_indexed"}

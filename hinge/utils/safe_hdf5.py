@@ -2,7 +2,7 @@
 
 The HDF5 library follows what a file says: into other files, into sizes that no memory holds, and where its heaps of
 strings are damaged, round in circles or out of bounds. gzip announces or unpacks to any size as well, and so does Zarr
-(`hinge.data.untrusted_zarr`). What can be seen beforehand is refused here, at little cost: no array is read.
+(`hinge.utils.safe_zarr`). What can be seen beforehand is refused here, at little cost: no array is read.
 """
 
 import gzip
