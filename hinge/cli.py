@@ -145,9 +145,9 @@ def features(
 
     Example: hinge features her2st --sample C5 --encoder stain-texture --output features
     """
-    from hinge.cohort import each_slide, work_alone
     from hinge.data.readers import list_samples, read_slide
     from hinge.encoders import extract_features, load_encoder
+    from hinge.utils.parallel import each_slide, work_alone
 
     loaded = load_encoder(encoder)
     names = sample or list_samples(path)
@@ -364,8 +364,8 @@ def sample(
     Example: hinge sample runs/her2st --slide C5 --draws 20 --steps 20 --seed 0, or: hinge sample runs/her2st --slide
     biopsy.svs
     """
-    from hinge.cohort import each_slide, work_alone
     from hinge.run import Run
+    from hinge.utils.parallel import each_slide, work_alone
 
     opened = Run.open(run)
     names = slide or opened.config.data.test

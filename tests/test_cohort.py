@@ -9,11 +9,11 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from hinge.cohort import each_slide, work_alone
 from hinge.config import check_config, load_config, save_config
 from hinge.data import list_samples, read_slide, recognise_format
 from hinge.data.readers.table import images_alone, read_table, split_table
 from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.parallel import each_slide, work_alone
 
 HEAD = "slide,image,counts,sample,um_per_px,patient,split,condition\n"
 
