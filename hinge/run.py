@@ -56,11 +56,11 @@ from hinge.evaluation.modules import read_gene_sets
 from hinge.evaluation.oracle import oracle_prediction
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
 from hinge.evaluation.score import evaluate_slide, prediction_from_draws, write_scores
-from hinge.loop import make_accelerator, write_environment
 from hinge.models import HingeModel
 from hinge.models.heads import COUNT_HEADS, needs_depth
 from hinge.report import report_slide, write_report
 from hinge.training import split_spots, train_denoiser, train_hinge
+from hinge.training.loop import make_accelerator, write_environment
 from hinge.utils.errors import ConfigError, DataError, WeightsError, one_line
 from hinge.utils.files import arrays_digest, atomic_path, file_digest, read_json, write_json
 from hinge.utils.locks import lock_file, lock_folder

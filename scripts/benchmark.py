@@ -466,8 +466,8 @@ def _shared_work(size: str, rank: int, world: int, port: int, spots: int, num_st
     import os
 
     from hinge.data.spots import SpotTable
-    from hinge.loop import make_accelerator
     from hinge.training import TrainingConfig, train_hinge
+    from hinge.training.loop import make_accelerator
 
     torch.set_num_threads(1)
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

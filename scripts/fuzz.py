@@ -75,11 +75,11 @@ from hinge.encoders.weights import read_checkpoint
 from hinge.evaluation.modules import read_gene_sets
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
 from hinge.export import _read_metadata
-from hinge.loop import _read_tensors, _write_tensors
 from hinge.models import HingeModel
 from hinge.run import Run, read_panel
 from hinge.tasks.finetune import slide_groups
 from hinge.tasks.labels import read_labels
+from hinge.training.loop import _read_tensors, _write_tensors
 from hinge.utils.errors import HingeError
 from hinge.utils.files import read_json, write_json
 

@@ -147,7 +147,7 @@ def test_pretraining_learns_and_resumes_to_the_same_weights(tmp_path):
     class Stop(Exception):
         pass
 
-    import hinge.loop as loop
+    import hinge.training.loop as loop
 
     saved = loop._save_checkpoint
 

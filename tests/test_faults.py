@@ -24,8 +24,8 @@ from hinge.data import read_slide, simulate_tissue
 from hinge.data.draws import read_draws
 from hinge.diffusion import HingePipeline
 from hinge.encoders import Encoder, extract_features, load_encoder
-from hinge.loop import LoopConfig, run_loop
 from hinge.run import Run
+from hinge.training.loop import LoopConfig, run_loop
 from hinge.utils.errors import HingeError
 from hinge.utils.files import file_digest
 from hinge.utils.memory import with_less_memory
@@ -247,15 +247,15 @@ def test_permission_lost_and_found_again(server, slides, tmp_path):
 
 
 def slowly_with_ordinary_rights() -> None:
-    import hinge.loop
+    import hinge.training.loop
 
-    batch_rows = hinge.loop.batch_rows
+    batch_rows = hinge.training.loop.batch_rows
 
     def slow(*arguments):
         time.sleep(0.05)
         return batch_rows(*arguments)
 
-    hinge.loop.batch_rows = slow
+    hinge.training.loop.batch_rows = slow
     ordinary_rights()
 
 

@@ -62,9 +62,9 @@ def settings(slides: Path, output: Path, steps: int = 40) -> dict:
 
 def noted_steps(path: Path, seconds: float) -> None:
     """Let every step of a loop leave its number in a file, and take some time."""
-    import hinge.loop
+    import hinge.training.loop
 
-    batch_rows, life = hinge.loop.batch_rows, os.getpid()
+    batch_rows, life = hinge.training.loop.batch_rows, os.getpid()
 
     def noted(seed, step, *arguments):
         with path.open("a") as file:
@@ -72,7 +72,7 @@ def noted_steps(path: Path, seconds: float) -> None:
         time.sleep(seconds)
         return batch_rows(seed, step, *arguments)
 
-    hinge.loop.batch_rows = noted
+    hinge.training.loop.batch_rows = noted
 
 
 def train(content: dict, steps: Path, seconds: float = 0.01) -> None:
@@ -543,7 +543,7 @@ def test_ctrl_c_in_the_last_step_of_training_is_not_lost(tmp_path):
     """It came too late for the loop, whose work is done, and stops what would have followed."""
     import torch
 
-    from hinge.loop import LoopConfig, run_loop
+    from hinge.training.loop import LoopConfig, run_loop
 
     model = torch.nn.Linear(2, 1)
 

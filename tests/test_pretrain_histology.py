@@ -17,9 +17,9 @@ from hinge.cli import app
 from hinge.data import read_slide, simulate_tissue
 from hinge.data.tissue_patches import TissuePatches
 from hinge.encoders import extract_features, load_encoder
-from hinge.encoders.augment import CROP_DRAWS, STAIN_DRAWS, Crops, jitter_stains, random_crops
-from hinge.encoders.pretrain import Ibot, IbotConfig, VitConfig, block_masks, pretrain_histology
 from hinge.tasks.pretraining import expression_clusters, load_pretraining
+from hinge.training.augmentation import CROP_DRAWS, STAIN_DRAWS, Crops, jitter_stains, random_crops
+from hinge.training.ibot import Ibot, IbotConfig, VitConfig, block_masks, pretrain_histology
 from hinge.utils.errors import ConfigError, DataError, HingeError
 
 VIT = {
@@ -243,7 +243,7 @@ def train(slides, folder, labels=(), vit=None, **settings):
 
 def test_stopped_run_continues_to_the_same_bits(slides, tmp_path, monkeypatch):
     whole = train(slides, tmp_path / "whole")
-    from hinge import loop
+    from hinge.training import loop
 
     save, calls = loop._save_checkpoint, []
 
@@ -378,7 +378,7 @@ def test_published_configurations_are_valid(name):
     config = load_pretraining(Path(__file__).parents[1] / "configs" / "pretrain" / f"{name}.yaml")
     assert config.training.num_steps(10_000) == config.training.steps
     with torch.device("meta"):
-        from hinge.encoders.pretrain import build_vit
+        from hinge.training.ibot import build_vit
 
         network = build_vit(config.vit)
     size = sum(parameter.numel() for parameter in network.parameters())

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-import hinge.loop as loop
+import hinge.training.loop as loop
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.data.spots import SpotTable, concatenate_spots
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
-from hinge.loop import LoopConfig, batch_rows
 from hinge.models import HingeModel
 from hinge.training import TrainingConfig, split_spots, train_hinge
-from hinge.training.closed_form import fit_gene_path
+from hinge.training.initialisation import fit_gene_path
+from hinge.training.loop import LoopConfig, batch_rows
 from hinge.utils.errors import ConfigError, DataError, HingeError
 
 GENES, FEATURES = 8, 5

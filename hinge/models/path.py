@@ -3,7 +3,7 @@
 SoftAdaLN reaches genes only through shifts and scales that all of them share. This path speaks to each gene on its
 own: a linear regression on the features, and shared factors that carry what visible genes say beyond it to the
 masked ones. It starts at zero, so that the model still equals its backbone; training may first solve for it in
-closed form (`hinge.training.closed_form`).
+closed form (`hinge.training.initialisation`).
 """
 
 import torch
@@ -144,7 +144,7 @@ class GenePath(nn.Module):
 class DepthPath(nn.Module):
     """The depth of a spot, its count over all genes: log-normal around a regression on the features.
 
-    It is solved for in closed form (`hinge.training.closed_form`) and not trained further.
+    It is solved for in closed form (`hinge.training.initialisation`) and not trained further.
 
     Parameters
     ----------

@@ -41,8 +41,8 @@ from hinge.encoders.recipes import PooledTokens
 from hinge.encoders.registry import Joined, Preprocess
 from hinge.evaluation.baselines import spot_groups
 from hinge.evaluation.metrics import gene_pcc
-from hinge.loop import LoopConfig, make_accelerator, run_loop
 from hinge.tasks.embeddings import fit_ridge, read_slides
+from hinge.training.loop import LoopConfig, make_accelerator, run_loop
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, read_json, write_json
 from hinge.utils.locks import lock_folder

@@ -14,8 +14,8 @@ from sklearn.cluster import KMeans
 from hinge.config import AbsolutePath, _Section, explain, read_settings
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.simulate import simulate_tissue
-from hinge.encoders.pretrain import IbotConfig, VitConfig, pretrain_histology
-from hinge.loop import make_accelerator
+from hinge.training.ibot import IbotConfig, VitConfig, pretrain_histology
+from hinge.training.loop import make_accelerator
 from hinge.utils.errors import ConfigError, DataError
 
 CLUSTERS = 6
@@ -82,7 +82,7 @@ def pretrain(config: PretrainHistologyConfig, continue_with: str = "the same com
     Raises
     ------
     ConfigError, DataError
-        As `hinge.encoders.pretrain.pretrain_histology`.
+        As `hinge.training.ibot.pretrain_histology`.
     """
     data = config.data
     accelerator = make_accelerator(config.training, config.output.with_name(f"{config.output.name}-training"))

@@ -34,9 +34,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from hinge.data.patches import PatchReader
 from hinge.data.tissue_patches import TissuePatches
-from hinge.encoders.augment import CROP_DRAWS, STAIN_DRAWS, Crops, jitter_stains, random_crops
 from hinge.encoders.registry import Encoder, load_encoder
-from hinge.loop import LoopConfig, batch_rows, make_accelerator, run_loop, step_generator
+from hinge.training.augmentation import CROP_DRAWS, STAIN_DRAWS, Crops, jitter_stains, random_crops
+from hinge.training.loop import LoopConfig, batch_rows, make_accelerator, run_loop, step_generator
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, read_json, write_json
 from hinge.utils.locks import lock_folder

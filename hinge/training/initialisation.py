@@ -13,9 +13,9 @@ from torch import Tensor
 from hinge.data.context import spot_positions
 from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
-from hinge.loop import step_generator
 from hinge.models.hinge import HingeModel
 from hinge.models.path import saturating_share
+from hinge.training.loop import step_generator
 
 # masked shares at which partly masked spots are looked at
 MASKED_SHARES = (0.99, 0.97, 0.9, 0.75, 0.5, 0.25, 0.1)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.objective import draw_timesteps, loss_mask, spot_weights
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
-from hinge.loop import LoopConfig, LoopResult, make_accelerator, run_loop, step_generator
 from hinge.models.hinge import HingeModel
-from hinge.training.closed_form import fit_depth, fit_gene_path, fit_masked_mean
+from hinge.training.initialisation import fit_depth, fit_gene_path, fit_masked_mean
+from hinge.training.loop import LoopConfig, LoopResult, make_accelerator, run_loop, step_generator
 from hinge.utils.errors import DataError
 
 # fixed times, evenly spread, at which every held-out spot is scored: one random time a spot would be too noisy

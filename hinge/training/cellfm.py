@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hinge.backbones.cellfm import CellFMConfig, CellFMModel
-from hinge.loop import LoopConfig, make_accelerator, run_loop, step_generator
+from hinge.training.loop import LoopConfig, make_accelerator, run_loop, step_generator
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path
 from hinge.utils.locks import lock_folder
