@@ -47,7 +47,7 @@ from hinge.data.slide import slide_name
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots
 from hinge.data.transforms import get_transform
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
-from hinge.diffusion.continuous import Denoiser, NoisePath, draw_continuous
+from hinge.diffusion.gaussian import Denoiser, NoisePath, draw_continuous
 from hinge.diffusion.likelihood import chain_log_likelihood
 from hinge.encoders import Encoder, extract_features, load_encoder
 from hinge.evaluation.baselines import BASELINES, GENERATIVE_BASELINES, Prediction

@@ -10,7 +10,7 @@ from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.config import check_config
 from hinge.data import simulate_tissue
 from hinge.data.spots import SpotTable
-from hinge.diffusion.continuous import NUM_TIMES, PATHS, Denoiser, NoisePath, draw_continuous
+from hinge.diffusion.gaussian import NUM_TIMES, PATHS, Denoiser, NoisePath, draw_continuous
 from hinge.evaluation.baselines import GENERATIVE_BASELINES
 from hinge.models import HingeModel
 from hinge.run import Run

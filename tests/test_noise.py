@@ -6,7 +6,7 @@ import torch
 
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
-from hinge.diffusion.noise import SlideNoise, spot_normals
+from hinge.diffusion.randomness import SlideNoise, spot_normals
 from hinge.models import HingeModel
 from hinge.utils.errors import DataError
 

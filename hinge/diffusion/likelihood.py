@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hinge.diffusion.noise import spot_uniforms
+from hinge.diffusion.randomness import spot_uniforms
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.hinge import HingeModel
 

@@ -10,7 +10,7 @@ from scipy.special import ndtri
 from torch import Tensor
 from tqdm import tqdm
 
-from hinge.diffusion.noise import NUM_FREQUENCIES, SlideNoise, spot_normals, spot_uniforms
+from hinge.diffusion.randomness import NUM_FREQUENCIES, SlideNoise, spot_normals, spot_uniforms
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.hinge import HingeModel
 from hinge.models.subset import GeneSubset
@@ -372,7 +372,7 @@ class HingePipeline(DiffusionPipeline):
 
 @dataclass
 class _Numbers:
-    """Random numbers of spot-draws (B, …), see `hinge.diffusion.noise`; all standard normal but `order` and `shift`."""
+    """Random numbers of spot-draws (B, …), see `hinge.diffusion.randomness`; all standard normal but `order` and `shift`."""
 
     order: np.ndarray
     value: np.ndarray

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hinge.data.spots import SpotTable
-from hinge.diffusion.continuous import NUM_TIMES, Denoiser
+from hinge.diffusion.gaussian import NUM_TIMES, Denoiser
 from hinge.training.hinge import VALIDATION_TIMES, TrainingConfig, TrainingRows
 from hinge.training.initialisation import held_out_folds, ridge_out_of_fold
 from hinge.training.loop import LoopResult, make_accelerator, run_loop, step_generator

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hinge.data.spots import SpotTable, spot_groups
-from hinge.diffusion.objective import draw_timesteps, loss_mask, spot_weights
+from hinge.diffusion.loss import draw_timesteps, loss_mask, spot_weights
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.hinge import HingeModel
 from hinge.training.initialisation import fit_depth, fit_gene_path, fit_masked_mean

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hinge.backbones.cellfm import CellFMModel
-from hinge.diffusion.noise import spot_normals
+from hinge.diffusion.randomness import spot_normals
 from hinge.models.hinge import HingeModel
 from hinge.utils.errors import WeightsError
 from hinge.utils.files import atomic_path
