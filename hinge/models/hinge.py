@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hinge.backbones.cellfm import CellFMModel
-from hinge.models import fused
-from hinge.models.conditioning import Concatenation, CrossAttention
+from hinge.models import kernels as fused
+from hinge.models.gene_factors import DepthPath, GenePath
 from hinge.models.heads import COUNT_HEADS, HEADS, CountGrid, HeadOutput, needs_depth
-from hinge.models.path import DepthPath, GenePath
+from hinge.models.injection import Concatenation, CrossAttention
 from hinge.models.subset import GeneSubset
 from hinge.utils import hub
 from hinge.utils.errors import WeightsError, one_line
@@ -188,7 +188,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         first. Count heads under `"log1p_cp10k"` need it: which values counts can take depends on it.
     injection
         How the condition reaches the layers: `"soft_adaln"`; `"adaln_zero"`; `"concatenation"`, as further tokens;
-        `"cross_attention"`. See `hinge.models.conditioning` for the last two.
+        `"cross_attention"`. See `hinge.models.injection` for the last two.
     modulation_rank
         Rank of SoftAdaLN, None for full.
     gate, norm, start
@@ -542,7 +542,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         return block.norm2(torch.add(gate_f * self._dropout(fed), h, alpha=block.residual_scale))
 
     def _may_fuse(self, h: Tensor) -> bool:
-        """Whether layers are computed by `hinge.models.fused`.
+        """Whether layers are computed by `hinge.models.kernels`.
 
         Not in float32 inference, where the order of operations is that of the published code, bit for bit; not in
         float16, which unscaled products overflow; not where the backbone's norms want gradients.

@@ -13,8 +13,8 @@ from torch import Tensor
 from hinge.data.context import spot_positions
 from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
+from hinge.models.gene_factors import saturating_share
 from hinge.models.hinge import HingeModel
-from hinge.models.path import saturating_share
 from hinge.training.loop import step_generator
 
 # masked shares at which partly masked spots are looked at
