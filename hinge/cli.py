@@ -211,7 +211,7 @@ def download_run(
 
     Example: hinge download run somebody/her2st-hinge --output runs/theirs
     """
-    from hinge.push import fetch_run
+    from hinge.sharing.upload import fetch_run
 
     print(f"run: {fetch_run(repository, output, backbone, vocabulary)}")
 
@@ -233,7 +233,7 @@ def push(
 
     Example: hinge push runs/her2st somebody/her2st-hinge --licence cc-by-4.0
     """
-    from hinge.push import push as upload
+    from hinge.sharing.upload import push as upload
 
     print(f"repository: {upload(path, repository, licence, encoder, not public, title)}")
 
@@ -508,8 +508,8 @@ def export(
 
     Example: hinge export runs/her2st --slide C5 --format geojson --gene ERBB2
     """
-    from hinge.export import export_denoiser, export_draws
     from hinge.run import Run
+    from hinge.sharing.export import export_denoiser, export_draws
 
     opened = Run.open(run)
     if format == "torch-export":
@@ -817,7 +817,7 @@ def convert_cellfm(
 
     Example: hinge convert cellfm CellFM_800M_weight.ckpt cellfm-800m --dtype bf16 --vocabulary expand_gene_info.csv
     """
-    from hinge import convert as conversion
+    from hinge.sharing import convert as conversion
 
     written = conversion.convert_cellfm(checkpoint, out, dtype, vocabulary, heads)
     print(f"backbone: {written}")
@@ -836,7 +836,7 @@ def convert_hinge(
 
     Example: hinge convert hinge best_model.pth runs/authors --vocabulary expand_gene_info.csv
     """
-    from hinge import convert as conversion
+    from hinge.sharing import convert as conversion
 
     if gate not in (None, "sigmoid", "linear"):
         raise ConfigError(f"--gate must be sigmoid or linear, not {gate!r}")
@@ -853,7 +853,7 @@ def convert_to_authors(
 
     Example: hinge convert to-authors runs/released model.pth
     """
-    from hinge import convert as conversion
+    from hinge.sharing import convert as conversion
 
     print(f"checkpoint: {conversion.export_hinge_folder(run, out)}")
 

@@ -74,9 +74,9 @@ from hinge.encoders import load_encoder
 from hinge.encoders.weights import read_checkpoint
 from hinge.evaluation.modules import read_gene_sets
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
-from hinge.export import _read_metadata
 from hinge.models import HingeModel
 from hinge.run import Run, read_panel
+from hinge.sharing.export import _read_metadata
 from hinge.tasks.finetune import slide_groups
 from hinge.tasks.labels import read_labels
 from hinge.training.loop import _read_tensors, _write_tensors

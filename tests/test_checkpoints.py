@@ -19,12 +19,12 @@ from hinge.backbones.mindspore import read_mindspore
 from hinge.backbones.vocabulary import GeneVocabulary
 from hinge.cli import main
 from hinge.config import load_config
-from hinge.convert import RELEASED_DIFFUSION, convert_cellfm, convert_hinge, export_hinge_folder
 from hinge.data import read_slide, select_panel, simulate_tissue
 from hinge.data.draws import read_draws
 from hinge.models import HingeModel
-from hinge.models.checkpoints import RELEASED_MODEL, import_hinge, write_hinge
 from hinge.run import Run
+from hinge.sharing.convert import RELEASED_DIFFUSION, convert_cellfm, convert_hinge, export_hinge_folder
+from hinge.sharing.released_hinge import RELEASED_MODEL, import_hinge, write_hinge
 from hinge.utils.errors import ConfigError, WeightsError
 from hinge.utils.files import read_json
 

@@ -9,10 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hinge.backbones import CellFMConfig, CellFMModel
-from hinge.convert import RELEASED_DIFFUSION
 from hinge.diffusion import MaskedDiffusionScheduler, loss_mask, spot_weights
 from hinge.models import HingeModel
-from hinge.models.checkpoints import RELEASED_MODEL, ImportedHinge, export_hinge, import_hinge, write_hinge
+from hinge.sharing.convert import RELEASED_DIFFUSION
+from hinge.sharing.released_hinge import RELEASED_MODEL, ImportedHinge, export_hinge, import_hinge, write_hinge
 from hinge.utils.errors import ConfigError, WeightsError
 
 RECORDINGS = ("init", "random", "random_lineargate")

@@ -12,8 +12,8 @@ from PIL import Image
 
 from hinge.cli import app
 from hinge.data import simulate_tissue
-from hinge.export import export_draws
 from hinge.run import Run
+from hinge.sharing.export import export_draws
 from hinge.utils.errors import ConfigError, DataError
 
 

@@ -45,7 +45,7 @@ from hinge.data.draws import read_draws, write_draws
 from hinge.data.features import FeatureWriter, read_features
 from hinge.encoders import load_encoder
 from hinge.encoders.weights import read_checkpoint
-from hinge.export import _read_metadata
+from hinge.sharing.export import _read_metadata
 from hinge.utils.errors import DataError, HingeError, WeightsError
 from hinge.utils.files import read_json
 from hinge.utils.resumable import UnfinishedArrays

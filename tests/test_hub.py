@@ -15,10 +15,10 @@ from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.config import check_config, save_config
 from hinge.data import Panel
 from hinge.encoders import load_encoder
-from hinge.export import DenoiserStep, export_denoiser
 from hinge.models import HingeModel
-from hinge.push import fetch_run, push, push_run
 from hinge.run import Run
+from hinge.sharing.export import DenoiserStep, export_denoiser
+from hinge.sharing.upload import fetch_run, push, push_run
 from hinge.utils.errors import ConfigError, DataError, WeightsError
 from hinge.utils.files import read_json, write_json
 from hinge.utils.hub import is_repository

@@ -17,8 +17,8 @@ from hinge.backbones.checkpoints import (
 from hinge.data.panel import Panel
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.models import HingeModel
-from hinge.models.checkpoints import import_hinge, read_hinge, write_hinge
 from hinge.run import Run
+from hinge.sharing.released_hinge import import_hinge, read_hinge, write_hinge
 from hinge.utils.errors import ConfigError, DataError, WeightsError
 from hinge.utils.files import atomic_path, read_json, write_json
 
@@ -116,7 +116,7 @@ def convert_hinge(
     Parameters
     ----------
     path, gate, num_attention_heads
-        As `hinge.models.checkpoints.import_hinge`.
+        As `hinge.sharing.released_hinge.import_hinge`.
     out
         The folder.
     dtype
