@@ -762,7 +762,7 @@ def demo(
 
     Example: hinge demo --output hinge-demo
     """
-    from hinge.demo import run_demo
+    from hinge.experiments.demo import run_demo
 
     opened = run_demo(output, seed)
     _print_scores(opened.scores_path)
@@ -782,8 +782,8 @@ def ablate(
 
     Example: hinge ablate configs/ablations/weights.yaml runs/weights --jobs 2
     """
-    from hinge.ablation import ablate as run_ablation
-    from hinge.ablation import load_grid
+    from hinge.experiments.ablation import ablate as run_ablation
+    from hinge.experiments.ablation import load_grid
 
     tables = run_ablation(load_grid(grid), output, overrides or [], jobs)
     print(tables.markdown.read_text())

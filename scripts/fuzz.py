@@ -56,7 +56,6 @@ from anndata import AnnData
 from PIL import Image
 from safetensors.torch import save_file
 
-from hinge.ablation import load_grid
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.backbones.checkpoints import export_cellfm, open_state
 from hinge.backbones.mindspore import read_mindspore
@@ -74,6 +73,7 @@ from hinge.encoders import load_encoder
 from hinge.encoders.weights import read_checkpoint
 from hinge.evaluation.modules import read_gene_sets
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
+from hinge.experiments.ablation import load_grid
 from hinge.models import HingeModel
 from hinge.run import Run, read_panel
 from hinge.sharing.export import _read_metadata

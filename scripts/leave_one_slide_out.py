@@ -11,7 +11,7 @@ import logging
 import sys
 from pathlib import Path
 
-from hinge.ablation import Grid, markdown, run_grid, summarise_cells
+from hinge.experiments.ablation import Grid, markdown, run_grid, summarise_cells
 from hinge.utils.errors import HingeError
 from hinge.utils.files import write_json
 

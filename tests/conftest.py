@@ -17,7 +17,7 @@ from PIL import Image  # noqa: E402
 
 PRELOADED = [
     "hinge.run",
-    "hinge.ablation",
+    "hinge.experiments.ablation",
     "hinge.cli",
     "hinge.tasks.pretraining",
     "hinge.tasks.dense",

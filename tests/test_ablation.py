@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 import yaml
 
-from hinge.ablation import COLUMNS, _Workers, ablate, load_grid, make_cells, markdown, run_grid, summarise_cells
 from hinge.config import check_config
 from hinge.data import simulate_tissue
+from hinge.experiments.ablation import (
+    COLUMNS,
+    _Workers,
+    ablate,
+    load_grid,
+    make_cells,
+    markdown,
+    run_grid,
+    summarise_cells,
+)
 from hinge.run import Run
 from hinge.utils.errors import ConfigError, HingeError, Interrupted
 

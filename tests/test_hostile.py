@@ -36,7 +36,6 @@ from PIL import Image
 from test_visium import write_visium
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
-from hinge.ablation import load_grid
 from hinge.backbones.checkpoints import open_state
 from hinge.backbones.mindspore import read_mindspore
 from hinge.config import load_config
@@ -45,6 +44,7 @@ from hinge.data.draws import read_draws, write_draws
 from hinge.data.features import FeatureWriter, read_features
 from hinge.encoders import load_encoder
 from hinge.encoders.weights import read_checkpoint
+from hinge.experiments.ablation import load_grid
 from hinge.sharing.export import _read_metadata
 from hinge.utils.errors import DataError, HingeError, WeightsError
 from hinge.utils.files import read_json
