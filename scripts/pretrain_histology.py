@@ -2,7 +2,7 @@
 
 import sys
 
-from hinge.cli import main
+from hinge.cli.app import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "pretrain-histology")

@@ -18,7 +18,7 @@ from PIL import Image  # noqa: E402
 PRELOADED = [
     "hinge.run",
     "hinge.experiments.ablation",
-    "hinge.cli",
+    "hinge.cli.app",
     "hinge.tasks.pretraining",
     "hinge.tasks.dense",
     "lightly.loss",

@@ -17,7 +17,7 @@ from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.backbones.checkpoints import export_cellfm, open_state, published_names, read_published
 from hinge.backbones.mindspore import read_mindspore
 from hinge.backbones.vocabulary import GeneVocabulary
-from hinge.cli import main
+from hinge.cli.app import main
 from hinge.config import load_config
 from hinge.data import read_slide, select_panel, simulate_tissue
 from hinge.data.draws import read_draws

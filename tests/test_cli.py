@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from hinge.backbones import CellFMModel
-from hinge.cli import app, main
+from hinge.cli.app import app, main
 from hinge.data import Panel, read_features, simulate_tissue
 from hinge.data.draws import read_draws
 
@@ -160,7 +160,7 @@ def test_every_command_explains_itself_with_an_example(hinge, command, monkeypat
 def test_help_needs_no_heavy_import():
     script = (
         "import sys\n"
-        "from hinge.cli import main\n"
+        "from hinge.cli.app import main\n"
         "sys.argv = ['hinge', *sys.argv[1:]]\n"
         "try:\n    main()\n"
         "except SystemExit as stopped:\n    assert not stopped.code\n"
@@ -531,7 +531,7 @@ def test_a_mistake_in_a_process_of_its_own(trained, tmp_path):
     """Nothing that libraries say on import or while they load weights comes between."""
     output = tmp_path / "notes.txt"
     output.write_text("not mine to replace")
-    done = launch("-m", "hinge.cli", "sample", trained, "--output", output)
+    done = launch("-m", "hinge.cli.app", "sample", trained, "--output", output)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"hinge: {output} is not a readable h5ad file") and done.stderr.count("\n") == 1
     assert output.read_text() == "not mine to replace"

@@ -9,7 +9,7 @@ from PIL import Image
 from scipy.spatial import KDTree
 from typer.testing import CliRunner
 
-from hinge.cli import app
+from hinge.cli.app import app
 from hinge.config import check_config, save_config
 from hinge.data import read_slide, simulate_tissue
 from hinge.data.slide import validate_slide

@@ -89,7 +89,7 @@ FEW = ("features", "train", "sample", "report", "torch-export")
 
 def call(arguments: list[str], errors, prepare: Callable, *more) -> None:
     """The command line, its stderr in a pipe, after something that makes it hard."""
-    from hinge.cli import main
+    from hinge.cli.app import main
 
     os.dup2(errors.fileno(), 2)
     prepare(*more)

@@ -11,7 +11,7 @@ import safetensors
 import torch
 from typer.testing import CliRunner
 
-from hinge.cli import app
+from hinge.cli.app import app
 from hinge.data import Panel, load_spots, read_slide, simulate_tissue
 from hinge.encoders import RECIPES, load_encoder, registry
 from hinge.evaluation.predictions import PredictionFiles, read_prediction

@@ -10,7 +10,7 @@ import typer.testing
 import yaml
 from PIL import Image
 
-from hinge.cli import app
+from hinge.cli.app import app
 from hinge.data import simulate_tissue
 from hinge.run import Run
 from hinge.sharing.export import export_draws

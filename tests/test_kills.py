@@ -163,7 +163,7 @@ def command(arguments: list[str], errors: Path, prepare: Callable | None = None,
     """The command line, its stderr in a file."""
     # what starts the tests in the background may leave Ctrl-C ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from hinge.cli import main
+    from hinge.cli.app import main
 
     with errors.open("a") as file:
         os.dup2(file.fileno(), 2)

@@ -256,7 +256,7 @@ def trained(slides, tmp_path_factory) -> Run:
 def test_a_command_refuses_a_folder_in_use(
     arguments, lock, place, trained, slides, tmp_path, held, monkeypatch, capsys
 ):
-    from hinge.cli import main
+    from hinge.cli.app import main
 
     out = tmp_path / "out"
     run = settings(slides, out)

@@ -13,7 +13,7 @@ import yaml
 from skimage.color import hed2rgb, rgb2hed
 from typer.testing import CliRunner
 
-from hinge.cli import app
+from hinge.cli.app import app
 from hinge.data import read_slide, simulate_tissue
 from hinge.data.tissue_patches import TissuePatches
 from hinge.encoders import extract_features, load_encoder

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from hinge.cli import app
+from hinge.cli.app import app
 from hinge.data import read_slide, simulate_tissue
 from hinge.report.clusters import ClusterMap, draw_clusters
 from hinge.tasks.cluster import agreement, cluster, cluster_slides, smooth_features

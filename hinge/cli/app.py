@@ -70,7 +70,7 @@ def main() -> None:
         app()
     except Interrupted as error:
         if int(os.environ.get("RANK", 0)) == 0:
-            launcher = "accelerate launch … -m hinge.cli" if "WORLD_SIZE" in os.environ else "hinge"
+            launcher = "accelerate launch … -m hinge.cli.app" if "WORLD_SIZE" in os.environ else "hinge"
             print("hinge:", error, file=sys.stderr)
             print("hinge: continue with:", launcher, shlex.join(sys.argv[1:]), file=sys.stderr)
         sys.exit(128 + error.signal_number)
@@ -141,7 +141,7 @@ def features(
 ) -> None:
     """Extract histology features, one patch a spot, into one HDF5 file a slide.
 
-    DATA may be a table of slides. Several processes share the slides: accelerate launch -m hinge.cli features …
+    DATA may be a table of slides. Several processes share the slides: accelerate launch -m hinge.cli.app features …
 
     Example: hinge features her2st --sample C5 --encoder stain-texture --output features
     """
@@ -359,7 +359,7 @@ def sample(
     """Draw the expression of every spot of a slide, several times.
 
     A slide from elsewhere may be an H&E image alone: its tissue is found, and spots are laid over it at the distance
-    of the training slides. Several processes share the slides: accelerate launch -m hinge.cli sample …
+    of the training slides. Several processes share the slides: accelerate launch -m hinge.cli.app sample …
 
     Example: hinge sample runs/her2st --slide C5 --draws 20 --steps 20 --seed 0, or: hinge sample runs/her2st --slide
     biopsy.svs
@@ -742,7 +742,7 @@ def doctor(
     from rich.console import Console
     from rich.table import Table
 
-    from hinge.doctor import diagnose
+    from hinge.cli.doctor import diagnose
 
     console = Console()
     for section, facts in diagnose(folder).items():
