@@ -28,7 +28,7 @@ _HOME = {
     "train_hinge": "hinge.training",
     "evaluate_slide": "hinge.evaluation",
     "write_report": "hinge.report",
-    "Run": "hinge.run",
+    "Run": "hinge.run.run",
     "load_config": "hinge.config",
     "HingeError": "hinge.utils.errors",
 }

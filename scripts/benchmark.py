@@ -317,7 +317,7 @@ def steps(
     from hinge.data.draws import read_draws
     from hinge.evaluation.coexpression import correlation_matrix, matrix_scores
     from hinge.evaluation.score import prediction_from_draws, score
-    from hinge.run import Run
+    from hinge.run.run import Run
 
     opened, rows = Run.open(run), []
     for slide in opened.config.data.test:

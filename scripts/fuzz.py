@@ -75,7 +75,7 @@ from hinge.evaluation.modules import read_gene_sets
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
 from hinge.experiments.ablation import load_grid
 from hinge.models import HingeModel
-from hinge.run import Run, read_panel
+from hinge.run.run import Run, read_panel
 from hinge.sharing.export import _read_metadata
 from hinge.tasks.finetune import slide_groups
 from hinge.tasks.labels import read_labels

@@ -18,7 +18,7 @@ import typer  # noqa: E402
 
 from hinge.data.draws import read_draws  # noqa: E402
 from hinge.evaluation.score import prediction_from_draws  # noqa: E402
-from hinge.run import Run  # noqa: E402
+from hinge.run.run import Run  # noqa: E402
 
 
 def correlations(values: np.ndarray, mean: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ import psutil  # noqa: E402
 from hinge.config import check_config  # noqa: E402
 from hinge.data import simulate_tissue  # noqa: E402
 from hinge.data.draws import read_draws  # noqa: E402
-from hinge.run import Run  # noqa: E402
+from hinge.run.run import Run  # noqa: E402
 from hinge.utils.files import arrays_digest  # noqa: E402
 
 WARM_UP_SHARE = 0.15

@@ -16,7 +16,7 @@ from anndata import AnnData  # noqa: E402
 from PIL import Image  # noqa: E402
 
 PRELOADED = [
-    "hinge.run",
+    "hinge.run.run",
     "hinge.experiments.ablation",
     "hinge.cli.app",
     "hinge.tasks.pretraining",

@@ -21,7 +21,7 @@ from hinge.experiments.ablation import (
     run_grid,
     summarise_cells,
 )
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, HingeError, Interrupted
 
 GRIDS = sorted((Path(__file__).parents[1] / "configs" / "ablations").glob("*.yaml"))

@@ -22,7 +22,7 @@ from hinge.config import load_config
 from hinge.data import read_slide, select_panel, simulate_tissue
 from hinge.data.draws import read_draws
 from hinge.models import HingeModel
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.sharing.convert import RELEASED_DIFFUSION, convert_cellfm, convert_hinge, export_hinge_folder
 from hinge.sharing.released_hinge import RELEASED_MODEL, import_hinge, write_hinge
 from hinge.utils.errors import ConfigError, WeightsError

@@ -14,7 +14,7 @@ from hinge.config import check_config, save_config
 from hinge.data import read_slide, simulate_tissue
 from hinge.data.slide import validate_slide
 from hinge.evaluation.baselines import baseline_predictions
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.tasks.dense import map_slide, neighbour_offsets, open_predictor, window_offsets
 from hinge.tasks.finetune import finetune_config, finetune_encoder, load_regressor, predict_slide
 from hinge.utils.errors import ConfigError

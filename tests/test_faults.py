@@ -24,7 +24,7 @@ from hinge.data import read_slide, simulate_tissue
 from hinge.data.draws import read_draws
 from hinge.diffusion import HingePipeline
 from hinge.encoders import Encoder, extract_features, load_encoder
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.training.loop import LoopConfig, run_loop
 from hinge.utils.errors import HingeError
 from hinge.utils.files import file_digest

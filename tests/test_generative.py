@@ -13,7 +13,7 @@ from hinge.data.spots import SpotTable
 from hinge.diffusion.gaussian import NUM_TIMES, PATHS, Denoiser, NoisePath, draw_continuous
 from hinge.evaluation.baselines import GENERATIVE_BASELINES
 from hinge.models import HingeModel
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.training import TrainingConfig, train_denoiser
 from hinge.utils.errors import DataError, HingeError
 

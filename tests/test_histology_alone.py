@@ -12,7 +12,7 @@ from PIL import Image
 
 from hinge.cli.app import app
 from hinge.data import simulate_tissue
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.sharing.export import export_draws
 from hinge.utils.errors import ConfigError, DataError
 

@@ -16,7 +16,7 @@ from hinge.config import check_config, save_config
 from hinge.data import Panel
 from hinge.encoders import load_encoder
 from hinge.models import HingeModel
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.sharing.export import DenoiserStep, export_denoiser
 from hinge.sharing.upload import fetch_run, push, push_run
 from hinge.utils.errors import ConfigError, DataError, WeightsError

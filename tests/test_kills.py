@@ -23,7 +23,7 @@ from anndata import AnnData
 
 from hinge.config import check_config
 from hinge.data import read_slide, simulate_tissue
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.utils.files import file_digest
 
 CHECKPOINT_EVERY = 4
@@ -122,7 +122,7 @@ def extract(slides: Path, path: Path, log: Path, seconds: float = 0.01) -> None:
 
 
 def sample(run: Path, path: Path, log: Path, seconds: float = 0.01) -> None:
-    import hinge.run as module
+    import hinge.run.run as module
     from hinge.utils.resumable import UnfinishedArrays
 
     write = UnfinishedArrays.write
@@ -147,7 +147,7 @@ def ablate(grid: Path, output: Path) -> None:
 
 def small_parts() -> None:
     """Many parts, that take some time each."""
-    import hinge.run as module
+    import hinge.run.run as module
     from hinge.utils.resumable import UnfinishedArrays
 
     write = UnfinishedArrays.write

@@ -15,7 +15,7 @@ import pytest
 import hinge.utils.locks as locks
 from hinge.config import check_config
 from hinge.data import simulate_tissue
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.utils.errors import DataError
 from hinge.utils.files import HOST, atomic_path, process_mark
 from hinge.utils.locks import lock_file, lock_folder, try_lock

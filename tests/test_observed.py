@@ -11,7 +11,7 @@ from hinge.config import check_config
 from hinge.data import simulate_tissue
 from hinge.data.draws import read_draws
 from hinge.data.observed import read_observed
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.utils.errors import DataError
 
 

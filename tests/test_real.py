@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hinge.config import load_config
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.utils.files import read_json
 
 CONFIG = Path(__file__).parents[1] / "configs" / "her2st-quick.yaml"

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-import hinge.run as run_module
+import hinge.run.run as run_module
 from hinge.backbones import CellFMModel
 from hinge.config import check_config
 from hinge.data import list_samples, load_spots, read_slide, simulate_tissue
 from hinge.data.draws import read_draws
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, DataError, WeightsError
 from hinge.utils.resumable import UnfinishedArrays
 

@@ -87,7 +87,7 @@ def main() -> None:
 
 def _run(config: Path, overrides: list[str] | None):
     from hinge.config import load_config
-    from hinge.run import Run
+    from hinge.run.run import Run
 
     return Run(load_config(config, overrides))
 
@@ -254,7 +254,7 @@ def panel(
     from hinge.data.panel import select_panel
     from hinge.data.readers import list_samples, read_slide
     from hinge.data.spots import load_spots
-    from hinge.run import read_panel
+    from hinge.run.run import read_panel
 
     names = sample or list_samples(path)
     slides = [read_slide(path, name, require_image=False) for name in names]
@@ -288,7 +288,7 @@ def pretrain_expression(
 
     Example: hinge pretrain-expression her2st --sample A1 --sample D1 --panel panel.json --output backbone
     """
-    from hinge.run import pretrain_on_files
+    from hinge.run.run import pretrain_on_files
 
     pretrain_on_files(
         paths,
@@ -364,7 +364,7 @@ def sample(
     Example: hinge sample runs/her2st --slide C5 --draws 20 --steps 20 --seed 0, or: hinge sample runs/her2st --slide
     biopsy.svs
     """
-    from hinge.run import Run
+    from hinge.run.run import Run
     from hinge.utils.parallel import each_slide, work_alone
 
     opened = Run.open(run)
@@ -420,7 +420,7 @@ def evaluate(
     --sample C5 --panel panel.json --transform log2p1 --predictions stem=stem.h5ad --output scores.json
     """
     from hinge.evaluation.predictions import PredictionFiles
-    from hinge.run import Run, evaluate_files
+    from hinge.run.run import Run, evaluate_files
 
     files = [PredictionFiles.parse(text) for text in predictions or []]
     alone = {
@@ -459,7 +459,7 @@ def report(
 
     Example: hinge report runs/her2st. The viewer as a folder: hinge report runs/her2st --interactive --output site
     """
-    from hinge.run import Run
+    from hinge.run.run import Run
 
     opened = Run.open(run)
     if interactive:
@@ -483,7 +483,7 @@ def view(
 
     Example: hinge view runs/her2st
     """
-    from hinge.run import Run
+    from hinge.run.run import Run
     from hinge.viewer import Viewer, serve
 
     serve(Viewer(Run.open(run), slide), port, browser=not no_browser)
@@ -508,7 +508,7 @@ def export(
 
     Example: hinge export runs/her2st --slide C5 --format geojson --gene ERBB2
     """
-    from hinge.run import Run
+    from hinge.run.run import Run
     from hinge.sharing.export import export_denoiser, export_draws
 
     opened = Run.open(run)
@@ -551,7 +551,7 @@ def finetune_encoder(
     spafoundation@spafoundation_1m_vitb16.pth --output tuned; then hinge evaluate runs/her2st --predictions
     tuned=tuned/predictions/{slide}.h5ad
     """
-    from hinge.run import read_panel
+    from hinge.run.run import read_panel
     from hinge.tasks.finetune import finetune_config
     from hinge.tasks.finetune import finetune_encoder as finetune
 

@@ -25,7 +25,7 @@ BASELINES = (*DEFAULT_BASELINES[:-1], "mlp", DEFAULT_BASELINES[-1])
 """Methods of `fit_baselines`, in the order of its result."""
 
 GENERATIVE_BASELINES = ("gaussian-diffusion", "flow-matching")
-"""Methods of `hinge.diffusion.gaussian`, which train the run's denoiser by another objective; `hinge.run` calls them,
+"""Methods of `hinge.diffusion.gaussian`, which train the run's denoiser by another objective; `hinge.run.run` calls them,
 as nothing here trains a model."""
 
 ALPHAS = np.logspace(0, 6, 13)

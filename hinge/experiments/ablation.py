@@ -34,7 +34,7 @@ from hinge.config import PATHS, BackboneConfig, RunConfig, check_config, explain
 from hinge.data.simulate import simulate_tissue
 from hinge.evaluation.statistics import summarise_rows
 from hinge.models import HingeModel
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, HingeError, Interrupted
 from hinge.utils.files import atomic_path, read_json, write_json
 from hinge.utils.locks import lock_folder

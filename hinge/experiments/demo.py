@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hinge.config import check_config
 from hinge.data.simulate import simulate_tissue
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.utils.locks import lock_folder
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from hinge.backbones.checkpoints import (
 from hinge.data.panel import Panel
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.models import HingeModel
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.sharing.released_hinge import import_hinge, read_hinge, write_hinge
 from hinge.utils.errors import ConfigError, DataError, WeightsError
 from hinge.utils.files import atomic_path, read_json, write_json

@@ -12,7 +12,7 @@ from hinge.config import parse_yaml
 from hinge.data.draws import read_draws
 from hinge.data.writers import write_cellxgene, write_draws_zarr, write_geojson, write_spatialdata
 from hinge.models import HingeModel
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, write_json
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from hinge import __version__, hub
 from hinge.config import load_config, save_config
 from hinge.models import HingeModel
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import read_json
 

@@ -36,7 +36,7 @@ from hinge.data import get_transform, list_samples, slide_name
 from hinge.data.draws import read_draws
 from hinge.evaluation import correlation_matrix, gene_pcc, matrix_scores
 from hinge.report.html import gene_order
-from hinge.run import Run
+from hinge.run.run import Run
 from hinge.utils.errors import DataError, HingeError
 from hinge.utils.files import atomic_path
 from hinge.viewer.tiles import OVERLAP_PX, TILE_PX, TiledImage
