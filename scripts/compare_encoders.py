@@ -19,7 +19,7 @@ from hinge.data.panel import select_panel
 from hinge.data.spots import load_spots
 from hinge.encoders import extract_features, load_encoder
 from hinge.evaluation.baselines import fit_baselines
-from hinge.evaluation.metrics import gene_pcc, summarise_pcc
+from hinge.evaluation.metrics.accuracy import gene_pcc, summarise_pcc
 from hinge.utils.files import write_json
 
 

@@ -71,7 +71,7 @@ from hinge.data.patches import PatchReader
 from hinge.data.writers import write_draws_zarr
 from hinge.encoders import load_encoder
 from hinge.encoders.weights import read_checkpoint
-from hinge.evaluation.modules import read_gene_sets
+from hinge.evaluation.metrics.gene_sets import read_gene_sets
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
 from hinge.experiments.ablation import load_grid
 from hinge.models import HingeModel

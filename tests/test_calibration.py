@@ -6,7 +6,7 @@ import scoringrules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hinge.evaluation.calibration import CURVE_LEVELS, coverage, crps, pit_distribution
+from hinge.evaluation.metrics.calibration import CURVE_LEVELS, coverage, crps, pit_distribution
 from hinge.utils.errors import DataError
 
 

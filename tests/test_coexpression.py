@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy.stats import pearsonr
 
-from hinge.evaluation.coexpression import coexpression_scores, correlation_matrix, matrix_scores
+from hinge.evaluation.metrics.coexpression import coexpression_scores, correlation_matrix, matrix_scores
 from hinge.utils.errors import DataError
 
 N_GENES = 12

@@ -12,7 +12,7 @@ from hinge.data.panel import Panel
 from hinge.data.simulate import DEPTH_SD
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.diffusion.likelihood import chain_log_likelihood
-from hinge.evaluation.likelihood import marginal_log_likelihood, oracle_log_likelihood
+from hinge.evaluation.metrics.likelihood import marginal_log_likelihood, oracle_log_likelihood
 from hinge.utils.errors import DataError
 
 GENES = 7

@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import pearsonr
 from sklearn.metrics import mean_absolute_error, mean_squared_error
 
-from hinge.evaluation.metrics import gene_pcc, mean_scores, summarise_pcc
+from hinge.evaluation.metrics.accuracy import gene_pcc, mean_scores, summarise_pcc
 from hinge.utils.errors import DataError
 
 PCC = ("pcc_10", "pcc_50", "pcc_200", "pcc_mean", "pcc_hvg50")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import scoringrules
 
-from hinge.evaluation.calibration import crps
-from hinge.evaluation.multivariate import energy_score, variogram_score
+from hinge.evaluation.metrics.calibration import crps
+from hinge.evaluation.metrics.multivariate import energy_score, variogram_score
 from hinge.utils.errors import DataError
 
 

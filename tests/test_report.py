@@ -18,8 +18,8 @@ from PIL import Image
 from scipy import sparse
 
 from hinge.data.transforms import get_transform
-from hinge.evaluation.coexpression import coexpression_scores, correlation_matrix
-from hinge.evaluation.metrics import gene_pcc
+from hinge.evaluation.metrics.accuracy import gene_pcc
+from hinge.evaluation.metrics.coexpression import coexpression_scores, correlation_matrix
 from hinge.report import ReportSlide, report_slide, write_report
 from hinge.utils.errors import DataError
 

@@ -5,7 +5,7 @@ import pytest
 from anndata import AnnData
 from scipy.ndimage import gaussian_filter
 
-from hinge.evaluation.spatial import (
+from hinge.evaluation.metrics.spatial import (
     lattice_pitch,
     moran_scores,
     morans_i,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hinge.data.transforms import get_transform
-from hinge.evaluation.two_sample import round_to_counts, two_sample_auc
+from hinge.evaluation.metrics.two_sample import round_to_counts, two_sample_auc
 from hinge.utils.errors import DataError
 
 

@@ -95,7 +95,7 @@ def _run(config: Path, overrides: list[str] | None):
 def _print_scores(path: Path) -> None:
     from rich.console import Console
 
-    from hinge.evaluation.score import scores_table
+    from hinge.evaluation.scores import scores_table
     from hinge.utils.files import read_json
 
     console = Console()

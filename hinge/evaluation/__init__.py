@@ -9,7 +9,9 @@ from hinge.evaluation.baselines import (
     fit_mlp,
     spot_groups,
 )
-from hinge.evaluation.calibration import (
+from hinge.evaluation.definitions import METRICS, Metric
+from hinge.evaluation.metrics.accuracy import gene_pcc, mean_scores, summarise_pcc
+from hinge.evaluation.metrics.calibration import (
     CURVE_LEVELS,
     coverage,
     covered,
@@ -18,14 +20,14 @@ from hinge.evaluation.calibration import (
     pit_distribution,
     pit_values,
 )
-from hinge.evaluation.ceiling import CEILING, attained_shares, noise_ceiling
-from hinge.evaluation.coexpression import coexpression_scores, correlation_matrix, matrix_scores
-from hinge.evaluation.definitions import METRICS, Metric
-from hinge.evaluation.metrics import gene_pcc, mean_scores, summarise_pcc
-from hinge.evaluation.modules import MARKERS, module_scores, read_gene_sets
-from hinge.evaluation.multivariate import energy_score, variogram_score
+from hinge.evaluation.metrics.coexpression import coexpression_scores, correlation_matrix, matrix_scores
+from hinge.evaluation.metrics.gene_sets import MARKERS, module_scores, read_gene_sets
+from hinge.evaluation.metrics.multivariate import energy_score, variogram_score
+from hinge.evaluation.metrics.spatial import moran_scores, morans_i, neighbour_weights, spot_structure, ssim_of_maps
+from hinge.evaluation.metrics.two_sample import round_to_counts, two_sample_auc
+from hinge.evaluation.noise_ceiling import CEILING, attained_shares, noise_ceiling
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
-from hinge.evaluation.score import (
+from hinge.evaluation.scores import (
     Evaluation,
     evaluate_slide,
     prediction_from_draws,
@@ -34,9 +36,7 @@ from hinge.evaluation.score import (
     scores_table,
     write_scores,
 )
-from hinge.evaluation.spatial import moran_scores, morans_i, neighbour_weights, spot_structure, ssim_of_maps
 from hinge.evaluation.statistics import bootstrap_intervals, paired_wilcoxon, summarise_rows
-from hinge.evaluation.two_sample import round_to_counts, two_sample_auc
 
 __all__ = [
     "BASELINES",

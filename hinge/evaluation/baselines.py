@@ -16,8 +16,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from hinge.data.spots import SpotTable
-from hinge.evaluation.coexpression import correlation_matrix
-from hinge.evaluation.metrics import as_matrix
+from hinge.evaluation.metrics.accuracy import as_matrix
+from hinge.evaluation.metrics.coexpression import correlation_matrix
 from hinge.utils.errors import ConfigError, DataError
 
 DEFAULT_BASELINES = ("mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", "knn", "training-correlation")

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import wilcoxon
 
-from hinge.evaluation.metrics import as_matrix, constant_genes
+from hinge.evaluation.metrics.accuracy import as_matrix, constant_genes
 
 
 def bootstrap_spots(n_spots: int, n_resamples: int, seed: int) -> NDArray[np.int64]:

@@ -51,11 +51,11 @@ from hinge.diffusion.gaussian import Denoiser, NoisePath, draw_continuous
 from hinge.diffusion.likelihood import chain_log_likelihood
 from hinge.encoders import Encoder, extract_features, load_encoder
 from hinge.evaluation.baselines import BASELINES, GENERATIVE_BASELINES, Prediction
-from hinge.evaluation.likelihood import marginal_log_likelihood, oracle_log_likelihood
-from hinge.evaluation.modules import read_gene_sets
+from hinge.evaluation.metrics.gene_sets import read_gene_sets
+from hinge.evaluation.metrics.likelihood import marginal_log_likelihood, oracle_log_likelihood
 from hinge.evaluation.oracle import oracle_prediction
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
-from hinge.evaluation.score import evaluate_slide, prediction_from_draws, write_scores
+from hinge.evaluation.scores import evaluate_slide, prediction_from_draws, write_scores
 from hinge.models import HingeModel
 from hinge.models.heads import COUNT_HEADS, needs_depth
 from hinge.report import report_slide, write_report

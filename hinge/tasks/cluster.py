@@ -17,7 +17,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import kneighbors_graph
 
 from hinge.encoders import load_encoder
-from hinge.evaluation.spatial import neighbour_weights
+from hinge.evaluation.metrics.spatial import neighbour_weights
 from hinge.report.clusters import ClusterMap, write_cluster_report
 from hinge.tasks.embeddings import embed
 from hinge.utils.errors import ConfigError, DataError
@@ -169,7 +169,7 @@ def cluster_slides(
 def smooth_features(features: np.ndarray, coords: np.ndarray, times: int) -> np.ndarray:
     """Replace each spot's features by the mean over it and its direct neighbours, several times.
 
-    Neighbours are those of `hinge.evaluation.spatial.neighbour_weights`: four on a square lattice, six on a hexagonal
+    Neighbours are those of `hinge.evaluation.metrics.spatial.neighbour_weights`: four on a square lattice, six on a hexagonal
     one, the same as squidpy's spatial graph within 1.25 spot pitches.
 
     Parameters

@@ -37,7 +37,7 @@ from hinge.data.slide import slide_name
 from hinge.data.tissue import slide_from_image
 from hinge.encoders import Encoder, extract_features
 from hinge.evaluation.baselines import spot_groups
-from hinge.evaluation.metrics import gene_pcc
+from hinge.evaluation.metrics.accuracy import gene_pcc
 from hinge.run.run import Run
 from hinge.tasks.embeddings import fit_ridge
 from hinge.utils.errors import ConfigError, DataError

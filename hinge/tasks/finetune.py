@@ -40,7 +40,7 @@ from hinge.encoders import RECIPES, Encoder, extract_features, load_encoder
 from hinge.encoders.recipes import PooledTokens
 from hinge.encoders.registry import Joined, Preprocess
 from hinge.evaluation.baselines import spot_groups
-from hinge.evaluation.metrics import gene_pcc
+from hinge.evaluation.metrics.accuracy import gene_pcc
 from hinge.tasks.embeddings import fit_ridge, read_slides
 from hinge.training.loop import LoopConfig, make_accelerator, run_loop
 from hinge.utils.errors import ConfigError, DataError

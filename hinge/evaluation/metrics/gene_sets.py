@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hinge.evaluation.coexpression import correlation_matrix
+from hinge.evaluation.metrics.coexpression import correlation_matrix
 from hinge.utils.errors import DataError
 from hinge.utils.files import read_json
 

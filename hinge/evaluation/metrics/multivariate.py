@@ -11,7 +11,7 @@ vary much count more, as in the mean squared error.
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hinge.evaluation.calibration import check_draws
+from hinge.evaluation.metrics.calibration import check_draws
 
 
 def energy_score(measured: ArrayLike, draws: ArrayLike) -> NDArray[np.float64]:

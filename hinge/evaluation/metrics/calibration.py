@@ -11,7 +11,7 @@ Coverage is therefore read from the rank of the measured value among the draws, 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hinge.evaluation.metrics import as_matrix
+from hinge.evaluation.metrics.accuracy import as_matrix
 from hinge.utils.errors import DataError
 
 CURVE_LEVELS = tuple(np.round(np.arange(0.1, 0.91, 0.1), 1).tolist())

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hinge.evaluation.metrics import as_matrix, constant_genes, gene_pcc
+from hinge.evaluation.metrics.accuracy import as_matrix, constant_genes, gene_pcc
 from hinge.utils.errors import DataError
 
 

@@ -5,8 +5,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 from scipy.spatial import KDTree
 
-from hinge.evaluation.calibration import check_draws
-from hinge.evaluation.metrics import as_matrix, constant_genes, gene_pcc
+from hinge.evaluation.metrics.accuracy import as_matrix, constant_genes, gene_pcc
+from hinge.evaluation.metrics.calibration import check_draws
 from hinge.utils.errors import DataError
 
 # neighbours lie within this many pitches: the 4 of a square lattice (the next are at 1.41) and the 6 of a

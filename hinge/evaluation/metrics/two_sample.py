@@ -9,8 +9,8 @@ from sklearn.model_selection import KFold
 from sklearn.preprocessing import StandardScaler
 
 from hinge.data.transforms import get_transform
-from hinge.evaluation.calibration import check_draws
-from hinge.evaluation.metrics import as_matrix
+from hinge.evaluation.metrics.accuracy import as_matrix
+from hinge.evaluation.metrics.calibration import check_draws
 from hinge.utils.errors import DataError
 
 _FOLDS = 5

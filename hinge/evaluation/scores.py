@@ -14,16 +14,16 @@ from tqdm import tqdm
 
 from hinge.data.spots import SpotTable
 from hinge.evaluation.baselines import DEFAULT_BASELINES, Prediction, baseline_predictions
-from hinge.evaluation.calibration import check_draws, coverage, covered, crps_of_spots, pit_values
-from hinge.evaluation.ceiling import CEILING, attained_shares, noise_ceiling
-from hinge.evaluation.coexpression import coexpression_scores, correlation_matrix, matrix_scores
 from hinge.evaluation.definitions import METRICS
-from hinge.evaluation.metrics import as_matrix, constant_genes, mean_scores, summarise_pcc
-from hinge.evaluation.modules import MARKERS, module_scores
-from hinge.evaluation.multivariate import energy_score, variogram_score
-from hinge.evaluation.spatial import moran_scores, spot_structure, ssim_of_maps
+from hinge.evaluation.metrics.accuracy import as_matrix, constant_genes, mean_scores, summarise_pcc
+from hinge.evaluation.metrics.calibration import check_draws, coverage, covered, crps_of_spots, pit_values
+from hinge.evaluation.metrics.coexpression import coexpression_scores, correlation_matrix, matrix_scores
+from hinge.evaluation.metrics.gene_sets import MARKERS, module_scores
+from hinge.evaluation.metrics.multivariate import energy_score, variogram_score
+from hinge.evaluation.metrics.spatial import moran_scores, spot_structure, ssim_of_maps
+from hinge.evaluation.metrics.two_sample import round_to_counts, two_sample_auc
+from hinge.evaluation.noise_ceiling import CEILING, attained_shares, noise_ceiling
 from hinge.evaluation.statistics import bootstrap_intervals, paired_wilcoxon, summarise_rows
-from hinge.evaluation.two_sample import round_to_counts, two_sample_auc
 from hinge.utils.errors import DataError
 from hinge.utils.files import write_json
 
