@@ -349,7 +349,7 @@ def features(
 ) -> None:
     """Features of a simulated slide: share of the encoder's bare forward rate."""
     from hinge.data.readers import read_slide
-    from hinge.data.simulate import simulate_tissue
+    from hinge.data.simulate.tissue import simulate_tissue
     from hinge.encoders import extract_features, load_encoder
 
     loaded = load_encoder(encoder)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from hinge.data import read_slide
-from hinge.data.context import slide_features
 from hinge.data.features import read_features
+from hinge.data.neighbourhood import slide_features
 from hinge.data.panel import select_panel
 from hinge.data.spots import load_spots
 from hinge.encoders import extract_features, load_encoder

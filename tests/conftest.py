@@ -19,7 +19,7 @@ PRELOADED = [
     "hinge.run.run",
     "hinge.experiments.ablation",
     "hinge.cli.app",
-    "hinge.tasks.pretraining",
+    "hinge.tasks.pretrain_encoder",
     "hinge.tasks.dense",
     "lightly.loss",
     "lightly.models.utils",

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hinge.data.context import slide_features, spot_positions
+from hinge.data.neighbourhood import slide_features, spot_positions
 
 
 def lattice(side=6, pitch=287.0):

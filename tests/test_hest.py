@@ -12,7 +12,7 @@ from huggingface_hub import errors
 from PIL import Image
 
 from hinge.data import list_samples, read_slide, recognise_format
-from hinge.data.hest import TABLE, download_sample_table, download_samples, read_sample_table, select_samples
+from hinge.data.hest_download import TABLE, download_sample_table, download_samples, read_sample_table, select_samples
 from hinge.utils.errors import ConfigError, DataError
 
 TABLE_ROWS = [

@@ -86,8 +86,8 @@ def pretrain(content: dict, steps: Path, seconds: float = 0.01) -> None:
 
 
 def pretrain_encoder(content: dict, steps: Path, seconds: float = 0.01) -> None:
-    from hinge.tasks.pretraining import PretrainHistologyConfig
-    from hinge.tasks.pretraining import pretrain as pretrain_histology
+    from hinge.tasks.pretrain_encoder import PretrainHistologyConfig
+    from hinge.tasks.pretrain_encoder import pretrain as pretrain_histology
 
     noted_steps(steps, seconds)
     pretrain_histology(PretrainHistologyConfig.model_validate(content))

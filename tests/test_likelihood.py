@@ -9,7 +9,7 @@ from scipy import stats
 
 from hinge.data import load_spots, read_slide, simulate_tissue
 from hinge.data.panel import Panel
-from hinge.data.simulate import DEPTH_SD
+from hinge.data.simulate.tissue import DEPTH_SD
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.diffusion.likelihood import chain_log_likelihood
 from hinge.evaluation.metrics.likelihood import marginal_log_likelihood, oracle_log_likelihood

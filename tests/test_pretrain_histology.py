@@ -17,7 +17,7 @@ from hinge.cli.app import app
 from hinge.data import read_slide, simulate_tissue
 from hinge.data.tissue_patches import TissuePatches
 from hinge.encoders import extract_features, load_encoder
-from hinge.tasks.pretraining import expression_clusters, load_pretraining
+from hinge.tasks.pretrain_encoder import expression_clusters, load_pretraining
 from hinge.training.augmentation import CROP_DRAWS, STAIN_DRAWS, Crops, jitter_stains, random_crops
 from hinge.training.ibot import Ibot, IbotConfig, VitConfig, block_masks, pretrain_histology
 from hinge.utils.errors import ConfigError, DataError, HingeError

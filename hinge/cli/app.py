@@ -181,7 +181,7 @@ def download_hest(
 
     Example: hinge download hest --oncotree IDC --technology Visium --output hest
     """
-    from hinge.data.hest import download_sample_table, download_samples, read_sample_table, select_samples
+    from hinge.data.hest_download import download_sample_table, download_samples, read_sample_table, select_samples
 
     samples = select_samples(
         read_sample_table(table or download_sample_table(output)),
@@ -320,7 +320,7 @@ def pretrain_histology(config: ConfigFile, overrides: Overrides = None) -> None:
     Example: hinge pretrain-histology --config configs/pretrain/small.yaml training.steps=2000. On several devices:
     accelerate launch scripts/pretrain_histology.py --config configs/pretrain/vit_b16.yaml
     """
-    from hinge.tasks.pretraining import load_pretraining, pretrain
+    from hinge.tasks.pretrain_encoder import load_pretraining, pretrain
 
     print(f"encoder: {pretrain(load_pretraining(config, overrides))}")
 

@@ -6,7 +6,7 @@ from typing import Any
 from hinge.data.image import SlideImage
 from hinge.data.panel import Panel, select_panel
 from hinge.data.readers import list_samples, read_slide, recognise_format
-from hinge.data.simulate import oracle_draws, simulate_tissue
+from hinge.data.simulate.tissue import oracle_draws, simulate_tissue
 from hinge.data.slide import slide_name, validate_slide
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots
 from hinge.data.transforms import Transform, get_transform

@@ -31,7 +31,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from hinge.config import PATHS, BackboneConfig, RunConfig, check_config, explain, read_settings
-from hinge.data.simulate import simulate_tissue
+from hinge.data.simulate.tissue import simulate_tissue
 from hinge.evaluation.statistics import summarise_rows
 from hinge.models import HingeModel
 from hinge.run.run import Run

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from hinge.config import check_config
-from hinge.data.simulate import simulate_tissue
+from hinge.data.simulate.tissue import simulate_tissue
 from hinge.run.run import Run
 from hinge.utils.locks import lock_folder
 

@@ -35,9 +35,9 @@ from hinge.backbones.cellfm import read_config
 from hinge.backbones.checkpoints import vocabulary_for
 from hinge.backbones.vocabulary import GeneMapping, GeneNames, GeneVocabulary, OnMissing
 from hinge.config import BackboneConfig, RunConfig, explain, load_config, save_config
-from hinge.data.context import slide_features, spot_positions
 from hinge.data.draws import read_draws, same_draws, write_draws
 from hinge.data.features import read_features
+from hinge.data.neighbourhood import slide_features, spot_positions
 from hinge.data.observed import read_observed
 from hinge.data.panel import Panel, select_panel
 from hinge.data.readers import list_samples, read_slide

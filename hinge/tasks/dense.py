@@ -30,8 +30,8 @@ from scipy.spatial import KDTree
 from torch import nn
 from tqdm import tqdm
 
-from hinge.data.context import NEIGHBOUR_DISTANCE, feature_scale, slide_features, spot_positions
 from hinge.data.features import read_features
+from hinge.data.neighbourhood import NEIGHBOUR_DISTANCE, feature_scale, slide_features, spot_positions
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import slide_name
 from hinge.data.tissue import slide_from_image

@@ -10,8 +10,8 @@ from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from hinge.data.context import slide_features
 from hinge.data.features import read_features
+from hinge.data.neighbourhood import slide_features
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import slide_name
 from hinge.encoders import Encoder, extract_features

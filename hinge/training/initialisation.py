@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from torch import Tensor
 
-from hinge.data.context import spot_positions
+from hinge.data.neighbourhood import spot_positions
 from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.gene_factors import saturating_share

@@ -13,7 +13,7 @@ from sklearn.cluster import KMeans
 
 from hinge.config import AbsolutePath, _Section, explain, read_settings
 from hinge.data.readers import list_samples, read_slide
-from hinge.data.simulate import simulate_tissue
+from hinge.data.simulate.tissue import simulate_tissue
 from hinge.training.ibot import IbotConfig, VitConfig, pretrain_histology
 from hinge.training.loop import make_accelerator
 from hinge.utils.errors import ConfigError, DataError
