@@ -531,7 +531,7 @@ def test_a_mistake_in_a_process_of_its_own(trained, tmp_path):
     """Nothing that libraries say on import or while they load weights comes between."""
     output = tmp_path / "notes.txt"
     output.write_text("not mine to replace")
-    done = launch("-m", "hinge.cli.app", "sample", trained, "--output", output)
+    done = launch("-m", "hinge.cli", "sample", trained, "--output", output)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"hinge: {output} is not a readable h5ad file") and done.stderr.count("\n") == 1
     assert output.read_text() == "not mine to replace"

@@ -357,7 +357,7 @@ def test_two_processes_draw_what_one_does(finished, tmp_path):
     output = tmp_path / "two.h5ad"
     # accelerate launch starts one process on a CPU, whatever it is told
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "hinge.cli.app", "sample", str(finished.folder), "--slide", "sim2", "--output", str(output)]
+    command += ["-m", "hinge.cli", "sample", str(finished.folder), "--slide", "sim2", "--output", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
