@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from hinge.backbones import PretrainConfig
 from hinge.data.readers.table import split_table
 from hinge.evaluation.baselines import BASELINES, DEFAULT_BASELINES, GENERATIVE_BASELINES
-from hinge.models.heads import needs_depth
+from hinge.models.heads import needs_library_size
 from hinge.training import TrainingConfig
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path
@@ -163,9 +163,9 @@ class ModelConfig(_Section):
         "negative_binomial",
         "zero_inflated_negative_binomial",
     ] = "rounded_gaussian"
-    depth: bool | None = Field(
+    library_size: bool | None = Field(
         None,
-        description="whether the spot's depth is drawn first and conditions the genes; None: where the head needs it",
+        description="whether the spot's library size is drawn first and conditions the genes; None: where the head needs it",
     )
     injection: Literal["soft_adaln", "adaln_zero", "concatenation", "cross_attention"] = "soft_adaln"
     modulation_rank: int | None = Field(None, ge=1)
@@ -173,7 +173,7 @@ class ModelConfig(_Section):
     norm: Literal["soft", "layer", "none"] = "soft"
     start: Literal["identity", "random"] = "identity"
     condition_on_visible: Literal["current", "next"] | None = "current"
-    gene_path: bool = True
+    gene_factors: bool = True
     num_factors: int = Field(8, ge=1)
     num_slide_factors: int = Field(4, ge=1)
     masked_decoding: float = Field(
@@ -208,9 +208,9 @@ class SamplingConfig(_Section):
     steps: int = Field(8, ge=1)
     seed: int = Field(0, ge=0)
     batch_size: int = Field(256, ge=1)
-    coherent: bool = Field(True, description="whether the spots of a draw agree with their neighbours")
+    spatially_correlated: bool = Field(True, description="whether the spots of a draw agree with their neighbours")
     order: Literal["random", "dependence", "confidence"] = "random"
-    corrections: int = Field(0, ge=0, description="passes that mask and draw a tenth of the genes again")
+    remasking: int = Field(0, ge=0, description="passes that mask and draw a tenth of the genes again")
     temperature: float = Field(1.0, gt=0)
     precision: Literal["no", "bf16"] = "no"
 
@@ -248,8 +248,8 @@ class RunConfig(_Section):
         for key, section in (("training", self.training), ("backbone.pretrain", self.backbone.pretrain)):
             if section.steps is None and section.epochs is None:
                 raise ValueError(f"give either {key}.steps or {key}.epochs")
-        if self.model.depth is False and needs_depth(self.model.head, self.transform):
-            raise ValueError(f"model.head {self.model.head} needs model.depth under {self.transform}")
+        if self.model.library_size is False and needs_library_size(self.model.head, self.transform):
+            raise ValueError(f"model.head {self.model.head} needs model.library_size under {self.transform}")
         if self.panel.method == "file" and self.panel.file is None:
             raise ValueError("panel.method file needs panel.file")
         if self.sampling.steps > self.diffusion.num_train_timesteps:

@@ -137,7 +137,7 @@ def make_model(size: str, kind: str, seed: int = 0) -> torch.nn.Module:
         # full modulation of 40 layers × 1536 would be 566 M weights, with Adam 9 GB
         rank = 32 if width * layers > 128 * 40 else None
         # the released model's parts, and tokens as a model with a gene path has them by default
-        options = {"head": "point", "gene_path": False, "drop_masked": True, "modulation_rank": rank}
+        options = {"head": "point", "gene_factors": False, "drop_masked": True, "modulation_rank": rank}
         model = HingeModel.from_backbone(backbone, FEATURES, genes, **options)
     model.to(device())
     if kind.startswith("plain"):
@@ -414,7 +414,7 @@ def _sampling_cost(spots: int, genes: int, draws: int, connection) -> None:
         num_genes=genes, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_value_bins=BINS
     )
     backbone = CellFMModel(config)
-    model = HingeModel.from_backbone(backbone, FEATURES, genes, head="point", gene_path=False).eval()
+    model = HingeModel.from_backbone(backbone, FEATURES, genes, head="point", gene_factors=False).eval()
     backbone.to(torch.bfloat16)
     pipeline = HingePipeline(model, MaskedDiffusionScheduler(50, "cosine"))
     features, names = torch.randn(spots, FEATURES), [str(number) for number in range(spots)]
@@ -482,7 +482,7 @@ def _shared_work(size: str, rank: int, world: int, port: int, spots: int, num_st
         coords=np.zeros((64, 2)),
         features=np.random.default_rng(1).standard_normal((64, 1, FEATURES)).astype(np.float32),
         counts=values,
-        total=np.ones(64, dtype=np.float32),
+        library_size=np.ones(64, dtype=np.float32),
         values=values,
         genes=[str(number) for number in ids.tolist()],
         transform="log2p1",

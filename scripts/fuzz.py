@@ -478,7 +478,7 @@ def read_spots() -> SimpleNamespace:
         barcodes=barcodes(),
         genes=genes(),
         values=values,
-        total=total,
+        library_size=total,
         transform="log2p1",
     )
 

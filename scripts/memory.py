@@ -20,7 +20,7 @@ FEATURES = 1536
 def model_of(layers: int, rank: int | None, genes: int, device: str) -> HingeModel:
     with torch.device(device):
         backbone = CellFMModel(CellFMConfig(num_genes=genes, num_hidden_layers=layers))
-        model = HingeModel(FEATURES, genes, 1536, layers, head="point", modulation_rank=rank, gene_path=False)
+        model = HingeModel(FEATURES, genes, 1536, layers, head="point", modulation_rank=rank, gene_factors=False)
     return model.attach_backbone(backbone.to(torch.bfloat16))
 
 

@@ -76,7 +76,7 @@ class PlainHinge(nn.Module):
     def __init__(self, model: HingeModel):
         super().__init__()
         config, backbone = model.config, model.backbone
-        if config.head != "point" or config.gene_path or config.modulation_rank is not None:
+        if config.head != "point" or config.gene_factors or config.modulation_rank is not None:
             raise ValueError("plain HINGE has a point head, full modulation and no gene path")
         width, layers = config.hidden_size, config.num_layers
         self.model_embed, self.model_decode, self.key_masks = backbone.embed, backbone.decode, backbone.key_masks

@@ -269,7 +269,7 @@ def table(data, rows, slide, views=2) -> SpotTable:
         coords=np.random.default_rng(0).uniform(size=(n, 2)),
         features=views,
         counts=np.zeros((n, N_GENES), np.float32),
-        total=np.zeros(n, np.float32),
+        library_size=np.zeros(n, np.float32),
         values=values.astype(np.float32),
         genes=[f"G{i}" for i in range(N_GENES)],
         transform="log2p1",

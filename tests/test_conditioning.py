@@ -106,7 +106,7 @@ def test_the_condition_tokens_leave_the_genes_in_their_places():
     order = torch.randperm(GENES)
     batch = inputs()
     # a permutation of the genes permutes what the backbone decodes; per-gene parameters would not follow
-    plain = make({"injection": "concatenation"}, gene_path=False, head="point", condition_on_visible=None)
+    plain = make({"injection": "concatenation"}, gene_factors=False, head="point", condition_on_visible=None)
     permuted = {"values": batch["values"][:, order], "visible": batch["visible"][:, order], "gene_ids": IDS[order]}
     torch.testing.assert_close(location(plain, **permuted), location(plain)[:, order], atol=1e-5, rtol=1e-4)
     assert model.tokens(*(batch[key] for key in batch)).shape == (5, 1 + GENES, 16)
@@ -138,7 +138,7 @@ def test_every_trained_parameter_gets_a_gradient_and_the_rest_stays(name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_condition_is_heeded_after_a_few_steps(name):
-    model = make(OPTIONS[name], gene_path=False)
+    model = make(OPTIONS[name], gene_factors=False)
     before = model.backbone.digest()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(5):

@@ -74,7 +74,7 @@ def correlations(one, other):
 def test_averaged_over_spots_it_is_what_is_predicted_for_them(folder, tmp_path):
     content = yaml.safe_load((folder / "run.yaml").read_text())
     content |= {"output": str(tmp_path / "run"), "data": {**content["data"], "path": str(folder / "slides")}}
-    config = check_config({**content, "features": {"patch_um": 150.0, "neighbours": False}}, "test")
+    config = check_config({**content, "features": {"patch_um": 150.0, "neighbourhood": False}}, "test")
     save_config(config, tmp_path / "run" / "config.yaml")  # never trained: the regression needs no more
     predictor = open_predictor(tmp_path / "run", "regression", None, None, None)
     slide = predictor.slide("sim2", None)

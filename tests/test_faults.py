@@ -44,7 +44,12 @@ def settings(slides: Path, output: Path) -> dict:
         "output": str(output),
         "data": {"path": str(slides), "train": ["sim0", "sim1"], "test": ["sim2"]},
         "panel": {"genes": 12},
-        "model": {"head": "point", "gene_path": False, "standardise_features": False, "condition_on_visible": "next"},
+        "model": {
+            "head": "point",
+            "gene_factors": False,
+            "standardise_features": False,
+            "condition_on_visible": "next",
+        },
         "backbone": {**size, "weights": "random"},
         "training": {"epochs": None, "steps": 30, "batch_size": 16, "checkpoint_every": 3},
         "sampling": {"draws": 3, "steps": 3},

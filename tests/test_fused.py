@@ -30,7 +30,7 @@ def make_model(seed=0, **options) -> HingeModel:
     torch.manual_seed(seed)
     size = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "num_value_bins": 8}
     backbone = CellFMModel(CellFMConfig(num_genes=GENES, **size))
-    options = {"head": "point", "gene_path": False} | options
+    options = {"head": "point", "gene_factors": False} | options
     model = HingeModel.from_backbone(backbone, FEATURES, GENES, **options)
     with torch.no_grad():
         for parameter in model.parameters():

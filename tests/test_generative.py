@@ -10,7 +10,7 @@ from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.config import check_config
 from hinge.data import simulate_tissue
 from hinge.data.spots import SpotTable
-from hinge.diffusion.gaussian import NUM_TIMES, PATHS, Denoiser, NoisePath, draw_continuous
+from hinge.diffusion.gaussian import NUM_TIMES, PATHS, Denoiser, NoiseSchedule, draw_gaussian
 from hinge.evaluation.baselines import GENERATIVE_BASELINES
 from hinge.models import HingeModel
 from hinge.run.run import Run
@@ -26,12 +26,12 @@ GENES, FEATURES = 6, 4
 def test_the_baselines_are_the_paths():
     assert PATHS == GENERATIVE_BASELINES
     with pytest.raises(ValueError, match="gaussian-diffusion, flow-matching"):
-        NoisePath("masked")
+        NoiseSchedule("masked")
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_a_path_leads_from_expression_to_noise(name):
-    path = NoisePath(name)
+    path = NoiseSchedule(name)
     assert (path.a[0], path.b[0]) == (1, 0)
     assert path.a[-1] < 0.01 and path.b[-1] > 0.999
     assert (path.a.diff() < 0).all() and (path.b.diff() > 0).all()
@@ -50,14 +50,14 @@ def test_a_path_leads_from_expression_to_noise(name):
 
 
 def test_the_gaussian_path_keeps_the_variance_and_weighs_by_signal_to_noise():
-    path = NoisePath("gaussian-diffusion")
+    path = NoiseSchedule("gaussian-diffusion")
     torch.testing.assert_close(path.a**2 + path.b**2, torch.ones(NUM_TIMES + 1, dtype=torch.float64))
     # by hand: the product of 1 − β over the first two of 1,000 steps
     beta = np.linspace(1e-4, 0.02, 1000)
     assert float(path.a[2] ** 2) == pytest.approx((1 - beta[0]) * (1 - beta[1]), rel=1e-12)
     weights = path.weights(torch.arange(1, NUM_TIMES + 1))
     assert weights.max() == 5 and weights.min() == 1 and (weights.diff() <= 0).all() and len(weights.unique()) > 50
-    assert torch.equal(NoisePath("flow-matching").weights(torch.tensor([1, 900])), torch.ones(2))
+    assert torch.equal(NoiseSchedule("flow-matching").weights(torch.tensor([1, 900])), torch.ones(2))
 
 
 # --- draws ---------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def test_the_gaussian_path_keeps_the_variance_and_weighs_by_signal_to_noise():
 class Gaussian:
     """The best denoiser of x₀ ~ N(mean + features, diag(sd²))."""
 
-    def __init__(self, path: NoisePath):
+    def __init__(self, path: NoiseSchedule):
         self.path = path
         self.mean, self.sd = torch.linspace(-1, 2, GENES), torch.linspace(0.2, 1.5, GENES)
 
@@ -77,16 +77,16 @@ class Gaussian:
 
 
 def draw(name, features, **options):
-    path = NoisePath(name)
+    path = NoiseSchedule(name)
     spots = [f"s{number}" for number in range(len(features))]
-    return draw_continuous(Gaussian(path), path, features, spots, GENES, **options)
+    return draw_gaussian(Gaussian(path), path, features, spots, GENES, **options)
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_draws_of_a_known_gaussian_have_its_mean_and_deviation(name):
     features = torch.tensor([[0.0], [5.0]])
     draws = draw(name, features, num_draws=4000, batch_size=4000)
-    truth = Gaussian(NoisePath(name))
+    truth = Gaussian(NoiseSchedule(name))
     assert draws.shape == (4000, 2, GENES) and draws.dtype == np.float32
     for spot in (0, 1):
         sd = truth.sd.numpy()
@@ -110,7 +110,7 @@ def test_draws_depend_on_seed_spot_and_draw_alone(name):
 @pytest.mark.parametrize("name", PATHS)
 def test_times_go_from_noise_to_none(name):
     for count in (1, 2, 25, 500):
-        times = NoisePath(name).times(count)
+        times = NoiseSchedule(name).times(count)
         assert (times[0], times[-1]) == (NUM_TIMES, 0) and times == sorted(set(times), reverse=True)
         assert len(times) == count + 1 or count == 500  # where they lie closer than the grid of training
 
@@ -137,7 +137,7 @@ def table(n=300, noise=(0.2, 1.0), seed=0) -> SpotTable:
         coords=np.stack(np.divmod(np.arange(n), 20), axis=1) * 100.0,
         features=features,
         counts=np.round(values),
-        total=np.full(n, 100, np.float32),
+        library_size=np.full(n, 100, np.float32),
         values=values,
         genes=[f"G{i}" for i in range(GENES)],
         transform="log2p1",
@@ -149,7 +149,7 @@ def make(name: str, spots: SpotTable, **options) -> Denoiser:
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_value_bins": 8}
     backbone = CellFMModel(CellFMConfig(num_genes=GENES, **size))
     model = HingeModel.from_backbone(backbone, FEATURES, GENES, head="point", **options)
-    return Denoiser(model, NoisePath(name), torch.arange(1, GENES + 1), torch.from_numpy(spots.values))
+    return Denoiser(model, NoiseSchedule(name), torch.arange(1, GENES + 1), torch.from_numpy(spots.values))
 
 
 SETTINGS = {"epochs": None, "steps": 20, "batch_size": 32, "learning_rate": 3e-3, "warmup_steps": 2, "ema_decay": 0.9}
@@ -169,7 +169,7 @@ def test_a_trained_denoiser_draws_what_was_measured(name, tmp_path):
     denoiser, _ = train(tmp_path, name, spots, steps=250, ema_decay=0.98, validation_share=0.0)
     test = table(n=100, seed=1)
     features = torch.from_numpy(test.features[:, 0])
-    x0 = draw_continuous(denoiser, denoiser.path, features, [str(i) for i in range(100)], GENES, num_draws=20)
+    x0 = draw_gaussian(denoiser, denoiser.schedule, features, [str(i) for i in range(100)], GENES, num_draws=20)
     draws = denoiser.expression(torch.from_numpy(x0)).numpy()
     error = draws.mean(0) - test.values
     # the mean is the regression's and the spread the noise's, for quiet genes and for loud ones
@@ -188,8 +188,8 @@ def test_training_starts_from_ridge(tmp_path):
     error = denoiser.expression(predicted).numpy() - spots.values
     # but for what the untrained backbone makes of the noise
     assert (np.sqrt((error**2).mean(0)) < np.resize((0.4, 1.2), GENES)).all()
-    plain, _ = train(tmp_path / "plain", spots=spots, steps=1, learning_rate=1e-9, closed_form_start=False)
-    assert plain.model.path.mean.weight.abs().max() < 1e-8 and plain.log_spread.abs().max() < 1e-8
+    plain, _ = train(tmp_path / "plain", spots=spots, steps=1, learning_rate=1e-9, initialisation=False)
+    assert plain.model.gene_factors.mean.weight.abs().max() < 1e-8 and plain.log_spread.abs().max() < 1e-8
 
 
 def test_training_is_seeded_and_resumes_to_the_same_weights(tmp_path, monkeypatch):

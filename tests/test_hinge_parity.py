@@ -142,7 +142,7 @@ def test_other_files_are_refused(parity, tmp_path):
     [
         ({"head": "gaussian"}, "model.head gaussian"),
         ({"modulation_rank": 2}, "model.modulation_rank 2"),
-        ({"gene_path": True}, "model.gene_path True"),
+        ({"gene_factors": True}, "model.gene_factors True"),
         ({"standardise_features": True}, "model.standardise_features True"),
         ({"condition_on_visible": "current"}, "condition_on_visible current"),
     ],

@@ -39,7 +39,7 @@ class Equicorrelated:
     def __init__(self):
         self.seen = []
 
-    def __call__(self, values, visible, timestep, features, gene_ids, next_visible, depth):
+    def __call__(self, values, visible, timestep, features, gene_ids, next_visible, library_size):
         self.seen.append((visible, timestep, next_visible))
         count = visible.sum(1, keepdim=True)
         weight = self.r / (1 + (count - 1) * self.r)
@@ -126,10 +126,10 @@ def test_the_oracle_against_brute_force(simulated):
     part = slide[spots.barcodes, spots.genes]
     loadings = np.asarray(part.varm["loadings"]).reshape(3, -1, 3)
     programs = np.exp(np.einsum("sp,gkp->sgk", hidden[:, :3], loadings) - 0.5 * (loadings**2).sum(-1))
-    depth = np.exp(DEPTH_SD * hidden[:, 3] - 0.5 * DEPTH_SD**2)[:, None]
+    library_size = np.exp(DEPTH_SD * hidden[:, 3] - 0.5 * DEPTH_SD**2)[:, None]
     shape = part.var["dispersion"].to_numpy()
     for spot in range(0, len(spots), 7):
-        rate = depth * (
+        rate = library_size * (
             part.var["ambient"].to_numpy()
             + np.einsum("k,gk,sgk->sg", part.obsm["cells"][spot], part.varm["profile"], programs)
         )

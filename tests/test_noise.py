@@ -30,25 +30,31 @@ def test_fields_are_those_of_seed_slide_and_draw():
     assert not np.allclose(spot_normals(0, "a", 0, 4), spot_normals(0, "b", 0, 4))
 
 
-def pipeline(fill="mask_token", depth=False):
+def pipeline(fill="mask_token", library_size=False):
     torch.manual_seed(0)
     backbone = CellFMModel(
         CellFMConfig(num_genes=GENES, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_value_bins=8)
     )
-    transform = "log1p_cp10k" if depth else "log2p1"
+    transform = "log1p_cp10k" if library_size else "log2p1"
     model = HingeModel.from_backbone(
-        backbone, FEATURES, GENES, head="rounded_gaussian", transform=transform, depth=depth, num_factors=3
+        backbone,
+        FEATURES,
+        GENES,
+        head="rounded_gaussian",
+        transform=transform,
+        library_size=library_size,
+        num_factors=3,
     ).eval()
     with torch.no_grad():
-        model.path.mean.weight.normal_()
-        model.path.readout.copy_(model.path.loadings)
-        model.path.loadings.normal_()
-        model.path.slide_loadings.normal_()
-        model.path.spatial_share.fill_(0.5)
-        model.path.factor_spatial_share.fill_(0.8)
+        model.gene_factors.mean.weight.normal_()
+        model.gene_factors.readout.copy_(model.gene_factors.loadings)
+        model.gene_factors.loadings.normal_()
+        model.gene_factors.slide_loadings.normal_()
+        model.gene_factors.spatial_share.fill_(0.5)
+        model.gene_factors.factor_spatial_share.fill_(0.8)
         model.value_head.gene_log_scale.fill_(0.0)
-        if depth:
-            model.depth_path.mean.bias.fill_(8.0)
+        if library_size:
+            model.library_size_model.mean.bias.fill_(8.0)
     return HingePipeline(model, MaskedDiffusionScheduler(10, "linear", fill=fill))
 
 
@@ -64,16 +70,16 @@ def draw(pipe, rows=slice(None), **options):
 
 
 @pytest.mark.parametrize("fill", ["mask_token", "noise"])
-@pytest.mark.parametrize("depth", [False, True])
+@pytest.mark.parametrize("library_size", [False, True])
 @pytest.mark.parametrize("order", ["random", "dependence", "confidence"])
-def test_slides_are_drawn_the_same_in_any_batch(fill, depth, order):
-    pipe = pipeline(fill, depth)
-    whole = draw(pipe, order=order, corrections=2)
+def test_slides_are_drawn_the_same_in_any_batch(fill, library_size, order):
+    pipe = pipeline(fill, library_size)
+    whole = draw(pipe, order=order, remasking=2)
     for batch in (1, 7, 64):
-        again = draw(pipe, order=order, corrections=2, batch_size=batch)
+        again = draw(pipe, order=order, remasking=2, batch_size=batch)
         np.testing.assert_allclose(again.values, whole.values, atol=1e-4)
         np.testing.assert_allclose(again.expected, whole.expected, atol=1e-4)
-    alone = draw(pipe, rows=slice(4, 5), order=order, corrections=2)
+    alone = draw(pipe, rows=slice(4, 5), order=order, remasking=2)
     np.testing.assert_allclose(alone.values[:, 0], whole.values[:, 4], atol=1e-4)
     assert whole.values.std(axis=0).max() > 0
 
@@ -91,7 +97,7 @@ def test_measured_genes_pass_through_to_the_bit_and_inform_the_rest():
     assert not np.allclose(drawn.values[:, :6, 5:], free.values[:, :6, 5:])
     # spots without a measurement learn the shift of their slide from the others, and nothing else
     assert not np.allclose(drawn.values[:, 6:], free.values[:, 6:])
-    rank = pipe.model.path.slide_loadings.shape[1]
+    rank = pipe.model.gene_factors.slide_loadings.shape[1]
     untold = draw(pipe, observed=observed, slide_effect=(np.zeros(rank), np.eye(rank)))
     np.testing.assert_allclose(untold.values[:, 6:], free.values[:, 6:], atol=1e-4)
     everything = draw(pipe, observed=np.ones((9, GENES), dtype=np.float32))

@@ -292,17 +292,17 @@ def model(head, transform, dtype, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         backbone = CellFMModel(CellFMConfig(num_genes=8, **size))
-        options |= {"transform": transform, "depth": transform == "log1p_cp10k"}
+        options |= {"transform": transform, "library_size": transform == "log1p_cp10k"}
         made = HingeModel.from_backbone(backbone, feature_dim=6, num_genes=6, head=head, **options)
     backbone.to(dtype)
     return made.eval()
 
 
 def million(transform):
-    """Values (4, 6) up to a million counts a gene, and their depth (4,)."""
+    """Values (4, 6) up to a million counts a gene, and their library size (4,)."""
     counts = torch.tensor([[0, 1, 10, 1000, 65_504, MILLION], [MILLION] * 6, [0, 0, 0, 0, 0, 1], [7, 3, 0, 1, 2, 0]])
-    depth = counts.sum(dim=1)
-    return get_transform(transform).forward(counts, depth), depth
+    library_size = counts.sum(dim=1)
+    return get_transform(transform).forward(counts, library_size), library_size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -311,9 +311,9 @@ def million(transform):
 def test_a_model_gives_numbers_for_a_million_counts(head, transform, dtype):
     """Loss, its gradient, mean, likelihood and draws, under autocast as in training with `precision: bf16`."""
     made = model(head, transform, dtype)
-    values, depth = million(transform)
+    values, library_size = million(transform)
     visible = torch.tensor([[1.0, 0, 1, 0, 1, 0]]).expand(4, 6)
-    given = {"depth": depth} if made.depth_path is not None else {}
+    given = {"library_size": library_size} if made.library_size_model is not None else {}
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = made(
             values * visible, visible, torch.tensor([1, 10, 20, 50]), torch.randn(4, 6), torch.arange(1, 7), **given

@@ -56,10 +56,10 @@ def panel_file(run, path, genes=8, spots=20, totals=True, edit=None):
 def test_measured_values_stay_and_the_rest_is_drawn(run, tmp_path):
     path = panel_file(run, tmp_path / "panel.h5ad")
     drawn = read_draws(run.sample("sim2", output=tmp_path / "draws.h5ad", observed=path))
-    values, depth = read_observed(path, run.slide("sim2"), run.panel().genes, "log1p_cp10k")
+    values, library_size = read_observed(path, run.slide("sim2"), run.panel().genes, "log1p_cp10k")
     known = ~np.isnan(values)
     assert known.sum() == 8 * 20
-    assert np.isnan(depth[20:]).all() and (depth[:20] > 0).all()
+    assert np.isnan(library_size[20:]).all() and (library_size[:20] > 0).all()
     for number in range(3):
         assert np.array_equal(drawn.layers[f"draw_{number:03d}"][known], values[known])
     assert (drawn.layers["std"][~known] > 0).mean() > 0.3
@@ -75,8 +75,8 @@ def test_measured_values_stay_and_the_rest_is_drawn(run, tmp_path):
 
 def test_the_log2_transform_needs_no_totals(run, tmp_path):
     path = panel_file(run, tmp_path / "panel.h5ad", totals=False)
-    values, depth = read_observed(path, run.slide("sim2"), run.panel().genes, "log2p1")
-    assert depth is None
+    values, library_size = read_observed(path, run.slide("sim2"), run.panel().genes, "log2p1")
+    assert library_size is None
     np.testing.assert_allclose(
         np.exp2(values[:20, :8]) - 1, run.slide("sim2")[:20, run.panel().genes[:8]].X.toarray(), atol=1e-3
     )

@@ -62,7 +62,7 @@ def spots(slides=("a", "b"), n=60, transform="log2p1", seed=0) -> SpotTable:
         coords=np.tile(np.stack(np.divmod(np.arange(n), 8), axis=1) * 100.0, (len(slides), 1)),
         features=features,
         counts=counts,
-        total=total,
+        library_size=total,
         values=get_transform(transform).forward(counts, total),
         genes=[f"G{i}" for i in range(N_GENES)],
         transform=transform,
@@ -104,7 +104,7 @@ def test_score_gathers_every_metric(slide):
     assert scores["ssim"] == ssim_of_maps(measured, draws[:2], slide.coords)
     assert scores["c2st_auc"] == two_sample_auc(measured, draws)
     assert scores["c2st_features_auc"] == two_sample_auc(measured, draws, slide.features[:, 0])
-    counts = round_to_counts(draws, slide.total, "log2p1")
+    counts = round_to_counts(draws, slide.library_size, "log2p1")
     assert scores["c2st_counts_auc"] == two_sample_auc(measured, counts)
     modules = module_scores(measured, draws, slide.genes, SETS)
     assert scores["modules_within_rmse"] == modules["within_rmse"]
@@ -121,7 +121,7 @@ def test_arrays_alone_are_scored_alike(slide):
     draws = prediction_of(slide).draws
     full = score(slide.values, Prediction("x", draws=draws), slide, SETS)
     scores = score_draws(
-        slide.values, draws, slide.coords, slide.features[:, 0], total=slide.total, transform=slide.transform
+        slide.values, draws, slide.coords, slide.features[:, 0], library_size=slide.library_size, transform=slide.transform
     )
     assert set(scores) == OF_DRAWS | OF_PLACE - {"ssim_mean"}
     assert scores == {name: full[name] for name in scores}

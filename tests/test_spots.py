@@ -36,19 +36,19 @@ def test_arrays_belong_together(write_slide):
     assert len(table) == 28
     assert list(table.barcodes) == list(slide.obs_names[kept]) and set(table.slide) == {"tiny"}
     np.testing.assert_array_equal(table.counts, slide[kept, PANEL.genes].X.toarray())
-    np.testing.assert_array_equal(table.total, slide.X.toarray().sum(axis=1)[kept])
+    np.testing.assert_array_equal(table.library_size, slide.X.toarray().sum(axis=1)[kept])
     np.testing.assert_array_equal(table.coords, slide.obsm["spatial"][kept])
-    expected = get_transform("log1p_cp10k").forward(table.counts, table.total)
+    expected = get_transform("log1p_cp10k").forward(table.counts, table.library_size)
     np.testing.assert_array_equal(table.values, expected)
     assert table.genes == PANEL.genes and table.transform == "log1p_cp10k" and table.features is None
-    assert {table.counts.dtype, table.total.dtype, table.values.dtype} == {np.dtype(np.float32)}
+    assert {table.counts.dtype, table.library_size.dtype, table.values.dtype} == {np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize("transform", ["log2p1", "log1p_cp10k"])
 def test_empty_spots_can_be_kept(write_slide, transform):
     slide = read_slide(write_slide(edit=blank_spots))
     table = load_spots(slide, PANEL, transform, drop_empty=False)
-    assert len(table) == 30 and table.total[5] == 0
+    assert len(table) == 30 and table.library_size[5] == 0
     assert (table.values[[2, 5]] == 0).all() and np.isfinite(table.values).all()
 
 
@@ -72,11 +72,11 @@ def test_genes_that_the_slide_lacks(tiny_slide):
 
 def test_subset_takes_masks_positions_and_slices(tiny_slide):
     table = load_spots(read_slide(tiny_slide), PANEL, "log2p1", drop_empty=False)
-    mask = table.total > np.median(table.total)
+    mask = table.library_size > np.median(table.library_size)
     for index in (mask, np.flatnonzero(mask), list(np.flatnonzero(mask))):
         part = table.subset(index)
         assert len(part) == mask.sum()
-        np.testing.assert_array_equal(part.total, table.total[mask])
+        np.testing.assert_array_equal(part.library_size, table.library_size[mask])
         np.testing.assert_array_equal(part.values, table.values[mask])
         assert part.genes == table.genes and part.features is None
     assert list(table.subset([4, 2]).barcodes) == list(table.barcodes[[4, 2]])
@@ -159,4 +159,4 @@ def test_real_spots(her2st):
     tables = [load_spots(read_slide(her2st, name, require_image=False), panel, "log1p_cp10k") for name in ("D5", "C1")]
     both = concatenate_spots(tables)
     # D5 has a spot without a single count
-    assert len(tables[0]) < 306 and (both.total > 0).all() and np.isfinite(both.values).all()
+    assert len(tables[0]) < 306 and (both.library_size > 0).all() and np.isfinite(both.values).all()

@@ -47,7 +47,7 @@ def inputs(visible, seed=2) -> dict[str, torch.Tensor]:
 
 VARIANTS = [
     ({}, {"head": "rounded_gaussian", "transform": "log2p1"}),
-    ({"technical_tokens": True, "masked_input": "value_plus_zero_token"}, {"head": "gaussian", "gene_path": False}),
+    ({"technical_tokens": True, "masked_input": "value_plus_zero_token"}, {"head": "gaussian", "gene_factors": False}),
     ({}, {"head": "rounded_mixture", "transform": "log2p1", "injection": "concatenation"}),
     ({}, {"head": "point", "injection": "cross_attention"}),
 ]
@@ -101,7 +101,7 @@ def test_hidden_tokens_get_no_gradient_through_others_in_fused_layers():
     visible, present = masks()
     gradients = {}
     for fused in (True, False):
-        model = make(head="point", gene_path=False).train()
+        model = make(head="point", gene_factors=False).train()
         model.fused = fused
         model(**inputs(visible), gene_ids=IDS, present=present).mean.square().mean().backward()
         gradients[fused] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -120,7 +120,7 @@ def test_sampling_uses_what_it_needs(order, with_observed, monkeypatch):
     if with_observed:
         observed = np.where(np.random.default_rng(1).random((5, GENES)) < 0.3, 1.0, np.nan).astype(np.float32)
     for drop in (True, False):
-        model = make(head="gaussian", transform="log2p1", depth=True, drop_masked=drop)
+        model = make(head="gaussian", transform="log2p1", library_size=True, drop_masked=drop)
         pipeline = HingePipeline(model, MaskedDiffusionScheduler(schedule="linear"))
         tokens, lengths = model.tokens, counted.setdefault(drop, [])
 
@@ -153,5 +153,5 @@ def test_sampling_uses_what_it_needs(order, with_observed, monkeypatch):
 
 def test_tokens_stay_where_only_they_know_the_genes():
     for path in (True, False):
-        assert make(gene_path=path).drops_masked is path
-        assert make(gene_path=path, drop_masked=not path).drops_masked is not path
+        assert make(gene_factors=path).drops_masked is path
+        assert make(gene_factors=path, drop_masked=not path).drops_masked is not path

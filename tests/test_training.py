@@ -18,7 +18,7 @@ from hinge.data.spots import SpotTable, concatenate_spots
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
 from hinge.models import HingeModel
 from hinge.training import TrainingConfig, split_spots, train_hinge
-from hinge.training.initialisation import fit_gene_path
+from hinge.training.initialisation import initialise_gene_factors
 from hinge.training.loop import LoopConfig, batch_rows
 from hinge.utils.errors import ConfigError, DataError, HingeError
 
@@ -37,7 +37,7 @@ def table(n=60, views=1, slides=2, seed=0) -> SpotTable:
         coords=np.stack([place % side, place // side], axis=1) * 100.0,
         features=features,
         counts=np.round(values * 3),
-        total=np.full(n, 100, np.float32),
+        library_size=np.full(n, 100, np.float32),
         values=values,
         genes=[f"G{i}" for i in range(GENES)],
         transform="log2p1",
@@ -83,7 +83,7 @@ def log_of(folder):
 
 
 def test_training_learns(tmp_path):
-    _, result = train(tmp_path, make_model(), steps=150, warm_start_share=0.0, closed_form_start=False)
+    _, result = train(tmp_path, make_model(), steps=150, warm_start_share=0.0, initialisation=False)
     scores = [record["validation_loss"] for record in log_of(tmp_path) if "validation_loss" in record]
     assert result.best_score < 0.9 * scores[0]
 
@@ -96,7 +96,7 @@ def test_the_closed_form_start_is_ridge_for_fully_masked_spots():
     model.set_feature_statistics(features)
     before = model.modulation.bias.clone()
     ids = torch.arange(1, GENES + 1)
-    fit_gene_path(model, scheduler, ids, spots, seed=0)
+    initialise_gene_factors(model, scheduler, ids, spots, seed=0)
     masked = {
         "values": torch.zeros(90, GENES),
         "visible": torch.zeros(90, GENES),
@@ -121,7 +121,7 @@ def test_where_no_gene_is_visible_the_modulation_counts_as_far_as_it_is_told_to(
     spots, model = table(90), make_model(masked_decoding=share)
     features, ids = torch.from_numpy(spots.features[:, 0]), torch.arange(1, GENES + 1)
     model.set_feature_statistics(features)
-    fit_gene_path(model, MaskedDiffusionScheduler(10, "linear"), ids, spots, seed=0)
+    initialise_gene_factors(model, MaskedDiffusionScheduler(10, "linear"), ids, spots, seed=0)
     values, nothing, half = torch.from_numpy(spots.values), torch.zeros(90, GENES), torch.zeros(90, GENES)
     half[:, ::2] = 1
 
@@ -140,7 +140,7 @@ def test_where_no_gene_is_visible_the_modulation_counts_as_far_as_it_is_told_to(
         return
     full = make_model(masked_decoding=1.0)
     full.load_state_dict(model.state_dict())
-    full.path.masked_decoding.fill_(1.0)
+    full.gene_factors.masked_decoding.fill_(1.0)
     with torch.no_grad():
         whole = full(nothing, nothing, torch.full((90,), 10), features, ids).location - before
     torch.testing.assert_close(located(nothing, 10) - before, share * whole, atol=1e-4, rtol=1e-3)
@@ -150,13 +150,17 @@ def test_where_no_gene_is_visible_the_modulation_counts_as_far_as_it_is_told_to(
 def test_the_mean_of_what_a_trained_model_predicts_follows_its_regression(tmp_path, transform):
     """Few counts: a Gaussian that is rounded and has nothing below zero has another mean than its location."""
     rng = np.random.default_rng(0)
-    spots, depth = table(200), np.full(200, 3000.0, np.float32)
+    spots, library_size = table(200), np.full(200, 3000.0, np.float32)
     counts = rng.poisson(np.exp(0.7 * spots.features[:, 0] @ rng.normal(size=(FEATURES, GENES)) / 2 - 1))
     values = np.log2(counts + 1) if transform == "log2p1" else np.log1p(counts / 3000 * 1e4)
     spots = replace(
-        spots, counts=counts.astype(np.float32), values=values.astype(np.float32), total=depth, transform=transform
+        spots,
+        counts=counts.astype(np.float32),
+        values=values.astype(np.float32),
+        library_size=library_size,
+        transform=transform,
     )
-    model = make_model(head="rounded_gaussian", transform=transform, depth=transform != "log2p1")
+    model = make_model(head="rounded_gaussian", transform=transform, library_size=transform != "log2p1")
     scheduler, ids = MaskedDiffusionScheduler(10, "linear"), torch.arange(1, GENES + 1)
     train_hinge(model, scheduler, ids, spots, TrainingConfig(**{**SETTINGS, "steps": 20}), tmp_path, seed=0)
     features = spots.features[:, 0]
@@ -165,15 +169,15 @@ def test_the_mean_of_what_a_trained_model_predicts_follows_its_regression(tmp_pa
         names = [f"{name}/{code}" for name, code in zip(spots.slide, spots.barcodes, strict=True)]
         draws = HingePipeline(model, scheduler)(features, ids, names, num_draws=1, num_inference_steps=1)
         condition = model.standardise(torch.from_numpy(features))
-        if model.depth_path is not None:
-            condition = model.with_depth(condition, model.depth_path.typical(condition))
+        if model.library_size_model is not None:
+            condition = model.with_library_size(condition, model.library_size_model.typical(condition))
         with torch.no_grad():
-            regression = (model.path.offset + model.path.mean(condition)).clamp_min(0).numpy()
+            regression = (model.gene_factors.offset + model.gene_factors.mean(condition)).clamp_min(0).numpy()
         return float(((draws.expected - regression) ** 2).mean())
 
     with_correction = error()
-    model.path.masked_bias.zero_()
-    model.path.masked_slope.zero_()
+    model.gene_factors.masked_bias.zero_()
+    model.gene_factors.masked_slope.zero_()
     assert with_correction < 0.7 * error()
 
 
@@ -192,7 +196,7 @@ def test_residuals_in_training_are_out_of_fold_whatever_features_are_dropped(dro
                 coords=coords,
                 features=rng.normal(size=(40, 1, 40)).astype(np.float32),
                 counts=counts,
-                total=counts.sum(axis=1),
+                library_size=counts.sum(axis=1),
                 values=np.log2(counts + 1),
                 genes=[f"G{i}" for i in range(GENES)],
                 transform="log2p1",
@@ -205,7 +209,7 @@ def test_residuals_in_training_are_out_of_fold_whatever_features_are_dropped(dro
     features = torch.from_numpy(spots.features[:, 0])
     model.set_feature_statistics(features)
     ids = torch.arange(1, GENES + 1)
-    shifts = fit_gene_path(model, MaskedDiffusionScheduler(10, "linear"), ids, spots, seed=0)
+    shifts = initialise_gene_factors(model, MaskedDiffusionScheduler(10, "linear"), ids, spots, seed=0)
     hidden = torch.zeros(160, GENES)
     mask = torch.zeros_like(features) if dropped else None
     with torch.no_grad():
@@ -244,7 +248,7 @@ def slides_with_shifts() -> SpotTable:
         coords=place,
         features=features,
         counts=counts,
-        total=np.round(total).astype(np.float32),
+        library_size=np.round(total).astype(np.float32),
         values=np.log2(counts + 1).astype(np.float32),
         genes=[f"G{i}" for i in range(GENES)],
         transform="log2p1",
@@ -256,8 +260,8 @@ def test_the_closed_form_start_tells_slide_shifts_from_factors_and_finds_what_is
     model = make_model(head="rounded_gaussian", transform="log2p1", num_factors=2)
     model.set_feature_statistics(torch.from_numpy(spots.features[:, 0]))
     scheduler, ids = MaskedDiffusionScheduler(10, "linear"), torch.arange(1, GENES + 1)
-    shifts = fit_gene_path(model, scheduler, ids, spots, seed=0)
-    path = model.path
+    shifts = initialise_gene_factors(model, scheduler, ids, spots, seed=0)
+    path = model.gene_factors
     expected = np.stack([(number - 2.5) / 1.5 * np.linspace(-1, 1, GENES) for number in range(6)])
     for number in range(6):
         own = shifts[144 * number : 144 * (number + 1)]
@@ -298,7 +302,7 @@ def test_measured_genes_tell_the_shift_of_their_slide():
     known = spots.subset(~last)
     model.set_feature_statistics(torch.from_numpy(known.features[:, 0]))
     scheduler, ids = MaskedDiffusionScheduler(10, "linear"), torch.arange(1, GENES + 1)
-    fit_gene_path(model, scheduler, ids, known, seed=0)
+    initialise_gene_factors(model, scheduler, ids, known, seed=0)
     test, pipeline = spots.subset(last), HingePipeline(model.eval(), scheduler)
     features, names = test.features[:, 0], list(test.barcodes)
     arguments = {"num_draws": 8, "num_inference_steps": 2, "slide": "s5", "positions": test.coords / 200}
@@ -328,18 +332,21 @@ def test_measured_genes_tell_the_shift_of_their_slide():
 
 def test_the_depth_is_regressed_on_the_features_and_drawn_first():
     spots = slides_with_shifts()
-    model = make_model(head="rounded_gaussian", transform="log1p_cp10k", depth=True, num_factors=2)
+    model = make_model(head="rounded_gaussian", transform="log1p_cp10k", library_size=True, num_factors=2)
     model.set_feature_statistics(torch.from_numpy(spots.features[:, 0]))
-    fit_gene_path(model, MaskedDiffusionScheduler(10, "linear"), torch.arange(1, GENES + 1), spots, seed=0)
+    initialise_gene_factors(model, MaskedDiffusionScheduler(10, "linear"), torch.arange(1, GENES + 1), spots, seed=0)
     features = model.standardise(torch.from_numpy(spots.features[:, 0]))
-    predicted = model.depth_path.mean(features).squeeze(-1).detach().numpy()
+    predicted = model.library_size_model.mean(features).squeeze(-1).detach().numpy()
     assert np.corrcoef(predicted, spots.features[:, 0, 0])[0, 1] > 0.95
-    assert abs(float(model.depth_path.scale) - 0.5) < 0.1
+    assert abs(float(model.library_size_model.scale) - 0.5) < 0.1
     normal = torch.randn(len(features), generator=torch.Generator().manual_seed(0))
-    depth = model.depth_path(features, normal, torch.zeros_like(normal))
-    assert abs(np.log(depth.numpy()).std() - np.log(spots.total).std()) < 0.1
+    library_size = model.library_size_model(features, normal, torch.zeros_like(normal))
+    assert abs(np.log(library_size.numpy()).std() - np.log(spots.library_size).std()) < 0.1
     torch.testing.assert_close(
-        model.depth_path.standardise(features, depth), normal, atol=0.05 + float(model.depth_path.slide_scale), rtol=0.1
+        model.library_size_model.standardise(features, library_size),
+        normal,
+        atol=0.05 + float(model.library_size_model.slide_scale),
+        rtol=0.1,
     )
 
 
@@ -463,9 +470,9 @@ def test_early_stop_keeps_the_best_weights(tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_a_sentence(tmp_path):
     model = make_model()
     with torch.no_grad():
-        model.path.mean.bias.fill_(float("nan"))
+        model.gene_factors.mean.bias.fill_(float("nan"))
     with pytest.raises(HingeError, match="not finite for ten steps"):
-        train(tmp_path, model, closed_form_start=False)
+        train(tmp_path, model, initialisation=False)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):

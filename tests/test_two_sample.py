@@ -54,13 +54,15 @@ def test_the_same_seed_gives_the_same_answer(spots):
 def test_rounded_draws_are_whole_counts(transform):
     rng = np.random.default_rng(0)
     functions = get_transform(transform)
-    counts, total = rng.poisson(3, size=(150, 4)), rng.integers(200, 400, size=150)
-    measured = functions.forward(counts, total)
+    counts, library_size = rng.poisson(3, size=(150, 4)), rng.integers(200, 400, size=150)
+    measured = functions.forward(counts, library_size)
     noisy = measured + rng.normal(0, 0.02, size=(2, 150, 4))
     if transform == "log2p1":  # every spot has the same few values; under the other each has its own
         assert two_sample_auc(measured, noisy) > 0.9
-    rounded = round_to_counts(noisy, total, transform)
-    np.testing.assert_allclose(functions.inverse(rounded, total), np.rint(functions.inverse(rounded, total)), atol=1e-3)
+    rounded = round_to_counts(noisy, library_size, transform)
+    np.testing.assert_allclose(
+        functions.inverse(rounded, library_size), np.rint(functions.inverse(rounded, library_size)), atol=1e-3
+    )
     assert (rounded >= 0).all() and np.abs(rounded - measured).mean() < 0.05
     assert two_sample_auc(measured, rounded) < 0.6
 

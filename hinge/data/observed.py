@@ -25,7 +25,7 @@ def read_observed(
     path
         h5ad with raw counts: barcodes of the slide (all or some), genes (those outside the panel are left out). A
         NaN is a value that was not measured. `obs["total_counts"]` is each spot's count over all genes; without
-        it, log1p_cp10k cannot be computed, since the sum of a panel is not the depth.
+        it, log1p_cp10k cannot be computed, since the sum of a panel is not the library size.
     slide
         Whose spots are drawn.
     genes
@@ -36,14 +36,14 @@ def read_observed(
     Returns
     -------
     tuple
-        Values (n, G) with NaN where nothing was measured, and the depth (n,) with NaN where it is not known; None
+        Values (n, G) with NaN where nothing was measured, and the library size (n,) with NaN where it is not known; None
         where it is known nowhere.
 
     Raises
     ------
     DataError
         The file is unreadable, shares no spot or no gene with slide and panel, holds negative or infinite counts or
-        repeated names, or lacks a total that is needed.
+        repeated names, or lacks a library size that is needed.
     """
     measured = read_h5ad(path)
     for names, what in ((measured.obs_names, "barcode"), (measured.var_names, "gene")):
@@ -60,24 +60,24 @@ def read_observed(
     counts = np.asarray(counts.toarray() if issparse(counts) else counts, dtype=np.float64)
     if (counts < 0).any() or np.isinf(counts).any() or (np.nan_to_num(counts) % 1 != 0).any():
         raise DataError(f"{path} must hold raw counts: whole numbers from 0 on, or NaN")
-    depth = None
+    library_size = None
     if "total_counts" in measured.obs:
         try:
-            total = measured.obs["total_counts"].to_numpy(dtype=np.float64)[here]
+            given = measured.obs["total_counts"].to_numpy(dtype=np.float64)[here]
         except ValueError as error:
             raise DataError(f"obs['total_counts'] of {path} is not numeric") from error
-        if not (total > 0).all():
+        if not (given > 0).all():
             raise DataError(f"obs['total_counts'] of {path} must be above 0")
-        depth = np.full(slide.n_obs, np.nan)
-        depth[rows[here]] = total
+        library_size = np.full(slide.n_obs, np.nan)
+        library_size[rows[here]] = given
     elif transform == "log1p_cp10k":
         raise DataError(f"{path} lacks obs['total_counts'], each spot's count over all genes, which log1p_cp10k needs")
     values = np.full((slide.n_obs, len(genes)), np.nan, dtype=np.float32)
     laid = np.full((len(here), len(genes)), np.nan)
     laid[:, there] = counts
-    total = np.ones(len(here)) if depth is None else depth[rows[here]]
-    values[rows[here]] = get_transform(transform).forward(laid, total)
+    of_measured = np.ones(len(here)) if library_size is None else library_size[rows[here]]
+    values[rows[here]] = get_transform(transform).forward(laid, of_measured)
     logger.info(
         "%s: %d of %d panel genes measured in %d of %d spots", path, len(there), len(genes), len(here), slide.n_obs
     )
-    return values, depth
+    return values, library_size

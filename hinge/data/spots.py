@@ -34,7 +34,7 @@ class SpotTable:
         Histology features, view 0 the unaugmented patch, float32 (n, V, d); None where none were loaded.
     counts
         Raw counts of the panel, float32 (n, G).
-    total
+    library_size
         Counts over all genes of the slide, float32 (n,).
     values
         Transformed counts, float32 (n, G).
@@ -49,7 +49,7 @@ class SpotTable:
     coords: np.ndarray
     features: np.ndarray | None
     counts: np.ndarray
-    total: np.ndarray
+    library_size: np.ndarray
     values: np.ndarray
     genes: list[str]
     transform: str
@@ -107,7 +107,7 @@ def load_spots(
     if not len(rows):
         raise DataError(f"slide {name} has no spot with a count in the panel's {len(panel.genes)} genes")
     counts = counts[rows]
-    total = np.asarray(slide.X.sum(axis=1, dtype=np.float64), dtype=np.float32).ravel()[rows]
+    library_size = np.asarray(slide.X.sum(axis=1, dtype=np.float64), dtype=np.float32).ravel()[rows]
     barcodes = slide.obs_names.to_numpy(dtype=str)[rows]
     coords = np.asarray(slide.obsm["spatial"], dtype=np.float64)[rows]
     return SpotTable(
@@ -116,8 +116,8 @@ def load_spots(
         coords=coords,
         features=None if features_path is None else _features(features_path, name, barcodes, coords),
         counts=counts,
-        total=total,
-        values=get_transform(transform_name).forward(counts, total),
+        library_size=library_size,
+        values=get_transform(transform_name).forward(counts, library_size),
         genes=list(panel.genes),
         transform=transform_name,
     )

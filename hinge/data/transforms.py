@@ -28,10 +28,10 @@ class Transform:
     name
         As `get_transform` takes it.
     forward
-        `forward(counts (..., G), total (...)) -> values (..., G)`; `total` is each spot's count over all
+        `forward(counts (..., G), library_size (...)) -> values (..., G)`; `library_size` is each spot's count over all
         genes of the slide, not only those given.
     inverse
-        `inverse(values (..., G), total (...)) -> counts (..., G)`, not rounded; a value below 0 gives a count
+        `inverse(values (..., G), library_size (...)) -> counts (..., G)`, not rounded; a value below 0 gives a count
         below 0.
     """
 
@@ -43,7 +43,7 @@ class Transform:
 def get_transform(name: str) -> Transform:
     """Look a transform up by name.
 
-    `log2p1` is log2(count + 1), the one of HINGE and Stem. `log1p_cp10k` is log(1 + 10,000 count / total),
+    `log2p1` is log2(count + 1), the one of HINGE and Stem. `log1p_cp10k` is log(1 + 10,000 count / library_size),
     the input of CellFM; a spot without any count has all values 0.
 
     Raises
@@ -64,26 +64,26 @@ def _float32(array: Array) -> tuple[Array, Any]:
     return np.asarray(array, dtype=np.float32), np
 
 
-def _log2p1(counts: Array, total: Array) -> Array:
+def _log2p1(counts: Array, library_size: Array) -> Array:
     counts, library = _float32(counts)
     return library.log1p(counts) / _LN2
 
 
-def _log2p1_inverse(values: Array, total: Array) -> Array:
+def _log2p1_inverse(values: Array, library_size: Array) -> Array:
     values, library = _float32(values)
     return library.expm1(values * _LN2)
 
 
-def _log1p_cp10k(counts: Array, total: Array) -> Array:
+def _log1p_cp10k(counts: Array, library_size: Array) -> Array:
     counts, library = _float32(counts)
-    total = _float32(total)[0][..., None]
+    library_size = _float32(library_size)[0][..., None]
     # counts of an empty spot are 0, and 0 / 1 is the 0 wanted
-    return library.log1p(counts / library.where(total > 0, total, 1.0) * _TARGET)
+    return library.log1p(counts / library.where(library_size > 0, library_size, 1.0) * _TARGET)
 
 
-def _log1p_cp10k_inverse(values: Array, total: Array) -> Array:
+def _log1p_cp10k_inverse(values: Array, library_size: Array) -> Array:
     values, library = _float32(values)
-    return library.expm1(values) * (_float32(total)[0][..., None] / _TARGET)
+    return library.expm1(values) * (_float32(library_size)[0][..., None] / _TARGET)
 
 
 _TRANSFORMS = {

@@ -47,7 +47,7 @@ _BETAS = (1e-4, 0.02)
 _SNR_RANGE = (1.0, 5.0)
 
 
-class NoisePath:
+class NoiseSchedule:
     """Coefficients a and b of a path from expression to noise, and steps along it.
 
     Parameters
@@ -120,7 +120,7 @@ class Denoiser(nn.Module):
     Parameters
     ----------
     model
-        With the head `point` and no depth.
+        With the head `point` and no library size.
     path
         Of the noise.
     gene_ids
@@ -131,9 +131,9 @@ class Denoiser(nn.Module):
 
     WEIGHTS_NAME = "noise.safetensors"
 
-    def __init__(self, model: HingeModel, path: NoisePath, gene_ids: Tensor, values: Tensor):
+    def __init__(self, model: HingeModel, schedule: NoiseSchedule, gene_ids: Tensor, values: Tensor):
         super().__init__()
-        self.model, self.path = model, path
+        self.model, self.schedule = model, schedule
         deviation = values.std(dim=0, unbiased=False)
         # a constant gene has no scale of its own
         deviation = torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation))
@@ -164,7 +164,7 @@ class Denoiser(nn.Module):
             feature_mask=feature_mask,
         )
         predicted = self.standardise(output.mean)
-        a, b = self.path.at(times, xt)
+        a, b = self.schedule.at(times, xt)
         variance = torch.exp(2 * self.log_spread)
         return predicted + a * variance / (a**2 * variance + b**2) * (xt - a * predicted)
 
@@ -173,7 +173,7 @@ class Denoiser(nn.Module):
         with atomic_path(folder) as temporary:
             self.model.save_pretrained(temporary)
             own = {name: getattr(self, name).detach().cpu() for name in ("gene_ids", "mean", "deviation", "log_spread")}
-            save_file(own, temporary / self.WEIGHTS_NAME, metadata={"path": self.path.name})
+            save_file(own, temporary / self.WEIGHTS_NAME, metadata={"path": self.schedule.name})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone: CellFMModel) -> "Denoiser":
@@ -183,7 +183,7 @@ class Denoiser(nn.Module):
             with safe_open(file, "pt") as opened:
                 name = opened.metadata()["path"]
                 own = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            denoiser = cls(model, NoisePath(name), own["gene_ids"], own["mean"][None])
+            denoiser = cls(model, NoiseSchedule(name), own["gene_ids"], own["mean"][None])
             for key, tensor in own.items():
                 getattr(denoiser, key).data.copy_(tensor)
         except Exception as error:
@@ -192,9 +192,9 @@ class Denoiser(nn.Module):
 
 
 @torch.inference_mode()
-def draw_continuous(
+def draw_gaussian(
     denoise: Callable[[Tensor, Tensor, Tensor], Tensor],
-    path: NoisePath,
+    schedule: NoiseSchedule,
     features: Tensor,
     spots: list[str],
     num_genes: int,
@@ -227,7 +227,7 @@ def draw_continuous(
     ndarray
         (K, n, G) float32, x₀.
     """
-    times = path.times(num_inference_steps)
+    times = schedule.times(num_inference_steps)
     result = np.zeros((num_draws, len(spots), num_genes), dtype=np.float32)
     for start in range(0, num_draws * len(spots), batch_size):
         flat = np.arange(start, min(start + batch_size, num_draws * len(spots)))
@@ -238,7 +238,7 @@ def draw_continuous(
         before = None
         for number, (time, end) in enumerate(itertools.pairwise(times)):
             predicted = denoise(xt, torch.full((len(flat),), time, device=xt.device), condition)
-            x0 = predicted if before is None else path.ahead(predicted, before, (times[number - 1], time, end))
-            xt, before = path.step(x0, time, end, xt), predicted
+            x0 = predicted if before is None else schedule.ahead(predicted, before, (times[number - 1], time, end))
+            xt, before = schedule.step(x0, time, end, xt), predicted
         result[draw, spot] = xt.cpu().numpy()
     return result

@@ -19,7 +19,7 @@ def chain_log_likelihood(
     spots: list[str],
     num_passes: int = 32,
     seed: int = 0,
-    depth: np.ndarray | None = None,
+    library_size: np.ndarray | None = None,
     batch_size: int = 256,
 ) -> np.ndarray:
     """Log-likelihood of each spot's genes along random orders of revealing, in nats.
@@ -46,8 +46,8 @@ def chain_log_likelihood(
         Forward passes of each spot; the result's error falls with their root.
     seed
         Of the orders.
-    depth
-        (n,) counts over all genes, where the model takes them: the likelihood is then given the depth.
+    library_size
+        (n,) counts over all genes, where the model takes them: the likelihood is then given the library size.
     batch_size
         Spots in one forward pass.
 
@@ -81,7 +81,9 @@ def chain_log_likelihood(
                 features=features[rows].to(device),
                 gene_ids=gene_ids.to(device),
                 next_visible=torch.maximum(visible, (rank < coming).float().to(device)),
-                depth=None if depth is None else torch.as_tensor(np.asarray(depth)[rows]).float().to(device),
+                library_size=None
+                if library_size is None
+                else torch.as_tensor(np.asarray(library_size)[rows]).float().to(device),
             )
             hidden = 1 - visible
             mean = (output.log_prob(truth).double() * hidden).sum(dim=1) / hidden.sum(dim=1)

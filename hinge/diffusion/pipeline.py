@@ -68,11 +68,11 @@ class HingePipeline(DiffusionPipeline):
         slide: str | None = None,
         positions: np.ndarray | None = None,
         observed: np.ndarray | None = None,
-        depth: np.ndarray | None = None,
+        library_size: np.ndarray | None = None,
         slide_effect: tuple[np.ndarray, np.ndarray] | None = None,
         order: str = "random",
-        corrections: int = 0,
-        correction_share: float = 0.1,
+        remasking: int = 0,
+        remasking_share: float = 0.1,
         temperature: float = 1.0,
         progress: bool = True,
     ) -> Draws:
@@ -103,15 +103,15 @@ class HingePipeline(DiffusionPipeline):
         observed
             (n, G) measured values in the model's units, NaN where nothing was measured. They pass through to the
             bit and condition the rest.
-        depth
-            (n,) counts over all genes, NaN where not known. What a model that takes a depth is not told, it draws.
+        library_size
+            (n,) counts over all genes, NaN where not known. What a model that takes a library size is not told, it draws.
         slide_effect
             Mean and root as `slide_effect()` gives them, where `features` are only some of the slide's spots; None:
             from these spots, if any value is observed.
         order
             In which order genes are revealed: `"random"`; `"dependence"`, those first that tell most about the rest
             by the model's factors; `"confidence"`, those first whose value is least uncertain.
-        corrections, correction_share
+        remasking, remasking_share
             Passes at the end that each mask a random share of the drawn genes again and draw them anew given all
             others.
         temperature
@@ -146,7 +146,7 @@ class HingePipeline(DiffusionPipeline):
                     f"these are of shape {observed.shape}"
                 )
             if slide_effect is None and slide is not None:
-                slide_effect = self.slide_effect(features, observed, depth)
+                slide_effect = self.slide_effect(features, observed, library_size)
         noise = _Noise(self.model, seed, spots, slide, positions, num_genes, num_inference_steps, slide_effect)
         fixed_order = self._order(order, num_genes)
         values = np.zeros((num_draws, num_spots, num_genes), dtype=np.float32)
@@ -161,11 +161,11 @@ class HingePipeline(DiffusionPipeline):
                     spot_index,
                     first_draw + draw_index,
                     observed,
-                    depth,
+                    library_size,
                     num_inference_steps,
                     order,
                     fixed_order,
-                    (corrections, correction_share, temperature),
+                    (remasking, remasking_share, temperature),
                 )
                 values[draw_index, spot_index] = drawn
                 np.add.at(expected, spot_index, means / num_draws)
@@ -174,7 +174,7 @@ class HingePipeline(DiffusionPipeline):
 
     @torch.inference_mode()
     def slide_effect(
-        self, features: Tensor | np.ndarray, observed: np.ndarray, depth: np.ndarray | None = None
+        self, features: Tensor | np.ndarray, observed: np.ndarray, library_size: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """What measured values say of their slide's shift U·a: the posterior of a, a standard normal before.
 
@@ -187,7 +187,7 @@ class HingePipeline(DiffusionPipeline):
             (n, d) of all spots of one slide.
         observed
             (n, G) measured values, NaN where nothing was measured.
-        depth
+        library_size
             (n,) counts over all genes, NaN where not known.
 
         Returns
@@ -195,18 +195,18 @@ class HingePipeline(DiffusionPipeline):
         tuple
             Mean (R,) and root (R, R) of the covariance; None without a gene path or without measured values.
         """
-        model, path = self.model, self.model.path
+        model, path = self.model, self.model.gene_factors
         genes = np.flatnonzero(~np.isnan(observed).all(axis=0))
         if path is None or len(genes) == 0:
             return None
         device = model.feature_mean.device
         condition = model.standardise(torch.as_tensor(np.asarray(features), dtype=torch.float32, device=device))
-        if model.depth_path is not None:
-            known = model.depth_path.typical(condition)
-            if depth is not None:
-                given = torch.as_tensor(np.asarray(depth), dtype=torch.float32, device=device)
+        if model.library_size_model is not None:
+            known = model.library_size_model.typical(condition)
+            if library_size is not None:
+                given = torch.as_tensor(np.asarray(library_size), dtype=torch.float32, device=device)
                 known = torch.where(given.isnan(), known, given)
-            condition = model.with_depth(condition, known)
+            condition = model.with_library_size(condition, known)
         located = (path.offset + path.mean(condition)).double().cpu().numpy()
         residual = (observed - located)[:, genes]
         measured = ~np.isnan(residual)
@@ -227,7 +227,7 @@ class HingePipeline(DiffusionPipeline):
         By dependence: greedily the gene that leaves least variance in all others under the factor model (pivots of
         a Cholesky decomposition of ΛΛᵀ + Ψ by explained variance).
         """
-        path = self.model.path
+        path = self.model.gene_factors
         if order != "dependence" or path is None:
             return None
         loadings = path.loadings.double().cpu().numpy()
@@ -243,10 +243,21 @@ class HingePipeline(DiffusionPipeline):
         return (rank + 0.5) / num_genes
 
     def _draw(
-        self, features, gene_ids, noise, spot_index, draw_index, observed, depth, num_steps, order, fixed_order, options
+        self,
+        features,
+        gene_ids,
+        noise,
+        spot_index,
+        draw_index,
+        observed,
+        library_size,
+        num_steps,
+        order,
+        fixed_order,
+        options,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Values and first-pass means (B, G) of spot-draws."""
-        corrections, correction_share, temperature = options
+        remasking, remasking_share, temperature = options
         scheduler, model = self.scheduler, self.model
         device, num_genes = features.device, len(gene_ids)
         scheduler.set_timesteps(num_steps)
@@ -271,17 +282,19 @@ class HingePipeline(DiffusionPipeline):
             # measured genes come first in the order: the schedule then counts them as revealed
             order_numbers = np.where(np.isnan(measured), order_numbers, order_numbers * 1e-9)
         rank = tensor(order_numbers, torch.float64)
-        depths = typical_depth = None
+        library_sizes = typical_library_size = None
         typical = standardised
-        if model.depth_path is not None:
-            depths = model.depth_path(standardised, tensor(numbers.depth), tensor(numbers.slide_depth))
-            typical_depth = model.depth_path.typical(standardised)
-            if depth is not None:
-                known_depth = tensor(np.asarray(depth)[spot_index])
-                depths = torch.where(known_depth.isnan(), depths, known_depth)
-                typical_depth = torch.where(known_depth.isnan(), typical_depth, known_depth)
-            typical = model.with_depth(standardised, typical_depth)
-            standardised = model.with_depth(standardised, depths)
+        if model.library_size_model is not None:
+            library_sizes = model.library_size_model(
+                standardised, tensor(numbers.library_size), tensor(numbers.slide_library_size)
+            )
+            typical_library_size = model.library_size_model.typical(standardised)
+            if library_size is not None:
+                known_library_size = tensor(np.asarray(library_size)[spot_index])
+                library_sizes = torch.where(known_library_size.isnan(), library_sizes, known_library_size)
+                typical_library_size = torch.where(known_library_size.isnan(), typical_library_size, known_library_size)
+            typical = model.with_library_size(standardised, typical_library_size)
+            standardised = model.with_library_size(standardised, library_sizes)
 
         # the latest timestep at which no more genes are visible than a spot has measured
         kept = num_genes - scheduler.num_masked(np.arange(total + 1), num_genes)
@@ -300,17 +313,17 @@ class HingePipeline(DiffusionPipeline):
 
         def head(h: Tensor, visible: Tensor, subset: GeneSubset | None):
             filled = scheduler.fill_masked(values, visible, fill)
-            return model.read_out(h, filled, visible, standardised, shift, depths, subset)
+            return model.read_out(h, filled, visible, standardised, shift, library_sizes, subset)
 
         def expectation(h: Tensor, rows: Tensor):
-            """The head's output for some rows, in the middle of what their slide's shift and depth may be."""
+            """The head's output for some rows, in the middle of what their slide's shift and library size may be."""
             output, _ = model.read_out(
                 h,
                 scheduler.fill_masked(values, visible, fill)[rows],
                 visible[rows],
                 typical[rows],
                 typical_shift,
-                None if typical_depth is None else typical_depth[rows],
+                None if typical_library_size is None else typical_library_size[rows],
             )
             return output
 
@@ -319,7 +332,7 @@ class HingePipeline(DiffusionPipeline):
             output, left = head(h, visible, subset)
             normal = tensor(numbers.value)
             if left is not None:
-                normal = model.path.innovation(left, tensor(numbers.factors[:, number]), normal)
+                normal = model.gene_factors.innovation(left, tensor(numbers.factors[:, number]), normal)
             uniform = torch.special.ndtr(normal.double() * temperature).clamp(1e-12, 1 - 1e-12)
             return output.sample(uniform).float()
 
@@ -339,9 +352,11 @@ class HingePipeline(DiffusionPipeline):
                 if shared:
                     back = torch.from_numpy(row_of).to(device)
                     h, means = h[back], means[back]
-                # the first pass of the draws is not that of the expectation where each has a depth of its own; whether
+                # the first pass of the draws is not that of the expectation where each has a library size of its own; whether
                 # it has tokens of all genes must not depend on which spots are in the batch
-                if depths is not None and (model.drops_masked or not torch.equal(depths, typical_depth)):
+                if library_sizes is not None and (
+                    model.drops_masked or not torch.equal(library_sizes, typical_library_size)
+                ):
                     coming = torch.maximum(visible, scheduler.visible_at(end, rank))
                     subset = None if order == "confidence" else needed(coming)
                     h = run(visible, at, coming, subset=subset)
@@ -358,8 +373,8 @@ class HingePipeline(DiffusionPipeline):
             drawn = sample(h, visible, numbers, number, subset)
             values = torch.where((next_visible - visible) > 0, drawn, values)
             visible = next_visible
-        for number in range(corrections):
-            again = tensor(noise.correction(spot_index, draw_index, number) < correction_share) * (1 - known)
+        for number in range(remasking):
+            again = tensor(noise.correction(spot_index, draw_index, number) < remasking_share) * (1 - known)
             visible = 1 - again
             share = again.mean(1).cpu().numpy()
             at = torch.from_numpy(np.searchsorted(scheduler.masked_share(np.arange(total + 1), num_genes), share))
@@ -379,8 +394,8 @@ class _Numbers:
     factors: np.ndarray
     fill: np.ndarray
     shift: np.ndarray
-    depth: np.ndarray
-    slide_depth: np.ndarray
+    library_size: np.ndarray
+    slide_library_size: np.ndarray
 
 
 class _Noise:
@@ -389,9 +404,9 @@ class _Noise:
     def __init__(self, model: HingeModel, seed, spots, slide, positions, num_genes, num_steps, slide_effect=None):
         self.seed, self.spots, self.slide, self.num_genes, self.num_steps = seed, spots, slide, num_genes, num_steps
         self.positions = None if positions is None else np.asarray(positions, dtype=np.float64)
-        path, depth = model.path, model.depth_path
+        path, library_size = model.gene_factors, model.library_size_model
         self.num_factors, self.loadings, self.range, self.scale = 0, np.zeros((num_genes, 0)), 1.0, 1.0
-        # columns: genes, depth, then the factors of every step
+        # columns: genes, library size, then the factors of every step
         share = np.zeros(num_genes + 1)
         if path is not None:
             self.num_factors = path.loadings.shape[1]
@@ -399,8 +414,8 @@ class _Noise:
             self.range, self.scale = float(path.spatial_range), float(path.spatial_scale)
             share[:num_genes] = path.spatial_share.double().cpu().numpy()
             share = np.concatenate([share, np.tile(path.factor_spatial_share.double().cpu().numpy(), num_steps)])
-        if depth is not None:
-            share[num_genes] = float(depth.spatial_share)
+        if library_size is not None:
+            share[num_genes] = float(library_size.spatial_share)
         self.share = share if positions is not None else np.zeros_like(share)
         self.mean, self.root = np.zeros(self.loadings.shape[1]), np.eye(self.loadings.shape[1])
         self.typical_shift = None
@@ -426,21 +441,23 @@ class _Noise:
         own = np.stack([spot_uniforms(seed, spot, draw, genes) for spot, draw in pairs])
         further = 1 + self.num_factors * self.num_steps
         normal = np.hstack([ndtri(own[:, 1]), [spot_normals(seed, spot, draw, further) for spot, draw in pairs]])
-        order, shift, slide_depth = own[:, 0].copy(), np.zeros((len(own), genes)), np.zeros(len(own))
+        order, shift, slide_library_size = own[:, 0].copy(), np.zeros((len(own), genes)), np.zeros(len(own))
         for draw in np.unique(draw_index):
             rows = np.flatnonzero(draw_index == draw)
             groups = [rows] if self.slide is not None else [[row] for row in rows]
             for group in groups:
                 slide = self._slide(int(spot_index[group[0]]), int(draw), again)
                 shift[group] = self.loadings @ (self.mean + self.root @ slide.normal[: len(self.mean)])
-                slide_depth[group] = slide.normal[genes]
+                slide_library_size[group] = slide.normal[genes]
                 if self.slide is not None:
                     order[group] = slide.order[:genes]
                 if self.share.any():
                     field = self.scale * slide.field(self.positions[spot_index[group]])
                     normal[group] = np.sqrt(self.share) * field + np.sqrt(1 - self.share) * normal[group]
         factors = normal[:, genes + 1 :].reshape(len(own), self.num_steps, self.num_factors)
-        return _Numbers(order, normal[:, :genes], factors, ndtri(own[:, 2]), shift, normal[:, genes], slide_depth)
+        return _Numbers(
+            order, normal[:, :genes], factors, ndtri(own[:, 2]), shift, normal[:, genes], slide_library_size
+        )
 
     def correction(self, spot_index: np.ndarray, draw_index: np.ndarray, number: int) -> np.ndarray:
         """Uniform numbers (B, G): which genes are masked again."""

@@ -78,5 +78,5 @@ class SlideNoise:
 
 
 def spot_normals(seed: int | str, spot: str, draw: int, count: int) -> np.ndarray:
-    """Further standard normal numbers (count,) of one draw of one spot: for its depth and its factors."""
+    """Further standard normal numbers (count,) of one draw of one spot: for its library size and its factors."""
     return _generator("normal", seed, spot, draw).standard_normal(count)

@@ -138,7 +138,9 @@ METRICS: dict[str, Metric] = {
     "c2st_auc": Metric("C2ST AUC", _TOLD.format("expression"), "AUC", "nearest 0.5"),
     "c2st_counts_auc": Metric(
         "C2ST AUC (counts)",
-        _TOLD.format("expression, drawn values rounded to the nearest whole count at the spot's measured depth,"),
+        _TOLD.format(
+            "expression, drawn values rounded to the nearest whole count at the spot's measured library size,"
+        ),
         "AUC",
         "nearest 0.5",
     ),

@@ -55,26 +55,26 @@ def attained_shares(rows: Sequence[Mapping[str, Any]], training_mean: Mapping[st
 
 
 def noise_ceiling(
-    counts: ArrayLike, total: ArrayLike, transform_name: str, *, n_repeats: int = 10, seed: int = 0
+    counts: ArrayLike, library_size: ArrayLike, transform_name: str, *, n_repeats: int = 10, seed: int = 0
 ) -> NDArray[np.float64]:
     """Correlation that a prediction free of error would reach with the measured values of each gene.
 
     Every count falls into one of two halves by a fair coin, which makes two measurements of the same tissue
-    at half the depth. Both are transformed with the totals of their own half. The Pearson correlation r of
-    the halves, mean of `n_repeats` splits, is stepped up to full depth by Spearman-Brown [1]_, 2 r / (1 +
+    at half the library size. Both are transformed with the library sizes of their own half. The Pearson correlation r of
+    the halves, mean of `n_repeats` splits, is stepped up to full library size by Spearman-Brown [1]_, 2 r / (1 +
     r); its square root is the correlation of one measurement with the values without counting noise.
 
     Spearman-Brown holds for additive noise; after a logarithm of small counts the ceiling may be off by some
-    hundredths. Only counting noise is taken into account. A spot's own depth is in both halves and so counts
+    hundredths. Only counting noise is taken into account. A spot's own library size is in both halves and so counts
     as signal: it makes up much of the ceiling of `log2p1`.
 
     Parameters
     ----------
     counts
         Raw counts (n, G) of the panel.
-    total
+    library_size
         Counts (n,) over all genes of the slide. What is not in the panel is split too, so that the halves'
-        totals are as noisy as they would be.
+        library sizes are as noisy as they would be.
     transform_name
         As `hinge.data.get_transform` takes it.
     n_repeats
@@ -90,32 +90,32 @@ def noise_ceiling(
     Raises
     ------
     DataError
-        If counts are not whole numbers from 0, or exceed the total.
+        If counts are not whole numbers from 0, or exceed the library size.
 
     References
     ----------
     .. [1] Spearman, "Correlation calculated from faulty data", British Journal of Psychology 3, 1910.
     """
     counts = as_matrix(counts, "the counts")
-    total = as_matrix(np.atleast_2d(np.asarray(total)), "the totals")[0]
-    if total.shape != counts.shape[:1]:
-        raise DataError(f"{len(counts)} spots have counts, but {len(total)} have a total")
-    if (counts < 0).any() or (counts % 1).any() or (total % 1).any():
+    library_size = as_matrix(np.atleast_2d(np.asarray(library_size)), "the library sizes")[0]
+    if library_size.shape != counts.shape[:1]:
+        raise DataError(f"{len(counts)} spots have counts, but {len(library_size)} have a library size")
+    if (counts < 0).any() or (counts % 1).any() or (library_size % 1).any():
         raise DataError("the noise ceiling takes raw counts, whole numbers from 0, but these are not")
-    rest = total - counts.sum(axis=1)
+    rest = library_size - counts.sum(axis=1)
     if (rest < 0).any():
-        raise DataError(f"spot {int(np.argmax(rest < 0))} has more counts in the panel than in total")
+        raise DataError(f"spot {int(np.argmax(rest < 0))} has more counts in the panel than over all genes")
 
     transform = get_transform(transform_name)
-    constant = constant_genes(np.asarray(transform.forward(counts, total), dtype=np.float64))
-    counts, rest, total = counts.astype(np.int64), rest.astype(np.int64), total.astype(np.int64)
+    constant = constant_genes(np.asarray(transform.forward(counts, library_size), dtype=np.float64))
+    counts, rest, library_size = counts.astype(np.int64), rest.astype(np.int64), library_size.astype(np.int64)
     generator = np.random.default_rng(seed)
     correlation = np.zeros(counts.shape[1])
     for _ in range(n_repeats):
         half = generator.binomial(counts, 0.5)  # type: ignore[arg-type]
-        half_total = half.sum(axis=1) + generator.binomial(rest, 0.5)
-        first = transform.forward(half, half_total)
-        second = transform.forward(counts - half, total - half_total)
+        half_library_size = half.sum(axis=1) + generator.binomial(rest, 0.5)
+        first = transform.forward(half, half_library_size)
+        second = transform.forward(counts - half, library_size - half_library_size)
         # a gene so rare that one half has none of it: that half says nothing of the other
         correlation += np.nan_to_num(gene_pcc(first, second), nan=0.0)
     correlation = np.clip(correlation / n_repeats, 0.0, 1.0)

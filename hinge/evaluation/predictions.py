@@ -163,8 +163,8 @@ def _in_order(table: pd.DataFrame, spots: SpotTable, path: Path, units: str) -> 
     if units != spots.transform:
         if units == "counts" and (values < 0).any():
             raise DataError(f"{path} is said to hold counts, but some of its values are below 0")
-        counts = values if units == "counts" else get_transform(units).inverse(values, spots.total)
-        values = get_transform(spots.transform).forward(np.maximum(counts, 0.0), spots.total)
+        counts = values if units == "counts" else get_transform(units).inverse(values, spots.library_size)
+        values = get_transform(spots.transform).forward(np.maximum(counts, 0.0), spots.library_size)
     largest, measured = float(np.abs(values).max()), float(np.abs(spots.values).max())
     if largest > _FAR * measured + 1:
         raise DataError(

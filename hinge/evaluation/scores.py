@@ -90,7 +90,7 @@ def score(
     prediction
         Of the same spots and genes in the same order.
     spots
-        The slide's spots: where they lie, their depth and features. None leaves out what needs these.
+        The slide's spots: where they lie, their library size and features. None leaves out what needs these.
     gene_sets
         Name → genes, for the scores of modules; None for `MARKERS`. They need `spots`.
     seed
@@ -177,8 +177,8 @@ def _draw_scores(
     scores["ssc"] = spot_structure(measured, draws)
     if features is not None:
         scores["c2st_features_auc"] = two_sample_auc(measured, draws, features, n_draws=_DRAWS_TESTED, seed=seed)
-    if spots is not None and spots.total is not None:
-        counts = round_to_counts(draws[:_DRAWS_TESTED], spots.total, spots.transform)
+    if spots is not None and spots.library_size is not None:
+        counts = round_to_counts(draws[:_DRAWS_TESTED], spots.library_size, spots.transform)
         scores["c2st_counts_auc"] = two_sample_auc(measured, counts, n_draws=_DRAWS_TESTED, seed=seed)
     if spots is not None and spots.coords is not None:
         moran = moran_scores(measured, draws, spots.coords)
@@ -192,7 +192,7 @@ class _Place:
     """What `_draw_scores` takes of a table of spots."""
 
     coords: ArrayLike | None
-    total: ArrayLike | None
+    library_size: ArrayLike | None
     transform: str | None
 
 
@@ -202,7 +202,7 @@ def score_draws(
     coordinates: ArrayLike | None = None,
     features: ArrayLike | None = None,
     *,
-    total: ArrayLike | None = None,
+    library_size: ArrayLike | None = None,
     transform: str | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -218,7 +218,7 @@ def score_draws(
         Position of each spot (n, 2), in any unit; None leaves out what looks at maps.
     features
         Histology features (n, d); None leaves out `c2st_features_auc`.
-    total, transform
+    library_size, transform
         Measured counts (n,) over all genes and the transform's name; without them `c2st_counts_auc` is left out.
     seed
         Of the folds of the two-sample test.
@@ -234,7 +234,7 @@ def score_draws(
         If something does not fit, or a value is not finite.
     """
     measured, draws = check_draws(measured, draws)
-    place = _Place(coordinates, None if transform is None else np.asarray(total), transform)
+    place = _Place(coordinates, None if transform is None else np.asarray(library_size), transform)
     of_spots = _draws_of_spots(measured, draws)
     return _draw_scores(measured, draws, of_spots, place, features if features is None else np.asarray(features), seed)
 
@@ -316,7 +316,7 @@ def evaluate_slide(
                 histogram = np.histogram(ranks, bins=_PIT_BINS, range=(0, 1))[0] / ranks.size
                 detail["pit_histogram"] = histogram.tolist()
             details.append(detail)
-    ceiling = noise_ceiling(test.counts, test.total, test.transform, seed=seed)
+    ceiling = noise_ceiling(test.counts, test.library_size, test.transform, seed=seed)
     rows.append(
         {
             "slide": name,

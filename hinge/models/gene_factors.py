@@ -18,7 +18,7 @@ def saturating_share(share, saturation):
     return share * (1 + saturation) / (share + saturation)
 
 
-class GenePath(nn.Module):
+class GeneFactorModel(nn.Module):
     """Location and log-scale of every gene from features, visible genes and what the backbone decoded.
 
     With P = W·features + b and φ = φ(share of visible genes), the residual of a visible gene is
@@ -141,8 +141,8 @@ class GenePath(nn.Module):
         return location, log_scale + 0.5 * self.left_log_scale * left_share.log(), left
 
 
-class DepthPath(nn.Module):
-    """The depth of a spot, its count over all genes: log-normal around a regression on the features.
+class LibrarySizeModel(nn.Module):
+    """The library_size of a spot, its count over all genes: log-normal around a regression on the features.
 
     It is solved for in closed form (`hinge.training.initialisation`) and not trained further.
 
@@ -164,7 +164,7 @@ class DepthPath(nn.Module):
         self.register_buffer("spatial_share", torch.zeros(()))
 
     def forward(self, features: Tensor, normal: Tensor, slide_normal: Tensor) -> Tensor:
-        """features (B, d), standard normal numbers (B,) of the spots and of their slides → depth (B,), at least 1."""
+        """features (B, d), standard normal numbers (B,) of the spots and of their slides → library sizes (B,), at least 1."""
         location = self.mean(features).float().squeeze(-1)
         return (location + self.scale * normal + self.slide_scale * slide_normal).exp().round().clamp_min(1)
 
@@ -173,8 +173,8 @@ class DepthPath(nn.Module):
         middle = features.new_zeros(len(features))
         return self(features, middle, middle)
 
-    def standardise(self, features: Tensor, depth: Tensor) -> Tensor:
-        """How unusual a depth (B,) is for its features (B, d), in standard deviations, (B,)."""
+    def standardise(self, features: Tensor, library_size: Tensor) -> Tensor:
+        """How unusual a library size (B,) is for its features (B, d), in standard deviations, (B,)."""
         scale = (self.scale**2 + self.slide_scale**2).sqrt()
-        unusual = (depth.float().clamp_min(1).log() - self.mean(features).float().squeeze(-1)) / scale
+        unusual = (library_size.float().clamp_min(1).log() - self.mean(features).float().squeeze(-1)) / scale
         return unusual.clamp(-self.LARGEST, self.LARGEST)

@@ -7,7 +7,7 @@ deterministic function of those numbers.
 
 Measured expression is a whole number of molecules, whatever logarithm is taken of it. The count heads
 (`rounded_gaussian`, `rounded_mixture`, `negative_binomial`, `zero_inflated_negative_binomial`) put their mass on
-the values that counts can take, given the spot's depth where the transform divides by it.
+the values that counts can take, given the spot's library size where the transform divides by it.
 """
 
 import math
@@ -153,12 +153,12 @@ class CountGrid:
     ----------
     transform
         Name of the transform.
-    depth
+    library_size
         (B,) counts over all genes of each spot; None where the transform does not need it.
     """
 
     transform: str
-    depth: Tensor | None = None
+    library_size: Tensor | None = None
 
     def counts(self, values: Tensor) -> Tensor:
         """Values (B, G) → nearest whole counts, not below 0."""
@@ -181,7 +181,7 @@ class CountGrid:
         return math.log(2) if self.transform == "log2p1" else 1.0
 
     def _depth(self, like: Tensor) -> Tensor:
-        return like.new_ones(like.shape[0]) if self.depth is None else self.depth.clamp_min(1)
+        return like.new_ones(like.shape[0]) if self.library_size is None else self.library_size.clamp_min(1)
 
 
 # counts above this lie so densely that density times width is the mass between two of them
@@ -502,8 +502,8 @@ COUNT_OUTPUTS = (RoundedGaussianOutput, RoundedMixtureOutput, NegativeBinomialOu
 COUNT_HEADS = ("rounded_gaussian", "rounded_mixture", "negative_binomial", "zero_inflated_negative_binomial")
 
 
-def needs_depth(head: str, transform: str | None) -> bool:
-    """Whether the values that counts can take depend on the spot's depth."""
+def needs_library_size(head: str, transform: str | None) -> bool:
+    """Whether the values that counts can take depend on the spot's library size."""
     return head in COUNT_HEADS and transform == "log1p_cp10k"
 
 

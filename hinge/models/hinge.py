@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hinge.backbones.cellfm import CellFMModel
 from hinge.models import kernels as fused
-from hinge.models.gene_factors import DepthPath, GenePath
-from hinge.models.heads import COUNT_HEADS, HEADS, CountGrid, HeadOutput, needs_depth
+from hinge.models.gene_factors import GeneFactorModel, LibrarySizeModel
+from hinge.models.heads import COUNT_HEADS, HEADS, CountGrid, HeadOutput, needs_library_size
 from hinge.models.injection import Concatenation, CrossAttention
 from hinge.models.subset import GeneSubset
 from hinge.utils import hub
@@ -183,8 +183,8 @@ class HingeModel(ModelMixin, ConfigMixin):
         `"rounded_gaussian"`, `"rounded_mixture"`, `"negative_binomial"`, `"zero_inflated_negative_binomial"`.
     transform
         What the values are of the counts; count heads need it.
-    depth
-        Whether the spot's depth, its count over all genes, is a condition beside the features; a draw draws it
+    library_size
+        Whether the spot's library size, its count over all genes, is a condition beside the features; a draw draws it
         first. Count heads under `"log1p_cp10k"` need it: which values counts can take depends on it.
     injection
         How the condition reaches the layers: `"soft_adaln"`; `"adaln_zero"`; `"concatenation"`, as further tokens;
@@ -200,8 +200,8 @@ class HingeModel(ModelMixin, ConfigMixin):
     condition_on_visible
         `"current"`: the visible genes are part of the condition; `"next"`: those visible after the coming step,
         as in the released code; None: they are not.
-    gene_path, num_factors, num_slide_factors
-        Whether there is a `GenePath`, and its numbers of factors.
+    gene_factors, num_factors, num_slide_factors
+        Whether there is a `GeneFactorModel`, and its numbers of factors.
     masked_decoding
         From 0 to 1: how much of what the backbone decodes counts, beside the gene path's regression, where no gene is
         visible, from the closed-form start on.
@@ -229,7 +229,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         num_layers: int,
         head: str = "gaussian",
         transform: str | None = None,
-        depth: bool = False,
+        library_size: bool = False,
         injection: str = "soft_adaln",
         modulation_rank: int | None = None,
         gate: str = "sigmoid",
@@ -238,7 +238,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         tuning: str = "frozen",
         lora_rank: int = 8,
         condition_on_visible: str | None = "current",
-        gene_path: bool = True,
+        gene_factors: bool = True,
         num_factors: int = 8,
         num_slide_factors: int = 4,
         masked_decoding: float = 0.0,
@@ -263,11 +263,11 @@ class HingeModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
         if head in COUNT_HEADS and transform is None:
             raise ValueError(f"the head {head} is one of counts and needs the transform of the values")
-        if needs_depth(head, transform) and not depth:
-            raise ValueError(f"the head {head} needs the depth under log1p_cp10k")
-        self.depth_path = DepthPath(feature_dim) if depth else None
+        if needs_library_size(head, transform) and not library_size:
+            raise ValueError(f"the head {head} needs the library size under log1p_cp10k")
+        self.library_size_model = LibrarySizeModel(feature_dim) if library_size else None
         self.condition = ConditionEmbedding(
-            feature_dim + depth, num_genes, hidden_size, with_mask=condition_on_visible is not None
+            feature_dim + library_size, num_genes, hidden_size, with_mask=condition_on_visible is not None
         )
         num_parts = 2 if condition_on_visible is None else 3
         if injection == "concatenation":
@@ -282,10 +282,14 @@ class HingeModel(ModelMixin, ConfigMixin):
         # features are standardised with the training spots' statistics (`set_feature_statistics`)
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
         self.register_buffer("feature_std", torch.ones(feature_dim))
-        self.path = GenePath(feature_dim + depth, num_genes, num_factors, num_slide_factors) if gene_path else None
-        if gene_path and head == "point":  # a point has no scale to learn
-            self.path.log_scale.requires_grad_(False)
-            self.path.visible_log_scale.requires_grad_(False)
+        self.gene_factors = (
+            GeneFactorModel(feature_dim + library_size, num_genes, num_factors, num_slide_factors)
+            if gene_factors
+            else None
+        )
+        if gene_factors and head == "point":  # a point has no scale to learn
+            self.gene_factors.log_scale.requires_grad_(False)
+            self.gene_factors.visible_log_scale.requires_grad_(False)
         self.gradient_checkpointing = False
         self.fused = True
         # outside the module registry: frozen, stored once elsewhere, and not part of this model's weights
@@ -304,7 +308,7 @@ class HingeModel(ModelMixin, ConfigMixin):
     @property
     def drops_masked(self) -> bool:
         """Whether a step of sampling has no tokens of genes that stay masked."""
-        return self.config.gene_path if self.config.drop_masked is None else self.config.drop_masked
+        return self.config.gene_factors if self.config.drop_masked is None else self.config.drop_masked
 
     @classmethod
     def from_backbone(cls, backbone: CellFMModel, feature_dim: int, num_genes: int, **options) -> "HingeModel":
@@ -390,12 +394,12 @@ class HingeModel(ModelMixin, ConfigMixin):
             return features.float()
         return ((features.float() - self.feature_mean) / self.feature_std).clamp(-8, 8)
 
-    def with_depth(self, features: Tensor, depth: Tensor, whole: Tensor | None = None) -> Tensor:
-        """Standardised features (B, d) → the condition (B, d + 1) with the depth (B,) for a model that takes it.
+    def with_library_size(self, features: Tensor, library_size: Tensor, whole: Tensor | None = None) -> Tensor:
+        """Standardised features (B, d) → the condition (B, d + 1) with the library size (B,) for a model that takes it.
 
         `whole` (B, d) are the features without dropout, where `features` have it.
         """
-        unusual = self.depth_path.standardise(features if whole is None else whole, depth)
+        unusual = self.library_size_model.standardise(features if whole is None else whole, library_size)
         return torch.cat([features, unusual.unsqueeze(-1)], dim=-1)
 
     def forward(
@@ -408,7 +412,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         next_visible: Tensor | None = None,
         feature_mask: Tensor | None = None,
         slide_shift: Tensor | None = None,
-        depth: Tensor | None = None,
+        library_size: Tensor | None = None,
         present: Tensor | None = None,
     ) -> HeadOutput:
         """Predict the distribution of every gene's value.
@@ -431,8 +435,8 @@ class HingeModel(ModelMixin, ConfigMixin):
             (B, d) what standardised features are multiplied with (dropout in training); None for no change.
         slide_shift
             (B, G) what all spots of the slide are shifted by, in units of values; None for no shift.
-        depth
-            (B,) counts over all genes of each spot; needed where the model has a `DepthPath`.
+        library_size
+            (B,) counts over all genes of each spot; needed where the model has a `LibrarySizeModel`.
         present
             (B, G), 0 = the gene's token is hidden from the others, as if the pass were without it; it is predicted all
             the same. None: all are seen.
@@ -444,12 +448,15 @@ class HingeModel(ModelMixin, ConfigMixin):
         """
         features = self.standardise(features)
         masked = features if feature_mask is None else features * feature_mask
-        if self.depth_path is not None:
-            features, masked = self.with_depth(features, depth), self.with_depth(masked, depth, features)
+        if self.library_size_model is not None:
+            features, masked = (
+                self.with_library_size(features, library_size),
+                self.with_library_size(masked, library_size, features),
+            )
         # only what conditions the backbone loses features: the gene path would learn an uncertainty that is not there
         subset = None if present is None else GeneSubset(None, present)
         h = self.tokens(values, visible, timestep, masked, gene_ids, next_visible, subset)
-        return self.read_out(h, values, visible, features, slide_shift, depth, subset)[0]
+        return self.read_out(h, values, visible, features, slide_shift, library_size, subset)[0]
 
     def read_out(
         self,
@@ -458,7 +465,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         visible: Tensor,
         features: Tensor,
         slide_shift: Tensor | None = None,
-        depth: Tensor | None = None,
+        library_size: Tensor | None = None,
         subset: GeneSubset | None = None,
     ) -> tuple[HeadOutput, Tensor | None]:
         """From tokens (B, P + n, D) to the distribution of every gene's value.
@@ -468,18 +475,22 @@ class HingeModel(ModelMixin, ConfigMixin):
         Returns
         -------
         tuple
-            HeadOutput over (B, G), and W (B, K, G) for `GenePath.innovation`, None without a gene path.
+            HeadOutput over (B, G), and W (B, K, G) for `GeneFactorModel.innovation`, None without a gene path.
         """
         location, log_scale, left = self.backbone.decode(h).float(), None, None
         h = h[:, self.backbone.num_prefix_tokens :]
         if subset is not None and subset.index is not None:
             # where the path has its offset, what was decoded says nothing
-            nothing = location.new_zeros(values.shape) if self.path is None else self.path.offset.expand(values.shape)
+            nothing = (
+                location.new_zeros(values.shape)
+                if self.gene_factors is None
+                else self.gene_factors.offset.expand(values.shape)
+            )
             location = subset.scatter(location, nothing)
             h = subset.scatter(h, h.new_zeros(*values.shape, h.shape[-1]))
-        if self.path is not None:
-            location, log_scale, left = self.path(location, values, visible, features, slide_shift)
-        grid = None if self.config.transform is None else CountGrid(self.config.transform, depth)
+        if self.gene_factors is not None:
+            location, log_scale, left = self.gene_factors(location, values, visible, features, slide_shift)
+        grid = None if self.config.transform is None else CountGrid(self.config.transform, library_size)
         return self.value_head(location, h, log_scale, grid), left
 
     def tokens(
@@ -494,7 +505,7 @@ class HingeModel(ModelMixin, ConfigMixin):
     ) -> Tensor:
         """The modulated backbone's tokens before its decoder, (B, P + n, D), n = G without a subset.
 
-        Arguments as those of `forward`, but `features` are standardised (and `with_depth` where the model has one);
+        Arguments as those of `forward`, but `features` are standardised (and `with_library_size` where the model has one);
         `subset` are the genes that have tokens, None for all: what is read out of the others is the gene path's word.
         """
         backbone, config = self.backbone, self.config

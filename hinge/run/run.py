@@ -47,7 +47,7 @@ from hinge.data.slide import slide_name
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots
 from hinge.data.transforms import get_transform
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
-from hinge.diffusion.gaussian import Denoiser, NoisePath, draw_continuous
+from hinge.diffusion.gaussian import Denoiser, NoiseSchedule, draw_gaussian
 from hinge.diffusion.likelihood import chain_log_likelihood
 from hinge.encoders import Encoder, extract_features, load_encoder
 from hinge.evaluation.baselines import BASELINES, GENERATIVE_BASELINES, Prediction
@@ -57,7 +57,7 @@ from hinge.evaluation.oracle import oracle_prediction
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
 from hinge.evaluation.scores import evaluate_slide, prediction_from_draws, write_scores
 from hinge.models import HingeModel
-from hinge.models.heads import COUNT_HEADS, needs_depth
+from hinge.models.heads import COUNT_HEADS, needs_library_size
 from hinge.report import report_slide, write_report
 from hinge.training import split_spots, train_denoiser, train_hinge
 from hinge.training.loop import make_accelerator, write_environment
@@ -241,7 +241,9 @@ class Run:
         """
         settings = self.config.features
         stored = read_features(path, barcodes=list(slide.obs_names), digest=self.encoder.digest)
-        return slide_features(stored.features, slide.obsm["spatial"], settings.neighbours, settings.standardise_slide)
+        return slide_features(
+            stored.features, slide.obsm["spatial"], settings.neighbourhood, settings.standardise_slide
+        )
 
     def backbone(self) -> CellFMModel:
         """The expression model, from elsewhere or pre-trained in this run, in the type its weights are stored in.
@@ -423,10 +425,10 @@ class Run:
                 transform=self.config.transform,
                 tuning=settings.tuning,
                 lora_rank=settings.lora_rank,
-                **self.config.model.model_dump(exclude={"depth"}),
-                depth=needs_depth(self.config.model.head, self.config.transform)
-                if self.config.model.depth is None
-                else self.config.model.depth,
+                **self.config.model.model_dump(exclude={"library_size"}),
+                library_size=needs_library_size(self.config.model.head, self.config.transform)
+                if self.config.model.library_size is None
+                else self.config.model.library_size,
             )
         model.cast_backbone(torch.bfloat16 if config.precision == "bf16" else torch.float32)
         scheduler = MaskedDiffusionScheduler(**self.config.diffusion.model_dump())
@@ -498,7 +500,10 @@ class Run:
             "draws": draws,
             "steps": steps,
             "observed": "" if observed is None else file_digest(observed),
-            **{key: getattr(settings, key) for key in ("coherent", "order", "corrections", "temperature", "precision")},
+            **{
+                key: getattr(settings, key)
+                for key in ("spatially_correlated", "order", "remasking", "temperature", "precision")
+            },
             "model_digest": pipeline.model.digest(),
             "backbone_digest": pipeline.model.config.backbone_digest,
             "encoder": self.encoder.name,
@@ -508,9 +513,9 @@ class Run:
             logger.info("%s is finished", output)
             return output
         with lock_file(output):
-            measured = depth = None
+            measured = library_size = None
             if observed is not None:
-                measured, depth = read_observed(observed, slide, self.panel().genes, self.config.transform)
+                measured, library_size = read_observed(observed, slide, self.panel().genes, self.config.transform)
             accelerator = make_accelerator(self.config.training)
             with accelerator.main_process_first():
                 path = self.features(slide)
@@ -520,10 +525,10 @@ class Run:
                 pipeline.model.backbone.to(torch.bfloat16)
             pipeline.model.to(accelerator.device)
             effect = None
-            if measured is not None and settings.coherent:
-                effect = pipeline.slide_effect(features, measured, depth)
+            if measured is not None and settings.spatially_correlated:
+                effect = pipeline.slide_effect(features, measured, library_size)
             spots, positions = [f"{name}/{barcode}" for barcode in slide.obs_names], None
-            if settings.coherent:
+            if settings.spatially_correlated:
                 positions = spot_positions(slide.obsm["spatial"])
             batch_size = batch_size or settings.batch_size
             genes = self.panel().genes
@@ -560,10 +565,10 @@ class Run:
                         slide=None if positions is None else name,
                         positions=None if positions is None else positions[part],
                         observed=None if measured is None else measured[part],
-                        depth=None if depth is None else depth[part],
+                        library_size=None if library_size is None else library_size[part],
                         slide_effect=effect,
                         order=settings.order,
-                        corrections=settings.corrections,
+                        remasking=settings.remasking,
                         temperature=settings.temperature,
                         progress=False,
                     )
@@ -675,7 +680,7 @@ class Run:
             test.values,
             _spot_names(test),
             seed=self.config.sampling.seed,
-            depth=None if pipeline.model.depth_path is None else test.total,
+            library_size=None if pipeline.model.library_size_model is None else test.library_size,
         )
         means = {"model": of_model.mean(), "marginal": marginal_log_likelihood(train.counts, test.counts).mean()}
         if "hinge_truth" in self.slide(name).uns:
@@ -699,11 +704,11 @@ class Run:
                     head="point",
                     tuning=settings.tuning,
                     lora_rank=settings.lora_rank,
-                    **self.config.model.model_dump(exclude={"head", "depth"}),
+                    **self.config.model.model_dump(exclude={"head", "library_size"}),
                 )
             model.cast_backbone(torch.bfloat16 if config.precision == "bf16" else torch.float32)
             values = torch.from_numpy(train.values)
-            denoiser = Denoiser(model, NoisePath(method), self.gene_ids(backbone), values)
+            denoiser = Denoiser(model, NoiseSchedule(method), self.gene_ids(backbone), values)
             with lock_folder(folder):
                 train_denoiser(denoiser, train, config, folder / "training", seed=self.config.seed)
                 denoiser.save_pretrained(folder / "model")
@@ -716,9 +721,9 @@ class Run:
         """Draws of a generative baseline; its mean is theirs."""
         device = denoiser.mean.device
         draw = partial(
-            draw_continuous,
+            draw_gaussian,
             denoiser,
-            denoiser.path,
+            denoiser.schedule,
             torch.from_numpy(np.asarray(test.features[:, 0], dtype=np.float32)).to(device),
             _spot_names(test),
             test.values.shape[1],

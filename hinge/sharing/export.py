@@ -94,7 +94,7 @@ class DenoiserStep(nn.Module):
         self.next = model.config.condition_on_visible == "next"
 
     def inputs(self, batch: int) -> dict[str, Tensor]:
-        """Inputs of the right names, shapes and types, all zero but depth and timestep."""
+        """Inputs of the right names, shapes and types, all zero but library size and timestep."""
         config = self.model.config
         given = {
             "values": torch.zeros(batch, config.num_genes),
@@ -104,8 +104,8 @@ class DenoiserStep(nn.Module):
         }
         if self.next:
             given["next_visible"] = torch.zeros(batch, config.num_genes)
-        if self.model.depth_path is not None:
-            given["depth"] = torch.full((batch,), 1000.0)
+        if self.model.library_size_model is not None:
+            given["library_size"] = torch.full((batch,), 1000.0)
         return given
 
     def forward(
@@ -115,10 +115,10 @@ class DenoiserStep(nn.Module):
         timestep: Tensor,
         features: Tensor,
         next_visible: Tensor | None = None,
-        depth: Tensor | None = None,
+        library_size: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The head's mean and its parameters by name, most of them (B, G); arguments as those of `HingeModel`."""
-        output = self.model(values, visible, timestep, features, self.gene_ids, next_visible, depth=depth)
+        output = self.model(values, visible, timestep, features, self.gene_ids, next_visible, library_size=library_size)
         parameters = {name: value for name, value in vars(output).items() if isinstance(value, Tensor)}
         return {"mean": output.mean, **parameters}
 

@@ -25,12 +25,12 @@ RELEASED_MODEL = {
     "modulation_rank": None,
     "condition_on_visible": "next",
     "drop_masked": False,
-    "gene_path": False,
+    "gene_factors": False,
     "standardise_features": False,
     "dropout": 0.1,
 }
 # what else it has no place for
-_RELEASED_ELSE = {"injection": "soft_adaln", "norm": "soft", "depth": False}
+_RELEASED_ELSE = {"injection": "soft_adaln", "norm": "soft", "library_size": False}
 _GENE_IDS = "gg"
 
 
@@ -143,7 +143,7 @@ def export_hinge(model: HingeModel, gene_ids: Tensor) -> dict[str, Tensor]:
         The model has something that their code has no place for.
     """
     config = model.config
-    allowed = {key: RELEASED_MODEL[key] for key in ("head", "modulation_rank", "gene_path", "standardise_features")}
+    allowed = {key: RELEASED_MODEL[key] for key in ("head", "modulation_rank", "gene_factors", "standardise_features")}
     for option, value in (allowed | _RELEASED_ELSE).items():
         if config[option] != value:
             raise ConfigError(

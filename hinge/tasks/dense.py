@@ -115,7 +115,7 @@ class RunPredictor:
         self.run, self.method = run, method
         self.encoder = run.encoder
         self.patch_um = settings.patch_um or run.encoder.patch_um
-        self.neighbours, self.standardise = settings.neighbours, settings.standardise_slide
+        self.neighbours, self.standardise = settings.neighbourhood, settings.standardise_slide
         self.genes: list[str] = run.panel().genes
         self.transform: str = run.config.transform
         self.pitch_um, self.diameter_um = run.spot_grid()
@@ -156,10 +156,10 @@ class RunPredictor:
             num_draws=self.draws,
             num_inference_steps=self.steps,
             seed=self.seed,
-            slide=slide if sampling.coherent else None,
-            positions=positions if sampling.coherent else None,
+            slide=slide if sampling.spatially_correlated else None,
+            positions=positions if sampling.spatially_correlated else None,
             order=sampling.order,
-            corrections=sampling.corrections,
+            remasking=sampling.remasking,
             temperature=sampling.temperature,
             progress=False,
         )

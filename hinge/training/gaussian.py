@@ -41,14 +41,14 @@ def train_denoiser(
     DataError
         No spot, or spots without features.
     """
-    model, path = denoiser.model, denoiser.path
+    model, path = denoiser.model, denoiser.schedule
     data = TrainingRows(model, spots, config, seed)
     held, num_genes = data.held, spots.values.shape[1]
     accelerator = accelerator or make_accelerator(config, folder)
     device = accelerator.device
     denoiser.to(device).eval()
     x0 = denoiser.standardise(torch.from_numpy(np.asarray(spots.values, dtype=np.float32)).to(device)).cpu()
-    if config.closed_form_start and model.path is not None:
+    if config.initialisation and model.gene_factors is not None:
         _start_from_ridge(denoiser, spots.subset(data.training), seed)
 
     def losses(module, spot, times, noise, condition, feature_mask=None) -> Tensor:
@@ -107,5 +107,8 @@ def _start_from_ridge(denoiser: Denoiser, spots: SpotTable, seed: int) -> None:
     ridge, regression = ridge_out_of_fold(standardised, left, held_out_folds(spots))
     spread = torch.from_numpy((left - regression).std(axis=0)).to(denoiser.deviation) / denoiser.deviation
     denoiser.log_spread.copy_(spread.clamp(0.01, 2.0).log())
-    for parameter, content in ((model.path.mean.weight, ridge.coef_), (model.path.mean.bias, ridge.intercept_)):
+    for parameter, content in (
+        (model.gene_factors.mean.weight, ridge.coef_),
+        (model.gene_factors.mean.bias, ridge.intercept_),
+    ):
         parameter.copy_(torch.from_numpy(np.asarray(content)).reshape(parameter.shape))

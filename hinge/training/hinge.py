@@ -13,7 +13,7 @@ from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.loss import draw_timesteps, loss_mask, spot_weights
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.hinge import HingeModel
-from hinge.training.initialisation import fit_depth, fit_gene_path, fit_masked_mean
+from hinge.training.initialisation import fit_masked_mean, initialise_gene_factors, initialise_library_size
 from hinge.training.loop import LoopConfig, LoopResult, make_accelerator, run_loop, step_generator
 from hinge.utils.errors import DataError
 
@@ -35,7 +35,7 @@ class TrainingConfig(LoopConfig):
     weighting: Literal["spot", "gene"] = "spot"
     validation_share: float = Field(0.1, ge=0, lt=1)
     validation_groups: Literal["spot", "tile", "slide"] = "tile"
-    closed_form_start: bool = Field(True, description="solve for the gene path before the first step")
+    initialisation: bool = Field(True, description="solve for the gene path before the first step")
     gradient_checkpointing: bool = False
 
 
@@ -178,20 +178,24 @@ def train_hinge(
     values = torch.from_numpy(np.asarray(spots.values, dtype=np.float32))
     gene_ids = gene_ids.to(device)
     shifts = None
-    if config.closed_form_start and model.path is not None:
+    if config.initialisation and model.gene_factors is not None:
         # also before a resumed run: the checkpoint then replaces the parameters, but not buffers and shifts
         model.to(device)
-        of_training = fit_gene_path(model, scheduler, gene_ids, spots.subset(training), seed)
+        of_training = initialise_gene_factors(model, scheduler, gene_ids, spots.subset(training), seed)
         # moving it along with residuals that are out of fold would undo the cross-validation of its penalty
-        model.path.mean.requires_grad_(False)
+        model.gene_factors.mean.requires_grad_(False)
         shifts = torch.zeros(len(spots), num_genes)
         for name in np.unique(spots.slide[training]):
             # a spot that is held out has its slide's shift, as its regression is out of fold already
             shifts[torch.from_numpy(spots.slide == name)] = of_training[spots.slide[training] == name].mean(dim=0)
         shifts[torch.from_numpy(training)] = of_training
-    elif model.depth_path is not None:
-        fit_depth(model.to(device), spots.subset(training))
-    depth = torch.from_numpy(np.asarray(spots.total, dtype=np.float32)) if model.depth_path is not None else None
+    elif model.library_size_model is not None:
+        initialise_library_size(model.to(device), spots.subset(training))
+    library_size = (
+        torch.from_numpy(np.asarray(spots.library_size, dtype=np.float32))
+        if model.library_size_model is not None
+        else None
+    )
     warm_steps = round(config.warm_start_share * config.num_steps(len(data)))
 
     def inputs_at(
@@ -207,8 +211,8 @@ def train_hinge(
         }
         if shifts is not None:
             inputs["slide_shift"] = shifts[spot]
-        if depth is not None:
-            inputs["depth"] = depth[spot]
+        if library_size is not None:
+            inputs["library_size"] = library_size[spot]
         return {name: tensor.to(device) for name, tensor in inputs.items()} | {"gene_ids": gene_ids}
 
     def batch_loss(module, step, rows, positions, generator) -> Tensor:

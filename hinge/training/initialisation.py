@@ -37,10 +37,10 @@ LARGEST_SPATIAL_SHARE = 0.95
 
 
 @torch.no_grad()
-def fit_gene_path(
+def initialise_gene_factors(
     model: HingeModel, scheduler: MaskedDiffusionScheduler, gene_ids: Tensor, spots: SpotTable, seed: int
 ) -> Tensor:
-    """Set the parameters of a model's `GenePath` (and `DepthPath`) from its training spots.
+    """Set the parameters of a model's `GeneFactorModel` (and `LibrarySizeModel`) from its training spots.
 
     Of what the backbone leaves unexplained in fully masked spots, ridge regression on the features (penalty by
     cross-validation over slides, or over tiles of the only slide) takes its part. The out-of-fold residuals are
@@ -69,18 +69,18 @@ def fit_gene_path(
         slide shift included. Scales and factors are then trained on residuals as large as those of a new slide's
         spots. The mean of it over a slide is the slide's shift against the fitted regression.
     """
-    path, device = model.path, model.feature_mean.device
+    path, device = model.gene_factors, model.feature_mean.device
     values = torch.from_numpy(np.asarray(spots.values, dtype=np.float32))
     features = torch.from_numpy(np.asarray(spots.features[:, 0], dtype=np.float32))
     num_spots, num_genes = values.shape
     total = scheduler.config.num_train_timesteps
     generator = step_generator(seed, 22)
-    depth = None
+    library_size = None
     condition = model.standardise(features.to(device))
-    if model.depth_path is not None:
-        fit_depth(model, spots)
-        depth = torch.from_numpy(np.asarray(spots.total, dtype=np.float32)).to(device)
-        condition = model.with_depth(condition, depth)
+    if model.library_size_model is not None:
+        initialise_library_size(model, spots)
+        library_size = torch.from_numpy(np.asarray(spots.library_size, dtype=np.float32)).to(device)
+        condition = model.with_library_size(condition, library_size)
     x = condition.cpu().numpy().astype(np.float64)
     target = values.double().numpy()
     slides, slide_of = np.unique(spots.slide, return_inverse=True)
@@ -232,7 +232,7 @@ def fit_masked_mean(
 
     A Gaussian that is rounded to counts, with nothing below zero, has another mean than its location: along the
     regression it rises too steeply here and too little there. Per gene, a bias and a slope of the location
-    (`masked_bias` and `masked_slope` of `GenePath`) make up for it, by Gauss–Newton least squares of that mean on the
+    (`masked_bias` and `masked_slope` of `GeneFactorModel`) make up for it, by Gauss–Newton least squares of that mean on the
     location as it was, which cannot be below zero either.
 
     Parameters
@@ -249,14 +249,14 @@ def fit_masked_mean(
     """
     if model.config.head in ("point", "gaussian"):
         return  # their mean is their location
-    path, device = model.path, model.feature_mean.device
+    path, device = model.gene_factors, model.feature_mean.device
     enough = min(MEAN_SPOTS, max(32, MEAN_NUMBERS // (len(gene_ids) * model.config.hidden_size)))
     some = np.linspace(0, len(features) - 1, min(len(features), enough)).astype(int)
     condition = model.standardise(features[torch.from_numpy(some)].to(device))
-    depth = None
-    if model.depth_path is not None:
-        depth = model.depth_path.typical(condition)
-        condition = model.with_depth(condition, depth)
+    library_size = None
+    if model.library_size_model is not None:
+        library_size = model.library_size_model.typical(condition)
+        condition = model.with_library_size(condition, library_size)
     regression = path.mean(condition).double()
     centre = regression.mean(dim=0)
     bias, slope = torch.zeros_like(centre), torch.zeros_like(centre)
@@ -275,7 +275,7 @@ def fit_masked_mean(
         """Location or mean (n, G) of the head's distributions when their locations are moved by (n, G)."""
         parts = []
         for rows, h in zip(batches, tokens, strict=True):
-            known = None if depth is None else depth[rows]
+            known = None if library_size is None else library_size[rows]
             output, _ = model.read_out(h, filled[rows], nothing[rows], condition[rows], moved[rows].float(), known)
             parts.append(getattr(output, part).double())
         return torch.cat(parts)
@@ -301,27 +301,27 @@ def fit_masked_mean(
     path.masked_bias.copy_(bias - slope * centre)
 
 
-def fit_depth(model: HingeModel, spots: SpotTable) -> None:
-    """Set a model's `DepthPath` from its training spots: ridge regression of log depth on the features.
+def initialise_library_size(model: HingeModel, spots: SpotTable) -> None:
+    """Set a model's `LibrarySizeModel` from its training spots: ridge regression of log library size on the features.
 
     Scales are those of out-of-fold residuals, within slides and between them.
     """
     x = model.standardise(torch.from_numpy(np.asarray(spots.features[:, 0], dtype=np.float32)).to(model.device))
     x = x.cpu().numpy().astype(np.float64)
-    log_depth = np.log(np.maximum(np.asarray(spots.total, dtype=np.float64), 1))[:, None]
+    log_depth = np.log(np.maximum(np.asarray(spots.library_size, dtype=np.float64), 1))[:, None]
     ridge, regression = ridge_out_of_fold(x, log_depth, held_out_folds(spots))
     left = log_depth - regression
     slides, slide_of = np.unique(spots.slide, return_inverse=True)
     if len(slides) > 1:
         shifts = np.stack([left[slide_of == number].mean(axis=0) for number in range(len(slides))])
-        model.depth_path.slide_scale.fill_(float(np.sqrt((shifts**2).mean())))
+        model.library_size_model.slide_scale.fill_(float(np.sqrt((shifts**2).mean())))
         left = left - shifts[slide_of]
     with torch.no_grad():
-        model.depth_path.mean.weight.copy_(torch.from_numpy(np.atleast_2d(ridge.coef_)))
-        model.depth_path.mean.bias.copy_(torch.from_numpy(np.atleast_1d(ridge.intercept_)))
-    model.depth_path.scale.fill_(max(float(left.std()), SMALLEST_SCALE))
+        model.library_size_model.mean.weight.copy_(torch.from_numpy(np.atleast_2d(ridge.coef_)))
+        model.library_size_model.mean.bias.copy_(torch.from_numpy(np.atleast_1d(ridge.intercept_)))
+    model.library_size_model.scale.fill_(max(float(left.std()), SMALLEST_SCALE))
     spatial = _SpatialCorrelation(spots.coords, slide_of)
-    model.depth_path.spatial_share.fill_(float(spatial.share(left, spatial.range(left))[0]))
+    model.library_size_model.spatial_share.fill_(float(spatial.share(left, spatial.range(left))[0]))
 
 
 def held_out_folds(spots: SpotTable) -> list | None:

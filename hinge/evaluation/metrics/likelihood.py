@@ -64,7 +64,7 @@ def marginal_log_likelihood(train_counts: ArrayLike, test_counts: ArrayLike) -> 
 def oracle_log_likelihood(slide: AnnData, spots: SpotTable, n_samples: int = 400, seed: int = 0) -> NDArray[np.float64]:
     """Log-mass of each simulated spot's counts on the panel given the cells in it: no model of the image has more.
 
-    Given the hidden activities of programs and depth, h ~ N(0, 1), genes are independent negative binomials (see
+    Given the hidden activities of programs and library size, h ~ N(0, 1), genes are independent negative binomials (see
     `hinge.data.simulate.tissue`). h is integrated out spot by spot, by importance sampling around its most probable value.
 
     Parameters

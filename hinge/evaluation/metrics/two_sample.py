@@ -77,8 +77,8 @@ def two_sample_auc(
     return float(np.mean([_auc(measured, draw, image, seed) for draw in draws[:n_draws]]))
 
 
-def round_to_counts(draws: ArrayLike, total: ArrayLike, transform: str) -> NDArray[np.float32]:
-    """Move drawn values to the nearest whole count that the spot's depth allows.
+def round_to_counts(draws: ArrayLike, library_size: ArrayLike, transform: str) -> NDArray[np.float32]:
+    """Move drawn values to the nearest whole count that the spot's library size allows.
 
     Measured values are transforms of whole numbers. A method that draws from a continuous distribution is told
     from them by that alone, whatever else it gets right; rounded, its draws have to be told by their shape.
@@ -87,7 +87,7 @@ def round_to_counts(draws: ArrayLike, total: ArrayLike, transform: str) -> NDArr
     ----------
     draws
         Values (..., n, G) in transform units.
-    total
+    library_size
         Measured counts (n,) over all genes.
     transform
         Name of the transform.
@@ -97,9 +97,9 @@ def round_to_counts(draws: ArrayLike, total: ArrayLike, transform: str) -> NDArr
     ndarray
         Of the same shape, in transform units.
     """
-    functions, total = get_transform(transform), np.asarray(total)
-    counts = np.rint(functions.inverse(np.maximum(draws, 0.0), total))
-    return functions.forward(counts, total)
+    functions, library_size = get_transform(transform), np.asarray(library_size)
+    counts = np.rint(functions.inverse(np.maximum(draws, 0.0), library_size))
+    return functions.forward(counts, library_size)
 
 
 def _auc(measured: NDArray, drawn: NDArray, image: NDArray, seed: int) -> float:
