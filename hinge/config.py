@@ -93,7 +93,7 @@ class FeaturesConfig(_Section):
     encoder: str = "stain-texture"
     patch_um: float | None = Field(None, gt=0, description="side of a patch in µm; None: the encoder's own")
     views: Literal[1, 8] = 1
-    neighbours: bool = Field(True, description="whether the mean over a spot and its neighbours is a condition too")
+    neighbourhood: bool = Field(True, description="whether the mean over a spot and its neighbours is a condition too")
     standardise_slide: bool = Field(True, description="whether features are in units of their own slide's deviation")
     batch_size: int = Field(64, ge=1)
     folder: AbsolutePath | None = Field(None, description="where feature files lie; None: in the run's folder")

@@ -189,7 +189,7 @@ def test_training_starts_from_ridge(tmp_path):
     # but for what the untrained backbone makes of the noise
     assert (np.sqrt((error**2).mean(0)) < np.resize((0.4, 1.2), GENES)).all()
     plain, _ = train(tmp_path / "plain", spots=spots, steps=1, learning_rate=1e-9, initialisation=False)
-    assert plain.model.gene_factors.mean.weight.abs().max() < 1e-8 and plain.log_spread.abs().max() < 1e-8
+    assert plain.model.gene_factor_model.mean.weight.abs().max() < 1e-8 and plain.log_spread.abs().max() < 1e-8
 
 
 def test_training_is_seeded_and_resumes_to_the_same_weights(tmp_path, monkeypatch):

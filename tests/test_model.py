@@ -99,7 +99,7 @@ def test_saved_weights_are_the_trained_ones_only(tmp_path):
     frozen = backbone()
     model = HingeModel.from_backbone(frozen, FEATURES, GENES, head="censored_gaussian", modulation_rank=3)
     with torch.no_grad():
-        model.gene_factors.mean.weight.normal_()
+        model.gene_factor_model.mean.weight.normal_()
     model.set_feature_statistics(torch.randn(50, FEATURES) * 3 + 1)
     model.save_pretrained(tmp_path / "model")
     from safetensors.torch import load_file
@@ -242,5 +242,5 @@ def test_count_heads_stay_finite_up_to_a_million_counts(head):
 def test_count_heads_need_to_know_the_transform_and_the_depth():
     with pytest.raises(ValueError, match="transform"):
         HingeModel.from_backbone(backbone(), FEATURES, GENES, head="rounded_gaussian")
-    with pytest.raises(ValueError, match="library_size"):
+    with pytest.raises(ValueError, match="library size"):
         HingeModel.from_backbone(backbone(), FEATURES, GENES, head="negative_binomial", transform="log1p_cp10k")

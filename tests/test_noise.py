@@ -23,7 +23,9 @@ def test_fields_have_the_covariance_they_should():
 def test_fields_are_those_of_seed_slide_and_draw():
     positions = np.random.default_rng(0).random((5, 2))
     first = SlideNoise(0, "s", 1, 3, 2.0)
-    np.testing.assert_array_equal(first.field(positions)[2:], SlideNoise(0, "s", 1, 3, 2.0).field(positions[2:]))
+    np.testing.assert_allclose(
+        first.field(positions)[2:], SlideNoise(0, "s", 1, 3, 2.0).field(positions[2:]), rtol=1e-12, atol=1e-12
+    )
     for other in (SlideNoise(1, "s", 1, 3, 2.0), SlideNoise(0, "t", 1, 3, 2.0), SlideNoise(0, "s", 2, 3, 2.0)):
         assert not np.allclose(first.field(positions), other.field(positions))
         assert not np.allclose(first.order, other.order)
@@ -46,12 +48,12 @@ def pipeline(fill="mask_token", library_size=False):
         num_factors=3,
     ).eval()
     with torch.no_grad():
-        model.gene_factors.mean.weight.normal_()
-        model.gene_factors.readout.copy_(model.gene_factors.loadings)
-        model.gene_factors.loadings.normal_()
-        model.gene_factors.slide_loadings.normal_()
-        model.gene_factors.spatial_share.fill_(0.5)
-        model.gene_factors.factor_spatial_share.fill_(0.8)
+        model.gene_factor_model.mean.weight.normal_()
+        model.gene_factor_model.readout.copy_(model.gene_factor_model.loadings)
+        model.gene_factor_model.loadings.normal_()
+        model.gene_factor_model.slide_loadings.normal_()
+        model.gene_factor_model.spatial_share.fill_(0.5)
+        model.gene_factor_model.factor_spatial_share.fill_(0.8)
         model.value_head.gene_log_scale.fill_(0.0)
         if library_size:
             model.library_size_model.mean.bias.fill_(8.0)
@@ -97,7 +99,7 @@ def test_measured_genes_pass_through_to_the_bit_and_inform_the_rest():
     assert not np.allclose(drawn.values[:, :6, 5:], free.values[:, :6, 5:])
     # spots without a measurement learn the shift of their slide from the others, and nothing else
     assert not np.allclose(drawn.values[:, 6:], free.values[:, 6:])
-    rank = pipe.model.gene_factors.slide_loadings.shape[1]
+    rank = pipe.model.gene_factor_model.slide_loadings.shape[1]
     untold = draw(pipe, observed=observed, slide_effect=(np.zeros(rank), np.eye(rank)))
     np.testing.assert_allclose(untold.values[:, 6:], free.values[:, 6:], atol=1e-4)
     everything = draw(pipe, observed=np.ones((9, GENES), dtype=np.float32))

@@ -121,7 +121,12 @@ def test_arrays_alone_are_scored_alike(slide):
     draws = prediction_of(slide).draws
     full = score(slide.values, Prediction("x", draws=draws), slide, SETS)
     scores = score_draws(
-        slide.values, draws, slide.coords, slide.features[:, 0], library_size=slide.library_size, transform=slide.transform
+        slide.values,
+        draws,
+        slide.coords,
+        slide.features[:, 0],
+        library_size=slide.library_size,
+        transform=slide.transform,
     )
     assert set(scores) == OF_DRAWS | OF_PLACE - {"ssim_mean"}
     assert scores == {name: full[name] for name in scores}

@@ -140,7 +140,7 @@ def test_where_no_gene_is_visible_the_modulation_counts_as_far_as_it_is_told_to(
         return
     full = make_model(masked_decoding=1.0)
     full.load_state_dict(model.state_dict())
-    full.gene_factors.masked_decoding.fill_(1.0)
+    full.gene_factor_model.masked_decoding.fill_(1.0)
     with torch.no_grad():
         whole = full(nothing, nothing, torch.full((90,), 10), features, ids).location - before
     torch.testing.assert_close(located(nothing, 10) - before, share * whole, atol=1e-4, rtol=1e-3)
@@ -172,12 +172,12 @@ def test_the_mean_of_what_a_trained_model_predicts_follows_its_regression(tmp_pa
         if model.library_size_model is not None:
             condition = model.with_library_size(condition, model.library_size_model.typical(condition))
         with torch.no_grad():
-            regression = (model.gene_factors.offset + model.gene_factors.mean(condition)).clamp_min(0).numpy()
+            regression = (model.gene_factor_model.offset + model.gene_factor_model.mean(condition)).clamp_min(0).numpy()
         return float(((draws.expected - regression) ** 2).mean())
 
     with_correction = error()
-    model.gene_factors.masked_bias.zero_()
-    model.gene_factors.masked_slope.zero_()
+    model.gene_factor_model.masked_bias.zero_()
+    model.gene_factor_model.masked_slope.zero_()
     assert with_correction < 0.7 * error()
 
 
@@ -261,7 +261,7 @@ def test_the_closed_form_start_tells_slide_shifts_from_factors_and_finds_what_is
     model.set_feature_statistics(torch.from_numpy(spots.features[:, 0]))
     scheduler, ids = MaskedDiffusionScheduler(10, "linear"), torch.arange(1, GENES + 1)
     shifts = initialise_gene_factors(model, scheduler, ids, spots, seed=0)
-    path = model.gene_factors
+    path = model.gene_factor_model
     expected = np.stack([(number - 2.5) / 1.5 * np.linspace(-1, 1, GENES) for number in range(6)])
     for number in range(6):
         own = shifts[144 * number : 144 * (number + 1)]
@@ -470,7 +470,7 @@ def test_early_stop_keeps_the_best_weights(tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_a_sentence(tmp_path):
     model = make_model()
     with torch.no_grad():
-        model.gene_factors.mean.bias.fill_(float("nan"))
+        model.gene_factor_model.mean.bias.fill_(float("nan"))
     with pytest.raises(HingeError, match="not finite for ten steps"):
         train(tmp_path, model, initialisation=False)
 

@@ -195,7 +195,7 @@ class HingePipeline(DiffusionPipeline):
         tuple
             Mean (R,) and root (R, R) of the covariance; None without a gene path or without measured values.
         """
-        model, path = self.model, self.model.gene_factors
+        model, path = self.model, self.model.gene_factor_model
         genes = np.flatnonzero(~np.isnan(observed).all(axis=0))
         if path is None or len(genes) == 0:
             return None
@@ -227,7 +227,7 @@ class HingePipeline(DiffusionPipeline):
         By dependence: greedily the gene that leaves least variance in all others under the factor model (pivots of
         a Cholesky decomposition of ΛΛᵀ + Ψ by explained variance).
         """
-        path = self.model.gene_factors
+        path = self.model.gene_factor_model
         if order != "dependence" or path is None:
             return None
         loadings = path.loadings.double().cpu().numpy()
@@ -332,7 +332,7 @@ class HingePipeline(DiffusionPipeline):
             output, left = head(h, visible, subset)
             normal = tensor(numbers.value)
             if left is not None:
-                normal = model.gene_factors.innovation(left, tensor(numbers.factors[:, number]), normal)
+                normal = model.gene_factor_model.innovation(left, tensor(numbers.factors[:, number]), normal)
             uniform = torch.special.ndtr(normal.double() * temperature).clamp(1e-12, 1 - 1e-12)
             return output.sample(uniform).float()
 
@@ -404,7 +404,7 @@ class _Noise:
     def __init__(self, model: HingeModel, seed, spots, slide, positions, num_genes, num_steps, slide_effect=None):
         self.seed, self.spots, self.slide, self.num_genes, self.num_steps = seed, spots, slide, num_genes, num_steps
         self.positions = None if positions is None else np.asarray(positions, dtype=np.float64)
-        path, library_size = model.gene_factors, model.library_size_model
+        path, library_size = model.gene_factor_model, model.library_size_model
         self.num_factors, self.loadings, self.range, self.scale = 0, np.zeros((num_genes, 0)), 1.0, 1.0
         # columns: genes, library size, then the factors of every step
         share = np.zeros(num_genes + 1)

@@ -282,14 +282,14 @@ class HingeModel(ModelMixin, ConfigMixin):
         # features are standardised with the training spots' statistics (`set_feature_statistics`)
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
         self.register_buffer("feature_std", torch.ones(feature_dim))
-        self.gene_factors = (
+        self.gene_factor_model = (
             GeneFactorModel(feature_dim + library_size, num_genes, num_factors, num_slide_factors)
             if gene_factors
             else None
         )
         if gene_factors and head == "point":  # a point has no scale to learn
-            self.gene_factors.log_scale.requires_grad_(False)
-            self.gene_factors.visible_log_scale.requires_grad_(False)
+            self.gene_factor_model.log_scale.requires_grad_(False)
+            self.gene_factor_model.visible_log_scale.requires_grad_(False)
         self.gradient_checkpointing = False
         self.fused = True
         # outside the module registry: frozen, stored once elsewhere, and not part of this model's weights
@@ -483,13 +483,13 @@ class HingeModel(ModelMixin, ConfigMixin):
             # where the path has its offset, what was decoded says nothing
             nothing = (
                 location.new_zeros(values.shape)
-                if self.gene_factors is None
-                else self.gene_factors.offset.expand(values.shape)
+                if self.gene_factor_model is None
+                else self.gene_factor_model.offset.expand(values.shape)
             )
             location = subset.scatter(location, nothing)
             h = subset.scatter(h, h.new_zeros(*values.shape, h.shape[-1]))
-        if self.gene_factors is not None:
-            location, log_scale, left = self.gene_factors(location, values, visible, features, slide_shift)
+        if self.gene_factor_model is not None:
+            location, log_scale, left = self.gene_factor_model(location, values, visible, features, slide_shift)
         grid = None if self.config.transform is None else CountGrid(self.config.transform, library_size)
         return self.value_head(location, h, log_scale, grid), left
 

@@ -48,7 +48,7 @@ def train_denoiser(
     device = accelerator.device
     denoiser.to(device).eval()
     x0 = denoiser.standardise(torch.from_numpy(np.asarray(spots.values, dtype=np.float32)).to(device)).cpu()
-    if config.initialisation and model.gene_factors is not None:
+    if config.initialisation and model.gene_factor_model is not None:
         _start_from_ridge(denoiser, spots.subset(data.training), seed)
 
     def losses(module, spot, times, noise, condition, feature_mask=None) -> Tensor:
@@ -108,7 +108,7 @@ def _start_from_ridge(denoiser: Denoiser, spots: SpotTable, seed: int) -> None:
     spread = torch.from_numpy((left - regression).std(axis=0)).to(denoiser.deviation) / denoiser.deviation
     denoiser.log_spread.copy_(spread.clamp(0.01, 2.0).log())
     for parameter, content in (
-        (model.gene_factors.mean.weight, ridge.coef_),
-        (model.gene_factors.mean.bias, ridge.intercept_),
+        (model.gene_factor_model.mean.weight, ridge.coef_),
+        (model.gene_factor_model.mean.bias, ridge.intercept_),
     ):
         parameter.copy_(torch.from_numpy(np.asarray(content)).reshape(parameter.shape))

@@ -178,12 +178,12 @@ def train_hinge(
     values = torch.from_numpy(np.asarray(spots.values, dtype=np.float32))
     gene_ids = gene_ids.to(device)
     shifts = None
-    if config.initialisation and model.gene_factors is not None:
+    if config.initialisation and model.gene_factor_model is not None:
         # also before a resumed run: the checkpoint then replaces the parameters, but not buffers and shifts
         model.to(device)
         of_training = initialise_gene_factors(model, scheduler, gene_ids, spots.subset(training), seed)
         # moving it along with residuals that are out of fold would undo the cross-validation of its penalty
-        model.gene_factors.mean.requires_grad_(False)
+        model.gene_factor_model.mean.requires_grad_(False)
         shifts = torch.zeros(len(spots), num_genes)
         for name in np.unique(spots.slide[training]):
             # a spot that is held out has its slide's shift, as its regression is out of fold already

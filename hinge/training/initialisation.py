@@ -69,7 +69,7 @@ def initialise_gene_factors(
         slide shift included. Scales and factors are then trained on residuals as large as those of a new slide's
         spots. The mean of it over a slide is the slide's shift against the fitted regression.
     """
-    path, device = model.gene_factors, model.feature_mean.device
+    path, device = model.gene_factor_model, model.feature_mean.device
     values = torch.from_numpy(np.asarray(spots.values, dtype=np.float32))
     features = torch.from_numpy(np.asarray(spots.features[:, 0], dtype=np.float32))
     num_spots, num_genes = values.shape
@@ -249,7 +249,7 @@ def fit_masked_mean(
     """
     if model.config.head in ("point", "gaussian"):
         return  # their mean is their location
-    path, device = model.gene_factors, model.feature_mean.device
+    path, device = model.gene_factor_model, model.feature_mean.device
     enough = min(MEAN_SPOTS, max(32, MEAN_NUMBERS // (len(gene_ids) * model.config.hidden_size)))
     some = np.linspace(0, len(features) - 1, min(len(features), enough)).astype(int)
     condition = model.standardise(features[torch.from_numpy(some)].to(device))
