@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from helpers import ROOT
+
 from hinge.utils.threads import prepare_cpu
 
 prepare_cpu()  # threads that spin make boosting a hundred times slower where another process wants the core
@@ -24,7 +26,7 @@ PRELOADED = [
     "lightly.loss",
     "lightly.models.utils",
 ]
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = ROOT.parent / "shared"
 
 
 def _folder(variable: str, beside: str) -> Path:

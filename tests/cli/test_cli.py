@@ -1,0 +1,537 @@
+"""The command line: what each command does, and that a mistake is one sentence and leaves nothing behind."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pytest
+import transformers
+import yaml
+from helpers import ROOT
+from safetensors.torch import load_file
+
+from hinge.backbones import CellFMModel
+from hinge.cli.app import app, main
+from hinge.data import Panel, read_features, simulate_tissue
+from hinge.data.draws import read_draws
+
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
+
+
+@pytest.fixture
+def hinge(monkeypatch, capsys):
+    """Call the command line in this process: hinge(*arguments) → exit code, stdout, stderr."""
+
+    # main switches these bars off through the environment, which transformers reads when it is imported
+    transformers.utils.logging.disable_progress_bar()
+
+    def call(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        # as in a process of its own: log lines and warnings go to stderr
+        monkeypatch.setattr(logging.root, "handlers", [])
+        monkeypatch.setattr(sys, "argv", ["hinge", *map(str, arguments)])
+        with warnings.catch_warnings(record=True) as caught, pytest.raises(SystemExit) as stopped:
+            warnings.simplefilter("default")
+            for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", hidden)
+            main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err + "".join(f"{warning.message}\n" for warning in caught)
+
+    yield call
+    transformers.utils.logging.enable_progress_bar()
+    logging.getLogger("hinge").setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def fails(hinge, tmp_path):
+    """Call with a mistake: one sentence, exit code 2, and no file that was not there before."""
+
+    def call(*arguments, says: str) -> None:
+        before = left(tmp_path)
+        code, out, err = hinge(*arguments)
+        assert (code, out) == (2, ""), out + err
+        assert err.startswith("hinge: ") and err.count("\n") == 1, err
+        assert says in err, err
+        assert left(tmp_path) == before
+
+    return call
+
+
+def left(folder: Path) -> dict[Path, int]:
+    """Files, and whatever is hidden as temporary things are."""
+    found = [path for path in folder.rglob("*") if path.is_file() or path.name.startswith(".")]
+    return {path: path.stat().st_mtime_ns for path in found}
+
+
+def launch(*arguments, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tissue")
+    simulate_tissue(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
+    simulate_tissue(folder, n_slides=2, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(slides, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "tiny.yaml"
+    content = {
+        "output": "tiny",
+        "data": {
+            "path": str(slides),
+            "train": ["sim0", "sim1"],
+            "test": ["sim2"],
+            "pretrain": ["sim10", "sim11"],
+        },
+        "panel": {"genes": 20},
+        "backbone": {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_value_bins": 8,
+            "pretrain": {"steps": 6, "batch_size": 16},
+        },
+        "training": {"epochs": None, "steps": 6, "batch_size": 16},
+        "sampling": {"draws": 3, "steps": 4},
+    }
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(config) -> Path:
+    """Folder of a run, trained on two processes."""
+    # accelerate launch starts one process on a CPU, whatever it is told
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = launch(*torchrun, ROOT / "scripts" / "train.py", "--config", config)
+    assert done.returncode == 0, done.stderr
+    folder = config.parent / "tiny"
+    assert done.stdout.count(f"model: {folder / 'model'}") == 2  # each process says so
+    return folder
+
+
+# --- help --------------------------------------------------------------------------------------------
+
+
+def test_commands():
+    assert COMMANDS == [
+        "features",
+        "push",
+        "panel",
+        "pretrain-expression",
+        "pretrain-histology",
+        "train",
+        "sample",
+        "evaluate",
+        "report",
+        "view",
+        "export",
+        "finetune-encoder",
+        "map",
+        "cluster",
+        "run",
+        "doctor",
+        "demo",
+        "ablate",
+    ]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(hinge, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = hinge(command, "--help")
+    assert (code, err) == (0, "")
+    assert f"Example: hinge {command} " in out
+
+
+def test_help_needs_no_heavy_import():
+    script = (
+        "import sys\n"
+        "from hinge.cli.app import main\n"
+        "sys.argv = ['hinge', *sys.argv[1:]]\n"
+        "try:\n    main()\n"
+        "except SystemExit as stopped:\n    assert not stopped.code\n"
+        "heavy = {'torch', 'timm', 'transformers', 'diffusers', 'scanpy', 'anndata', 'pandas', 'plotly'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    for arguments in (["--help"], ["train", "--help"]):
+        done = launch("-c", script, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["train"],
+        ["train", "--config"],
+        ["features", "x", "--views", "many", "--output", "y"],
+        ["sample", "x", "--draws", "0"],
+        ["demo", "--seed", "-1"],
+        ["report"],
+    ],
+)
+def test_usage_errors(hinge, arguments):
+    code, out, err = hinge(*arguments)
+    assert (code, out) == (2, "")
+    assert "Error" in err and "Traceback" not in err
+
+
+# --- what the commands do ----------------------------------------------------------------------------
+
+
+def test_features(hinge, tiny_slide, tmp_path):
+    arguments = [
+        "features",
+        tiny_slide.parent,
+        "--sample",
+        "tiny",
+        "--views",
+        "8",
+        "--output",
+        tmp_path / "features",
+    ]
+    code, out, _ = hinge(*arguments)
+    path = tmp_path / "features" / "tiny.stain-texture.h5"
+    assert (code, out) == (0, f"features: {path}\n")
+    stored = read_features(path)
+    assert stored.features.shape[:2] == (30, 8) and stored.encoder == "stain-texture"
+    assert stored.patch_um == 112
+    # finished: left as it is
+    before = left(tmp_path)
+    assert hinge(*arguments)[0] == 0
+    assert left(tmp_path) == before
+    assert hinge(*arguments, "--overwrite", "--patch-um", "56")[0] == 0
+    assert read_features(path).patch_um == 56
+
+
+def test_features_of_one_file_with_its_image_elsewhere(hinge, tiny_slide, tmp_path):
+    image = tiny_slide.with_suffix(".png").rename(tmp_path / "scan.png")
+    code, _, err = hinge("features", tiny_slide, "--image", image, "--um-per-px", "2.5", "-o", tmp_path)
+    assert code == 0, err
+    assert (tmp_path / "tiny.stain-texture.h5").exists()
+
+
+def test_panel(hinge, slides, tmp_path):
+    output = tmp_path / "panel.json"
+    chosen = ["--sample", "sim0", "--sample", "sim1", "--genes", "7"]
+    code, out, _ = hinge("panel", slides, *chosen, "--output", output)
+    assert (code, out) == (0, f"panel: {output} (7 genes)\n")
+    panel = Panel.load(output)
+    assert (len(panel.genes), panel.method, panel.slides) == (7, "hmhvg", ["sim0", "sim1"])
+
+
+def test_panel_from_a_list(hinge, slides, tmp_path):
+    (tmp_path / "genes.txt").write_text("SIM007\n\n  SIM003 \n")
+    arguments = ["panel", slides, "--list", tmp_path / "genes.txt", "--output", tmp_path / "panel.json"]
+    assert hinge(*arguments)[0] == 0
+    assert Panel.load(tmp_path / "panel.json").genes == ["SIM007", "SIM003"]
+
+
+def test_pretrain_expression(hinge, slides, tmp_path):
+    (tmp_path / "genes.txt").write_text("SIM007\nSIM003\nSIM011\n")
+    size = [
+        "--hidden-size",
+        "8",
+        "--num-hidden-layers",
+        "2",
+        "--num-attention-heads",
+        "2",
+        "--num-value-bins",
+        "4",
+    ]
+    arguments = ["--sample", "sim10", "--sample", "sim11", "--steps", "3", "--batch-size", "8", *size]
+    output = tmp_path / "backbone"
+    code, out, err = hinge("pretrain-expression", slides, "--panel", tmp_path / "genes.txt", *arguments, "-o", output)
+    assert (code, out) == (0, f"backbone: {output}\n"), err
+    backbone = CellFMModel.from_pretrained(output)
+    assert backbone.config.gene_names == ["SIM007", "SIM003", "SIM011"]
+    assert backbone.config.hidden_size == 8
+    # without a panel: all genes that the files share
+    code, _, err = hinge("pretrain-expression", slides / "sim10.h5ad", *arguments[4:], "-o", tmp_path / "all")
+    assert code == 0, err
+    assert len(CellFMModel.from_pretrained(tmp_path / "all").config.gene_names) == 40
+
+
+def test_the_training_script_from_inside_its_folder(trained, config):
+    arguments = ["-m", "accelerate.commands.launch", "--cpu", "train.py", "--config", config]
+    done = launch(*arguments, cwd=ROOT / "scripts")
+    assert (done.returncode, done.stdout) == (0, f"model: {trained / 'model'}\n"), done.stderr
+
+
+def test_training_on_two_processes_does_what_one_process_does(trained, config, hinge, tmp_path):
+    code, out, _ = hinge("train", "--config", config, f"output={tmp_path / 'one'}")
+    assert (code, out) == (0, f"model: {tmp_path / 'one' / 'model'}\n")
+    for name in ("backbone/model.safetensors", "model/diffusion_pytorch_model.safetensors"):
+        two, one = load_file(trained / name), load_file(tmp_path / "one" / name)
+        assert two.keys() == one.keys()
+        for key, values in one.items():
+            np.testing.assert_allclose(two[key], values, atol=2e-5, err_msg=key)
+
+
+def test_sample_evaluate_and_report(trained, hinge, slides, tmp_path):
+    code, out, _ = hinge("sample", trained, "--draws", "4", "--steps", "3", "--seed", "7")
+    path = trained / "samples" / "sim2.h5ad"
+    assert (code, out) == (0, f"draws: {path}\n")
+    about = read_draws(path).uns["hinge"]
+    assert (about["draws"], about["steps"], about["seed"]) == (4, 3, 7)
+
+    code, out, _ = hinge("evaluate", trained)
+    assert code == 0
+    assert f"scores: {trained / 'scores.json'}" in out
+    methods = [row["method"] for row in json.loads((trained / "scores.json").read_text())["rows"]]
+    assert methods[0] == "hinge" and "ridge-cv" in methods
+    assert all(f" {method} " in out for method in methods)
+    assert max(map(len, out.splitlines())) > 120  # a pipe gets the table in its full width
+
+    code, out, _ = hinge("report", trained)
+    assert (code, out) == (0, f"report: {trained / 'report.html'}\n")
+    assert "ridge-cv" in (trained / "report.html").read_text()
+
+
+def test_sample_takes_slides_of_the_data_set_and_files_from_elsewhere(trained, hinge, slides, tmp_path):
+    foreign = tmp_path / "foreign.h5ad"
+    foreign.write_bytes((slides / "sim1.h5ad").read_bytes())
+    (tmp_path / "foreign.jpg").write_bytes((slides / "sim1.jpg").read_bytes())
+    slide = ad.read_h5ad(foreign)
+    del slide.uns["hinge"]["image_path"]
+    slide.write_h5ad(foreign)
+    code, out, err = hinge("sample", trained, "--slide", "sim1", "--slide", foreign, "--draws", "2")
+    samples = trained / "samples"
+    assert (code, out) == (0, f"draws: {samples / 'sim1.h5ad'}\ndraws: {samples / 'foreign.h5ad'}\n"), err
+    assert read_draws(samples / "foreign.h5ad").uns["hinge"]["image_path"] == str(tmp_path / "foreign.jpg")
+
+
+def test_run_does_all_stages_and_skips_finished_ones(trained, config, hinge):
+    model = trained / "model" / "diffusion_pytorch_model.safetensors"
+    before = model.stat().st_mtime_ns
+    code, out, _ = hinge("run", "--config", config, "sampling.draws=2")
+    assert code == 0
+    assert out.endswith(f"scores: {trained / 'scores.json'}\nreport: {trained / 'report.html'}\n")
+    assert read_draws(trained / "samples" / "sim2.h5ad").uns["hinge"]["draws"] == 2
+    assert model.stat().st_mtime_ns == before
+
+
+# --- mistakes ----------------------------------------------------------------------------------------
+
+
+def negative_count(slide):
+    slide.X[3, 7] = -1
+
+
+def fractional_count(slide):
+    slide.X[3, 7] = 0.5
+
+
+def missing_count(slide):
+    slide.X[3, 7] = np.nan
+
+
+def missing_coordinate(slide):
+    slide.obsm["spatial"][4, 1] = np.nan
+
+
+def outside_the_image(slide):
+    slide.obsm["spatial"][4] = 10_000
+
+
+def repeated_barcode(slide):
+    slide.obs_names = ["0x0", *slide.obs_names[:-1]]
+
+
+def repeated_gene(slide):
+    slide.var_names = ["GENE1", *slide.var_names[1:]]
+
+
+def no_coordinates(slide):
+    del slide.obsm["spatial"]
+
+
+BAD_SLIDES = {
+    negative_count: "spot 3x0, gene GENE7: count -1 is below 0",
+    fractional_count: "there is no layers['counts']",
+    missing_count: "spot 3x0, gene GENE7: count nan is not a finite number",
+    missing_coordinate: "spot 4x0: its coordinates are not finite numbers",
+    outside_the_image: "spot 4x0 at pixel (10000, 10000) lies outside",
+    repeated_barcode: "has barcode 0x0 more than once",
+    repeated_gene: "has gene GENE1 more than once",
+    no_coordinates: "needs pixel x and y of each spot",
+}
+
+
+@pytest.mark.parametrize("edit", BAD_SLIDES, ids=lambda edit: edit.__name__)
+def test_damaged_slides(fails, trained, config, write_slide, tmp_path, edit):
+    path = write_slide("bad", edit=edit)
+    write_slide("good", seed=1)
+    says = BAD_SLIDES[edit]
+    fails("features", path, "--output", tmp_path / "out", says=says)
+    fails("sample", trained, "--slide", path, "--output", tmp_path / "out.h5ad", says=says)
+    data = f"data={{path: {path.parent}, train: [good, bad], pretrain: []}}"
+    fails("train", "-c", config, f"output={tmp_path / 'run'}", data, f"backbone.path={trained}", says=says)
+    if edit is not outside_the_image:  # nothing is wrong with the counts
+        fails("panel", path, "--genes", "5", "--output", tmp_path / "out.json", says=says)
+        fails("pretrain-expression", path, "--output", tmp_path / "backbone", says=says)
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_damaged_files(fails, trained, tiny_slide, tmp_path):
+    image = tiny_slide.with_suffix(".png")
+    whole = image.read_bytes()
+    truncated(image)
+    for says in ("is damaged or not an image", "is damaged or not an image", "has no image"):
+        fails("features", tiny_slide, "--output", tmp_path / "out", says=says)
+        fails("sample", trained, "--slide", tiny_slide, "--output", tmp_path / "out.h5ad", says=says)
+        if not image.exists():
+            break
+        image.write_bytes(b"") if image.stat().st_size else image.unlink()
+    image.write_bytes(whole)
+    truncated(tiny_slide)
+    fails("features", tiny_slide, "--output", tmp_path / "out", says="not a readable h5ad file")
+    fails("panel", tiny_slide, "--output", tmp_path / "out.json", says="not a readable h5ad file")
+
+
+def test_an_image_that_breaks_off_while_patches_are_read(fails, hinge, tiny_slide, tmp_path, monkeypatch):
+    import hinge.data.patches as patches
+    from hinge.utils.errors import DataError
+
+    read, calls = patches.SlideImage.read_region, []
+
+    def breaks_off(*arguments):
+        calls.append(1)
+        if len(calls) > 20:
+            raise DataError("scan.png is damaged")
+        return read(*arguments)
+
+    monkeypatch.setattr(patches.SlideImage, "read_region", breaks_off)
+    fails("features", tiny_slide, "--batch-size", "8", "--output", tmp_path / "out", says="scan.png is damaged")
+    assert len(calls) > 20
+
+
+def test_features_of_another_encoder(fails, hinge, trained, tiny_slide, slides, tmp_path):
+    assert hinge("features", tiny_slide, "--output", tmp_path)[0] == 0
+    with h5py.File(tmp_path / "tiny.stain-texture.h5", "a") as file:
+        file.attrs["digest"] = "0" * 64
+    fails("features", tiny_slide, "--output", tmp_path, says="was made by another encoder")
+    fails("features", tiny_slide, "--output", tmp_path, "--views", "8", says="was made by another encoder")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["features", "{tmp}/none", "-o", "{tmp}/out"], "there is no file or folder {tmp}/none"),
+        (["features", "{tmp}", "-o", "{tmp}/out"], "holds no slides in a known format"),
+        (["features", "{slides}", "--sample", "sim9", "-o", "{tmp}/out"], "no sample 'sim9'"),
+        (["features", "{slides}", "--sample", "sim10", "-o", "{tmp}/out"], "has no image"),
+        (["features", "{slides}", "--encoder", "nonsense", "-o", "{tmp}/out"], "no encoder 'nonsense'"),
+        (["features", "{slides}", "--encoder", "uni@{tmp}/none.pth", "-o", "{tmp}/out"], "there is no file"),
+        (
+            ["features", "{slides}", "--sample", "sim0", "--views", "3", "-o", "{tmp}/out"],
+            "1 or 8 views, not 3",
+        ),
+        (
+            ["features", "{slides}", "--sample", "sim0", "--patch-um", "-1", "-o", "{tmp}/out"],
+            "a side above 0",
+        ),
+        (
+            ["features", "{slides}", "--sample", "sim0", "--um-per-px", "0", "-o", "{tmp}/out"],
+            "um_per_px must be",
+        ),
+        (["features", "{slides}", "--image", "{tmp}/x.png", "-o", "{tmp}/out"], "image of one slide"),
+        (["features", "{slides}", "--sample", "sim0", "-o", "{config}/out"], "cannot write"),
+        (["panel", "{tmp}/none", "-o", "{tmp}/out.json"], "there is no file or folder {tmp}/none"),
+        (["panel", "{slides}", "--sample", "sim9", "-o", "{tmp}/out.json"], "no sample 'sim9'"),
+        (["panel", "{slides}", "--genes", "41", "-o", "{tmp}/out.json"], "a panel of 41 genes"),
+        (["panel", "{slides}", "--genes", "0", "-o", "{tmp}/out.json"], "at least one gene"),
+        (["panel", "{slides}", "--method", "best", "-o", "{tmp}/out.json"], "no panel method 'best'"),
+        (["panel", "{slides}", "--genes", "5", "-o", "{tmp}"], "{tmp}"),
+        (["panel", "{slides}", "--list", "{tmp}/none.txt", "-o", "{tmp}/out.json"], "no file {tmp}/none.txt"),
+        (
+            ["panel", "{slides}", "--list", "{genes}", "-o", "{tmp}/out.json"],
+            "lacks 1 of the panel's 2 genes: ERBB2",
+        ),
+        (["pretrain-expression", "{tmp}/none", "-o", "{tmp}/out"], "there is no file or folder"),
+        (
+            ["pretrain-expression", "{slides}", "--sample", "sim0", "--sample", "x", "-o", "{tmp}/out"],
+            "no sample x",
+        ),
+        (["pretrain-expression", "{slides}", "--panel", "{genes}", "-o", "{tmp}/out"], "ERBB2"),
+        (
+            ["pretrain-expression", "{slides}", "--transform", "sqrt", "-o", "{tmp}/out"],
+            "no transform 'sqrt'",
+        ),
+        (["pretrain-expression", "{slides}", "--num-attention-heads", "3", "-o", "{tmp}/out"], "multiple of"),
+        (
+            ["pretrain-expression", "{slides}", "--num-attention-heads", "0", "-o", "{tmp}/out"],
+            "num_attention_heads",
+        ),
+        (["pretrain-expression", "{slides}", "--steps", "0", "-o", "{tmp}/out"], "pretrain.steps"),
+        (["pretrain-expression", "{slides}", "--precision", "int8", "-o", "{tmp}/out"], "pretrain.precision"),
+        (["train", "--config", "{tmp}/none.yaml"], "there is no configuration file {tmp}/none.yaml"),
+        (["train", "--config", "{tmp}"], "not readable"),
+        (
+            ["train", "--config", "{config}", "output={tmp}/run", "training.lr=1"],
+            "training.lr: there is no such key",
+        ),
+        (["train", "--config", "{config}", "output={tmp}/run", "epochs"], "not an override"),
+        (
+            ["train", "--config", "{config}", "output={tmp}/run", "data.path={tmp}/x"],
+            "no file or folder {tmp}/x",
+        ),
+        (["train", "--config", "{config}", "output={tmp}/run", "data.path={tmp}"], "holds no slides"),
+        (["train", "--config", "{config}", "output={tmp}/run", "data.format=csv"], "no format 'csv'"),
+        (["train", "--config", "{config}", "output={tmp}/run", "data.test=[sim9]"], "no sample 'sim9'"),
+        (
+            ["train", "--config", "{config}", "output={tmp}/run", "features.encoder=nonsense"],
+            "no encoder 'nonsense'",
+        ),
+        (["train", "--config", "{config}", "seed=1"], "holds a run with another seed"),
+        (["run", "--config", "{tmp}/none.yaml"], "there is no configuration file"),
+        (["sample", "{tmp}/none"], "{tmp}/none is not the folder of a run"),
+        (["sample", "{slides}"], "is not the folder of a run"),
+        (["sample", "{trained}", "--slide", "sim9"], "no sample 'sim9'"),
+        (["sample", "{trained}", "--slide", "{tmp}/none.h5ad"], "no sample '{tmp}/none.h5ad'"),
+        (["sample", "{trained}", "--slide", "{genes}"], "holds no slides in a known format"),
+        (["sample", "{trained}", "--slide", "sim1", "--slide", "sim2", "-o", "{tmp}/out.h5ad"], "one slide"),
+        (["sample", "{trained}", "--steps", "51", "-o", "{tmp}/out.h5ad"], "51 steps cannot be taken"),
+        (["sample", "{trained}", "--draws", "2", "-o", "{genes}"], "is not a readable h5ad file"),
+        (["evaluate", "{tmp}"], "is not the folder of a run"),
+        (["evaluate", "{trained}", "--slide", "sim0"], "no draws of sim0"),
+        (["report", "{tmp}"], "is not the folder of a run"),
+        (["demo", "--output", "{genes}"], "cannot write"),
+    ],
+)
+def test_a_mistake_is_one_sentence(fails, trained, config, slides, tmp_path, arguments, says):
+    genes = tmp_path / "genes.txt"
+    genes.write_text("SIM001\nERBB2\n")
+    names = {"tmp": tmp_path, "slides": slides, "config": config, "trained": trained, "genes": genes}
+    # what lies in the run's own folder must stay as it is too
+    before = left(trained)
+    fails(*(argument.format(**names) for argument in arguments), says=says.format(**names))
+    assert left(trained) == before
+
+
+def test_a_mistake_in_a_process_of_its_own(trained, tmp_path):
+    """Nothing that libraries say on import or while they load weights comes between."""
+    output = tmp_path / "notes.txt"
+    output.write_text("not mine to replace")
+    done = launch("-m", "hinge.cli", "sample", trained, "--output", output)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"hinge: {output} is not a readable h5ad file") and done.stderr.count("\n") == 1
+    assert output.read_text() == "not mine to replace"
