@@ -21,7 +21,7 @@ _HOME = {
     "extract_features": "hinge.encoders",
     "CellFMConfig": "hinge.backbones",
     "CellFMModel": "hinge.backbones",
-    "pretrain_expression": "hinge.backbones",
+    "pretrain_expression": "hinge.training",
     "HingeModel": "hinge.models",
     "HingePipeline": "hinge.diffusion",
     "MaskedDiffusionScheduler": "hinge.diffusion",

@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hinge.backbones import PretrainConfig
 from hinge.data.readers.table import split_table
 from hinge.evaluation.baselines import BASELINES, DEFAULT_BASELINES, GENERATIVE_BASELINES
 from hinge.models.heads import needs_library_size
-from hinge.training import TrainingConfig
+from hinge.training import PretrainConfig, TrainingConfig
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path
 

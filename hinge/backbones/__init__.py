@@ -1,6 +1,5 @@
-"""Expression foundation models and their pre-training."""
+"""Expression foundation models behind one contract."""
 
 from hinge.backbones.cellfm import CellFMConfig, CellFMModel
-from hinge.training.cellfm import PretrainConfig, pretrain_expression
 
-__all__ = ["CellFMConfig", "CellFMModel", "PretrainConfig", "pretrain_expression"]
+__all__ = ["CellFMConfig", "CellFMModel"]

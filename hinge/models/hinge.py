@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hinge.backbones.cellfm import CellFMModel
-from hinge.models import kernels as fused
+from hinge.models import kernels
 from hinge.models.gene_factors import GeneFactorModel, LibrarySizeModel
 from hinge.models.heads import COUNT_HEADS, HEADS, CountGrid, HeadOutput, needs_library_size
 from hinge.models.injection import Concatenation, CrossAttention
@@ -540,12 +540,12 @@ class HingeModel(ModelMixin, ConfigMixin):
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = vectors
         if self._may_fuse(h):
             mix, scale = self.modulation.norm_mix[number], block.residual_scale
-            x = fused.modulate(h, shift_a, scale_a, mix[0], SOFT_NORM_EPS)
-            mixed = fused.retention(block.retention, x, key_mask, value_scale)
-            h = fused.join(h, self._dropout(mixed), gate_a, block.norm1, scale)
-            x = fused.modulate(h, shift_f, scale_f, mix[1], SOFT_NORM_EPS)
-            fed = fused.feed_forward(block.feed_forward, x)
-            return fused.join(h, self._dropout(fed), gate_f, block.norm2, scale)
+            x = kernels.modulate(h, shift_a, scale_a, mix[0], SOFT_NORM_EPS)
+            mixed = kernels.retention(block.retention, x, key_mask, value_scale)
+            h = kernels.join(h, self._dropout(mixed), gate_a, block.norm1, scale)
+            x = kernels.modulate(h, shift_f, scale_f, mix[1], SOFT_NORM_EPS)
+            fed = kernels.feed_forward(block.feed_forward, x)
+            return kernels.join(h, self._dropout(fed), gate_f, block.norm2, scale)
         modulate = self.modulation.modulate
         mixed = block.retention(modulate(h, shift_a, scale_a, (number, 0)), key_mask, value_scale)
         h = block.norm1(torch.add(gate_a * self._dropout(mixed), h, alpha=block.residual_scale))

@@ -30,7 +30,7 @@ from anndata import AnnData
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from hinge.backbones import CellFMConfig, CellFMModel, pretrain_expression
+from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.backbones.cellfm import read_config
 from hinge.backbones.checkpoints import vocabulary_for
 from hinge.backbones.vocabulary import GeneMapping, GeneNames, GeneVocabulary, OnMissing
@@ -59,7 +59,7 @@ from hinge.evaluation.scores import evaluate_slide, prediction_from_draws, write
 from hinge.models import HingeModel
 from hinge.models.heads import COUNT_HEADS, needs_library_size
 from hinge.report import report_slide, write_report
-from hinge.training import split_spots, train_denoiser, train_hinge
+from hinge.training import pretrain_expression, split_spots, train_denoiser, train_hinge
 from hinge.training.loop import make_accelerator, write_environment
 from hinge.utils.errors import ConfigError, DataError, WeightsError, one_line
 from hinge.utils.files import arrays_digest, atomic_path, file_digest, read_json, write_json

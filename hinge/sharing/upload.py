@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
-from hinge import __version__, hub
+from hinge import __version__
 from hinge.config import load_config, save_config
 from hinge.models import HingeModel
 from hinge.run.run import Run
+from hinge.utils import hub
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import read_json
 

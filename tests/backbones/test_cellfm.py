@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open
 
-from hinge.backbones import CellFMConfig, CellFMModel, PretrainConfig, pretrain_expression
+from hinge.backbones import CellFMConfig, CellFMModel
+from hinge.training import PretrainConfig, pretrain_expression
 from hinge.utils.errors import ConfigError, DataError
 
 

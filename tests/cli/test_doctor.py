@@ -13,8 +13,9 @@ import typer
 import yaml
 from helpers import ROOT
 
-from hinge import cli, doctor
 from hinge.backbones import CellFMConfig, CellFMModel
+from hinge.cli import app as cli
+from hinge.cli import doctor
 from hinge.encoders.recipes import RECIPES
 
 

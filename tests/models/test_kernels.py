@@ -11,7 +11,7 @@ from helpers import ROOT
 from torch.autograd import gradcheck
 
 from hinge.backbones import CellFMConfig, CellFMModel
-from hinge.models import HingeModel, fused
+from hinge.models import HingeModel, kernels
 
 GENES, FEATURES = 30, 12
 IDS = torch.arange(1, GENES + 1)
@@ -130,19 +130,19 @@ def test_gradients_are_those_of_the_functions():
 
     h, shift, scale, gate = number(2, 5, 8), number(2, 1, 8), number(2, 1, 8), number(2, 1, 8)
     mix = torch.tensor(-0.3, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda *a: fused.modulate(*a, 1e-6), (h, shift, scale, mix))
+    assert gradcheck(lambda *a: kernels.modulate(*a, 1e-6), (h, shift, scale, mix))
     norm = torch.nn.LayerNorm(8, dtype=torch.float64).requires_grad_(False)
     norm.weight.copy_(torch.rand(8, generator=generator) + 0.5)
-    assert gradcheck(lambda h, x, gate: fused.join(h, x, gate, norm, 1.7), (h, number(2, 5, 8), gate))
+    assert gradcheck(lambda h, x, gate: kernels.join(h, x, gate, norm, 1.7), (h, number(2, 5, 8), gate))
     mask = torch.tensor([[1.0, 1, 0, 1, 0]] * 2, dtype=torch.float64)
-    assert gradcheck(lambda x: fused._Retain.apply(x, mask, 2, 1e-12), (number(2, 5, 32),))
-    assert gradcheck(fused._Product.apply, (number(2, 5, 16),))
+    assert gradcheck(lambda x: kernels._Retain.apply(x, mask, 2, 1e-12), (number(2, 5, 32),))
+    assert gradcheck(kernels._Product.apply, (number(2, 5, 16),))
 
 
 def test_a_head_without_any_query_gives_zero_and_no_nan():
     joint = -torch.ones(1, 3, 32)
     joint.requires_grad_(True)
-    out = fused._Retain.apply(joint, None, 2, 1e-12)
+    out = kernels._Retain.apply(joint, None, 2, 1e-12)
     out.sum().backward()
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.isfinite(joint.grad).all()
