@@ -1,7 +1,9 @@
 """Fixtures that several test files share."""
 
+import json
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import scipy.sparse  # noqa: E402
 from anndata import AnnData  # noqa: E402
+from helpers.commands import Called, call_hinge  # noqa: E402
+from helpers.runs import tiny_settings  # noqa: E402
 from PIL import Image  # noqa: E402
 
 PRELOADED = [
@@ -121,3 +125,41 @@ def write_slide(tmp_path: Path) -> Callable[..., Path]:
 def tiny_slide(write_slide: Callable[..., Path]) -> Path:
     """A small slide with its image beside it: 30 spots, 30 genes."""
     return write_slide()
+
+
+@pytest.fixture
+def call_cli() -> Callable[..., Called]:
+    """Call the command line in this process: `call_cli("sample", run)` gives exit code, stdout and stderr."""
+    return call_hinge
+
+
+@pytest.fixture(scope="session")
+def tiny_slides(tmp_path_factory) -> Path:
+    """Simulated tissue, not to be written to: sim0 to sim2 with images, sim10 and sim11 without; 36 spots, 40 genes."""
+    from hinge.data import simulate_tissue
+
+    folder = tmp_path_factory.mktemp("tiny") / "slides"
+    simulate_tissue(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
+    simulate_tissue(folder, n_slides=2, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_slides: Path):
+    """A run on `tiny_slides` through all stages, not to be written to."""
+    from hinge.run.run import Run
+
+    folder = tiny_slides.parent
+    # JSON is YAML
+    (folder / "run.yaml").write_text(json.dumps(tiny_settings(tiny_slides, folder / "run")))
+    done = call_hinge("run", "--config", folder / "run.yaml")
+    assert done.code == 0, done.err
+    return Run.open(folder / "run")
+
+
+@pytest.fixture
+def copied_tiny_run(tiny_run, tmp_path: Path):
+    """The run of `tiny_run` in a folder of the test's own, to write to."""
+    from hinge.run.run import Run
+
+    return Run.open(Path(shutil.copytree(tiny_run.folder, tmp_path / "copied")))
