@@ -469,7 +469,9 @@ def report(
         return
     if output is not None:
         raise ConfigError("--output is for --interactive; the report is written into the run's folder")
-    print(f"report: {opened.report()}")
+    from hinge.report import report_run
+
+    print(f"report: {report_run(opened)}")
 
 
 @app.command()
@@ -691,6 +693,7 @@ def cluster(
     Example: hinge cluster her2st --sample C5 --encoder stain-texture --labels 'clusters/{slide}.tsv.gz' --column label
     --output clusters
     """
+    from hinge.report.clusters import report_clusters
     from hinge.tasks.cluster import cluster_slides
     from hinge.tasks.embeddings import read_slides
     from hinge.tasks.labels import read_labels
@@ -713,8 +716,9 @@ def cluster(
         standardise=not raw,
         seed=seed,
     )
+    report = report_clusters(output)
     _print_rows(path)
-    print(f"report: {output / 'report.html'}")
+    print(f"report: {report}")
 
 
 @app.command()

@@ -3,12 +3,10 @@
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix, identity
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
@@ -18,7 +16,6 @@ from sklearn.neighbors import kneighbors_graph
 
 from hinge.encoders import load_encoder
 from hinge.evaluation.metrics.spatial import neighbour_weights
-from hinge.report.clusters import ClusterMap, write_cluster_report
 from hinge.tasks.embeddings import embed
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, write_json
@@ -66,8 +63,8 @@ def cluster_slides(
     encoders
         As `load_encoder` takes them.
     output
-        Folder for `<slide>.h5ad` (clusters in `obs`, clustered components in `obsm`), `clusters.csv`, `features/`,
-        `report.html`, `figures/<slide>.png` and `scores.json`.
+        Folder for `<slide>.h5ad` (clusters in `obs`, clustered components in `obsm`), `clusters.csv`, `features/`
+        and `scores.json`. `hinge.report.report_clusters` writes the maps into it.
     method
         One of `METHODS`.
     n_clusters
@@ -130,8 +127,8 @@ def cluster_slides(
             clusters = cluster(components, method, number, resolution, seed)
             ends = np.cumsum([len(features[name]) for name in names])[:-1]
             for name, part, place in zip(names, np.split(clusters, ends), np.split(components, ends), strict=True):
-                results[name].obs[f"cluster {encoder.name}"] = pd.Categorical(part.astype(str))
-                results[name].obsm[f"X_{encoder.name}"] = place.astype(np.float32)
+                results[name].obs[cluster_column(encoder.name)] = pd.Categorical(part.astype(str))
+                results[name].obsm[f"X_{_key(encoder.name)}"] = place.astype(np.float32)
                 row = {"encoder": encoder.name, "method": method, "slide": name, "clusters": len(np.unique(part))}
                 rows.append(row | (agreement(part, labels[name]) if labels else {}))
         if labels and len(slides) > 1:
@@ -147,12 +144,10 @@ def cluster_slides(
         "standardise": standardise,
         "seed": seed,
     }
-    maps = []
     for name, result in results.items():
         result.uns["hinge"] |= {f"cluster_{key}": value for key, value in settings.items() if value is not None}
         with atomic_path(output / f"{name}.h5ad") as temporary:
             result.write_h5ad(temporary, compression="gzip")
-        maps.append(_map(result, [encoder.name for encoder in loaded]))
     with atomic_path(output / "clusters.csv") as temporary:
         tables = [
             result.obs.rename_axis("spot").reset_index().assign(slide=name, x=xy[:, 0], y=xy[:, 1])
@@ -162,15 +157,24 @@ def cluster_slides(
         table = pd.concat(tables)
         first = ["slide", "spot", "x", "y"]
         table[[*first, *(column for column in table if column not in first)]].to_csv(temporary, index=False)
-    write_cluster_report(output, maps, rows, DEFINITIONS, settings)
     return write_json(output / "scores.json", {"definitions": DEFINITIONS, "settings": settings, "rows": rows})
+
+
+def cluster_column(encoder: str) -> str:
+    """Return the column of `obs` that holds the clusters by an encoder's features."""
+    return f"cluster {_key(encoder)}"
+
+
+def _key(encoder: str) -> str:
+    """Return an encoder's name without slashes, which keys of an h5ad file must not contain."""
+    return encoder.replace("/", "_")
 
 
 def smooth_features(features: np.ndarray, coords: np.ndarray, times: int) -> np.ndarray:
     """Replace each spot's features by the mean over it and its direct neighbours, several times.
 
-    Neighbours are those of `hinge.evaluation.metrics.spatial.neighbour_weights`: four on a square lattice, six on a hexagonal
-    one, the same as squidpy's spatial graph within 1.25 spot pitches.
+    Neighbours are those of `hinge.evaluation.metrics.spatial.neighbour_weights`: four on a square lattice, six on a
+    hexagonal one, the same as squidpy's spatial graph within 1.25 spot pitches.
 
     Parameters
     ----------
@@ -317,30 +321,3 @@ def _result(slide: AnnData, labels: Mapping[str, pd.Series] | None, name: str) -
         text = [f"{label:g}" if isinstance(label, float) else str(label) for label in labels[name]]
         result.obs["label"] = pd.Categorical(np.where(known, text, None))
     return result
-
-
-def _map(result: AnnData, encoders: list[str]) -> ClusterMap:
-    """What the report shows of a slide; clusters have the colour of the label that they overlap most."""
-    panels: dict[str, Any] = {}
-    if "label" in result.obs:
-        panels["labels"] = result.obs["label"].cat.codes.to_numpy()
-    for name in encoders:
-        clusters = result.obs[f"cluster {name}"].astype(int).to_numpy()
-        panels[name] = _recoloured(clusters, panels["labels"]) if "labels" in panels else clusters
-    library = next(iter(result.uns["spatial"].values()))
-    return ClusterMap(
-        name=result.uns["hinge"]["name"],
-        image=np.asarray(library["images"]["hires"]),
-        coords=np.asarray(result.obsm["spatial"]) * library["scalefactors"]["tissue_hires_scalef"],
-        diameter=library["scalefactors"]["spot_diameter_fullres"] * library["scalefactors"]["tissue_hires_scalef"],
-        panels=panels,
-    )
-
-
-def _recoloured(clusters: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Clusters (n,) renumbered so that as many spots as possible have their label's number."""
-    n = max(clusters.max(), labels.max()) + 1
-    overlap = np.zeros((n, n))
-    known = labels >= 0
-    np.add.at(overlap, (clusters[known], labels[known]), 1)
-    return linear_sum_assignment(-overlap)[1][clusters]

@@ -17,10 +17,12 @@ from anndata import AnnData
 from PIL import Image
 from scipy import sparse
 
+from hinge.config import check_config, save_config
 from hinge.data.transforms import get_transform
 from hinge.evaluation.metrics.accuracy import gene_pcc
 from hinge.evaluation.metrics.coexpression import coexpression_scores, correlation_matrix
-from hinge.report import ReportSlide, report_slide, write_report
+from hinge.report import ReportSlide, report_run, report_slide, write_report
+from hinge.run.run import Run
 from hinge.utils.errors import DataError
 
 HOSTILE = [
@@ -411,3 +413,12 @@ def test_report_in_a_browser(tmp_path):
         assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
         assert page.title() == "A run"
         browser.close()
+
+
+def test_a_run_without_scores_has_no_report(tmp_path):
+    save_config(
+        check_config({"output": str(tmp_path), "data": {"path": "slides", "train": ["a"]}}, "test"),
+        tmp_path / "config.yaml",
+    )
+    with pytest.raises(DataError, match=r"there are no scores in .*; run hinge evaluate first"):
+        report_run(Run.open(tmp_path))
