@@ -349,12 +349,12 @@ def features(
 ) -> None:
     """Features of a simulated slide: share of the encoder's bare forward rate."""
     from hinge.data.readers import read_slide
-    from hinge.data.simulate.tissue import simulate_tissue
+    from hinge.data.simulate import simulate_slides
     from hinge.encoders import extract_features, load_encoder
 
     loaded = load_encoder(encoder)
     with tempfile.TemporaryDirectory() as folder:
-        slide = read_slide(simulate_tissue(folder, n_slides=1, grid=(8, 4), n_genes=20)[0])
+        slide = read_slide(simulate_slides(folder, n_slides=1, grid=(8, 4), n_genes=20)[0])
         patch = np.zeros((batch_size, loaded.patch_px, loaded.patch_px, 3), dtype=np.uint8)
         x = loaded.transform(torch.from_numpy(patch).to(loaded.device))
 

@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 
 from hinge.config import check_config  # noqa: E402
-from hinge.data import simulate_tissue  # noqa: E402
+from hinge.data import simulate_slides  # noqa: E402
 from hinge.data.draws import read_draws  # noqa: E402
 from hinge.run.run import Run  # noqa: E402
 from hinge.utils.files import arrays_digest  # noqa: E402
@@ -117,8 +117,8 @@ def main() -> int:
     arguments.output.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         slides = Path(scratch) / "slides"
-        simulate_tissue(slides, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
-        simulate_tissue(slides, n_slides=1, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
+        simulate_slides(slides, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
+        simulate_slides(slides, n_slides=1, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
         while time.monotonic() - started < arguments.seconds:
             digest = play_round(slides, Path(scratch) / "run")
             rounds.append({"seconds": round(time.monotonic() - started, 1), **measure(process), "digest": digest})

@@ -1,18 +1,22 @@
-"""Slides, images, panels, transforms, features and spots: everything that knows no model."""
+"""Slides, images, patches, panels, transforms, spots and feature files. This package knows no model."""
 
 import importlib
 from typing import Any
 
-from hinge.data.image import SlideImage
 from hinge.data.panel import Panel, select_panel
 from hinge.data.readers import list_samples, read_slide, recognise_format
-from hinge.data.simulate.tissue import oracle_draws, simulate_tissue
-from hinge.data.slide import slide_name, validate_slide
+from hinge.data.simulate import oracle_draws, simulate_slides, simulate_tissue
+from hinge.data.slide import check_slide, slide_name, validate_slide
+from hinge.data.slide_image import SlideImage
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots
 from hinge.data.transforms import Transform, get_transform
 
-# loaded when first asked for: reading slides and counts needs no feature files
-_ON_DEMAND = {name: "hinge.data.features" for name in ("FeatureWriter", "Features", "read_features")}
+# imported on first use: reading slides and counts needs no feature files
+_ON_DEMAND = {
+    "FeatureWriter": "hinge.data.feature_writer",
+    "Features": "hinge.data.features",
+    "read_features": "hinge.data.features",
+}
 
 __all__ = [
     "FeatureWriter",
@@ -21,6 +25,7 @@ __all__ = [
     "SlideImage",
     "SpotTable",
     "Transform",
+    "check_slide",
     "concatenate_spots",
     "get_transform",
     "list_samples",
@@ -30,6 +35,7 @@ __all__ = [
     "read_slide",
     "recognise_format",
     "select_panel",
+    "simulate_slides",
     "simulate_tissue",
     "slide_name",
     "validate_slide",

@@ -9,8 +9,8 @@ from itertools import islice
 import numpy as np
 from anndata import AnnData
 
-from hinge.data.image import SlideImage
 from hinge.data.slide import slide_name
+from hinge.data.slide_image import SlideImage
 from hinge.utils.errors import ConfigError, DataError
 
 

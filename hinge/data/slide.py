@@ -9,6 +9,7 @@ uns["hinge"]         name, image_path (absolute; slides with an image), um_per_p
 """
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import scipy.sparse
 from anndata import AnnData
 from PIL import Image
 
-from hinge.data.image import SlideImage
+from hinge.data.slide_image import SlideImage
 from hinge.utils.errors import DataError
 
 HIRES_PX, LOWRES_PX = 2000, 600
@@ -105,7 +106,7 @@ def describe_slide(
     return slide
 
 
-def validate_slide(slide: AnnData, require_image: bool = True, require_counts: bool = True) -> None:
+def check_slide(slide: AnnData, require_image: bool = True, require_counts: bool = True) -> None:
     """Make sure that an AnnData is a slide as this package means it.
 
     Parameters
@@ -140,13 +141,19 @@ def validate_slide(slide: AnnData, require_image: bool = True, require_counts: b
                 f"{f' (and {repeated.nunique() - 1} others)' if repeated.nunique() > 1 else ''}: "
                 f"every {what} must be unique"
             )
-    _validate_counts(slide, name)
-    _validate_coordinates(slide, name)
+    _check_counts(slide, name)
+    _check_coordinates(slide, name)
     if require_image:
-        _validate_image(slide, name)
+        _check_image(slide, name)
 
 
-def _validate_counts(slide: AnnData, name: str) -> None:
+def validate_slide(slide: AnnData, require_image: bool = True, require_counts: bool = True) -> None:
+    """Deprecated: use `check_slide`."""
+    warnings.warn("validate_slide is deprecated; use check_slide", DeprecationWarning, stacklevel=2)
+    check_slide(slide, require_image, require_counts)
+
+
+def _check_counts(slide: AnnData, name: str) -> None:
     counts = slide.X
     if counts is None:
         raise DataError(f"slide {name} has no counts in X")
@@ -173,7 +180,7 @@ def _validate_counts(slide: AnnData, name: str) -> None:
         )
 
 
-def _validate_coordinates(slide: AnnData, name: str) -> None:
+def _check_coordinates(slide: AnnData, name: str) -> None:
     coordinates = slide.obsm.get("spatial")
     if coordinates is None:
         raise DataError(f"slide {name} has no spot coordinates in obsm['spatial']")
@@ -191,7 +198,7 @@ def _validate_coordinates(slide: AnnData, name: str) -> None:
         )
 
 
-def _validate_image(slide: AnnData, name: str) -> None:
+def _check_image(slide: AnnData, name: str) -> None:
     facts: dict[str, Any] = slide.uns["hinge"]
     if not facts.get("image_path"):
         raise DataError(f"slide {name} has no image; give one with image=")

@@ -8,9 +8,9 @@ import numpy as np
 from anndata import AnnData
 from tqdm import tqdm
 
-from hinge.data.image import SlideImage
 from hinge.data.slide import slide_name
-from hinge.data.tissue import find_tissue, lay_spots
+from hinge.data.slide_image import SlideImage
+from hinge.data.tissue_detection import find_tissue, lay_spots
 from hinge.utils.errors import ConfigError, DataError
 
 MAX_OPEN = 32  # images a process keeps open at a time

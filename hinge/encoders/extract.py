@@ -10,7 +10,8 @@ import numpy as np
 from anndata import AnnData
 from tqdm import tqdm
 
-from hinge.data.features import FeatureWriter, read_feature_header
+from hinge.data.feature_writer import FeatureWriter
+from hinge.data.features import read_feature_header
 from hinge.data.patches import PatchReader, dihedral_views
 from hinge.data.slide import slide_name
 from hinge.encoders.registry import Encoder
@@ -18,7 +19,7 @@ from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import arrays_digest
 from hinge.utils.locks import lock_file
 from hinge.utils.memory import with_less_memory
-from hinge.utils.resumable import UnfinishedArrays
+from hinge.utils.resumable import ResumableArrays
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def extract_features(
         patch_px=encoder.patch_px,
         dtype=dtype_stored,
     )
-    unfinished = UnfinishedArrays(
+    unfinished = ResumableArrays(
         path, about, {"features": (shape, dtype_stored, 0)}, slide.n_obs, BATCHES_IN_A_PART * batch_size
     )
 

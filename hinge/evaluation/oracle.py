@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from hinge.data.simulate.tissue import oracle_draws
+from hinge.data.simulate import oracle_draws
 from hinge.data.spots import SpotTable
 from hinge.data.transforms import get_transform
 from hinge.evaluation.baselines import Prediction
@@ -19,7 +19,7 @@ def oracle_prediction(slide: AnnData, spots: SpotTable, n_draws: int = 20, seed:
     Parameters
     ----------
     slide
-        A slide of `hinge.data.simulate_tissue`.
+        A slide of `hinge.data.simulate_slides`.
     spots
         Its spots on the panel.
     n_draws

@@ -31,7 +31,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from hinge.config import PATHS, BackboneConfig, RunConfig, check_config, explain, read_settings
-from hinge.data.simulate.tissue import simulate_tissue
+from hinge.data.simulate import simulate_slides
 from hinge.evaluation.statistics import summarise_rows
 from hinge.models import HingeModel
 from hinge.run.run import Run
@@ -106,7 +106,7 @@ class SimulatedTissue(_Part):
         write_json(claim, asked)
         for first, count, options in parts:
             if not all((folder / f"sim{first + number}.h5ad").exists() for number in range(count)):
-                simulate_tissue(folder, n_slides=count, first=first, **common, **options)
+                simulate_slides(folder, n_slides=count, first=first, **common, **options)
 
 
 class Grid(_Part):

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from hinge.config import check_config
-from hinge.data.simulate.tissue import simulate_tissue
+from hinge.data.simulate import simulate_slides
 from hinge.run.run import Run
 from hinge.utils.locks import lock_folder
 
@@ -36,9 +36,9 @@ def _run_demo(output: Path, seed: int) -> Run:
     slides = output / "slides"
     training, test, pretraining = ["sim0", "sim1", "sim2"], ["sim3"], [f"sim{PRETRAIN_FROM + i}" for i in range(8)]
     if not all((slides / f"{name}.h5ad").exists() for name in [*training, *test]):
-        simulate_tissue(slides, n_slides=4, grid=(15, 15), seed=seed)
+        simulate_slides(slides, n_slides=4, grid=(15, 15), seed=seed)
     if not all((slides / f"{name}.h5ad").exists() for name in pretraining):
-        simulate_tissue(
+        simulate_slides(
             slides, n_slides=len(pretraining), grid=(20, 20), seed=seed, with_image=False, first=PRETRAIN_FROM
         )
     config = {

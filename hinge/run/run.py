@@ -65,7 +65,7 @@ from hinge.utils.errors import ConfigError, DataError, WeightsError, one_line
 from hinge.utils.files import arrays_digest, atomic_path, file_digest, read_json, write_json
 from hinge.utils.locks import lock_file, lock_folder
 from hinge.utils.memory import with_less_memory
-from hinge.utils.resumable import UnfinishedArrays
+from hinge.utils.resumable import ResumableArrays
 
 logger = logging.getLogger(__name__)
 
@@ -534,7 +534,7 @@ class Run:
             genes = self.panel().genes
             size = max(1, BATCHES_IN_A_PART * batch_size // draws)
             conditions = arrays_digest({"features": features, "place": slide.obsm["spatial"], "names": np.array(spots)})
-            unfinished = UnfinishedArrays(
+            unfinished = ResumableArrays(
                 output,
                 {**about, "conditions": conditions},
                 {

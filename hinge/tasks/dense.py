@@ -34,7 +34,7 @@ from hinge.data.features import read_features
 from hinge.data.neighbourhood import NEIGHBOUR_DISTANCE, feature_scale, slide_features, spot_positions
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import slide_name
-from hinge.data.tissue import slide_from_image
+from hinge.data.tissue_detection import slide_from_image
 from hinge.encoders import Encoder, extract_features
 from hinge.evaluation.baselines import spot_groups
 from hinge.evaluation.metrics.accuracy import gene_pcc

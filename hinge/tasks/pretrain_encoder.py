@@ -13,7 +13,7 @@ from sklearn.cluster import KMeans
 
 from hinge.config import AbsolutePath, _Section, explain, read_settings
 from hinge.data.readers import list_samples, read_slide
-from hinge.data.simulate.tissue import simulate_tissue
+from hinge.data.simulate import simulate_slides
 from hinge.training.ibot import IbotConfig, VitConfig, pretrain_histology
 from hinge.training.loop import make_accelerator
 from hinge.utils.errors import ConfigError, DataError
@@ -94,7 +94,7 @@ def pretrain(config: PretrainHistologyConfig, continue_with: str = "the same com
         folder = config.output.with_name(f"{config.output.name}-slides")
         names = [f"sim{number}" for number in range(data.simulated)]
         if accelerator.is_main_process and not all((folder / f"{name}.h5ad").exists() for name in names):
-            simulate_tissue(folder, n_slides=data.simulated, seed=config.seed)
+            simulate_slides(folder, n_slides=data.simulated, seed=config.seed)
         accelerator.wait_for_everyone()
         simulated = [read_slide(folder, name) for name in names]
     if data.probe:

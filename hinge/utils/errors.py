@@ -1,6 +1,7 @@
 """Errors a user can cause. The command line turns each into one sentence and exit code 2."""
 
 import signal
+from numbers import Integral
 
 
 class HingeError(Exception):
@@ -39,3 +40,15 @@ def one_line(error: BaseException, most: int = 160) -> str:
     """The first line of what a library says, for the end of a sentence; its kind where it says nothing."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def require_whole_number(name: str, value: object, low: int, high: int) -> None:
+    """Check that an argument is a whole number within a range.
+
+    Raises
+    ------
+    ConfigError
+        It is not.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(f"{name} takes a whole number from {low} to {high}, not {value!r}")

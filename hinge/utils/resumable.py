@@ -14,7 +14,7 @@ from hinge.utils.errors import DataError
 from hinge.utils.files import read_json, write_json
 
 
-class UnfinishedArrays:
+class ResumableArrays:
     """Arrays on their way: mapped from files in a folder beside the file to be.
 
     A part is a range of spots, the same whatever the number of processes; a finished one has a mark of its own, so

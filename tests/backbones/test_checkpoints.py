@@ -20,7 +20,7 @@ from hinge.backbones.mindspore import read_mindspore
 from hinge.backbones.vocabulary import GeneVocabulary
 from hinge.cli.app import main
 from hinge.config import load_config
-from hinge.data import read_slide, select_panel, simulate_tissue
+from hinge.data import read_slide, select_panel, simulate_slides
 from hinge.data.draws import read_draws
 from hinge.models import HingeModel
 from hinge.run.run import Run
@@ -418,7 +418,7 @@ RELEASED = ROOT / "configs" / "paper" / "released.yaml"
 @pytest.fixture(scope="module")
 def tissue(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tissue")
-    simulate_tissue(folder, n_slides=3, grid=(5, 5), n_genes=30, um_per_px=2.0)
+    simulate_slides(folder, n_slides=3, grid=(5, 5), n_genes=30, um_per_px=2.0)
     return folder
 
 

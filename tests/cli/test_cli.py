@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from hinge.backbones import CellFMModel
 from hinge.cli.app import app, main
-from hinge.data import Panel, read_features, simulate_tissue
+from hinge.data import Panel, read_features, simulate_slides
 from hinge.data.draws import read_draws
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
@@ -80,8 +80,8 @@ def launch(*arguments, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tissue")
-    simulate_tissue(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
-    simulate_tissue(folder, n_slides=2, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
+    simulate_slides(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
+    simulate_slides(folder, n_slides=2, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
     return folder
 
 

@@ -4,7 +4,8 @@ import h5py
 import numpy as np
 import pytest
 
-from hinge.data.features import FeatureWriter, read_feature_header, read_features, read_features_at
+from hinge.data.feature_writer import FeatureWriter
+from hinge.data.features import read_feature_header, read_features, read_features_at
 from hinge.utils.errors import DataError
 
 N, VIEWS, DIM = 7, 2, 5

@@ -8,7 +8,7 @@ import tifffile
 import zarr
 from PIL import Image, ImageFile
 
-from hinge.data import SlideImage, image
+from hinge.data import SlideImage, slide_image
 from hinge.utils.errors import DataError
 
 
@@ -201,7 +201,7 @@ def test_size_limit_is_our_own(tmp_path, monkeypatch):
     with SlideImage(tmp_path / "a.png") as opened:
         assert opened.read_region((30, 25), size_um=4, size_px=4, um_per_px=1.0).max() == 0
     assert Image.MAX_IMAGE_PIXELS == 100
-    monkeypatch.setattr(image, "MAX_DECODED_PIXELS", 2999)
+    monkeypatch.setattr(slide_image, "MAX_DECODED_PIXELS", 2999)
     with pytest.raises(DataError, match=r"has 60 x 50 pixels.* at most 2,999: convert it to a tiled"):
         SlideImage(tmp_path / "a.png")
 

@@ -8,7 +8,7 @@ from anndata import AnnData
 from scipy.sparse import csr_matrix
 
 from hinge.config import check_config
-from hinge.data import simulate_tissue
+from hinge.data import simulate_slides
 from hinge.data.draws import read_draws
 from hinge.data.observed import read_observed
 from hinge.run.run import Run
@@ -18,8 +18,8 @@ from hinge.utils.errors import DataError
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("tissue")
-    simulate_tissue(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
-    simulate_tissue(folder, n_slides=1, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
+    simulate_slides(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
+    simulate_slides(folder, n_slides=1, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
     content = {
         "output": str(folder / "run"),
         "transform": "log1p_cp10k",

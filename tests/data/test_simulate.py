@@ -10,7 +10,7 @@ from skimage.color import rgb2hed
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from hinge.data import oracle_draws, read_slide, simulate_tissue
+from hinge.data import oracle_draws, read_slide, simulate_slides
 from hinge.utils.errors import ConfigError, DataError
 
 
@@ -18,7 +18,7 @@ from hinge.utils.errors import ConfigError, DataError
 def pair(tmp_path_factory) -> list[ad.AnnData]:
     """Two slides of one seed, 12 x 12 spots, with images."""
     folder = tmp_path_factory.mktemp("pair")
-    return [read_slide(path) for path in simulate_tissue(folder, 2, grid=(12, 12), n_genes=120, seed=3)]
+    return [read_slide(path) for path in simulate_slides(folder, 2, grid=(12, 12), n_genes=120, seed=3)]
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def test_counts_are_of_the_size_of_real_spots(pair):
 
 
 def test_same_seed_same_bytes(tmp_path):
-    first, again = (simulate_tissue(tmp_path / name, 1, (2, 2), 30, seed=5)[0] for name in "ab")
-    other = simulate_tissue(tmp_path / "c", 1, (2, 2), 30, seed=6)[0]
+    first, again = (simulate_slides(tmp_path / name, 1, (2, 2), 30, seed=5)[0] for name in "ab")
+    other = simulate_slides(tmp_path / "c", 1, (2, 2), 30, seed=6)[0]
     assert first.with_suffix(".jpg").read_bytes() == again.with_suffix(".jpg").read_bytes()
     a, b, c = (ad.read_h5ad(path) for path in (first, again, other))
     assert counts(a).tobytes() == counts(b).tobytes()
@@ -73,8 +73,8 @@ def test_same_seed_same_bytes(tmp_path):
 
 
 def test_a_slide_does_not_depend_on_the_others_nor_on_its_image(tmp_path):
-    whole = simulate_tissue(tmp_path / "a", 2, (2, 3), 20, um_per_px=4)[1]
-    alone = simulate_tissue(tmp_path / "b", 1, (2, 3), 20, first=1, with_image=False)[0]
+    whole = simulate_slides(tmp_path / "a", 2, (2, 3), 20, um_per_px=4)[1]
+    alone = simulate_slides(tmp_path / "b", 1, (2, 3), 20, first=1, with_image=False)[0]
     assert whole.name == alone.name == "sim1.h5ad"
     assert not alone.with_suffix(".jpg").exists()
     whole, alone = ad.read_h5ad(whole), read_slide(alone, require_image=False)
@@ -83,8 +83,8 @@ def test_a_slide_does_not_depend_on_the_others_nor_on_its_image(tmp_path):
 
 
 def test_an_image_of_other_tissue_is_not_left_beside_a_slide_without(tmp_path):
-    simulate_tissue(tmp_path, 1, (1, 1), 5, seed=0, um_per_px=4)
-    path = simulate_tissue(tmp_path, 1, (1, 1), 5, seed=1, with_image=False)[0]
+    simulate_slides(tmp_path, 1, (1, 1), 5, seed=0, um_per_px=4)
+    path = simulate_slides(tmp_path, 1, (1, 1), 5, seed=1, with_image=False)[0]
     with pytest.raises(DataError):
         read_slide(path)
 
@@ -196,7 +196,7 @@ def test_the_image_looks_stained(pair):
     ],
 )
 def test_small_tissue(tmp_path, arguments):
-    (path,) = simulate_tissue(tmp_path, 1, **arguments)
+    (path,) = simulate_slides(tmp_path, 1, **arguments)
     slide = read_slide(path)
     rows, columns = arguments["grid"]
     um_per_px = arguments.get("um_per_px", 1.0)
@@ -221,7 +221,7 @@ def test_oracle_needs_the_truth(pair, field):
         del slide.var["ambient"]
     else:
         del getattr(slide, field)[{"uns": "hinge_truth", "obsm": "cells", "varm": "profile"}[field]]
-    with pytest.raises(DataError, match="simulate_tissue"):
+    with pytest.raises(DataError, match="simulate_slides"):
         oracle_draws(slide, 1)
 
 
@@ -247,7 +247,7 @@ def test_oracle_needs_the_truth(pair, field):
 )
 def test_arguments_out_of_range(tmp_path, arguments, named):
     with pytest.raises(ConfigError, match=named) as caught:
-        simulate_tissue(tmp_path, **arguments)
+        simulate_slides(tmp_path, **arguments)
     assert "\n" not in str(caught.value)
     assert not any(tmp_path.iterdir())
 

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from hinge.data import SlideImage, list_samples, read_slide, recognise_format
-from hinge.data.tissue import find_tissue, lay_spots, slide_from_image
+from hinge.data.tissue_detection import find_tissue, lay_spots, slide_from_image
 from hinge.utils.errors import DataError
 
 GLASS, STROMA, TUMOUR, INK = (236, 228, 238), (225, 170, 200), (130, 80, 150), (40, 140, 90)

@@ -8,7 +8,7 @@ import torch
 
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.config import check_config
-from hinge.data import simulate_tissue
+from hinge.data import simulate_slides
 from hinge.data.spots import SpotTable
 from hinge.diffusion.gaussian import NUM_TIMES, PATHS, Denoiser, NoiseSchedule, draw_gaussian
 from hinge.evaluation.baselines import GENERATIVE_BASELINES
@@ -237,8 +237,8 @@ def test_training_without_features_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("tissue")
-    simulate_tissue(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
-    simulate_tissue(folder, n_slides=1, grid=(6, 6), n_genes=40, first=10, with_image=False)
+    simulate_slides(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
+    simulate_slides(folder, n_slides=1, grid=(6, 6), n_genes=40, first=10, with_image=False)
     config = {
         "output": str(folder / "run"),
         "data": {"path": str(folder), "train": ["sim0", "sim1"], "test": ["sim2"], "pretrain": ["sim10"]},

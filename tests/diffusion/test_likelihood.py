@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy import stats
 
-from hinge.data import load_spots, read_slide, simulate_tissue
+from hinge.data import load_spots, read_slide, simulate_slides
 from hinge.data.panel import Panel
-from hinge.data.simulate.tissue import DEPTH_SD
+from hinge.data.simulate.cell_types import LIBRARY_SIZE_SD
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.diffusion.likelihood import chain_log_likelihood
 from hinge.evaluation.metrics.likelihood import marginal_log_likelihood, oracle_log_likelihood
@@ -109,7 +109,7 @@ def test_a_count_never_seen_is_unlikely_but_not_impossible():
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tissue")
-    simulate_tissue(folder, n_slides=2, grid=(6, 6), n_genes=60, with_image=False)
+    simulate_slides(folder, n_slides=2, grid=(6, 6), n_genes=60, with_image=False)
     return [read_slide(folder, name, require_image=False) for name in ("sim0", "sim1")]
 
 
@@ -126,7 +126,7 @@ def test_the_oracle_against_brute_force(simulated):
     part = slide[spots.barcodes, spots.genes]
     loadings = np.asarray(part.varm["loadings"]).reshape(3, -1, 3)
     programs = np.exp(np.einsum("sp,gkp->sgk", hidden[:, :3], loadings) - 0.5 * (loadings**2).sum(-1))
-    library_size = np.exp(DEPTH_SD * hidden[:, 3] - 0.5 * DEPTH_SD**2)[:, None]
+    library_size = np.exp(LIBRARY_SIZE_SD * hidden[:, 3] - 0.5 * LIBRARY_SIZE_SD**2)[:, None]
     shape = part.var["dispersion"].to_numpy()
     for spot in range(0, len(spots), 7):
         rate = library_size * (
@@ -149,9 +149,9 @@ def test_the_oracle_knows_simulated_tissue_only(simulated):
     slide = simulated[0].copy()
     spots = spots_of(slide, slide.var_names[:3])
     del slide.obsm["cells"]
-    with pytest.raises(DataError, match="needs a slide of simulate_tissue"):
+    with pytest.raises(DataError, match="needs a slide of simulate_slides"):
         oracle_log_likelihood(slide, spots)
-    with pytest.raises(DataError, match="needs a slide of simulate_tissue"):
+    with pytest.raises(DataError, match="needs a slide of simulate_slides"):
         oracle_log_likelihood(without_truth(simulated[0]), spots)
 
 

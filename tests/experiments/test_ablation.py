@@ -11,7 +11,7 @@ import yaml
 from helpers import ROOT
 
 from hinge.config import check_config
-from hinge.data import simulate_tissue
+from hinge.data import simulate_slides
 from hinge.experiments.ablation import (
     COLUMNS,
     _Workers,
@@ -31,8 +31,8 @@ GRIDS = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tissue")
-    simulate_tissue(folder, n_slides=3, grid=(5, 5), n_genes=30, um_per_px=2.0)
-    simulate_tissue(folder, n_slides=1, grid=(5, 5), n_genes=30, first=10, with_image=False)
+    simulate_slides(folder, n_slides=3, grid=(5, 5), n_genes=30, um_per_px=2.0)
+    simulate_slides(folder, n_slides=1, grid=(5, 5), n_genes=30, first=10, with_image=False)
     return folder
 
 

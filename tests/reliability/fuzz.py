@@ -63,7 +63,8 @@ from hinge.backbones.vocabulary import GeneNames, GeneVocabulary
 from hinge.config import check_config, load_config, save_config
 from hinge.data import SlideImage, read_slide
 from hinge.data.draws import read_draws, write_draws
-from hinge.data.features import FeatureWriter, read_feature_header, read_features, read_features_at
+from hinge.data.feature_writer import FeatureWriter
+from hinge.data.features import read_feature_header, read_features, read_features_at
 from hinge.data.hest_download import read_sample_table, select_samples
 from hinge.data.observed import read_observed
 from hinge.data.panel import Panel

@@ -20,7 +20,7 @@ import torch
 import hinge.encoders.extract as extract_module
 import hinge.utils.memory as memory
 from hinge.config import check_config
-from hinge.data import read_slide, simulate_tissue
+from hinge.data import read_slide, simulate_slides
 from hinge.data.draws import read_draws
 from hinge.diffusion import HingePipeline
 from hinge.encoders import Encoder, extract_features, load_encoder
@@ -34,7 +34,7 @@ from hinge.utils.memory import with_less_memory
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tissue")
-    simulate_tissue(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
+    simulate_slides(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
     return folder
 
 

@@ -42,14 +42,15 @@ from hinge.backbones.mindspore import read_mindspore
 from hinge.config import load_config
 from hinge.data import SlideImage, read_slide
 from hinge.data.draws import read_draws, write_draws
-from hinge.data.features import FeatureWriter, read_features
+from hinge.data.feature_writer import FeatureWriter
+from hinge.data.features import read_features
 from hinge.encoders import load_encoder
 from hinge.encoders.weights import read_checkpoint
 from hinge.experiments.ablation import load_grid
 from hinge.sharing.export import _read_metadata
 from hinge.utils.errors import DataError, HingeError, WeightsError
 from hinge.utils.files import read_json
-from hinge.utils.resumable import UnfinishedArrays
+from hinge.utils.resumable import ResumableArrays
 from hinge.utils.safe_hdf5 import check_hdf5
 
 TRILLION = 10**12
@@ -156,7 +157,7 @@ def test_no_pickle_of_an_encoders_folder_is_run(tmp_path):
 
 
 def test_no_pickle_of_an_array_is_run(tmp_path):
-    parts = UnfinishedArrays(tmp_path / "x.h5ad", {}, {"values": ((4, 2), np.float32, 0)}, 4, 2)
+    parts = ResumableArrays(tmp_path / "x.h5ad", {}, {"values": ((4, 2), np.float32, 0)}, 4, 2)
     parts.prepare()
     np.save(parts.folder / "values.npy", np.array([Trap(tmp_path / "sprung")], dtype=object), allow_pickle=True)
     with refused("damaged", DataError):

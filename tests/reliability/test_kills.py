@@ -22,7 +22,7 @@ import pytest
 from anndata import AnnData
 
 from hinge.config import check_config
-from hinge.data import read_slide, simulate_tissue
+from hinge.data import read_slide, simulate_slides
 from hinge.run.run import Run
 from hinge.utils.files import file_digest
 
@@ -33,8 +33,8 @@ SECONDS = 240  # after which a life is taken to hang
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tissue")
-    simulate_tissue(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
-    simulate_tissue(folder, n_slides=1, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
+    simulate_slides(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
+    simulate_slides(folder, n_slides=1, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
     return folder
 
 
@@ -123,9 +123,9 @@ def extract(slides: Path, path: Path, log: Path, seconds: float = 0.01) -> None:
 
 def sample(run: Path, path: Path, log: Path, seconds: float = 0.01) -> None:
     import hinge.run.run as module
-    from hinge.utils.resumable import UnfinishedArrays
+    from hinge.utils.resumable import ResumableArrays
 
-    write = UnfinishedArrays.write
+    write = ResumableArrays.write
 
     def noted(self, number, *arguments):
         time.sleep(seconds)
@@ -133,7 +133,7 @@ def sample(run: Path, path: Path, log: Path, seconds: float = 0.01) -> None:
         with log.open("a") as file:
             file.write(f"{os.getpid()} {number}\n")
 
-    UnfinishedArrays.write, module.BATCHES_IN_A_PART = noted, 1
+    ResumableArrays.write, module.BATCHES_IN_A_PART = noted, 1
     lingering(AnnData, "write_h5ad", 10 * seconds)
     Run.open(run).sample("sim2", output=path, batch_size=6)
 
@@ -148,15 +148,15 @@ def ablate(grid: Path, output: Path) -> None:
 def small_parts() -> None:
     """Many parts, that take some time each."""
     import hinge.run.run as module
-    from hinge.utils.resumable import UnfinishedArrays
+    from hinge.utils.resumable import ResumableArrays
 
-    write = UnfinishedArrays.write
+    write = ResumableArrays.write
 
     def slow(self, *arguments):
         time.sleep(0.03)
         write(self, *arguments)
 
-    UnfinishedArrays.write, module.BATCHES_IN_A_PART = slow, 1
+    ResumableArrays.write, module.BATCHES_IN_A_PART = slow, 1
 
 
 def command(arguments: list[str], errors: Path, prepare: Callable | None = None, *more) -> None:

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 import hinge.run.run as run_module
 from hinge.backbones import CellFMModel
 from hinge.config import check_config
-from hinge.data import list_samples, load_spots, read_slide, simulate_tissue
+from hinge.data import list_samples, load_spots, read_slide, simulate_slides
 from hinge.data.draws import read_draws
 from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, DataError, WeightsError
-from hinge.utils.resumable import UnfinishedArrays
+from hinge.utils.resumable import ResumableArrays
 
 EDGE, EMPTY = 5, 14  # spots of the test slide
 
@@ -48,8 +48,8 @@ def to_the_corner(slide) -> None:
 def slides(tmp_path_factory) -> Path:
     """Two training slides and a test slide with 36 spots and 40 genes, two slides of counts alone."""
     folder = tmp_path_factory.mktemp("tissue")
-    simulate_tissue(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
-    simulate_tissue(folder, n_slides=2, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
+    simulate_slides(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
+    simulate_slides(folder, n_slides=2, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
     edit(folder / "sim0.h5ad", set_counts([EMPTY], 0))
     edit(folder / "sim2.h5ad", set_counts([EMPTY], 0))
     edit(folder / "sim2.h5ad", to_the_corner)
@@ -280,7 +280,7 @@ def test_draws_made_otherwise_are_replaced_and_other_slides_not_taken_for_the_sa
 def test_sampling_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "BATCHES_IN_A_PART", 1)
     whole = finished.sample("sim2", output=tmp_path / "whole.h5ad", batch_size=16)
-    drawn, write = [], UnfinishedArrays.write
+    drawn, write = [], ResumableArrays.write
 
     def die_at_the_third(self, number, spots, *arrays):
         if len(drawn) == 2:
@@ -288,7 +288,7 @@ def test_sampling_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
         drawn.append(spots)
         write(self, number, spots, *arrays)
 
-    monkeypatch.setattr(UnfinishedArrays, "write", die_at_the_third)
+    monkeypatch.setattr(ResumableArrays, "write", die_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         finished.sample("sim2", output=tmp_path / "parts.h5ad", batch_size=16)
     assert not (tmp_path / "parts.h5ad").exists()
@@ -297,7 +297,7 @@ def test_sampling_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
         drawn.append(spots)
         write(self, number, spots, *arrays)
 
-    monkeypatch.setattr(UnfinishedArrays, "write", note)
+    monkeypatch.setattr(ResumableArrays, "write", note)
     parts = finished.sample("sim2", output=tmp_path / "parts.h5ad", batch_size=16)
     # every spot once, and the same file in the end
     assert sorted(index for spots in drawn for index in range(36)[spots]) == list(range(36))
@@ -306,19 +306,19 @@ def test_sampling_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
 
     # with another batch size what is there counts too
     drawn.clear()
-    monkeypatch.setattr(UnfinishedArrays, "write", die_at_the_third)
+    monkeypatch.setattr(ResumableArrays, "write", die_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         finished.sample("sim2", output=tmp_path / "sizes.h5ad", batch_size=16)
-    monkeypatch.setattr(UnfinishedArrays, "write", note)
+    monkeypatch.setattr(ResumableArrays, "write", note)
     finished.sample("sim2", output=tmp_path / "sizes.h5ad", batch_size=7)
     assert sorted(index for spots in drawn for index in range(36)[spots]) == list(range(36))
 
     # what is there of other draws is not gone on with
-    monkeypatch.setattr(UnfinishedArrays, "write", die_at_the_third)
+    monkeypatch.setattr(ResumableArrays, "write", die_at_the_third)
     drawn.clear()
     with pytest.raises(KeyboardInterrupt):
         finished.sample("sim2", output=tmp_path / "parts2.h5ad", batch_size=16, seed=9)
-    monkeypatch.setattr(UnfinishedArrays, "write", note)
+    monkeypatch.setattr(ResumableArrays, "write", note)
     drawn.clear()
     again = finished.sample("sim2", output=tmp_path / "parts2.h5ad", batch_size=16)
     assert len(drawn) == len(list(range(0, 36, drawn[0].stop)))

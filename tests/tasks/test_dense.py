@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from hinge.cli.app import app
 from hinge.config import check_config, save_config
-from hinge.data import read_slide, simulate_tissue
-from hinge.data.slide import validate_slide
+from hinge.data import read_slide, simulate_slides
+from hinge.data.slide import check_slide
 from hinge.evaluation.baselines import baseline_predictions
 from hinge.run.run import Run
 from hinge.tasks.dense import map_slide, neighbour_offsets, open_predictor, window_offsets
@@ -24,8 +24,8 @@ from hinge.utils.errors import ConfigError
 def folder(tmp_path_factory):
     """A small trained run on simulated tissue."""
     folder = tmp_path_factory.mktemp("dense")
-    simulate_tissue(folder / "slides", n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
-    simulate_tissue(folder / "slides", n_slides=1, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
+    simulate_slides(folder / "slides", n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
+    simulate_slides(folder / "slides", n_slides=1, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
     content = {
         "output": "run",
         "transform": "log1p_cp10k",
@@ -113,7 +113,7 @@ def test_the_map_is_a_slide_of_its_grid(folder, mapped):
     np.testing.assert_allclose(distance, 25.0)
     counts = dense.copy()
     counts.X = np.zeros(dense.shape, np.float32)  # values are no counts; all the rest is a slide's
-    validate_slide(counts)
+    check_slide(counts)
     assert "hires" in dense.uns["spatial"]["sim2"]["images"]
 
 

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from hinge.cli.app import app
-from hinge.data import Panel, load_spots, read_slide, simulate_tissue
+from hinge.data import Panel, load_spots, read_slide, simulate_slides
 from hinge.encoders import RECIPES, load_encoder, registry
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
 from hinge.tasks.finetune import (
@@ -32,7 +32,7 @@ ENCODER = "random:test_vit"
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tissue")
-    simulate_tissue(folder, n_slides=3, grid=(6, 6), n_genes=30, um_per_px=2.0)
+    simulate_slides(folder, n_slides=3, grid=(6, 6), n_genes=30, um_per_px=2.0)
     return folder
 
 

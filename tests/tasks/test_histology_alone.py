@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from hinge.cli.app import app
-from hinge.data import simulate_tissue
+from hinge.data import simulate_slides
 from hinge.run.run import Run
 from hinge.sharing.export import export_draws
 from hinge.utils.errors import ConfigError, DataError
@@ -21,8 +21,8 @@ from hinge.utils.errors import ConfigError, DataError
 def trained(tmp_path_factory):
     """A small run on simulated tissue, and an image of other tissue on a glass slide."""
     folder = tmp_path_factory.mktemp("alone")
-    simulate_tissue(folder / "slides", n_slides=2, grid=(6, 6), n_genes=40, um_per_px=2.0)
-    simulate_tissue(folder / "slides", n_slides=1, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
+    simulate_slides(folder / "slides", n_slides=2, grid=(6, 6), n_genes=40, um_per_px=2.0)
+    simulate_slides(folder / "slides", n_slides=1, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
     content = {
         "output": "run",
         "data": {"path": "slides", "train": ["sim0"], "pretrain": ["sim10"]},

@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hinge.cli.app import app
-from hinge.data import read_slide, simulate_tissue
+from hinge.data import read_slide, simulate_slides
 from hinge.report.clusters import ClusterMap, draw_clusters
 from hinge.tasks.cluster import agreement, cluster, cluster_slides, smooth_features
 from hinge.tasks.embeddings import read_slides
@@ -32,7 +32,7 @@ from hinge.utils.files import read_json
 def data(tmp_path_factory):
     """Three simulated slides, whose obs says where tumour cells prevail."""
     folder = tmp_path_factory.mktemp("tissue")
-    for path in simulate_tissue(folder, n_slides=3, grid=(8, 8), n_genes=20, um_per_px=2.0):
+    for path in simulate_slides(folder, n_slides=3, grid=(8, 8), n_genes=20, um_per_px=2.0):
         slide = anndata.read_h5ad(path)
         cells = np.asarray(slide.obsm["cells"], dtype=float)
         share = cells[:, 0] / np.maximum(cells.sum(axis=1), 1)

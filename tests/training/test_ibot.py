@@ -15,7 +15,7 @@ from skimage.color import hed2rgb, rgb2hed
 from typer.testing import CliRunner
 
 from hinge.cli.app import app
-from hinge.data import read_slide, simulate_tissue
+from hinge.data import read_slide, simulate_slides
 from hinge.data.tissue_patches import TissuePatches
 from hinge.encoders import extract_features, load_encoder
 from hinge.tasks.pretrain_encoder import expression_clusters, load_pretraining
@@ -48,7 +48,7 @@ TRAINING = {
 @pytest.fixture(scope="module")
 def tissue(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tissue")
-    simulate_tissue(folder, n_slides=3, grid=(10, 10), n_genes=40, um_per_px=2.0)
+    simulate_slides(folder, n_slides=3, grid=(10, 10), n_genes=40, um_per_px=2.0)
     return folder
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import hinge.utils.locks as locks
 from hinge.config import check_config
-from hinge.data import simulate_tissue
+from hinge.data import simulate_slides
 from hinge.run.run import Run
 from hinge.utils.errors import DataError
 from hinge.utils.files import HOST, atomic_path, process_mark
@@ -215,7 +215,7 @@ def test_where_nothing_can_be_written(tmp_path):
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tissue")
-    simulate_tissue(folder, n_slides=3, grid=(5, 5), n_genes=30, um_per_px=2.0)
+    simulate_slides(folder, n_slides=3, grid=(5, 5), n_genes=30, um_per_px=2.0)
     return folder
 
 

@@ -15,7 +15,7 @@ from helpers import ROOT
 from PIL import Image
 
 from hinge.config import check_config, save_config
-from hinge.data import SlideImage, read_slide, simulate_tissue
+from hinge.data import SlideImage, read_slide, simulate_slides
 from hinge.data.draws import write_draws
 from hinge.evaluation import correlation_matrix
 from hinge.run.run import Run, panel_values
@@ -34,7 +34,7 @@ N_DRAWS = 20
 def folder(tmp_path_factory) -> Path:
     """A run's folder with draws of two slides; of the second, the measured slide is not in the data set."""
     data = tmp_path_factory.mktemp("viewer")
-    simulate_tissue(data / "slides", n_slides=2, grid=(9, 9), n_genes=40, um_per_px=2.0)
+    simulate_slides(data / "slides", n_slides=2, grid=(9, 9), n_genes=40, um_per_px=2.0)
     for name in ("sim0", "sim1"):
         slide = ad.read_h5ad(data / "slides" / f"{name}.h5ad")
         genes, spots = slide.var_names.tolist(), slide.obs_names.tolist()

@@ -9,9 +9,8 @@ from types import ModuleType
 
 from anndata import AnnData
 
-from hinge.data.readers import h5ad, her2st, hest, spatialdata, table, visium
-from hinge.data.readers import image as image_reader
-from hinge.data.slide import validate_slide
+from hinge.data.readers import h5ad, her2st, hest, image_only, spatialdata, table, visium
+from hinge.data.slide import check_slide
 from hinge.utils.errors import DataError
 
 FORMATS: dict[str, ModuleType] = {
@@ -21,7 +20,7 @@ FORMATS: dict[str, ModuleType] = {
     "spatialdata": spatialdata,
     "h5ad": h5ad,
     "table": table,
-    "image": image_reader,
+    "image": image_only,
 }
 
 
@@ -97,7 +96,7 @@ def read_slide(
     ------
     DataError
         If the path, the sample or its image is missing or damaged, or the slide does not pass
-        `validate_slide`.
+        `check_slide`.
     """
     path = _existing(path)
     reader = _reader(path, format)
@@ -110,7 +109,7 @@ def read_slide(
         raise DataError(f"{asked} in {path}, which has {shown or 'none'}")
     if um_per_px is not None and not 0 < um_per_px < float("inf"):
         raise DataError(f"um_per_px must be a positive number of microns per pixel, not {um_per_px}")
-    if reader is image_reader and require_counts:
+    if reader is image_only and require_counts:
         raise DataError(f"{path} is an image without counts: it can be sampled, but neither trained on nor scored")
     slide = reader.read(
         path,
@@ -118,9 +117,9 @@ def read_slide(
         image=None if image is None else Path(image),
         um_per_px=um_per_px,
         require_image=require_image,
-        **(grid if reader in (image_reader, table) else {}),
+        **(grid if reader in (image_only, table) else {}),
     )
-    validate_slide(slide, require_image=require_image, require_counts=require_counts)
+    check_slide(slide, require_image=require_image, require_counts=require_counts)
     return slide
 
 

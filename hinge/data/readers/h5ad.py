@@ -11,8 +11,8 @@ import scipy.sparse
 from anndata import AnnData
 from scipy.spatial import KDTree
 
-from hinge.data.image import IMAGE_SUFFIXES, SlideImage
 from hinge.data.slide import describe_slide
+from hinge.data.slide_image import IMAGE_SUFFIXES, SlideImage
 from hinge.utils.errors import DataError
 from hinge.utils.safe_hdf5 import read_h5ad
 
@@ -109,7 +109,7 @@ def raw_counts(slide: AnnData, file: Path) -> Any:
 
 def _integral(matrix: Any) -> bool:
     values = np.asarray(matrix.data if scipy.sparse.issparse(matrix) else matrix)
-    # NaN and infinities are left for validate_slide to name
+    # NaN and infinities are left for check_slide to name
     return values.dtype.kind in "iub" or bool((np.isnan(values) | (values == np.round(values))).all())
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from anndata import AnnData
 
-from hinge.data.image import SlideImage
 from hinge.data.readers.h5ad import open_h5ad, pitch_in_px, positive_length
 from hinge.data.slide import describe_slide
+from hinge.data.slide_image import SlideImage
 from hinge.utils.errors import DataError
 from hinge.utils.files import read_json
 

@@ -109,9 +109,8 @@ def read(
     path: Path, sample: str, *, image: Path | None, um_per_px: float | None, require_image: bool, **grid: float
 ) -> AnnData:
     """Read one slide from where the table says it is; `grid` is for slides without counts."""
-    from hinge.data.readers import image as image_reader
+    from hinge.data.readers import image_only, read_slide, recognise_format
     from hinge.data.readers import list_samples as list_others
-    from hinge.data.readers import read_slide, recognise_format
 
     fields = read_table(path)[sample]
     if um_per_px is None and fields["um_per_px"]:
@@ -126,7 +125,7 @@ def read(
     if image is not None and not image.exists():
         image = None
     if not fields["counts"]:
-        slide = image_reader.read(image, sample, image=image, um_per_px=um_per_px, require_image=True, **grid)
+        slide = image_only.read(image, sample, image=image, um_per_px=um_per_px, require_image=True, **grid)
     else:
         counts = path.parent / fields["counts"]
         if not counts.exists():

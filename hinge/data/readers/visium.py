@@ -15,8 +15,8 @@ import scipy.sparse
 from anndata import AnnData
 from scipy.spatial.distance import pdist
 
-from hinge.data.image import IMAGE_SUFFIXES, SlideImage, image_name
 from hinge.data.slide import describe_slide
+from hinge.data.slide_image import IMAGE_SUFFIXES, SlideImage, image_name
 from hinge.utils.errors import DataError, HingeError, one_line
 from hinge.utils.safe_hdf5 import check_gzip, check_hdf5, check_size
 

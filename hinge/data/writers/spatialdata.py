@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from anndata import AnnData
 
-from hinge.data.image import SlideImage
 from hinge.data.slide import slide_name
+from hinge.data.slide_image import SlideImage
 from hinge.utils.errors import DataError
 from hinge.utils.files import atomic_path
 

@@ -65,12 +65,12 @@ def oracle_log_likelihood(slide: AnnData, spots: SpotTable, n_samples: int = 400
     """Log-mass of each simulated spot's counts on the panel given the cells in it: no model of the image has more.
 
     Given the hidden activities of programs and library size, h ~ N(0, 1), genes are independent negative binomials (see
-    `hinge.data.simulate.tissue`). h is integrated out spot by spot, by importance sampling around its most probable value.
+    `hinge.data.simulate.counts`). h is integrated out spot by spot, by importance sampling around its most probable value.
 
     Parameters
     ----------
     slide
-        A slide of `hinge.data.simulate_tissue`.
+        A slide of `hinge.data.simulate_slides`.
     spots
         Its spots on the panel.
     n_samples
@@ -97,7 +97,7 @@ def oracle_log_likelihood(slide: AnnData, spots: SpotTable, n_samples: int = 400
         ambient, dispersion = (torch.from_numpy(part.var[key].to_numpy().copy()) for key in ("ambient", "dispersion"))
         depth_sd = float(slide.uns["hinge_truth"]["depth_sd"])
     except KeyError as error:
-        raise DataError(f"the oracle needs a slide of simulate_tissue; this one has no {error}") from error
+        raise DataError(f"the oracle needs a slide of simulate_slides; this one has no {error}") from error
     counts = torch.from_numpy(np.asarray(spots.counts, dtype=np.float64))
     num_hidden = loadings.shape[2] + 1
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from anndata import AnnData
 
-from hinge.data.image import IMAGE_SUFFIXES, image_name
-from hinge.data.tissue import DEFAULT_DIAMETER_UM, DEFAULT_PITCH_UM, slide_from_image
+from hinge.data.slide_image import IMAGE_SUFFIXES, image_name
+from hinge.data.tissue_detection import DEFAULT_DIAMETER_UM, DEFAULT_PITCH_UM, slide_from_image
 from hinge.utils.errors import DataError
 
 LAYOUT = f"an image without counts, or a folder of them ({', '.join(IMAGE_SUFFIXES)})"

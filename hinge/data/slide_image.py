@@ -18,7 +18,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from hinge.data.arrays import open_arrays, reduce_by_bands
+from hinge.data.image_pyramids import open_arrays, reduce_by_bands
 from hinge.utils.errors import DataError
 from hinge.utils.safe_hdf5 import UNPACKED_ANYWAY, check_size
 

@@ -11,8 +11,8 @@ from scipy.ndimage import uniform_filter
 from skimage.filters import apply_hysteresis_threshold, gaussian, threshold_otsu
 from skimage.morphology import remove_small_holes, remove_small_objects
 
-from hinge.data.image import SlideImage, image_name
 from hinge.data.slide import describe_slide
+from hinge.data.slide_image import SlideImage, image_name
 from hinge.utils.errors import DataError
 
 # Visium's, for a slide that is laid out for no model in particular
