@@ -320,4 +320,4 @@ def test_grey_ome_tiff_is_shown_grey(tmp_path):
 
 def test_names_of_images():
     names = {"a.svs": "a", "b.1.ome.tif": "b.1", "c.OME.TIFF": "c", "d.TIF": "d", "e.h5ad": "", "f.zarr": ""}
-    assert {name: image.image_name(Path(name)) for name in names} == names
+    assert {name: slide_image.image_name(Path(name)) for name in names} == names
