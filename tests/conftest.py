@@ -136,11 +136,11 @@ def call_cli() -> Callable[..., Called]:
 @pytest.fixture(scope="session")
 def tiny_slides(tmp_path_factory) -> Path:
     """Simulated tissue, not to be written to: sim0 to sim2 with images, sim10 and sim11 without; 36 spots, 40 genes."""
-    from hinge.data import simulate_tissue
+    from hinge.data import simulate_slides
 
     folder = tmp_path_factory.mktemp("tiny") / "slides"
-    simulate_tissue(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
-    simulate_tissue(folder, n_slides=2, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
+    simulate_slides(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
+    simulate_slides(folder, n_slides=2, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
     return folder
 
 
