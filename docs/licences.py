@@ -23,7 +23,7 @@ EXPLAINED = {
 def needed(extras: set[str]) -> dict[str, set[str]]:
     """Packages below hinge with some extras, as installed here, and the extras asked of each."""
     found: dict[str, set[str]] = {}
-    todo = [("hinge", frozenset(extras))]
+    todo = [("hinge-histology", frozenset(extras))]
     while todo:
         name, asked = todo.pop()
         try:
@@ -40,7 +40,7 @@ def needed(extras: set[str]) -> dict[str, set[str]]:
             if key not in found or not requirement.extras <= found[key]:
                 found.setdefault(key, set()).update(requirement.extras)
                 todo.append((key, frozenset(requirement.extras)))
-    found.pop("hinge", None)
+    found.pop("hinge-histology", None)
     return found
 
 

@@ -3,10 +3,10 @@
 The public API. Everything is imported on first use, so that `import hinge` stays cheap.
 """
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
-__version__ = metadata.version("hinge")
+from hinge.utils.packages import VERSION as __version__
 
 _HOME = {
     "read_slide": "hinge.data",

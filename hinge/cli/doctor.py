@@ -14,6 +14,7 @@ from hinge.backbones.checkpoints import read_our_config
 from hinge.encoders.recipes import RECIPES
 from hinge.utils.errors import HingeError
 from hinge.utils.files import read_json
+from hinge.utils.packages import VERSION
 
 PACKAGES = ("torch", "torchvision", "timm", "diffusers", "transformers", "accelerate", "anndata", "scanpy", "numpy")
 OPTIONAL = {"spatialdata": "SpatialData stores", "playwright": "the viewer's tests", "tensorboard": "TensorBoard logs"}
@@ -58,7 +59,7 @@ def _version(name: str) -> str:
 
 
 def _versions() -> list[tuple[str, str]]:
-    found = [("hinge", _version("hinge")), ("python", platform.python_version()), ("system", platform.platform())]
+    found = [("hinge", VERSION), ("python", platform.python_version()), ("system", platform.platform())]
     found += [(name, _version(name)) for name in PACKAGES]
     for name, use in OPTIONAL.items():
         version = _version(name)

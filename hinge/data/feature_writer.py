@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from hinge.utils.errors import DataError
 from hinge.utils.files import atomic_path
+from hinge.utils.packages import VERSION
 
 
 class FeatureWriter:
@@ -67,7 +67,7 @@ class FeatureWriter:
             "digest": digest,
             "patch_um": float(patch_um),
             "patch_px": int(patch_px),
-            "hinge_version": version("hinge"),
+            "hinge_version": VERSION,
         }
         self._dtype = np.dtype(dtype)
         self._written = np.zeros(len(self._barcodes), dtype=bool)

@@ -1,7 +1,6 @@
 """Gene panels: which genes a model is about, how they were chosen and on which slides."""
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import anndata
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hinge.data.slide import slide_name
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import read_json, write_json
+from hinge.utils.packages import VERSION
 
 # As the paper prints them and taken literally, so that its panels can be made again: MT* is meant for the
 # mitochondrial genes MT-*, but also drops nuclear ones such as MT2A, MTDH or MTOR.
@@ -41,7 +41,7 @@ class Panel(BaseModel):
     genes: list[str] = Field(min_length=1)
     method: str
     slides: list[str] = []
-    hinge_version: str = version("hinge")
+    hinge_version: str = VERSION
 
     @field_validator("genes")
     @classmethod

@@ -20,6 +20,7 @@ from PIL import Image
 
 from hinge.data.image_pyramids import open_arrays, reduce_by_bands
 from hinge.utils.errors import DataError
+from hinge.utils.packages import require
 from hinge.utils.safe_hdf5 import UNPACKED_ANYWAY, check_size
 
 # Endings under which a slide's image is looked for, whole-slide formats first.
@@ -295,6 +296,8 @@ class SlideImage:
             *(OSError, SyntaxError, ValueError, LookupError, RuntimeError, openslide.OpenSlideError),
             *(TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError, struct.error),
         ) as error:
+            if "'imagecodecs'" in str(error):  # tifffile's refusal of a compression it does not know by itself
+                require("imagecodecs", "ome-tiff", f"reading {self.path}")
             raise DataError(f"{self.path} is damaged or not an image that can be read: {error}") from error
 
 

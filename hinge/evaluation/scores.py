@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from hinge.evaluation.noise_ceiling import CEILING, attained_shares, noise_ceili
 from hinge.evaluation.statistics import bootstrap_intervals, paired_wilcoxon, summarise_rows
 from hinge.utils.errors import DataError
 from hinge.utils.files import write_json
+from hinge.utils.packages import VERSION
 
 _DRAWS_TESTED = 2  # draws of the two-sample tests, which take a second each
 _DRAWS_MAPPED = 2  # draws whose maps are compared by SSIM, which takes a millisecond a map
@@ -402,7 +402,7 @@ def write_scores(path: str | Path, evaluations: Sequence[Evaluation], reference:
     return write_json(
         path,
         {
-            "hinge_version": version("hinge"),
+            "hinge_version": VERSION,
             "definitions": {name: asdict(metric) for name, metric in METRICS.items()},
             "rows": together["rows"],
             "attained": together["attained"],

@@ -31,6 +31,7 @@ from hinge.models.subset import GeneSubset
 from hinge.utils import hub
 from hinge.utils.errors import WeightsError, one_line
 from hinge.utils.files import arrays_digest, atomic_path
+from hinge.utils.packages import require
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 TIME_WIDTH = 256
@@ -354,7 +355,8 @@ class HingeModel(ModelMixin, ConfigMixin):
             object.__setattr__(self, "_backbone", backbone)
             return self
         if self.config.tuning == "lora":
-            from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
+            require("peft", "lora", "backbone.tuning=lora")  # takes seconds to import
+            from peft import LoraConfig, inject_adapter_in_model
 
             settings = LoraConfig(
                 r=self.config.lora_rank, lora_alpha=self.config.lora_rank, target_modules=list(LORA_TARGETS)

@@ -14,7 +14,7 @@ import json
 import math
 import zlib
 from dataclasses import dataclass
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -39,6 +39,7 @@ from hinge.evaluation import (
 )
 from hinge.utils.errors import DataError
 from hinge.utils.files import atomic_path
+from hinge.utils.packages import VERSION
 
 IMAGE_PX = 1400  # long side of the image kept in the page
 DRAWS_SHOWN = 8  # draws that can be looked at one by one ...
@@ -218,7 +219,7 @@ def write_report(
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     document = Template(page.joinpath("page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
-        version=html.escape(metadata.version("hinge")),
+        version=html.escape(VERSION),
         date=datetime.date.today().isoformat(),
         script_digest=f"sha256-{digest}",
         script=script,

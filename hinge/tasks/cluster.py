@@ -19,6 +19,7 @@ from hinge.evaluation.metrics.spatial import neighbour_weights
 from hinge.tasks.embeddings import embed
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, write_json
+from hinge.utils.packages import require
 
 METHODS = ("kmeans", "leiden", "gmm")
 
@@ -253,11 +254,7 @@ def agreement(clusters: np.ndarray, labels: pd.Series) -> dict[str, float]:
 
 
 def _igraph():
-    try:
-        import igraph
-    except ImportError as error:
-        raise ConfigError('Leiden needs igraph: pip install "hinge[cluster]", or choose kmeans or gmm') from error
-    return igraph
+    return require("igraph", "cluster", "Leiden clustering (kmeans and gmm do without it)")
 
 
 def _leiden(components: np.ndarray, number: int | None, resolution: float, seed: int) -> np.ndarray:

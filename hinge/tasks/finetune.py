@@ -46,6 +46,7 @@ from hinge.training.loop import LoopConfig, make_accelerator, run_loop
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, read_json, write_json
 from hinge.utils.locks import lock_folder
+from hinge.utils.packages import require
 
 logger = logging.getLogger(__name__)
 
@@ -479,6 +480,7 @@ def _check_tunable(encoder: Encoder, tune: str) -> None:
 
 
 def _with_adapters(module: nn.Module, rank: int) -> nn.Module:
+    require("peft", "lora", "fine-tuning by low-rank adapters")
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(ADAPTED), bias="none")

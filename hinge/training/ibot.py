@@ -40,6 +40,7 @@ from hinge.training.loop import LoopConfig, batch_rows, make_accelerator, run_lo
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, read_json, write_json
 from hinge.utils.locks import lock_folder
+from hinge.utils.packages import require
 
 logger = logging.getLogger(__name__)
 
@@ -313,10 +314,8 @@ class Ibot(nn.Module):
     """Student, teacher and both losses, in a forward so that several processes share gradients."""
 
     def __init__(self, vit: VitConfig, config: IbotConfig):
-        try:
-            from lightly.loss import DINOLoss, IBOTPatchLoss
-        except ImportError as error:
-            raise ConfigError('pre-training an encoder needs lightly: pip install "hinge[pretrain]"') from error
+        require("lightly", "pretrain", "pre-training an encoder")
+        from lightly.loss import DINOLoss, IBOTPatchLoss
 
         super().__init__()
         self.student = _Branch(build_vit(vit, vit.drop_path), config)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from hinge.utils.errors import ConfigError, DataError, HingeError, Interrupted
 from hinge.utils.files import atomic_path, write_json
+from hinge.utils.packages import DISTRIBUTION, VERSION
 
 
 class LoopConfig(BaseModel):
@@ -500,8 +501,8 @@ def write_environment(path: str | Path) -> None:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    packages = {}
-    for name in ("hinge", "torch", "timm", "diffusers", "transformers", "accelerate", "anndata", "scanpy", "numpy"):
+    packages: dict[str, str | None] = {DISTRIBUTION: VERSION}
+    for name in ("torch", "timm", "diffusers", "transformers", "accelerate", "anndata", "scanpy", "numpy"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

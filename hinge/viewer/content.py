@@ -23,7 +23,7 @@ import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from hinge.report.html import gene_order
 from hinge.run.run import Run
 from hinge.utils.errors import DataError, HingeError
 from hinge.utils.files import atomic_path
+from hinge.utils.packages import VERSION
 from hinge.viewer.tiles import OVERLAP_PX, TILE_PX, TiledImage
 
 logger = logging.getLogger(__name__)
@@ -292,7 +293,7 @@ class Viewer:
         """What the page reads first."""
         return {
             "title": self.run.folder.name,
-            "version": metadata.version("hinge"),
+            "version": VERSION,
             "slides": self.slides,
         }
 

@@ -15,6 +15,7 @@ from hinge.data.readers.h5ad import pitch_in_px, positive_length, raw_counts
 from hinge.data.readers.visium import SPOT_DIAMETER_UM, SPOT_PITCH_UM, um_per_px_of_array
 from hinge.data.slide import describe_slide
 from hinge.utils.errors import DataError, HingeError
+from hinge.utils.packages import require
 from hinge.utils.safe_hdf5 import check_sparse
 from hinge.utils.safe_zarr import check_zarr
 
@@ -36,10 +37,7 @@ def list_samples(path: Path) -> list[str]:
 
 def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None, require_image: bool) -> AnnData:
     """Read one region. Pixels are those of its store's largest RGB image, or where `image` is given, its own units."""
-    try:
-        import spatialdata
-    except ImportError as error:
-        raise DataError(f"reading {path} needs the package spatialdata: pip install 'hinge[spatialdata]'") from error
+    spatialdata = require("spatialdata", "spatialdata", f"reading {path}")
 
     store, table_name, region = _samples(path)[sample]
     try:

@@ -9,7 +9,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import scanpy as sc
 import scipy.sparse
 from anndata import AnnData
@@ -18,6 +17,7 @@ from scipy.spatial.distance import pdist
 from hinge.data.slide import describe_slide
 from hinge.data.slide_image import IMAGE_SUFFIXES, SlideImage, image_name
 from hinge.utils.errors import DataError, HingeError, one_line
+from hinge.utils.packages import require
 from hinge.utils.safe_hdf5 import check_gzip, check_hdf5, check_size
 
 LAYOUT = (
@@ -178,7 +178,7 @@ def _read_positions(spatial: Path) -> pd.DataFrame:
         raise DataError(f"{spatial} has no spot positions: one of {', '.join(_POSITION_FILES)} is needed")
     try:
         if file.suffix == ".parquet":
-            facts = pq.read_metadata(file)
+            facts = require("pyarrow.parquet", "visium-hd", f"reading {file}").read_metadata(file)
             check_size(file, file.stat().st_size, 8 * facts.num_rows * facts.num_columns)
             positions = pd.read_parquet(file)
         else:

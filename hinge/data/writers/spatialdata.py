@@ -11,6 +11,7 @@ from hinge.data.slide import slide_name
 from hinge.data.slide_image import SlideImage
 from hinge.utils.errors import DataError
 from hinge.utils.files import atomic_path
+from hinge.utils.packages import require
 
 _TILE_PX = 2048
 _SMALLEST_LEVEL_PX = 1024
@@ -39,12 +40,9 @@ def write_spatialdata(draws: AnnData, path: str | Path, full_image: bool = False
         If the package spatialdata is missing, the draws do not tell their spots' size, or the full image is not
         where it was.
     """
-    try:
-        import spatialdata
-        from spatialdata.models import Image2DModel, ShapesModel, TableModel
-        from spatialdata.transformations import Identity, Scale
-    except ImportError as error:
-        raise DataError(f"writing {path} needs the package spatialdata: pip install 'hinge[spatialdata]'") from error
+    spatialdata = require("spatialdata", "spatialdata", f"writing {path}")
+    from spatialdata.models import Image2DModel, ShapesModel, TableModel
+    from spatialdata.transformations import Identity, Scale
 
     name, facts = slide_name(draws), draws.uns["hinge"]
     library = next(iter(draws.uns.get("spatial", {}).values()), None)
