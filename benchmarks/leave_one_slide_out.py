@@ -11,7 +11,9 @@ import logging
 import sys
 from pathlib import Path
 
-from hinge.experiments.ablation import Grid, markdown, run_grid, summarise_cells
+from hinge.experiments.ablation import run_grid
+from hinge.experiments.grid import Grid
+from hinge.experiments.table import markdown, summarise_cells
 from hinge.utils.errors import HingeError
 from hinge.utils.files import write_json
 

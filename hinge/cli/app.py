@@ -787,7 +787,7 @@ def ablate(
     Example: hinge ablate configs/ablations/weights.yaml runs/weights --jobs 2
     """
     from hinge.experiments.ablation import ablate as run_ablation
-    from hinge.experiments.ablation import load_grid
+    from hinge.experiments.grid import load_grid
 
     tables = run_ablation(load_grid(grid), output, overrides or [], jobs)
     print(tables.markdown.read_text())

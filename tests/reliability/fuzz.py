@@ -74,7 +74,7 @@ from hinge.encoders import load_encoder
 from hinge.encoders.weights import read_checkpoint
 from hinge.evaluation.metrics.gene_sets import read_gene_sets
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
-from hinge.experiments.ablation import load_grid
+from hinge.experiments.grid import load_grid
 from hinge.models import HingeModel
 from hinge.run.run import Run, read_panel
 from hinge.sharing.export import _read_metadata

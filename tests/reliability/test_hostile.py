@@ -46,7 +46,7 @@ from hinge.data.feature_writer import FeatureWriter
 from hinge.data.features import read_features
 from hinge.encoders import load_encoder
 from hinge.encoders.weights import read_checkpoint
-from hinge.experiments.ablation import load_grid
+from hinge.experiments.grid import load_grid
 from hinge.sharing.export import _read_metadata
 from hinge.utils.errors import DataError, HingeError, WeightsError
 from hinge.utils.files import read_json

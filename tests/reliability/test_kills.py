@@ -139,7 +139,8 @@ def sample(run: Path, path: Path, log: Path, seconds: float = 0.01) -> None:
 
 
 def ablate(grid: Path, output: Path) -> None:
-    from hinge.experiments.ablation import ablate, load_grid
+    from hinge.experiments.ablation import ablate
+    from hinge.experiments.grid import load_grid
 
     tables = ablate(load_grid(grid), output)
     assert not tables.failures, tables.failures
