@@ -14,7 +14,7 @@ import typer
 
 from hinge.backbones import CellFMModel
 from hinge.data.readers import read_slide
-from hinge.run.run import panel_values
+from hinge.data.spots import panel_values
 
 CONSTANTS = ((0.2, 1e-7), (0.2, 1e-5), (0.01, 1e-7), (0.01, 1e-5))
 

@@ -30,6 +30,7 @@ import psutil  # noqa: E402
 from hinge.config import check_config  # noqa: E402
 from hinge.data import simulate_slides  # noqa: E402
 from hinge.data.draws import read_draws  # noqa: E402
+from hinge.report import report_run  # noqa: E402
 from hinge.run.run import Run  # noqa: E402
 from hinge.utils.files import arrays_digest  # noqa: E402
 
@@ -59,8 +60,11 @@ def settings(slides: Path, output: Path) -> dict:
 def play_round(slides: Path, folder: Path) -> str:
     """One run, in a folder that is gone afterwards; the digest of its draws."""
     run = Run(check_config(settings(slides, folder), "the soak's configuration"))
-    run.all()
-    draws = read_draws(run.samples_path("sim2"))
+    run.train()
+    run.sample("sim2")
+    run.evaluate()
+    report_run(run)
+    draws = read_draws(run.paths.samples("sim2"))
     digest = arrays_digest({name: np.asarray(layer) for name, layer in draws.layers.items()})
     shutil.rmtree(folder)
     return digest

@@ -251,10 +251,9 @@ def panel(
 
     Example: hinge panel her2st --sample C2 --sample C3 --sample C4 --genes 200 --output panel.json
     """
-    from hinge.data.panel import select_panel
+    from hinge.data.panel import read_panel, select_panel
     from hinge.data.readers import list_samples, read_slide
     from hinge.data.spots import load_spots
-    from hinge.run.run import read_panel
 
     names = sample or list_samples(path)
     slides = [read_slide(path, name, require_image=False) for name in names]
@@ -288,7 +287,7 @@ def pretrain_expression(
 
     Example: hinge pretrain-expression her2st --sample A1 --sample D1 --panel panel.json --output backbone
     """
-    from hinge.run.run import pretrain_on_files
+    from hinge.tasks.pretrain_backbone import pretrain_on_files
 
     pretrain_on_files(
         paths,
@@ -420,7 +419,8 @@ def evaluate(
     --sample C5 --panel panel.json --transform log2p1 --predictions stem=stem.h5ad --output scores.json
     """
     from hinge.evaluation.predictions import PredictionFiles
-    from hinge.run.run import Run, evaluate_files
+    from hinge.run.evaluation import evaluate_files
+    from hinge.run.run import Run
 
     files = [PredictionFiles.parse(text) for text in predictions or []]
     alone = {
@@ -553,7 +553,7 @@ def finetune_encoder(
     spafoundation@spafoundation_1m_vitb16.pth --output tuned; then hinge evaluate runs/her2st --predictions
     tuned=tuned/predictions/{slide}.h5ad
     """
-    from hinge.run.run import read_panel
+    from hinge.data.panel import read_panel
     from hinge.tasks.finetune import finetune_config
     from hinge.tasks.finetune import finetune_encoder as finetune
 
@@ -727,9 +727,17 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: hinge run --config configs/her2st.yaml
     """
+    from hinge.report import report_run
+    from hinge.utils.locks import lock_folder
+
     opened = _run(config, overrides)
-    path = opened.all()
-    _print_scores(opened.scores_path)
+    with lock_folder(opened.folder):
+        opened.train()
+        for name in opened.config.data.test:
+            opened.sample(name)
+        opened.evaluate()
+        path = report_run(opened)
+    _print_scores(opened.paths.scores)
     print(f"report: {path}")
 
 
@@ -769,8 +777,8 @@ def demo(
     from hinge.experiments.demo import run_demo
 
     opened = run_demo(output, seed)
-    _print_scores(opened.scores_path)
-    print(f"report: {opened.report_path}")
+    _print_scores(opened.paths.scores)
+    print(f"report: {opened.paths.report}")
 
 
 @app.command()

@@ -136,6 +136,19 @@ def select_panel(slides: Sequence[AnnData], method: str = "hmhvg", n_genes: int 
     return Panel(genes=genes, method=method, slides=names)
 
 
+def read_panel(path: Path) -> Panel:
+    """Read a panel from panel.json, or from a text file with one gene symbol a line."""
+    if path.suffix == ".json":
+        return Panel.load(path)
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the genes in {path}: {error}") from error
+    return Panel.from_list([line.strip() for line in lines if line.strip()])
+
+
 def _hmhvg(slides: Sequence[AnnData], shared: list[str], n_genes: int) -> list[str]:
     variable = set().union(*(_variable_genes(slide) for slide in slides))
     genes = [gene for gene in shared if gene in variable and not gene.upper().startswith(EXCLUDED_PREFIXES)]

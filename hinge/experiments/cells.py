@@ -46,13 +46,13 @@ def run_cells(cells: list[Cell]) -> None:
 
 def _run_cell(cell: Cell, trained: Cell | None) -> None:
     run = Run(cell.config)
-    if trained is not None and not (run.model_path / HingeModel.config_name).exists():
+    if trained is not None and not (run.paths.model / HingeModel.config_name).exists():
         _take_over(trained.config.output, run.folder)
     run.train()
     seconds_path = run.folder / "seconds.json"
     for slide in cell.config.data.test:
         before = read_json(seconds_path) if seconds_path.exists() else {}
-        there = run.samples_path(slide).stat().st_mtime_ns if run.samples_path(slide).exists() else None
+        there = run.paths.samples(slide).stat().st_mtime_ns if run.paths.samples(slide).exists() else None
         started = time.perf_counter()
         drawn = run.sample(slide).stat().st_mtime_ns
         if drawn != there:

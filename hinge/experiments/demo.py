@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hinge.config import check_config
 from hinge.data.simulate import simulate_slides
+from hinge.report import report_run
 from hinge.run.run import Run
 from hinge.utils.locks import lock_folder
 
@@ -72,5 +73,9 @@ def _run_demo(output: Path, seed: int) -> Run:
         "sampling": {"draws": 20, "steps": 8, "precision": "bf16"},
     }
     run = Run(check_config(config, "the demo's configuration"))
-    run.all()
+    run.train()
+    for name in test:
+        run.sample(name)
+    run.evaluate()
+    report_run(run)
     return run

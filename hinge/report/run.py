@@ -27,11 +27,11 @@ def report_run(run: Run) -> Path:
     DataError
         The run has no scores.
     """
-    if not run.scores_path.exists():
+    if not run.paths.scores.exists():
         raise DataError(f"there are no scores in {run.folder}; run hinge evaluate first")
-    scores = read_json(run.scores_path)
+    scores = read_json(run.paths.scores)
     names = list(dict.fromkeys(row["slide"] for row in scores["rows"]))
-    names = [name for name in names if run.samples_path(name).exists()]
-    slides = [report_slide(read_draws(run.samples_path(name)), run.slide(name)) for name in names]
+    names = [name for name in names if run.paths.samples(name).exists()]
+    slides = [report_slide(read_draws(run.paths.samples(name)), run.slide(name)) for name in names]
     settings = run.config.model_dump(mode="json", exclude={"output"})
-    return write_report(run.report_path, scores, slides, f"hinge: {run.folder.name}", settings)
+    return write_report(run.paths.report, scores, slides, f"hinge: {run.folder.name}", settings)

@@ -57,7 +57,7 @@ def export_draws(
     """
     if format not in SUFFIXES:
         raise ConfigError(f"there is no format {format!r} to export to; choose one of {', '.join(SUFFIXES)}")
-    source = run.samples_path(name)
+    source = run.paths.samples(name)
     if not source.exists():
         raise DataError(f"there are no draws of {name} in {source.parent}; run hinge sample first")
     output = output or run.folder / "exports" / f"{name}{SUFFIXES[format]}"

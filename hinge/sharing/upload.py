@@ -200,7 +200,7 @@ def prepare(
     run: Run, folder: Path, repository: str, licence: str, encoder: str | None = None, title: str | None = None
 ) -> Path:
     """Write into `folder` what `push_run` uploads; arguments as there."""
-    if not (run.model_path / HingeModel.config_name).exists():
+    if not (run.paths.model / HingeModel.config_name).exists():
         raise DataError(f"{run.folder} holds no trained model; run hinge train first")
     _licence(licence)
     encoder = encoder or run.config.features.encoder
@@ -210,9 +210,9 @@ def prepare(
             "it by with --encoder hf-hub:owner/name"
         )
     folder.mkdir(parents=True)
-    shutil.copytree(run.model_path, folder / "model")
+    shutil.copytree(run.paths.model, folder / "model")
     if run.config.backbone.path is None:
-        shutil.copytree(run.backbone_path, folder / "backbone")
+        shutil.copytree(run.paths.backbone, folder / "backbone")
     for name in ("panel.json", "genes.json", "split.json", "scores.json", "environment.json"):
         if (run.folder / name).exists():
             shutil.copy(run.folder / name, folder / name)
@@ -271,7 +271,7 @@ def _write_config(run: Run, path: Path, encoder: str) -> None:
 
 
 def _card(run: Run, repository: str, licence: str, encoder: str, title: str | None) -> str:
-    config, model = run.config, read_json(run.model_path / HingeModel.config_name)
+    config, model = run.config, read_json(run.paths.model / HingeModel.config_name)
     facts = read_json(run.folder / "split.json") if (run.folder / "split.json").exists() else {}
     own = config.backbone.path is None
     load = f'model = HingeModel.from_pretrained("{repository}")'
@@ -297,7 +297,7 @@ def _card(run: Run, repository: str, licence: str, encoder: str, title: str | No
         pitch=f"{pitch:g} µm apart, {diameter:g} µm wide" if pitch and diameter else "as in the training slides",
         encoder=_plain(encoder),
         backbone="pre-trained with this run, in `backbone/`" if own else f"not included; digest `{digest[:16]}`",
-        parameters=f"{_count_weights(run.model_path):,}",
+        parameters=f"{_count_weights(run.paths.model):,}",
         scores=_score_table(run),
         backbone_licence=""
         if own
@@ -317,9 +317,9 @@ def _count_weights(folder: Path) -> int:
 
 def _score_table(run: Run) -> str:
     """Mean scores over the test slides, a row for each method, as a Markdown table."""
-    if not run.scores_path.exists():
+    if not run.paths.scores.exists():
         return "This run was not scored before it was uploaded."
-    scores = read_json(run.scores_path)
+    scores = read_json(run.paths.scores)
     definitions = scores.get("definitions", {})
     keys = [key for key in CARD_SCORES if any(row.get(key) is not None for row in scores["rows"])]
     rows: dict[str, list[dict[str, Any]]] = {}

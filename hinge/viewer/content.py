@@ -261,9 +261,9 @@ class Viewer:
         with self._lock:
             if number not in self._open:
                 name = self.slides[number]
-                logger.info("reading %s", self.run.samples_path(name))
+                logger.info("reading %s", self.run.paths.samples(name))
                 measured, note = self._measured(name)
-                content = SlideContent(read_draws(self.run.samples_path(name)), measured)
+                content = SlideContent(read_draws(self.run.paths.samples(name)), measured)
                 content.note = " ".join(filter(None, [content.note, note])) or None
                 self._open[number] = content
                 if len(self._open) > SLIDES_OPEN:

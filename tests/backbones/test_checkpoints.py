@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.mindspore import content_of, value
+from helpers.runs import finish
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -482,7 +483,7 @@ def test_released_configuration_on_published_weights(tissue, panel, published, t
         run.train()
     # two genes are not in the vocabulary; one is there in lower case and keeps the slide's name in the panel
     assert run.panel().genes == [gene for gene in panel if gene not in panel[3:5]]
-    report = read_json(run.genes_path)
+    report = read_json(run.paths.genes)
     assert report["panel"]["dropped"] == report["panel"]["missing"] == panel[3:5]
     assert report["panel"]["harmonised"] == {panel[0]: panel[0].lower()}
     assert report["slides"]["sim1"]["mapped"] == report["slides"]["sim1"]["genes"] - 2
@@ -519,10 +520,10 @@ def test_an_imported_model_draws(tissue, published, panel, tmp_path):
     )
     run = released_run(tissue, out, f"backbone.path={out / 'backbone'}")
     trained = files_of(out / "model")
-    run.all()
+    finish(run)
     assert files_of(out / "model") == trained  # nothing was trained again
     assert run.panel().genes == known
-    assert list(read_draws(run.samples_path("sim2")).var_names) == known
+    assert list(read_draws(run.paths.samples("sim2")).var_names) == known
     again = torch.load(export_hinge_folder(out, tmp_path / "again.pth"), weights_only=True)["model"]
     first = torch.load(tmp_path / "authors.pth", weights_only=True)["model"]
     assert same(again, first)
@@ -538,7 +539,7 @@ def test_new_genes_get_embeddings_of_their_own(tissue, panel, published, tmp_pat
     run = released_run(tissue, tmp_path / "run", f"backbone.path={backbone}", "backbone.unknown_genes=new")
     run.train()
     assert run.panel().genes == panel
-    assert read_json(run.genes_path)["panel"]["new"] == panel[3:5]
+    assert read_json(run.paths.genes)["panel"]["new"] == panel[3:5]
     original, extended = CellFMModel.from_pretrained(backbone), run.backbone()
     last = original.config.num_genes
     ids = run.gene_ids(extended).tolist()

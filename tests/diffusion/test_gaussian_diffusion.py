@@ -262,7 +262,7 @@ def run(tmp_path_factory) -> Run:
 
 
 def test_baselines_stand_beside_the_model(run):
-    rows = {row["method"]: row for row in json.loads(run.scores_path.read_text())["rows"]}
+    rows = {row["method"]: row for row in json.loads(run.paths.scores.read_text())["rows"]}
     assert {"hinge", "mean", "oracle", *GENERATIVE_BASELINES} <= rows.keys()
     for method in GENERATIVE_BASELINES:
         assert rows[method]["n_draws"] == 20
@@ -274,10 +274,10 @@ def test_baselines_stand_beside_the_model(run):
 
 
 def test_scores_come_out_the_same_again_without_training(run):
-    before = run.scores_path.read_bytes()
+    before = run.paths.scores.read_bytes()
     trained = [path.stat().st_mtime_ns for path in sorted((run.folder / "baselines").rglob("*.safetensors"))]
     Run.open(run.folder).evaluate()
-    assert run.scores_path.read_bytes() == before
+    assert run.paths.scores.read_bytes() == before
     assert trained == [path.stat().st_mtime_ns for path in sorted((run.folder / "baselines").rglob("*.safetensors"))]
 
 

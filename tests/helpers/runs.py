@@ -26,3 +26,14 @@ def tiny_settings(slides: Path, output: Path, **changes) -> dict:
         section, _, name = key.rpartition("__")
         (content[section] if section else content)[name] = value
     return content
+
+
+def finish(run) -> None:
+    """Go through all stages of a run."""
+    from hinge.report import report_run
+
+    run.train()
+    for name in run.config.data.test:
+        run.sample(name)
+    run.evaluate()
+    report_run(run)

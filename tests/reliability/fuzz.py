@@ -67,7 +67,7 @@ from hinge.data.feature_writer import FeatureWriter
 from hinge.data.features import read_feature_header, read_features, read_features_at
 from hinge.data.hest_download import read_sample_table, select_samples
 from hinge.data.observed import read_observed
-from hinge.data.panel import Panel
+from hinge.data.panel import Panel, read_panel
 from hinge.data.patches import PatchReader
 from hinge.data.writers import write_draws_zarr
 from hinge.encoders import load_encoder
@@ -76,7 +76,7 @@ from hinge.evaluation.metrics.gene_sets import read_gene_sets
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
 from hinge.experiments.grid import load_grid
 from hinge.models import HingeModel
-from hinge.run.run import Run, read_panel
+from hinge.run.run import Run
 from hinge.sharing.export import _read_metadata
 from hinge.tasks.finetune import slide_groups
 from hinge.tasks.labels import read_labels

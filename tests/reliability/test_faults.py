@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from helpers.runs import finish
 
 import hinge.encoders.extract as extract_module
 import hinge.utils.memory as memory
@@ -60,7 +61,7 @@ def settings(slides: Path, output: Path) -> dict:
 @pytest.fixture(scope="module")
 def finished(slides, tmp_path_factory) -> Run:
     run = Run(check_config(settings(slides, tmp_path_factory.mktemp("runs") / "tiny"), "test"))
-    run.all()
+    finish(run)
     return run
 
 

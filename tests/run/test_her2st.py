@@ -2,6 +2,7 @@
 
 import pytest
 from helpers import ROOT
+from helpers.runs import finish
 
 from hinge.config import load_config
 from hinge.run.run import Run
@@ -15,11 +16,11 @@ def test_her2st_from_nothing_to_scores(her2st, tmp_path):
     """Sane, not best: a bound here is broken by a defect, not by bad luck."""
     overrides = [f"data.path={her2st}", f"output={tmp_path / 'run'}", f"features.folder={tmp_path / 'features'}"]
     run = Run(load_config(CONFIG, overrides))
-    run.all()
+    finish(run)
 
     # HER2-positive tumours: ERBB2 is what they are known for
     assert "ERBB2" in run.panel().genes
-    rows = {row["method"]: row for row in read_json(run.scores_path)["rows"]}
+    rows = {row["method"]: row for row in read_json(run.paths.scores)["rows"]}
     assert set(rows) == {
         "hinge",
         "mean",
@@ -40,4 +41,4 @@ def test_her2st_from_nothing_to_scores(her2st, tmp_path):
     assert 0.6 < model["coverage_90"] < 0.99
     # draws know that genes go together, which predictions of each gene by itself do not
     assert model["coexpression_r"] > 0.3
-    assert run.report_path.stat().st_size > 100_000
+    assert run.paths.report.stat().st_size > 100_000

@@ -11,13 +11,15 @@ import anndata as ad
 import h5py
 import numpy as np
 import pytest
+from helpers.runs import finish
 from safetensors.torch import load_file, save_file
 
-import hinge.run.run as run_module
+import hinge.run.sampling as sampling
 from hinge.backbones import CellFMModel
 from hinge.config import check_config
 from hinge.data import list_samples, load_spots, read_slide, simulate_slides
 from hinge.data.draws import read_draws
+from hinge.report import report_run
 from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, DataError, WeightsError
 from hinge.utils.resumable import ResumableArrays
@@ -90,7 +92,7 @@ def make_run(*arguments, **changes) -> Run:
 def finished(slides, tmp_path_factory) -> Run:
     """A run through all stages."""
     run = make_run(slides, tmp_path_factory.mktemp("runs") / "tiny")
-    run.all()
+    finish(run)
     return run
 
 
@@ -157,18 +159,18 @@ def test_the_records_say_what_was_done(finished, slides):
 
 
 def test_scores_have_every_method_and_leave_the_empty_spot_out(finished):
-    rows = {row["method"]: row for row in json.loads(finished.scores_path.read_text())["rows"]}
+    rows = {row["method"]: row for row in json.loads(finished.paths.scores.read_text())["rows"]}
     assert {"hinge", "oracle", "mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", "noise-ceiling"} <= set(rows)
     assert {row["n_spots"] for row in rows.values()} == {35}
     assert rows["hinge"]["n_draws"] == 3
     assert np.isfinite([rows["hinge"][key] for key in ("pcc_mean", "mse", "crps", "coexpression_r")]).all()
-    assert "sim2" in finished.report_path.read_text()
+    assert "sim2" in finished.paths.report.read_text()
 
 
 def test_draws_are_an_anndata_that_stands_on_its_own(finished, slides):
-    path = finished.samples_path("sim2")
+    path = finished.paths.samples("sim2")
     draws, slide = ad.read_h5ad(path), read_slide(slides, "sim2")
-    panel = json.loads(finished.panel_path.read_text())["genes"]
+    panel = json.loads(finished.paths.panel.read_text())["genes"]
     assert list(draws.var_names) == panel and len(panel) == 20
     assert list(draws.obs_names) == list(slide.obs_names)
     names = ["draw_000", "draw_001", "draw_002"]
@@ -206,7 +208,7 @@ def test_scanpy_can_plot_draws_on_the_tissue(finished):
     import matplotlib.pyplot as plt
     import scanpy
 
-    draws = ad.read_h5ad(finished.samples_path("sim2"))
+    draws = ad.read_h5ad(finished.paths.samples("sim2"))
     scanpy.pl.spatial(draws, color=draws.var_names[0], layer="std", show=False)
     image = plt.gca().images[0].get_array()
     assert image.shape == draws.uns["spatial"]["sim2"]["images"]["hires"].shape
@@ -216,7 +218,7 @@ def test_scanpy_can_plot_draws_on_the_tissue(finished):
 def test_a_spot_at_the_edge_and_an_empty_one_are_drawn_too(finished, slides):
     slide = read_slide(slides, "sim2")
     assert slide.X[EMPTY].sum() == 0 and not slide.obsm["spatial"][EDGE].any()
-    draws = read_draws(finished.samples_path("sim2"))
+    draws = read_draws(finished.paths.samples("sim2"))
     for spot in (EDGE, EMPTY):
         assert np.isfinite(draws.X[spot]).all() and draws.layers["std"][spot].max() > 0
     barcodes = load_spots(slide, finished.panel(), "log2p1").barcodes
@@ -235,12 +237,12 @@ def test_finished_stages_are_skipped(finished):
 
 
 def test_scores_and_report_come_out_the_same_again(copied):
-    before = copied.scores_path.read_bytes()
-    copied.scores_path.unlink()
-    copied.report_path.unlink()
-    copied.all()
-    assert copied.scores_path.read_bytes() == before
-    assert copied.report_path.exists()
+    before = copied.paths.scores.read_bytes()
+    copied.paths.scores.unlink()
+    copied.paths.report.unlink()
+    finish(copied)
+    assert copied.paths.scores.read_bytes() == before
+    assert copied.paths.report.exists()
 
 
 def test_training_from_the_start_gives_the_same_weights(finished, slides, tmp_path):
@@ -253,7 +255,7 @@ def test_training_from_the_start_gives_the_same_weights(finished, slides, tmp_pa
 
 
 def test_the_seed_alone_decides_the_draws(finished, tmp_path):
-    first = finished.samples_path("sim2")
+    first = finished.paths.samples("sim2")
     again = finished.sample("sim2", output=tmp_path / "again.h5ad", batch_size=7)
     other = finished.sample("sim2", output=tmp_path / "other.h5ad", seed=1)
     for key, values in layers(first).items():
@@ -263,7 +265,7 @@ def test_the_seed_alone_decides_the_draws(finished, tmp_path):
 
 
 def test_draws_made_otherwise_are_replaced_and_other_slides_not_taken_for_the_same(copied, slides, tmp_path):
-    path = copied.samples_path("sim2")
+    path = copied.paths.samples("sim2")
     copied.sample("sim2", draws=2)
     assert read_draws(path).uns["hinge"]["draws"] == 2
     # another slide that happens to have the name
@@ -278,7 +280,7 @@ def test_draws_made_otherwise_are_replaced_and_other_slides_not_taken_for_the_sa
 
 
 def test_sampling_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "BATCHES_IN_A_PART", 1)
+    monkeypatch.setattr(sampling, "BATCHES_IN_A_PART", 1)
     whole = finished.sample("sim2", output=tmp_path / "whole.h5ad", batch_size=16)
     drawn, write = [], ResumableArrays.write
 
@@ -336,7 +338,7 @@ def test_a_slide_from_outside_the_data_set(copied, slides, tmp_path):
     draws = read_draws(path)
     assert draws.shape == (36, 20) and draws.uns["hinge"]["name"] == "foreign"
     # the seed is mixed with the slide's name: other noise, the same expectation
-    inside = read_draws(copied.samples_path("sim2"))
+    inside = read_draws(copied.paths.samples("sim2"))
     assert not np.array_equal(draws.layers["draw_000"], inside.layers["draw_000"])
     assert np.corrcoef(draws.layers["expected"].ravel(), inside.layers["expected"].ravel())[0, 1] > 0.9
 
@@ -350,7 +352,7 @@ def test_a_run_that_was_moved_still_opens(finished, tmp_path, monkeypatch):
     before = files(moved.folder)
     moved.train()
     assert files(moved.folder) == before
-    assert same(moved.sample("sim2", output=tmp_path / "again.h5ad"), finished.samples_path("sim2"))
+    assert same(moved.sample("sim2", output=tmp_path / "again.h5ad"), finished.paths.samples("sim2"))
 
 
 def test_two_processes_draw_what_one_does(finished, tmp_path):
@@ -362,7 +364,7 @@ def test_two_processes_draw_what_one_does(finished, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"draws: {output}") == 2  # each process says so
-    for key, values in layers(finished.samples_path("sim2")).items():
+    for key, values in layers(finished.paths.samples("sim2")).items():
         np.testing.assert_allclose(layers(output)[key], values, atol=1e-5)
 
 
@@ -459,11 +461,11 @@ def test_without_slides_to_pretrain_on_the_training_slides_serve(slides, tmp_pat
     assert "the expression model is pre-trained on the training slides" in caplog.text
     spots = sum(int((read_slide(slides, name)[:, run.panel().genes].X.sum(1) > 0).sum()) for name in ("sim0", "sim1"))
     assert len(run.pretraining_values()) == spots
-    assert (run.backbone_path / "config.json").exists()
+    assert (run.paths.backbone / "config.json").exists()
 
 
 def test_features_of_another_encoder_are_refused(copied):
-    path = copied.features_path("sim2")
+    path = copied.paths.features("sim2")
     with h5py.File(path, "a") as file:
         file.attrs["digest"] = "0" * 64
     before = files(copied.folder)
@@ -517,16 +519,16 @@ def pickle_instead(folder: Path) -> None:
     ],
 )
 def test_another_backbone_is_refused(copied, change, message):
-    change(copied.backbone_path)
+    change(copied.paths.backbone)
     before = files(copied.folder)
     with pytest.raises(WeightsError, match=message):
         copied.sample("sim2", seed=5)
     assert files(copied.folder) == before
-    assert not (copied.backbone_path / "unpickled").exists()
+    assert not (copied.paths.backbone / "unpickled").exists()
 
 
 def test_a_damaged_model_is_refused(copied):
-    weights = copied.model_path / "diffusion_pytorch_model.safetensors"
+    weights = copied.paths.model / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(WeightsError, match="is damaged"):
         copied.sample("sim2", seed=5)
@@ -549,7 +551,7 @@ def test_stages_say_which_one_comes_before(slides, tmp_path, finished):
     with pytest.raises(DataError, match=r"no draws of sim2 .* run hinge sample first"):
         run.evaluate()
     with pytest.raises(DataError, match=r"no scores in .* run hinge evaluate first"):
-        run.report()
+        report_run(run)
     assert not run.folder.exists()
     with pytest.raises(DataError, match="not the folder of a run"):
         Run.open(tmp_path)

@@ -112,7 +112,7 @@ def test_a_run_goes_up_and_comes_down(run, hub, tmp_path, monkeypatch):
 def test_models_by_the_name_of_a_repository(run, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     push_run(run, "lab/small", "apache-2.0")
-    own = HingeModel.from_pretrained(run.model_path, run.backbone())
+    own = HingeModel.from_pretrained(run.paths.model, run.backbone())
     assert HingeModel.from_pretrained("lab/small").digest() == own.digest()
     assert CellFMModel.from_pretrained("lab/small").digest() == own.backbone.digest()
     # alone, from Python
@@ -192,7 +192,7 @@ def test_what_is_no_model_and_other_mistakes(run, hub, tmp_path, monkeypatch):
     assert (
         yaml.safe_load((hub / "lab" / "small" / "config.yaml").read_text())["features"]["encoder"] == "hf-hub:lab/uni"
     )
-    shutil.rmtree(run.model_path)
+    shutil.rmtree(run.paths.model)
     with pytest.raises(DataError, match="no trained model"):
         push_run(run, "lab/other", "mit")
     assert not (hub / "lab" / "other").exists()

@@ -284,7 +284,7 @@ def test_features_that_another_run_extracts_are_waited_for(trained, tmp_path, he
     folder = tmp_path / "features"
     features = trained.config.features.model_copy(update={"folder": folder})
     run = Run(trained.config.model_copy(update={"output": tmp_path / "run", "features": features}))
-    holder = held(lock_file, run.features_path("sim2"))
+    holder = held(lock_file, run.paths.features("sim2"))
     timer = threading.Timer(1.0, holder.kill)
     timer.start()
     with caplog.at_level(logging.INFO):

@@ -17,8 +17,9 @@ from PIL import Image
 from hinge.config import check_config, save_config
 from hinge.data import SlideImage, read_slide, simulate_slides
 from hinge.data.draws import write_draws
+from hinge.data.spots import panel_values
 from hinge.evaluation import correlation_matrix
-from hinge.run.run import Run, panel_values
+from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, DataError
 from hinge.viewer import Viewer, serve, write_viewer
 from hinge.viewer.content import CONTENT_TYPES

@@ -1,0 +1,122 @@
+"""The folder of a run: where its files lie, and which configuration it belongs to.
+
+config.yaml        the resolved configuration
+environment.json   versions and device
+panel.json         genes, selected on the training slides
+genes.json         which of them the backbone knows, where its weights come from elsewhere
+features/          one HDF5 file per slide and encoder (unless features.folder says otherwise)
+backbone/          the expression model, where it was pre-trained in this run
+split.json         slides and validation spots
+training/          log and checkpoints
+model/             the trained HingeModel and its scheduler
+samples/           draws, one h5ad a slide
+baselines/         denoisers of the generative baselines, where evaluation.baselines names some
+scores.json, report.html
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from hinge.config import RunConfig, load_config, save_config
+from hinge.utils.errors import ConfigError
+
+
+class RunPaths:
+    """Paths of the files of a run.
+
+    Parameters
+    ----------
+    config
+        Its `output` is the folder of the run.
+    """
+
+    def __init__(self, config: RunConfig):
+        self._settings = config
+        self.folder = Path(config.output)
+        self.config = self.folder / "config.yaml"
+        self.environment = self.folder / "environment.json"
+        self.panel = self.folder / "panel.json"
+        self.genes = self.folder / "genes.json"
+        self.split = self.folder / "split.json"
+        self.training = self.folder / "training"
+        self.model = self.folder / "model"
+        self.scores = self.folder / "scores.json"
+        self.report = self.folder / "report.html"
+
+    @property
+    def backbone(self) -> Path:
+        """The expression model: given weights, or the folder of one that this run trains or initialises."""
+        settings = self._settings.backbone
+        return self.folder / "backbone" if settings.path is None or settings.weights == "random" else settings.path
+
+    @property
+    def has_backbone(self) -> bool:
+        """Whether the weights of the backbone are given, or finished in this run."""
+        return self.backbone == self._settings.backbone.path or (self.backbone / "config.json").exists()
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the run is trained."""
+        return (self.model / "config.json").exists()
+
+    def features(self, slide: str) -> Path:
+        """The feature file of a slide."""
+        settings = self._settings.features
+        encoder = settings.encoder.replace("/", "_").replace(":", "_")
+        return (settings.folder or self.folder / "features") / f"{slide}.{encoder}.h5"
+
+    def samples(self, slide: str) -> Path:
+        """The draws of a slide."""
+        return self.folder / "samples" / f"{slide}.h5ad"
+
+    def baseline(self, method: str) -> Path:
+        """The folder of a trained generative baseline."""
+        return self.folder / "baselines" / method
+
+
+def claim_folder(config: RunConfig, paths: RunPaths) -> None:
+    """Write config.yaml, or check that the one in the folder describes the same run.
+
+    Raises
+    ------
+    ConfigError
+        The folder holds a run with other settings.
+    """
+    if not paths.config.exists():
+        save_config(config, paths.config)
+        return
+    # sampling and evaluation may change from call to call; the location of the folder does not matter
+    here, there = (
+        settings.model_dump(mode="json", exclude={"output", "sampling", "evaluation"})
+        for settings in (config, load_config(paths.config))
+    )
+    key = _difference(here, there)
+    if key is not None:
+        raise ConfigError(f"{paths.folder} holds a run with another {key}; choose another output folder")
+
+
+def _difference(here: dict, there: dict) -> str | None:
+    """Return the first key, with dots for sections, at which two configurations differ."""
+    for key, value in here.items():
+        other = there.get(key)
+        if value == other:
+            continue
+        return f"{key}.{_difference(value, other)}" if isinstance(value, dict) else key
+    return None
+
+
+@contextlib.contextmanager
+def undone_on_error(paths: RunPaths) -> Iterator[None]:
+    """Remove the files of a run that failed before training started, so that the next try finds an empty folder."""
+    files = [paths.config, paths.panel, paths.genes, paths.environment]
+    written = [file for file in files if not file.exists()]
+    try:
+        yield
+    except BaseException:
+        for file in written:
+            file.unlink(missing_ok=True)
+        for folder in (paths.folder / "features", paths.folder):
+            with contextlib.suppress(OSError):  # not there, or not empty: kept
+                folder.rmdir()
+        raise

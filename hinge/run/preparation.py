@@ -1,0 +1,197 @@
+"""What the stages of a run share: its slides, panel, features, spots and backbone."""
+
+import logging
+import math
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from anndata import AnnData
+
+from hinge.backbones import CellFMModel
+from hinge.backbones.vocabulary import OnMissing
+from hinge.config import RunConfig
+from hinge.data.features import read_features
+from hinge.data.neighbourhood import slide_features
+from hinge.data.panel import Panel, read_panel, select_panel
+from hinge.data.readers import read_slide
+from hinge.data.readers.h5ad import positive_length
+from hinge.data.readers.table import images_alone
+from hinge.data.slide import slide_name
+from hinge.data.spots import SpotTable, concatenate_spots, load_spots, panel_values, stack_values
+from hinge.encoders import Encoder, extract_features, load_encoder
+from hinge.run.genes import GeneMatcher
+from hinge.run.paths import RunPaths
+from hinge.utils.errors import DataError, WeightsError
+from hinge.utils.files import read_json
+from hinge.utils.locks import lock_file
+
+logger = logging.getLogger(__name__)
+
+# a slide holds the counts of all genes: only those in use are kept
+SLIDES_KEPT = 2
+_GRID = ("spot_pitch_um", "spot_diameter_um")
+
+
+class Preparation:
+    """Inputs of the stages, made and written when they are first needed.
+
+    Parameters
+    ----------
+    config
+        The configuration of the run.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config, self.paths = config, RunPaths(config)
+        self.matcher = GeneMatcher(config.backbone, self.paths.backbone)
+        self._read = lru_cache(maxsize=SLIDES_KEPT)(self._read_slide)
+        self._grids: dict[str, dict[str, float]] = {}
+
+    # --- slides ----------------------------------------------------------------------------------
+
+    def slide(self, name: str, require_image: bool = True) -> AnnData:
+        """Return a slide of the data set by name."""
+        return self._read(name, require_image)
+
+    def _read_slide(self, name: str, require_image: bool) -> AnnData:
+        data = self.config.data
+        slide = read_slide(data.path, name, format=data.format, require_image=require_image)
+        self._grids[name] = {key: slide.uns["hinge"][key] for key in _GRID}
+        return slide
+
+    def slide_to_sample(self, name: str) -> AnnData:
+        """Return a slide of the data set; over one that a table lists without counts, lay spots as in training."""
+        data = self.config.data
+        if data.table is None or name not in images_alone(data.table):
+            return self.slide(name)
+        return self.slide_at(data.path, sample=name)
+
+    def slide_at(self, path: Path, um_per_px: float | None = None, sample: str | None = None) -> AnnData:
+        """Return a slide from elsewhere, to be sampled; over an image alone, lay spots as in training."""
+        pitch, diameter = self.spot_grid()
+        return read_slide(
+            path, sample, um_per_px=um_per_px, require_counts=False, spot_pitch_um=pitch, spot_diameter_um=diameter
+        )
+
+    def spot_grid(self) -> tuple[float, float]:
+        """Return the distance between the training slides' spots and their diameter, µm."""
+        facts = read_json(self.paths.split) if self.paths.split.exists() else {}
+        if not isinstance(facts, dict) or "spot_pitch_um" not in facts:
+            facts = self.training_grid()
+        pitch, diameter = (positive_length(facts, key) for key in _GRID)
+        if math.isnan(pitch):
+            raise DataError(f"the training slides of {self.paths.folder} do not tell the distance between their spots")
+        return pitch, pitch / 2 if math.isnan(diameter) else diameter
+
+    def training_grid(self) -> dict[str, float]:
+        """Return the median spot pitch and diameter of the training slides, µm."""
+        names = self.config.data.train
+        for name in names:
+            if name not in self._grids:
+                self.slide(name)
+        return {key: float(np.median([self._grids[name][key] for name in names])) for key in _GRID}
+
+    # --- panel and features ----------------------------------------------------------------------
+
+    def panel(self) -> Panel:
+        """Return the panel; select and write it if it is not there yet.
+
+        Genes that a backbone from elsewhere does not know are dropped from it, unless `backbone.unknown_genes`
+        says otherwise.
+        """
+        if not self.paths.panel.exists():
+            settings, training = self.config.panel, self.config.data.train
+            if settings.method == "file":
+                panel = read_panel(settings.file)
+            else:
+                panel = select_panel([self.slide(name) for name in training], settings.method, settings.genes)
+            if self.config.backbone.path is not None:
+                symbols = {name: list(self.slide(name).var_names) for name in training}
+                panel = panel.model_copy(update={"genes": self.matcher.select(panel.genes, symbols, self.paths.genes)})
+            panel.save(self.paths.panel)
+            logger.info("wrote %s (%d genes)", self.paths.panel, len(panel.genes))
+        return Panel.load(self.paths.panel)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The histology encoder."""
+        return load_encoder(self.config.features.encoder)
+
+    def features(self, slide: AnnData) -> Path:
+        """Return the feature file of a slide; extract it if it is not there yet."""
+        settings, path = self.config.features, self.paths.features(slide_name(slide))
+        # runs may share a folder of features: wait for what another one is extracting
+        with lock_file(path, wait=True):
+            return extract_features(
+                slide,
+                self.encoder,
+                path,
+                views=settings.views,
+                batch_size=settings.batch_size,
+                patch_um=settings.patch_um,
+            )
+
+    def conditions(self, slide: AnnData, path: Path) -> np.ndarray:
+        """Return what the model is conditioned on at every spot of a slide: float32 (n, V, d).
+
+        The features of its patch and, where the configuration says so, the mean over its neighbourhood, in units of
+        the slide's own mean and standard deviation. `path` is the slide's feature file.
+        """
+        settings = self.config.features
+        stored = read_features(path, barcodes=list(slide.obs_names), digest=self.encoder.digest)
+        return slide_features(
+            stored.features, slide.obsm["spatial"], settings.neighbourhood, settings.standardise_slide
+        )
+
+    def spots(self, names: list[str]) -> SpotTable:
+        """Return the spots of some slides on the panel, with features; spots without a count are left out."""
+        panel, tables = self.panel(), []
+        for name in names:
+            slide = self.slide(name)
+            path = self.features(slide)
+            table = load_spots(slide, panel, self.config.transform, path)
+            rows = slide.obs_names.get_indexer(table.barcodes)
+            tables.append(replace(table, features=self.conditions(slide, path)[rows]))
+        return concatenate_spots(tables)
+
+    # --- backbone --------------------------------------------------------------------------------
+
+    def backbone(self) -> CellFMModel:
+        """Return the expression model, from elsewhere or pre-trained in this run, in the type it is stored in.
+
+        Raises
+        ------
+        WeightsError
+            It is missing or damaged.
+        """
+        settings = self.config.backbone
+        model = CellFMModel.from_pretrained(self.paths.backbone, **settings.constants())
+        if settings.unknown_genes == "new":
+            mapping = self.matcher.match(self.panel().genes, "new")
+            ids = dict(zip(mapping.genes, mapping.ids.tolist(), strict=True))
+            model.add_genes({gene: ids[gene] for gene in mapping.new}, self.config.seed)
+        return model
+
+    def gene_ids(self, backbone: CellFMModel) -> torch.Tensor:
+        """Return the vocabulary ids (G,) of the panel."""
+        on_missing: OnMissing = "new" if self.config.backbone.unknown_genes == "new" else "error"
+        ids = torch.from_numpy(self.matcher.match(self.panel().genes, on_missing).ids)
+        if ids.max() >= backbone.gene_embedding.num_embeddings:
+            raise WeightsError(f"this backbone has no embedding for the new genes of {self.paths.panel}")
+        return ids
+
+    def pretraining_values(self) -> np.ndarray:
+        """Return transformed counts (n, G), on the panel, of the slides to pre-train the backbone on."""
+        genes, data = self.panel().genes, self.config.data
+        if not data.pretrain:
+            logger.info("data.pretrain names no samples: the expression model is pre-trained on the training slides")
+        slides = (self.slide(name, require_image=False) for name in data.pretrain or data.train)
+        return stack_values([panel_values(slide, genes, self.config.transform) for slide in slides], genes)
+
+
+def spot_names(spots: SpotTable) -> list[str]:
+    """Return the names (n,) that select the random numbers of each spot's draws."""
+    return [f"{slide}/{barcode}" for slide, barcode in zip(spots.slide, spots.barcodes, strict=True)]

@@ -1,0 +1,176 @@
+"""The training stage: backbone and HingeModel."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from hinge.backbones import CellFMConfig, CellFMModel
+from hinge.backbones.cellfm import read_config
+from hinge.data.readers import list_samples
+from hinge.data.spots import SpotTable
+from hinge.diffusion import MaskedDiffusionScheduler
+from hinge.models import HingeModel
+from hinge.models.heads import needs_library_size
+from hinge.run.paths import claim_folder, undone_on_error
+from hinge.run.preparation import Preparation
+from hinge.training import pretrain_expression, split_spots, train_hinge
+from hinge.training.loop import make_accelerator, write_environment
+from hinge.utils.errors import DataError
+from hinge.utils.files import atomic_path, write_json
+from hinge.utils.locks import lock_folder
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain_backbone(inputs: Preparation) -> Path:
+    """Make what is missing of panel and backbone, where that is pre-trained in this run; return its folder.
+
+    Raises
+    ------
+    ConfigError
+        The folder holds a run with other settings.
+    """
+    paths = inputs.paths
+    with lock_folder(paths.folder):
+        with undone_on_error(paths):
+            claim_folder(inputs.config, paths)
+            finished = (paths.backbone / "config.json").exists()
+            values = None if finished else inputs.pretraining_values()
+        if values is not None:
+            _pretrain(inputs, values)
+            logger.info("wrote %s", paths.backbone)
+        return paths.backbone
+
+
+def train_model(inputs: Preparation) -> Path:
+    """Make what is missing of panel, features, backbone and model; return the folder of the trained model.
+
+    Raises
+    ------
+    ConfigError
+        The folder holds a run with other settings.
+    """
+    paths = inputs.paths
+    if paths.has_model:
+        claim_folder(inputs.config, paths)
+        logger.info("%s is finished", paths.model)
+        return paths.model
+    with lock_folder(paths.folder):
+        accelerator = make_accelerator(inputs.config.training, paths.training)
+        # one process reads slides, selects genes and extracts features; the others then find them
+        with accelerator.main_process_first(), undone_on_error(paths):
+            claim_folder(inputs.config, paths)
+            spots, backbone, values = _prepare(inputs)
+            if accelerator.is_main_process:
+                write_environment(paths.environment)
+        if backbone is None:
+            backbone = _pretrain(inputs, values)
+            accelerator = make_accelerator(inputs.config.training, paths.training)
+        return _train(inputs, spots, backbone, accelerator)
+
+
+def _prepare(inputs: Preparation) -> tuple[SpotTable, CellFMModel | None, np.ndarray | None]:
+    """Return training spots and the backbone, or the values to pre-train it on; no error is left for training."""
+    data, settings = inputs.config.data, inputs.config.backbone
+    samples = list_samples(data.path, data.format) if data.test else []
+    unknown = [name for name in data.test if name not in samples]
+    if unknown:
+        raise DataError(f"there is no sample {unknown[0]!r} in {data.path}, and data.test names it")
+    _ = inputs.encoder  # a wrong name is reported before slides are read
+    spots = inputs.spots(data.train)
+    if settings.weights == "random" and not inputs.paths.has_backbone:
+        _write_random_backbone(inputs)
+    if not inputs.paths.has_backbone:
+        return spots, None, inputs.pretraining_values()
+    backbone = inputs.backbone()
+    inputs.gene_ids(backbone)
+    return spots, backbone, None
+
+
+def _pretrain(inputs: Preparation, values: np.ndarray) -> CellFMModel:
+    settings, genes = inputs.config.backbone, inputs.panel().genes
+    size = CellFMConfig(**settings.architecture())
+    return pretrain_expression(values, genes, size, settings.pretrain, inputs.paths.backbone, seed=inputs.config.seed)
+
+
+def _write_random_backbone(inputs: Preparation) -> None:
+    """Write a backbone with the random weights that pre-training starts from."""
+    settings, genes = inputs.config.backbone, inputs.panel().genes
+    if settings.path is None:
+        config = CellFMConfig(num_genes=len(genes), gene_names=genes, **settings.architecture())
+    else:
+        config = read_config(settings.path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(inputs.config.seed)
+        model = CellFMModel(config)
+    with atomic_path(inputs.paths.backbone) as temporary:
+        model.save_pretrained(temporary)
+    logger.info("wrote %s (random weights)", inputs.paths.backbone)
+
+
+def _new_model(inputs: Preparation, spots: SpotTable, backbone: CellFMModel) -> HingeModel:
+    """Return an untrained model for some spots."""
+    config, settings = inputs.config, inputs.config.backbone
+    library_size = config.model.library_size
+    if library_size is None:
+        library_size = needs_library_size(config.model.head, config.transform)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = HingeModel.from_backbone(
+            backbone,
+            spots.features.shape[2],
+            spots.values.shape[1],
+            transform=config.transform,
+            tuning=settings.tuning,
+            lora_rank=settings.lora_rank,
+            **config.model.model_dump(exclude={"library_size"}),
+            library_size=library_size,
+        )
+    model.cast_backbone(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
+    return model
+
+
+def _train(inputs: Preparation, spots: SpotTable, backbone: CellFMModel, accelerator: Accelerator) -> Path:
+    config, paths = inputs.config, inputs.paths
+    model = _new_model(inputs, spots, backbone)
+    scheduler = MaskedDiffusionScheduler(**config.diffusion.model_dump())
+    if accelerator.is_main_process:
+        _write_split(inputs, spots)
+        frozen = sum(parameter.numel() for parameter in backbone.parameters() if not parameter.requires_grad)
+        logger.info("%s trainable parameters, %s frozen", f"{model.num_trainable():,}", f"{frozen:,}")
+    result = train_hinge(
+        model,
+        scheduler,
+        inputs.gene_ids(backbone),
+        spots,
+        config.training,
+        paths.training,
+        seed=config.seed,
+        accelerator=accelerator,
+    )
+    if accelerator.is_main_process:
+        with atomic_path(paths.model) as temporary:
+            model.to("cpu").save_pretrained(temporary)
+            scheduler.save_config(temporary)
+        logger.info("wrote %s (weights of step %s)", paths.model, result.best_step or result.step)
+    accelerator.wait_for_everyone()
+    return paths.model
+
+
+def _write_split(inputs: Preparation, spots: SpotTable) -> None:
+    """Write which slides serve what, the spot grid of the training slides, and the validation spots."""
+    data, config = inputs.config.data, inputs.config.training
+    _, held = split_spots(spots, config.validation_share, config.validation_groups, inputs.config.seed)
+    write_json(
+        inputs.paths.split,
+        {
+            "train": data.train,
+            "test": data.test,
+            "pretrain": data.pretrain,
+            **inputs.training_grid(),
+            "validation_spots": [f"{spots.slide[index]}/{spots.barcodes[index]}" for index in held],
+        },
+    )
