@@ -84,9 +84,10 @@ from hinge.training.loop import _read_tensors, _write_tensors
 from hinge.utils.errors import HingeError
 from hinge.utils.files import read_json, write_json
 
-MOST_SECONDS = 2.0
+MOST_SECONDS = 10.0  # of CPU time
 MOST_BYTES = 1 << 30
-HANG_SECONDS = 30.0  # of the clock: other processes may have the cores
+HANG_SECONDS = 60.0  # of CPU time
+STUCK_SECONDS = 900.0  # of the clock, for one that waits: other processes may have the cores
 BATCH = 40  # inputs a child is given
 
 SPOTS, GENES = 12, 6
@@ -896,19 +897,28 @@ def _serve(batch: list[tuple[str, str, Callable[[Path], Any]]], pipe: int) -> No
         os._exit(0)
 
 
+def _cpu_seconds(process: int) -> float:
+    """CPU time that a process has used."""
+    # the name of the program, which may contain spaces, ends with the last parenthesis
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _collect(pipe: int, child: int) -> tuple[list[Outcome], str]:
     """What a child told, and how it ended."""
-    text, deadline, ended = b"", time.monotonic() + HANG_SECONDS, ""
+    text, since, used, ended = b"", time.monotonic(), _cpu_seconds(child), ""
     while True:
-        ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
+        ready, _, _ = select.select([pipe], [], [], 1.0)
         if not ready:
+            if _cpu_seconds(child) - used < HANG_SECONDS and time.monotonic() - since < STUCK_SECONDS:
+                continue
             os.kill(child, signal.SIGKILL)
             ended = "hang"
             break
         part = os.read(pipe, 1 << 16)
         if not part:
             break
-        text, deadline = text + part, time.monotonic() + HANG_SECONDS
+        text, since, used = text + part, time.monotonic(), _cpu_seconds(child)
     _, status = os.waitpid(child, 0)
     if not ended:
         signalled = os.WIFSIGNALED(status)

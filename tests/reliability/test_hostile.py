@@ -1,4 +1,4 @@
-"""Files of strangers: only our own errors come out, in little time and memory, and nothing in them is run or followed.
+"""Untrusted files: only our own errors come out, in little time and memory, and nothing in them is run or followed.
 
 What a fuzzer found lies in tests/reliability/corpus and is read again here, with some hundred fresh mutations; attacks that a
 mutation hardly finds have a test each.
@@ -54,12 +54,12 @@ from hinge.utils.resumable import ResumableArrays
 from hinge.utils.safe_hdf5 import check_hdf5
 
 TRILLION = 10**12
-SECONDS, BYTES = 2.0, 1 << 30
+CPU_SECONDS, BYTES = 10.0, 1 << 30
 
 
 @contextlib.contextmanager
 def refused(match: str = "", error: type[HingeError] = HingeError):
-    """What is read in the block is refused, within the time and memory that any reader may take."""
+    """What is read in the block is refused, within the CPU time and memory that any reader may take."""
     status = Path("/proc/self/status")
 
     def memory(key: str) -> int:
@@ -70,7 +70,7 @@ def refused(match: str = "", error: type[HingeError] = HingeError):
     before, started = memory("VmRSS") if status.exists() else 0, time.process_time()
     with pytest.raises(error, match=match):
         yield
-    assert time.process_time() - started < SECONDS
+    assert time.process_time() - started < CPU_SECONDS
     if status.exists():
         assert memory("VmHWM") - before < BYTES
 
@@ -98,7 +98,7 @@ def fuzzed(tmp_path_factory):
         [sys.executable, ROOT / "tests" / "reliability" / "fuzz.py", *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
     assert output.is_file(), done.stderr[-3000:]
     return json.loads(output.read_text())
@@ -457,7 +457,7 @@ def test_strings_of_a_large_hdf5_file_are_checked_in_a_moment(tmp_path):
     assert path.read_bytes().count(b"GCOL\x01") > 500
     started = time.process_time()
     check_hdf5(path)
-    assert time.process_time() - started < SECONDS
+    assert time.process_time() - started < CPU_SECONDS
 
 
 def test_safetensors_of_a_trillion(tmp_path):

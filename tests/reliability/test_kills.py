@@ -27,7 +27,7 @@ from hinge.run.run import Run
 from hinge.utils.files import file_digest
 
 CHECKPOINT_EVERY = 4
-SECONDS = 240  # after which a life is taken to hang
+SECONDS = 1200  # after which a life is taken to hang
 
 
 @pytest.fixture(scope="module")
