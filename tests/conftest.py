@@ -127,6 +127,21 @@ def tiny_slide(write_slide: Callable[..., Path]) -> Path:
     return write_slide()
 
 
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless browser."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if found is None:
+        pytest.skip("no chromium on the PATH: install Debian's package chromium, or Chrome")
+    playwright = pytest.importorskip("playwright.sync_api", reason='needs playwright: pip install -e ".[test]"')
+    arguments = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    arguments += " --disable-component-update --disable-sync"
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=found, args=arguments.split())
+        yield browser
+        browser.close()
+
+
 @pytest.fixture
 def call_cli() -> Callable[..., Called]:
     """Call the command line in this process: `call_cli("sample", run)` gives exit code, stdout and stderr."""

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
 import zlib
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -362,57 +361,50 @@ def test_report_slide_refuses_what_does_not_belong_together():
         report_slide(draws, slide)
 
 
-def test_report_in_a_browser(tmp_path):
+def test_report_in_a_browser(chromium, tmp_path):
     """Figures appear, hostile names stay text, hovering tells values, the noise ceiling never wins."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium on this machine")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     genes = [*HOSTILE, *(f"GENE{i}" for i in range(8))]
     slides = [make_slide("S1", genes=genes), make_slide("S2", seed=1, n_draws=0)]
     path = write_report(tmp_path / "r.html", make_scores(), slides, "A run")
-    options = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=options)
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
-        problems, requests = [], []
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(path.as_uri())
-        page.wait_for_selector("body[data-slide=S1]")
-        assert page.title() == "A run"
-        assert page.locator("#gene-list li").count() == 12
-        assert page.locator("#panels canvas").count() == 8 and page.locator("#matrices canvas").count() == 3
-        assert page.locator("#charts svg").count() == 2
+    page = chromium.new_page(viewport={"width": 1200, "height": 900})
+    problems, requests = [], []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
+    page.wait_for_selector("body[data-slide=S1]")
+    assert page.title() == "A run"
+    assert page.locator("#gene-list li").count() == 12
+    assert page.locator("#panels canvas").count() == 8 and page.locator("#matrices canvas").count() == 3
+    assert page.locator("#charts svg").count() == 2
 
-        page.fill("#gene-search", "<script>document")
-        assert page.locator("#gene-list li").count() == 1
-        page.locator("#gene-list li").click()
-        assert page.inner_text("#gene-line strong") == HOSTILE[0]
+    page.fill("#gene-search", "<script>document")
+    assert page.locator("#gene-list li").count() == 1
+    page.locator("#gene-list li").click()
+    assert page.inner_text("#gene-line strong") == HOSTILE[0]
 
-        spot = page.evaluate(
-            "() => { const p = state.panels[1], s = baseScale(p), b = p.canvas.getBoundingClientRect();"
-            " scrollBy(0, b.top - 200); return [b.left + state.slide.x[7] * s, 200 + state.slide.y[7] * s]; }"
-        )
-        page.wait_for_timeout(100)
-        page.mouse.move(*spot)
-        tip = page.inner_text("#tip")
-        assert HOSTILE[0] in tip and "spot 8" in tip and "90 % interval" in tip
-        shown = float(re.search(r"measured\s+([\d.]+)", tip)[1])
-        assert shown == pytest.approx(slides[0].measured[7, 0], abs=0.02)
+    spot = page.evaluate(
+        "() => { const p = state.panels[1], s = baseScale(p), b = p.canvas.getBoundingClientRect();"
+        " scrollBy(0, b.top - 200); return [b.left + state.slide.x[7] * s, 200 + state.slide.y[7] * s]; }"
+    )
+    page.wait_for_timeout(100)
+    page.mouse.move(*spot)
+    tip = page.inner_text("#tip")
+    assert HOSTILE[0] in tip and "spot 8" in tip and "90 % interval" in tip
+    shown = float(re.search(r"measured\s+([\d.]+)", tip)[1])
+    assert shown == pytest.approx(slides[0].measured[7, 0], abs=0.02)
 
-        # noise-ceiling has the highest PCC of all, ridge-cv the highest of those that compete
-        best = page.locator("#scores-table td.best")
-        assert best.count() == 1 and best.first.locator("xpath=..").inner_text().startswith("ridge-cv")
+    # noise-ceiling has the highest PCC of all, ridge-cv the highest of those that compete
+    best = page.locator("#scores-table td.best")
+    assert best.count() == 1 and best.first.locator("xpath=..").inner_text().startswith("ridge-cv")
 
-        page.select_option("#slide-select", "1")
-        page.wait_for_selector("body[data-slide=S2]")
-        assert page.locator("#panels .panel").count() == 1 and not page.locator("#calibration").is_visible()
-        assert problems == []
-        assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
-        assert page.title() == "A run"
-        browser.close()
+    page.select_option("#slide-select", "1")
+    page.wait_for_selector("body[data-slide=S2]")
+    assert page.locator("#panels .panel").count() == 1 and not page.locator("#calibration").is_visible()
+    assert problems == []
+    assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert page.title() == "A run"
+    page.close()
 
 
 def test_a_run_without_scores_has_no_report(tmp_path):

@@ -297,20 +297,6 @@ def test_static_files_have_a_type_and_the_package_stays_small():
 # --- the page in a browser ---------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if found is None:
-        pytest.skip("no chromium on the PATH")
-    playwright = pytest.importorskip("playwright.sync_api")
-    arguments = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    arguments += " --disable-component-update --disable-sync"
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=found, args=arguments.split())
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(chromium, server):
     """The page, ready; whatever it complains of, or asks of other machines, fails the test."""
