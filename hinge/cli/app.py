@@ -226,6 +226,10 @@ def push(
     ] = None,
     title: Annotated[str | None, typer.Option(help="Of the model card.  [default: the repository's name]")] = None,
     public: Annotated[bool, typer.Option("--public", help="Let everybody see it.  [default: private]")] = False,
+    allow_licence: Annotated[
+        bool,
+        typer.Option("--allow-licence", help="You have permission to share weights whose licence forbids it."),
+    ] = False,
 ) -> None:
     """Upload a trained run, an encoder or a backbone with a model card; no slides, no draws, no paths.
 
@@ -235,7 +239,10 @@ def push(
     """
     from hinge.sharing.upload import push as upload
 
-    print(f"repository: {upload(path, repository, licence, encoder, not public, title)}")
+    address = upload(
+        path, repository, licence, encoder=encoder, private=not public, title=title, allow_licence=allow_licence
+    )
+    print(f"repository: {address}")
 
 
 @app.command()

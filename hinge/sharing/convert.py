@@ -1,4 +1,4 @@
-"""Published weights rewritten as ours, and a trained model as the authors' code loads it."""
+"""Convert published weights into folders of this package, and a trained model into the authors' format."""
 
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from hinge.data.panel import Panel
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.models import HingeModel
 from hinge.run.run import Run
+from hinge.sharing.licences import CELLFM_LICENCE
 from hinge.sharing.released_hinge import import_hinge, read_hinge, write_hinge
 from hinge.utils.errors import ConfigError, DataError, WeightsError
 from hinge.utils.files import atomic_path, read_json, write_json
 
-# the released code's diffusion; its sampler is not part of what was released
+# the diffusion settings of the released code, which does not contain a sampler
 RELEASED_DIFFUSION = {
     "num_train_timesteps": 50,
     "schedule": "poly_auto",
@@ -41,7 +42,9 @@ def convert_cellfm(
     num_attention_heads: int | None = None,
     **options: Any,
 ) -> Path:
-    """Rewrite published weights as a folder that `CellFMModel.from_pretrained` reads, in parts of 4 MB.
+    """Convert published weights into a folder that `CellFMModel.from_pretrained` reads, in parts of 4 MB.
+
+    `config.json` records the licence of the published weights, which `hinge push` reads.
 
     Parameters
     ----------
@@ -52,16 +55,16 @@ def convert_cellfm(
     dtype
         `fp32`, `bf16` or `fp16`.
     vocabulary
-        The user's file of gene symbols, whose names then go into `config.json`; its ids must be 1, 2, 3 …
+        Table of the gene symbols, which are then stored in `config.json`; its ids must be 1, 2, 3 …
     num_attention_heads, options
         As `read_published`.
 
     Raises
     ------
     WeightsError
-        The file cannot be read as a CellFM, the vocabulary is not its own, or a weight becomes infinite.
+        The file does not hold a CellFM, the vocabulary belongs to other weights, or a weight becomes infinite.
     ConfigError
-        `dtype` is another, or the number of heads is needed.
+        `dtype` is unknown, or the number of heads is needed.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be {', '.join(DTYPES)}, not {dtype!r}")
@@ -70,7 +73,7 @@ def convert_cellfm(
 
 
 def _genes(published: PublishedCellFM, vocabulary: str | Path | None) -> list[str] | None:
-    """The vocabulary's genes in the order of their ids, if it is that of the weights."""
+    """Return the genes of the vocabulary in the order of their ids, if it belongs to the weights."""
     if vocabulary is None:
         return None
     return vocabulary_for(vocabulary, CellFMConfig(**published.config).num_embeddings).numbered()
@@ -78,11 +81,11 @@ def _genes(published: PublishedCellFM, vocabulary: str | Path | None) -> list[st
 
 def _refuse_existing(out: str | Path) -> None:
     if Path(out).exists():
-        raise ConfigError(f"{out} is there already; name a new folder")
+        raise ConfigError(f"{out} exists already; name a new folder")
 
 
 def _write_backbone(published: PublishedCellFM, out: str | Path, dtype: str, genes: list[str] | None) -> Path:
-    """Write `config.json` and `model.safetensors`; the folder appears when both are whole."""
+    """Write `config.json` and `model.safetensors`; the folder appears when both are complete."""
     _refuse_existing(out)
     cellfm = CellFMConfig(**published.config, gene_names=genes)
     if genes is not None:
@@ -93,6 +96,7 @@ def _write_backbone(published: PublishedCellFM, out: str | Path, dtype: str, gen
     with atomic_path(out) as folder:
         folder.mkdir()
         cellfm.architectures = ["CellFMModel"]
+        cellfm.licence = CELLFM_LICENCE
         cellfm.save_pretrained(folder)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         stream_safetensors(published.state, published.sources, shapes, folder / "model.safetensors", DTYPES[dtype])
@@ -107,7 +111,7 @@ def convert_hinge(
     vocabulary: str | Path | None = None,
     num_attention_heads: int | None = None,
 ) -> Path:
-    """Rewrite a checkpoint of the authors' code as a folder laid out like a run's.
+    """Convert a checkpoint of the authors' code into a folder with the layout of a run.
 
     The folder gets `backbone/`, `model/` (with the released code's scheduler), `gene_ids.json` and, with a
     vocabulary, `panel.json`. A run whose `output` is this folder and whose `backbone.path` is the backbone in it
@@ -120,14 +124,14 @@ def convert_hinge(
     out
         The folder.
     dtype
-        Of the backbone: `fp32`, `bf16` or `fp16`. What was trained stays as it is.
+        Type of the backbone: `fp32`, `bf16` or `fp16`. Trained tensors keep their type.
     vocabulary
-        The user's file of gene symbols.
+        Table of the gene symbols.
 
     Raises
     ------
     WeightsError, ConfigError
-        The file is no such checkpoint, not whole, or does not tell its heads or gates.
+        The file is not such a checkpoint, is incomplete, or leaves its heads or gates open.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be {', '.join(DTYPES)}, not {dtype!r}")
@@ -144,20 +148,20 @@ def convert_hinge(
         write_json(folder / _GENE_IDS_NAME, imported.gene_ids.tolist())
         if genes is not None:
             if not 1 <= imported.gene_ids.min() <= imported.gene_ids.max() <= len(genes):
-                raise WeightsError(f"{path} uses ids that {vocabulary} has no gene for")
+                raise WeightsError(f"{path} uses gene ids that {vocabulary} does not hold")
             Panel.from_list([genes[number - 1] for number in imported.gene_ids.tolist()]).save(folder / "panel.json")
     return Path(out)
 
 
 def export_hinge_folder(folder: str | Path, out: str | Path) -> Path:
-    """Write the trained model in a run's folder, or in one of `convert_hinge`, as the authors' code loads it.
+    """Write the trained model of a run, or of a folder of `convert_hinge`, in the authors' format.
 
     Raises
     ------
     DataError, WeightsError
         The folder holds no trained model.
     ConfigError
-        The model has something that the authors' code has no place for.
+        The model has a part that the authors' code does not have.
     """
     folder = Path(folder)
     if Path(out).is_dir():
@@ -170,5 +174,5 @@ def export_hinge_folder(folder: str | Path, out: str | Path) -> Path:
         model = HingeModel.from_pretrained(folder / "model", CellFMModel.from_pretrained(folder / "backbone"))
         gene_ids = torch.tensor(read_json(folder / _GENE_IDS_NAME))
     else:
-        raise DataError(f"{folder} is neither the folder of a run nor one of hinge convert hinge")
+        raise DataError(f"{folder} is neither the folder of a run nor the output of hinge convert hinge")
     return write_hinge(model, gene_ids, out)

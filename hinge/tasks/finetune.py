@@ -595,9 +595,9 @@ def _timm_config(module: nn.Module, encoder: Encoder) -> dict[str, Any] | None:
     recipe, folder = RECIPES.get(plain), Path(encoder.name)
     core = module.vit if isinstance(module, PooledTokens) else module
     facts = dict(getattr(core, "pretrained_cfg", None) or {})
-    architecture, arguments = facts.get("architecture"), {}
+    architecture, arguments, licence = facts.get("architecture"), {}, facts.get("license")
     if recipe is not None:
-        architecture, arguments = recipe.architecture, dict(recipe.arguments)
+        architecture, arguments, licence = recipe.architecture, dict(recipe.arguments), recipe.licence
         if recipe.pooling != "cls" or not timm.is_model(architecture):
             return None
     else:
@@ -605,6 +605,7 @@ def _timm_config(module: nn.Module, encoder: Encoder) -> dict[str, Any] | None:
         if folder.exists() and config.is_file():
             content = read_json(config)
             architecture, arguments = content.get("architecture", architecture), dict(content.get("model_args") or {})
+            licence = content.get("licence")
         elif recorded := getattr(core, "model_args", None):
             arguments = dict(recorded)
     try:
@@ -623,6 +624,7 @@ def _timm_config(module: nn.Module, encoder: Encoder) -> dict[str, Any] | None:
         "num_classes": 0,
         "num_features": encoder.dim,
         "model_args": arguments,
+        **({} if licence is None else {"licence": licence}),
         "pretrained_cfg": {
             "input_size": [3, transform.patch_px, transform.patch_px],
             "mean": list(transform.mean),

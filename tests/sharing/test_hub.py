@@ -9,15 +9,20 @@ import pytest
 import timm
 import torch
 import yaml
+from helpers import ROOT
 from safetensors.torch import save_file
 
 from hinge.backbones import CellFMConfig, CellFMModel
+from hinge.backbones.checkpoints import export_cellfm
 from hinge.config import check_config, save_config
 from hinge.data import Panel
 from hinge.encoders import load_encoder
+from hinge.encoders.recipes import RECIPES
 from hinge.models import HingeModel
 from hinge.run.run import Run
+from hinge.sharing.convert import convert_cellfm
 from hinge.sharing.export import DenoiserStep, export_denoiser
+from hinge.sharing.licences import CELLFM_LICENCE, backbone_licence, encoder_licence, forbids_sharing
 from hinge.sharing.upload import fetch_run, push, push_run
 from hinge.utils.errors import ConfigError, DataError, WeightsError
 from hinge.utils.files import read_json, write_json
@@ -145,9 +150,84 @@ def test_a_backbone_from_elsewhere_stays_there(run, hub, tmp_path):
     config = run.config.model_copy(update={"backbone": run.config.backbone.model_copy(update={"path": foreign})})
     push_run(Run(config), "lab/small", "other")
     assert not (hub / "lab" / "small" / "backbone").exists()
-    assert "licence of its own" in (hub / "lab" / "small" / "README.md").read_text()
+    assert "backbone is not part of this repository; its licence: not recorded." in card_of(hub, "lab/small")
     fetched = Run.open(fetch_run("lab/small", tmp_path / "theirs", backbone=foreign))
     assert fetched.pipeline().model.digest() == Run(config).pipeline().model.digest()
+
+
+def card_of(hub, repository) -> str:
+    return (hub / repository / "README.md").read_text()
+
+
+def test_weights_under_a_forbidding_licence_stay_here(run, hub, tmp_path):
+    """CellFM's licence forbids to share converted or adapted weights; the user may have permission."""
+    converted = tmp_path / "converted"
+    torch.save(export_cellfm(run.backbone()), tmp_path / "cellfm.pth")
+    convert_cellfm(tmp_path / "cellfm.pth", converted, num_attention_heads=2)
+    assert read_json(converted / "config.json")["licence"] == "cc-by-nc-nd-4.0"
+    with pytest.raises(
+        ConfigError, match=r"may not be uploaded: .* cc-by-nc-nd-4.0, which forbids .* give --allow-licence"
+    ):
+        push(converted, "lab/cellfm", "mit")
+    assert not (hub / "lab" / "cellfm").exists()
+    push(converted, "lab/cellfm", "cc-by-nc-nd-4.0", allow_licence=True)
+    assert "Made from weights under cc-by-nc-nd-4.0." in card_of(hub, "lab/cellfm")
+    # the licence stays with the weights, and a backbone that was pre-trained here has none
+    CellFMModel.from_pretrained(converted).save_pretrained(tmp_path / "again")
+    assert (
+        backbone_licence(tmp_path / "again") == "cc-by-nc-nd-4.0" and backbone_licence(run.folder / "backbone") is None
+    )
+    push(run.folder / "backbone", "lab/own", "mit")
+    assert "Made from" not in card_of(hub, "lab/own")
+    # folders that were converted before the licence was recorded
+    old = read_json(converted / "config.json") | {"hidden_size": 1536}
+    write_json(converted / "config.json", {key: value for key, value in old.items() if key != "licence"})
+    with pytest.raises(ConfigError, match="may not be uploaded"):
+        push(converted, "lab/other", "mit")
+
+
+def test_a_run_inherits_the_licences_of_its_parts(run, hub, tmp_path):
+    foreign = tmp_path / "foreign"
+    (run.folder / "backbone").rename(foreign)
+    write_json(foreign / "config.json", read_json(foreign / "config.json") | {"licence": "cc-by-nc-nd-4.0"})
+    features = run.config.features.model_copy(update={"encoder": "uni"})
+
+    def with_backbone(**settings) -> Run:
+        backbone = run.config.backbone.model_copy(update={"path": foreign, **settings})
+        return Run(run.config.model_copy(update={"backbone": backbone, "features": features}))
+
+    push_run(with_backbone(), "lab/small", "other")
+    card = card_of(hub, "lab/small")
+    assert "histology encoder are not part of this repository; their licence: CC BY-NC-ND 4.0." in card
+    assert "backbone is not part of this repository; its licence: cc-by-nc-nd-4.0." in card
+    with pytest.raises(ConfigError, match=r"the model of .* may not be uploaded"):
+        push_run(with_backbone(tuning="full"), "lab/tuned", "other")
+    push_run(with_backbone(tuning="full"), "lab/tuned", "other", allow_licence=True)
+    assert "adapted weights of an expression backbone; its licence: cc-by-nc-nd-4.0." in card_of(hub, "lab/tuned")
+
+
+def test_licences_of_encoders(tmp_path):
+    assert encoder_licence("stain-texture") is None
+    assert encoder_licence("uni+virchow+conch@file.bin") == "CC BY-NC-ND 4.0, Apache 2.0"
+    assert encoder_licence("hf-hub:lab/name") == "see its model card"
+    write_json(tmp_path / "config.json", {"architecture": "vit", "licence": "CC BY-NC-ND 4.0"})
+    assert encoder_licence(str(tmp_path)) == "CC BY-NC-ND 4.0"
+    with pytest.raises(ConfigError, match="may not be uploaded"):
+        push(tmp_path, "lab/encoder", "mit")
+    assert [forbids_sharing(name) for name in ("CC BY-ND 4.0", "cc-by-nc-4.0", "Apache 2.0", None)] == [
+        True,
+        *[False] * 3,
+    ]
+
+
+def test_the_table_of_licences_is_complete():
+    """docs/model-licences.md names the licence of every encoder that can be loaded by name."""
+    lines = (ROOT / "docs" / "model-licences.md").read_text().splitlines()
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    found = {row[0]: row[1] for row in rows}
+    assert found == {"stain-texture": "no weights", "cellfm": CELLFM_LICENCE} | {
+        name: recipe.licence for name, recipe in RECIPES.items()
+    }
 
 
 def test_an_encoder_keeps_the_side_of_its_patches(hub, tmp_path, monkeypatch):
@@ -176,7 +256,7 @@ def test_an_encoder_keeps_the_side_of_its_patches(hub, tmp_path, monkeypatch):
 
 def test_what_is_no_model_and_other_mistakes(run, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="no run, no encoder and no backbone"):
+    with pytest.raises(DataError, match="not the folder of a run, an encoder or a backbone"):
         push(tmp_path, "lab/small", "mit")
     with pytest.raises(ConfigError, match="identifier of a licence"):
         push(run.folder, "lab/small", "MIT License: free")

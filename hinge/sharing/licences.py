@@ -1,0 +1,77 @@
+"""The licences that uploaded weights inherit from the weights they were made of."""
+
+import re
+from pathlib import Path
+
+from hinge.encoders.recipes import RECIPES
+from hinge.run.run import Run
+from hinge.utils.errors import ConfigError
+from hinge.utils.files import read_json
+
+CELLFM_LICENCE = "cc-by-nc-nd-4.0"
+"""Licence of the published CellFM weights, as their model card states it."""
+
+_CELLFM_WIDTH = 1536  # of both published sizes
+
+_UNKNOWN = "see its model card"
+
+
+def forbids_sharing(licence: str | None) -> bool:
+    """Return whether a licence, e.g. "CC BY-NC-ND 4.0", forbids to share adapted or converted weights."""
+    return licence is not None and "nd" in re.split(r"[\s-]+", licence.lower())
+
+
+def backbone_licence(folder: Path) -> str | None:
+    """Return the licence of a backbone, None if it was pre-trained with this package.
+
+    Parameters
+    ----------
+    folder
+        A folder with `config.json`, or a published file. Folders that were converted before the licence was recorded
+        are recognised by the width of the published models.
+    """
+    if not (folder / "config.json").is_file():
+        return CELLFM_LICENCE if folder.is_file() else None
+    config = read_json(folder / "config.json")
+    return config.get("licence") or (CELLFM_LICENCE if config.get("hidden_size") == _CELLFM_WIDTH else None)
+
+
+def encoder_licence(name: str) -> str | None:
+    """Return the licence of an encoder, or of those that are joined by `+`; None for weights of no licence.
+
+    Parameters
+    ----------
+    name
+        As `load_encoder` takes it.
+    """
+    licences = []
+    for part in name.split("+"):
+        plain, folder = part.partition("@")[0], Path(part).expanduser()
+        if plain in RECIPES:
+            licences.append(RECIPES[plain].licence)
+        elif (folder / "config.json").is_file():
+            licences.append(read_json(folder / "config.json").get("licence"))
+        elif part != "stain-texture":
+            licences.append(_UNKNOWN)
+    return ", ".join(dict.fromkeys(licence for licence in licences if licence)) or None
+
+
+def run_backbone_licence(run: Run) -> str | None:
+    """Return the licence of a run's backbone, None if its weights were trained in the run or are random."""
+    settings = run.config.backbone
+    return None if settings.path is None or settings.weights == "random" else backbone_licence(run.paths.backbone)
+
+
+def check_licence(what: str, licence: str | None, allowed: bool) -> None:
+    """Refuse the upload of weights whose licence forbids it, unless the user states to have permission.
+
+    Raises
+    ------
+    ConfigError
+        The licence forbids it.
+    """
+    if forbids_sharing(licence) and not allowed:
+        raise ConfigError(
+            f"{what} may not be uploaded: it is made from weights under {licence}, which forbids to share adapted or "
+            "converted weights; give --allow-licence if you have the permission of their authors"
+        )
