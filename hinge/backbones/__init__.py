@@ -1,5 +1,19 @@
 """Expression foundation models behind one contract."""
 
-from hinge.backbones.cellfm import CellFMConfig, CellFMModel
+from importlib import import_module
+from typing import Any
 
-__all__ = ["CellFMConfig", "CellFMModel"]
+# imported on first use: vocabularies need neither torch nor transformers
+_HOME = {
+    "CellFMConfig": "hinge.backbones.cellfm_config",
+    "CellFMModel": "hinge.backbones.cellfm",
+    "load_backbone": "hinge.backbones.loading",
+}
+
+__all__ = ["CellFMConfig", "CellFMModel", "load_backbone"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,211 +1,38 @@
 """CellFM: a retention network over genes, pre-trained on 100 million human cells.
 
-Zeng et al., *CellFM: a large-scale foundation model pre-trained on transcriptomics of 100 million human
-cells*, Nature Communications 2025. A cell (here: a spot) is a set of gene tokens behind a CLS token. Each
-layer mixes tokens by linear attention (cost linear in the number of genes) and a gated linear unit, both with
-post-norm residuals. Two decoders read the tokens back: gene-wise (an MLP on each token) and cell-wise (the
-CLS token against the gene embeddings).
+A cell (here: a spot) is a CLS token followed by one token per gene. Each layer mixes tokens by linear attention, whose
+cost is linear in the number of genes, and a gated linear unit, both with post-norm residuals. Two decoders map tokens
+to values: gene-wise (an MLP on each token) and cell-wise (the CLS token and the gene embeddings).
 
-The model was trained under MindSpore, whose LeakyReLU has slope 0.2 and whose LayerNorm has epsilon 1e-7:
-these are the defaults. The published torch ports use torch's own defaults (0.01, 1e-5); set
-`negative_slope` and `layer_norm_eps` to reproduce them.
+Zeng et al., *CellFM: a large-scale foundation model pre-trained on transcriptomics of 100 million human cells*, Nature
+Communications 2025.
 """
 
 from pathlib import Path
+from typing import NoReturn
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hinge.backbones.checkpoints import fill, is_folder, open_state, read_our_config, read_published
+from hinge.backbones.cellfm_config import CellFMConfig, is_folder, read_our_config
+from hinge.backbones.cellfm_layers import GeneDecoder, RetentionBlock, ValueEncoder
+from hinge.backbones.published_cellfm import read_published
+from hinge.backbones.state_files import fill_parameters, open_state
+from hinge.data.transforms import get_transform
 from hinge.utils import hub
 from hinge.utils.errors import ConfigError, WeightsError, one_line
 from hinge.utils.files import arrays_digest
 
-
-class CellFMConfig(PretrainedConfig):
-    """Size and variant of a CellFM.
-
-    Parameters
-    ----------
-    num_genes
-        Genes in the vocabulary. Id 0 is padding, genes are 1…num_genes; the embedding has num_genes + 1 rows,
-        rounded up to a multiple of 8.
-    hidden_size, num_hidden_layers, num_attention_heads
-        1536, 40, 48 for the 800M model; 1536, 2, 48 for the 80M model.
-    num_value_bins
-        Width of the soft discretisation of a value.
-    negative_slope, layer_norm_eps
-        0.2 and 1e-7 under MindSpore (the published weights), 0.01 and 1e-5 in the torch ports.
-    masked_input
-        What stands for the value of a masked gene: `"mask_token"` as in CellFM's pre-training, or
-        `"value_plus_zero_token"` as in the released HINGE code (the encoded fill value plus the zero token).
-    zero_input
-        What a visible gene without any count becomes when `nonzero` is given: `"pad"` (its token is zeroed and
-        gives no key; the 800M generation) or `"token"` (the zero token in place of its value; the 80M one).
-    technical_tokens
-        Two tokens after CLS that absorb technical covariates (the 80M generation); they also shift the count
-        of genes that scales the values of retention.
-    gene_names
-        Symbols in the order of their ids, starting at id 1, where the vocabulary may be stored with the
-        weights. CellFM's own vocabulary is not stored (CC BY-NC-ND).
-    """
-
-    model_type = "cellfm"
-
-    def __init__(
-        self,
-        num_genes: int = 27855,
-        hidden_size: int = 1536,
-        num_hidden_layers: int = 40,
-        num_attention_heads: int = 48,
-        num_value_bins: int = 256,
-        negative_slope: float = 0.2,
-        layer_norm_eps: float = 1e-7,
-        masked_input: str = "mask_token",
-        zero_input: str = "pad",
-        technical_tokens: bool = False,
-        gene_names: list[str] | None = None,
-        **kwargs,
-    ):
-        self.num_genes = num_genes
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_value_bins = num_value_bins
-        self.negative_slope = negative_slope
-        self.layer_norm_eps = layer_norm_eps
-        self.masked_input = masked_input
-        self.zero_input = zero_input
-        self.technical_tokens = technical_tokens
-        self.gene_names = gene_names
-        for name, allowed in {
-            "masked_input": ("mask_token", "value_plus_zero_token"),
-            "zero_input": ("pad", "token"),
-        }.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        if hidden_size % num_attention_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not divisible by {num_attention_heads} heads")
-        super().__init__(**kwargs)
-
-    @property
-    def num_embeddings(self) -> int:
-        return (self.num_genes + 1 + 7) // 8 * 8
-
-
-def read_config(path: str | Path) -> CellFMConfig:
-    """Size and variant of a backbone, a folder of ours or a published file, without reading its weights.
-
-    Raises
-    ------
-    WeightsError, ConfigError
-        As `CellFMModel.from_pretrained`.
-    """
-    if is_folder(path):
-        try:
-            return CellFMConfig.from_dict(read_our_config(path))
-        except (ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
-            raise WeightsError(f"the backbone in {path} cannot be built: {one_line(error)}") from error
-    return CellFMConfig(**read_published(path).config)
-
-
-class ValueEncoder(nn.Module):
-    """A value as a soft mixture of learned embeddings (CellFM's auto-discretisation)."""
-
-    def __init__(self, hidden_size: int, num_bins: int, negative_slope: float):
-        super().__init__()
-        self.negative_slope = negative_slope
-        self.to_bins = nn.Linear(1, num_bins, bias=False)
-        self.mix_bins = nn.Linear(num_bins, num_bins, bias=False)
-        self.table = nn.Linear(num_bins, hidden_size, bias=False)
-        self.skip = nn.Parameter(torch.zeros(1, 1))
-
-    def forward(self, values: Tensor) -> Tensor:
-        """values (B, G) → embeddings (B, G, D)."""
-        bins = F.leaky_relu(self.to_bins(values.unsqueeze(-1)), self.negative_slope)
-        return self.table(torch.softmax(self.mix_bins(bins) + bins * self.skip, dim=-1))
-
-
-class Retention(nn.Module):
-    """Multi-head linear attention: O = Q(KᵀV), normalised per head and gated."""
-
-    def __init__(self, hidden_size: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        # query, key, value and gate in one product; the published weights hold them apart
-        self.qkvu = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
-        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor, key_mask: Tensor | None, value_scale: Tensor | float) -> Tensor:
-        """x (B, N, D), key_mask (B, N) with 0 for tokens that give no key, value_scale (B, 1, 1) or a number."""
-        query, key, value, gate = self.qkvu(x).chunk(4, dim=-1)
-        root = (x.shape[-1] // self.num_heads) ** 0.5
-        query = F.relu(query) / root
-        key = F.relu(key) / root
-        if key_mask is not None:
-            key = key * key_mask.unsqueeze(-1).to(key.dtype)
-        value = value * value_scale
-        query, key, value = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in (query, key, value))
-        mixed = query @ (key.transpose(-2, -1) @ value)
-        # root-mean-square norm without a learned scale; float32 because its square overflows half precision
-        mixed = mixed.float()
-        rms = mixed.norm(dim=-1, keepdim=True) * (1 / root)
-        mixed = (mixed / rms.clamp_min(1e-12)).to(x.dtype)
-        return self.out(rearrange(mixed, "b h n d -> b n (h d)") * (gate * gate.sigmoid()))
-
-
-class GatedLinearUnit(nn.Module):
-    """o(u(x) ⊙ v(x)), no biases."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.uv = nn.Linear(hidden_size, 2 * hidden_size, bias=False)
-        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        u, v = self.uv(x).chunk(2, dim=-1)
-        return self.out(u * v)
-
-
-class RetentionBlock(nn.Module):
-    """One layer: LN(λh + retention(h)), LN(λh + glu(h)), λ = (2L)^¼.
-
-    The parts are public so that a model on top can modulate what goes into and comes out of each sublayer.
-    """
-
-    def __init__(self, config: CellFMConfig):
-        super().__init__()
-        self.retention = Retention(config.hidden_size, config.num_attention_heads)
-        self.feed_forward = GatedLinearUnit(config.hidden_size)
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.residual_scale = (2 * config.num_hidden_layers) ** 0.25
-
-    def forward(self, h: Tensor, key_mask: Tensor | None, value_scale: Tensor | float) -> Tensor:
-        """h (B, N, D) → (B, N, D)."""
-        h = self.norm1(h * self.residual_scale + self.retention(h, key_mask, value_scale))
-        return self.norm2(h * self.residual_scale + self.feed_forward(h))
-
-
-class GeneDecoder(nn.Module):
-    """Gene-wise decoder: w₂(leaky(w₁h)) on each token."""
-
-    def __init__(self, hidden_size: int, negative_slope: float):
-        super().__init__()
-        self.negative_slope = negative_slope
-        self.hidden = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.output = nn.Linear(hidden_size, 1, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, G, D) → values (B, G)."""
-        return self.output(F.leaky_relu(self.hidden(tokens), self.negative_slope)).squeeze(-1)
+_DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 class CellFMModel(PreTrainedModel):
-    """CellFM with its encoder, both decoders and the pre-training mask token.
+    """CellFM with its value encoder, both decoders and the mask token of pre-training.
+
+    The contract of a backbone: `encode_values` and `decode_values` define its value space; `embed` makes tokens of
+    values; `key_masks` and `value_scale` are what each of `layers` takes beside the tokens; `decode` maps tokens to
+    values. Without modulation `forward` computes what the published model computes.
 
     Parameters
     ----------
@@ -220,6 +47,8 @@ class CellFMModel(PreTrainedModel):
     config_class = CellFMConfig
     base_model_prefix = "cellfm"
     main_input_name = "values"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RetentionBlock"]  # noqa: RUF012 (as transformers declares it)
 
     def __init__(self, config: CellFMConfig):
         super().__init__(config)
@@ -238,7 +67,7 @@ class CellFMModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initial weights of a model that is to be pre-trained here."""
+        """Draw the initial weights for pre-training."""
         if isinstance(module, nn.Linear):
             nn.init.xavier_normal_(module.weight)
         elif isinstance(module, nn.Embedding):
@@ -273,25 +102,26 @@ class CellFMModel(PreTrainedModel):
         negative_slope: float | None = None,
         layer_norm_eps: float | None = None,
     ) -> "CellFMModel":
-        """Load weights: ours, or those that were published, whose kind and size are recognised.
+        """Load a model from a folder, the Hugging Face Hub, or a file of published weights.
 
-        Memory peaks at the size of the model in `dtype` plus the largest tensor of the file.
+        Kind and size of published weights are recognised from their tensors. Peak memory is the size of the model in
+        `dtype` plus the largest tensor of the file.
 
         Parameters
         ----------
         path
-            A folder that `save_pretrained` or `hinge convert` wrote, or such a one as `owner/name` on the Hugging
-            Face Hub; a MindSpore checkpoint (`.ckpt`); a state
-            dict of the torch port (`.pth`, `.pt`, `.safetensors`); or a checkpoint of the authors' HINGE code, of
-            which this takes the backbone.
+            A folder that `save_pretrained` or `hinge convert` wrote; `owner/name` of such a folder on the Hugging
+            Face Hub; a MindSpore checkpoint (`.ckpt`); a state dict of the torch port (`.pth`, `.pt`,
+            `.safetensors`); or a checkpoint of the authors' HINGE code, of which the backbone is read.
         dtype
-            Of the weights, e.g. `torch.bfloat16`; None: as stored.
+            Type of the weights, e.g. `torch.bfloat16`; None: the stored type.
         num_attention_heads
-            Needed for a published file whose width is not 1536 (which has 48): the tensors do not tell it.
+            Number of heads of a published file. It is needed if the width is not 1536 (48 heads), because tensors do
+            not contain it.
         technical_tokens, zero_input, masked_input, negative_slope, layer_norm_eps
-            As in CellFMConfig. None: as the file says; for published ones, those that its weights were trained
-            with: 0.2 and 1e-7 for CellFM, whatever file they come in, 0.01 and 1e-6 for HINGE. The torch port
-            itself computes with 0.01 and 1e-5.
+            As in `CellFMConfig`. None: the values in the folder's config; for published weights the values of their
+            training, 0.2 and 1e-7 for CellFM in any file, 0.01 and 1e-6 for HINGE. The code of the torch port uses
+            0.01 and 1e-5.
 
         Returns
         -------
@@ -301,16 +131,16 @@ class CellFMModel(PreTrainedModel):
         Raises
         ------
         WeightsError
-            The file is missing, damaged, foreign or not whole.
+            The file is missing, damaged, incomplete or of another model.
         ConfigError
-            An argument is needed or does not fit.
+            An argument is missing or does not fit the file.
         """
         if hub.is_repository(path):
             path = hub.find(path, "backbone")
         if isinstance(dtype, str):
-            dtype = getattr(torch, dtype, None)
-            if not isinstance(dtype, torch.dtype):
-                raise ConfigError("dtype must be float32, bfloat16 or float16")
+            if dtype not in _DTYPES:
+                raise ConfigError(f"dtype must be {', '.join(_DTYPES)}, not {dtype!r}")
+            dtype = _DTYPES[dtype]
         options = {
             "technical_tokens": technical_tokens,
             "zero_input": zero_input,
@@ -331,34 +161,46 @@ class CellFMModel(PreTrainedModel):
                 published = read_published(path, num_attention_heads, **options)
                 config, state, sources = CellFMConfig(**published.config), published.state, published.sources
             if not 0 < config.num_hidden_layers <= len(state.shapes):
-                raise ValueError(f"it cannot have {config.num_hidden_layers:,} layers in {len(state.shapes)} tensors")
+                raise ValueError(f"{len(state.shapes)} tensors cannot hold {config.num_hidden_layers:,} layers")
             with torch.device("meta"):
                 model = cls(config)
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ZeroDivisionError) as error:
             raise WeightsError(f"the backbone in {path} cannot be built: {one_line(error)}") from error
-        fill(model, state, sources, dtype)
+        fill_parameters(model, state, sources, dtype)
         return model.eval()
 
     def push_to_hub(self, repository: str, private: bool = True) -> str:
-        """Upload weights and config to `owner/name` on the Hugging Face Hub; the repository's address."""
+        """Upload weights and config to `owner/name` on the Hugging Face Hub and return its address."""
         return hub.upload_saved(self.save_pretrained, repository, private)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the gene embedding."""
+        return self.gene_embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the gene embedding."""
+        self.gene_embedding = value
+
+    def resize_token_embeddings(self, *args: object, **options: object) -> NoReturn:
+        """Not offered: a new row needs a gene, so use `add_genes`."""
+        raise NotImplementedError("a CellFM has one embedding per gene of its vocabulary; use add_genes to add genes")
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens in front of the genes: CLS, and the two technical ones where the model has them."""
+        """Tokens before the genes: CLS, and two technical tokens if the model has them."""
         return 3 if self.config.technical_tokens else 1
 
     @torch.no_grad()
     def add_genes(self, ids: dict[str, int], seed: int) -> None:
-        """Give genes that the weights do not know an embedding of their own, drawn like those that are trained.
+        """Add embeddings of new genes, drawn from the normal distribution of the trained embeddings.
 
         Parameters
         ----------
         ids
-            Gene → id after the last of the vocabulary. The row of such an id may exist: the table is padded to a
-            multiple of 8, and what stands in the padding means nothing.
+            Gene → id after the last one of the vocabulary. A row of this id may exist as padding, since the number
+            of rows is a multiple of 8; it is overwritten.
         seed
-            Of the draw.
+            Seed of the draw.
         """
         if not ids:
             return
@@ -376,23 +218,44 @@ class CellFMModel(PreTrainedModel):
         self.gene_embedding = nn.Embedding.from_pretrained(grown, freeze=not table.requires_grad)
 
     def digest(self) -> str:
-        """SHA-256 over the weights: what an adapter names as its backbone."""
+        """Return the SHA-256 of the weights, by which a trained model refers to its backbone."""
         return arrays_digest(dict(self.state_dict()))
 
+    def encode_values(self, counts: Tensor, library_size: Tensor) -> Tensor:
+        """Transform counts to the values that the model takes.
+
+        Parameters
+        ----------
+        counts
+            (..., G) raw counts.
+        library_size
+            (...) counts over all genes of each spot.
+
+        Returns
+        -------
+        Tensor
+            float32 (..., G), by the transform `config.transform`.
+        """
+        return get_transform(self.config.transform).forward(counts, library_size)
+
+    def decode_values(self, values: Tensor, library_size: Tensor) -> Tensor:
+        """Transform values of the model back to counts, not rounded; the inverse of `encode_values`."""
+        return get_transform(self.config.transform).inverse(values, library_size)
+
     def embed(self, values: Tensor, visible: Tensor, gene_ids: Tensor, nonzero: Tensor | None = None) -> Tensor:
-        """Turn values into tokens.
+        """Return the tokens of values.
 
         Parameters
         ----------
         values
-            (B, G) expression in the model's units. Where `visible` is 0 it is ignored
-            (`masked_input="mask_token"`) or the fill value that is encoded (`"value_plus_zero_token"`).
+            (B, G) expression as `encode_values` returns it. Masked values are ignored
+            (`masked_input="mask_token"`) or encoded as a fill value (`"value_plus_zero_token"`).
         visible
-            (B, G), 1 = seen.
+            (B, G), 1 for visible and 0 for masked genes.
         gene_ids
             (G,) or (B, G) vocabulary ids.
         nonzero
-            (B, G), 1 = the gene has a count. Where given, the others are treated as `zero_input` says.
+            (B, G), 1 for genes with a count above 0. `config.zero_input` sets the use of the others.
 
         Returns
         -------
@@ -420,10 +283,10 @@ class CellFMModel(PreTrainedModel):
     def key_masks(
         self, visible: Tensor, nonzero: Tensor | None = None, present: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Which tokens give keys, in the first and in the second half of the layers.
+        """Return which tokens give keys in the first and in the second half of the layers.
 
-        In the first half masked genes give none; in the second all do, but for padding: genes of no count where those
-        are padding, and genes that are not `present`.
+        In the first half masked genes give no keys. In the second half all tokens give keys except padding: genes with
+        a count of 0 if `config.zero_input` is `"pad"`, and genes that are not `present`.
 
         Returns
         -------
@@ -438,26 +301,28 @@ class CellFMModel(PreTrainedModel):
         return first, None if real is None else torch.cat([prefix, real.to(prefix.dtype)], dim=1)
 
     def value_scale(self, num_genes: int, nonzero: Tensor | None = None) -> Tensor | float:
-        """n^{-½} with n the number of genes that count; the 80M generation has (n - 3 + 1e-6)^{-½}."""
+        """Return n^{-½} with n the number of genes with a count; (n - 3 + 1e-6)^{-½} with technical tokens."""
         if nonzero is None:
             count: Tensor | float = float(num_genes)
         else:
-            count = nonzero.float().sum(dim=-1).view(-1, 1, 1)
+            # counted in at least float32: half precision cannot hold the number of genes
+            count = nonzero.to(torch.promote_types(self.dtype, torch.float32)).sum(dim=-1).view(-1, 1, 1)
         if self.config.technical_tokens:
             count = count - 3 + 1e-6
-        return count**-0.5
+        scale = count**-0.5
+        return scale if isinstance(scale, float) else scale.to(self.cls_token.dtype)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Gene-wise decoder: tokens (B, P + G, D) → values (B, G)."""
+        """Return values (B, G) of tokens (B, P + G, D) by the gene-wise decoder."""
         return self.gene_decoder(tokens[:, self.num_prefix_tokens :])
 
     def decode_cell(self, tokens: Tensor, gene_ids: Tensor) -> Tensor:
-        """Cell-wise decoder: Σ sigmoid(W·gene embedding) ⊙ CLS; tokens (B, P + G, D) → values (B, G)."""
+        """Return values (B, G) of tokens (B, P + G, D) by the cell-wise decoder, Σ sigmoid(W·gene embedding) ⊙ CLS."""
         query = torch.sigmoid(self.cell_decoder(self.gene_embedding(gene_ids)))
         return (query * tokens[:, :1]).sum(dim=-1)
 
     def forward(self, values: Tensor, visible: Tensor, gene_ids: Tensor, nonzero: Tensor | None = None) -> Tensor:
-        """Tokens after the last layer, (B, P + G, D); see `embed` for the arguments."""
+        """Return the tokens after the last layer, (B, P + G, D); see `embed` for the arguments."""
         h = self.embed(values, visible, gene_ids, nonzero)
         early, late = self.key_masks(visible, nonzero)
         scale = self.value_scale(values.shape[1], nonzero)

@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 
-from hinge.backbones.checkpoints import read_our_config
+from hinge.backbones.cellfm_config import read_our_config
 from hinge.encoders.recipes import RECIPES
 from hinge.utils.errors import HingeError
 from hinge.utils.files import read_json

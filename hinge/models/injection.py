@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hinge.backbones.cellfm import RetentionBlock
+from hinge.backbones.cellfm_layers import RetentionBlock
 
 
 class Concatenation(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from hinge.backbones.cellfm import GatedLinearUnit, Retention
+from hinge.backbones.cellfm_layers import GatedLinearUnit, Retention
 
 _RMS_FLOOR = 1e-12
 

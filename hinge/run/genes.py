@@ -4,9 +4,10 @@ import logging
 from functools import cached_property
 from pathlib import Path
 
-from hinge.backbones.cellfm import read_config
-from hinge.backbones.checkpoints import vocabulary_for
-from hinge.backbones.vocabulary import GeneMapping, GeneNames, GeneVocabulary, OnMissing
+from hinge.backbones.cellfm_config import read_config
+from hinge.backbones.gene_matching import GeneMapping
+from hinge.backbones.hgnc import GeneNames
+from hinge.backbones.vocabulary import GeneVocabulary, OnMissing, vocabulary_for
 from hinge.config import BackboneConfig
 from hinge.utils.errors import WeightsError
 from hinge.utils.files import write_json

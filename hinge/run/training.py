@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from hinge.backbones import CellFMConfig, CellFMModel
-from hinge.backbones.cellfm import read_config
+from hinge.backbones.cellfm_config import read_config
 from hinge.data.readers import list_samples
 from hinge.data.spots import SpotTable
 from hinge.diffusion import MaskedDiffusionScheduler

@@ -6,14 +6,9 @@ from typing import Any
 import torch
 
 from hinge.backbones import CellFMConfig, CellFMModel
-from hinge.backbones.checkpoints import (
-    DTYPES,
-    PublishedCellFM,
-    check_shapes,
-    read_published,
-    stream_safetensors,
-    vocabulary_for,
-)
+from hinge.backbones.published_cellfm import PublishedCellFM, read_published
+from hinge.backbones.state_files import DTYPES, check_shapes, stream_safetensors
+from hinge.backbones.vocabulary import vocabulary_for
 from hinge.data.panel import Panel
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.models import HingeModel

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hinge.backbones.cellfm import CellFMModel
-from hinge.backbones.checkpoints import PublishedCellFM, export_cellfm, read_published
+from hinge.backbones.published_cellfm import PublishedCellFM, export_cellfm, read_published
 from hinge.models.hinge import HingeModel
 from hinge.utils.errors import ConfigError, WeightsError
 from hinge.utils.files import atomic_path

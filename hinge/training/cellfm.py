@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
-from hinge.backbones.cellfm import CellFMConfig, CellFMModel
+from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.training.loop import LoopConfig, make_accelerator, run_loop, step_generator
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path

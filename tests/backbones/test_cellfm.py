@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.parity import assert_equals_recording
 from safetensors.torch import load_file, safe_open
 
 from hinge.backbones import CellFMConfig, CellFMModel
@@ -97,17 +98,18 @@ def test_equals_the_published_implementation(parity, name, technical):
     )
     assert (model.config.num_genes, model.config.num_hidden_layers) == (meta["n_genes"], meta["layers"])
     nonzero = recorded["in.nonzero_with_cls"][:, 1:] if mindspore else recorded["in.nonzero"]
-    gene_ids = recorded["in.gene_ids"].long()
-    with torch.no_grad():
-        tokens = model(recorded["in.values"][..., 1], recorded["in.values"][..., 0], gene_ids, nonzero)
-        gene_wise, cell_wise = model.decode(tokens), model.decode_cell(tokens, gene_ids)
+    gene_ids, visible = recorded["in.gene_ids"].long(), recorded["in.values"][..., 0]
+
+    def compute(model):
+        tokens = model(recorded["in.values"][..., 1].to(model.dtype), visible, gene_ids, nonzero)
+        return {"tokens": tokens, "genes": model.decode(tokens), "cell": model.decode_cell(tokens, gene_ids)}
+
     prefix = "out." if mindspore else f"out.{'with' if technical else 'without'}_st."
     hidden = recorded[f"{prefix}hidden"]
     if mindspore:
         hidden = torch.cat([recorded["out.cls"].unsqueeze(1), hidden], dim=1)
-    torch.testing.assert_close(tokens, hidden, atol=1e-5, rtol=0)
-    torch.testing.assert_close(gene_wise, recorded[f"{prefix}genewise"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(cell_wise, recorded[f"{prefix}cellwise"], atol=1e-5, rtol=0)
+    outputs = {"tokens": hidden, "genes": recorded[f"{prefix}genewise"], "cell": recorded[f"{prefix}cellwise"]}
+    assert_equals_recording(model, compute, outputs)
 
 
 def test_the_ports_constants_are_not_the_models(parity):
@@ -123,8 +125,7 @@ def test_the_ports_constants_are_not_the_models(parity):
             hidden = model(values[..., 1], values[..., 0], ids, nonzero)[:, 1:]
         return (hidden - recorded["out.hidden"]).abs().max().item()
 
-    assert off() < 1e-5
-    assert off(negative_slope=0.01) > 0.1
+    assert off(negative_slope=0.01) > 1000 * off()
 
 
 def expression(n=120, genes=12, seed=0):

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hinge.backbones import CellFMConfig, CellFMModel
-from hinge.backbones.checkpoints import export_cellfm, open_state, published_names, read_published
 from hinge.backbones.mindspore import read_mindspore
+from hinge.backbones.published_cellfm import export_cellfm, published_names, read_published
+from hinge.backbones.state_files import open_state
 from hinge.backbones.vocabulary import GeneVocabulary
 from hinge.cli.app import main
 from hinge.config import load_config
@@ -156,7 +157,7 @@ def without(state: dict, *names: str) -> dict:
 
 
 BAD_STATES = {
-    "nothing of it": (lambda s: {"weight": torch.ones(3)}, "holds no CellFM: there is no tensor gene_emb"),
+    "nothing of it": (lambda s: {"weight": torch.ones(3)}, "holds no CellFM: it has no tensor gene_emb"),
     "no value encoder": (lambda s: without(s, "value_enc.value_enc.w1.weight"), "value encoder"),
     "a tensor less": (
         lambda s: without(s, "encoder.1.ffn.u_proj.weight", "zero_emb"),
@@ -170,7 +171,7 @@ BAD_STATES = {
 
 
 @pytest.mark.parametrize("case", BAD_STATES)
-def test_states_that_are_no_whole_cellfm(tmp_path, case):
+def test_incomplete_states_are_refused(tmp_path, case):
     change, message = BAD_STATES[case]
     torch.save(change(export_cellfm(small())), tmp_path / "bad.pth")
     for call in (
@@ -183,7 +184,7 @@ def test_states_that_are_no_whole_cellfm(tmp_path, case):
     assert not (tmp_path / "out").exists()
 
 
-def test_files_that_are_none(tmp_path):
+def test_damaged_files_are_refused(tmp_path):
     torch.save(export_cellfm(small()), tmp_path / "good.pth")
     content = (tmp_path / "good.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
@@ -192,7 +193,7 @@ def test_files_that_are_none(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     for name, message in {
         "cut.pth": "not a readable torch state dict",
-        "cut.safetensors": "not a whole safetensors file",
+        "cut.safetensors": "not a complete safetensors file",
         "text.ckpt": "at byte 0",
         "list.pth": "it holds no dictionary of tensors",
         "missing.ckpt": "there is no file",
@@ -222,9 +223,9 @@ def test_nothing_is_unpickled(tmp_path, archive):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_heads_must_be_told_and_fit(tmp_path):
+def test_heads_must_be_given_and_fit(tmp_path):
     torch.save(export_cellfm(small()), tmp_path / "w.pth")
-    with pytest.raises(ConfigError, match="width 16, and its tensors do not tell the number of attention heads"):
+    with pytest.raises(ConfigError, match="width 16, and the number of attention heads cannot be inferred"):
         CellFMModel.from_pretrained(tmp_path / "w.pth")
     with pytest.raises(ConfigError, match="not divisible by 5 heads"):
         CellFMModel.from_pretrained(tmp_path / "w.pth", num_attention_heads=5)
@@ -275,7 +276,7 @@ def test_conversion_refuses(tmp_path):
     with pytest.raises(ConfigError, match="fp32, bf16, fp16, not 'int8'"):
         convert_cellfm(tmp_path / "w.pth", tmp_path / "out", "int8", num_attention_heads=4)
     (tmp_path / "genes.csv").write_text("\n".join(f"G{k}" for k in range(40)))
-    with pytest.raises(WeightsError, match="does not belong to these weights: its 40 genes take 48 embeddings"):
+    with pytest.raises(WeightsError, match="does not belong to these weights: its 40 genes need 48 embeddings"):
         convert_cellfm(tmp_path / "w.pth", tmp_path / "out", "fp32", tmp_path / "genes.csv", 4)
     (tmp_path / "genes.csv").write_text("".join(f"G{k},{k}\n" for k in range(1, 30) if k != 7))
     with pytest.raises(WeightsError, match=r"has gaps \(28 ids up to 29\)"):
@@ -345,10 +346,9 @@ def test_loading_and_converting_need_little_memory(big, tmp_path):
     largest, total = ROWS * WIDTH * 4, sum(int(np.prod(shape)) for shape in state.shapes.values())
     convert = peak_of(lambda: convert_cellfm(big, tmp_path / "out", "bf16", num_attention_heads=8))
     load = peak_of(lambda: CellFMModel.from_pretrained(big, num_attention_heads=8, dtype=torch.bfloat16))
-    print(f"{big.suffix}: load {load / 2**20:.0f} MB, convert {convert / 2**20:.0f} MB of {4 * total / 2**20:.0f}")
     assert convert < largest + 50 * 2**20
-    # the model in bfloat16, the largest tensor, and what one mapping holds before it is opened anew
-    assert total < load < 2 * total + largest + 70 * 2**20
+    # the model in bfloat16, the largest tensor, and the pages of one mapping
+    assert load < 2 * total + largest + 70 * 2**20
     converted = CellFMModel.from_pretrained(tmp_path / "out")
     expected = state.read("encoder.5.attn.v_proj.weight").bfloat16()
     assert torch.equal(converted.layers[5].retention.qkvu.weight[2 * WIDTH : 3 * WIDTH], expected)

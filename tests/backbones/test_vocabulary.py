@@ -10,7 +10,8 @@ from helpers import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hinge.backbones.vocabulary import GeneNames, GeneVocabulary
+from hinge.backbones.hgnc import GeneNames
+from hinge.backbones.vocabulary import GeneVocabulary
 from hinge.utils.errors import ConfigError, DataError, WeightsError
 
 # a few lines as HGNC's complete set has them (columns out of its order, as nobody promises one)
@@ -90,14 +91,14 @@ def test_rows_of_the_embedding_table(n, rows):
     [
         ("", "no rows"),
         ("A\nB\nA\n", "'A' twice"),
-        ("A,1\nB,0\n", "from 1 on, not 0"),
-        ("A,1\nB,-5\n", "from 1 on, not -5"),
-        ("A,1\nB,99999999999\n", "from 1 on"),
-        ("A,1\nB,two\nC,3\n", "'B' must have a whole number, not 'two'"),
+        ("A,1\nB,0\n", "as its id, not 0"),
+        ("A,1\nB,-5\n", "as its id, not -5"),
+        ("A,1\nB,99999999999\n", "from 1 to"),
+        ("A,1\nB,two\nC,3\n", "'B' needs a whole number as its id, not 'two'"),
         ("A,x,y\nB,x,y\n", "must name the columns"),
         ("symbol,id\nA,1,3\n", "gene 1 has 3 columns"),
-        ("symbol,id\n,1\n", "no symbol"),
-        ("0\n1\n2\n", "no symbol but '0'"),
+        ("symbol,id\n,1\n", "needs a symbol"),
+        ("0\n1\n2\n", "needs a symbol, not '0'"),
         ("symbol\n", "at least one gene"),
     ],
 )

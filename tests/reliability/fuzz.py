@@ -57,9 +57,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hinge.backbones import CellFMConfig, CellFMModel
-from hinge.backbones.checkpoints import export_cellfm, open_state
+from hinge.backbones.hgnc import GeneNames
 from hinge.backbones.mindspore import read_mindspore
-from hinge.backbones.vocabulary import GeneNames, GeneVocabulary
+from hinge.backbones.published_cellfm import export_cellfm
+from hinge.backbones.state_files import open_state
+from hinge.backbones.vocabulary import GeneVocabulary
 from hinge.config import check_config, load_config, save_config
 from hinge.data import SlideImage, read_slide
 from hinge.data.draws import read_draws, write_draws

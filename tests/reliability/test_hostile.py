@@ -37,8 +37,8 @@ from numcodecs.checksum32 import CRC32C
 from PIL import Image
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
-from hinge.backbones.checkpoints import open_state
 from hinge.backbones.mindspore import read_mindspore
+from hinge.backbones.state_files import open_state
 from hinge.config import load_config
 from hinge.data import SlideImage, read_slide
 from hinge.data.draws import read_draws, write_draws

@@ -1,0 +1,129 @@
+"""The configuration of CellFM, and reading it from a folder or a published file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from hinge.backbones.published_cellfm import read_published
+from hinge.data.transforms import get_transform
+from hinge.utils.errors import WeightsError, one_line
+
+
+class CellFMConfig(PretrainedConfig):
+    """Size and variant of a CellFM model.
+
+    Parameters
+    ----------
+    num_genes
+        Genes in the vocabulary. Id 0 is padding, genes are 1…num_genes. The embedding has num_genes + 1 rows,
+        rounded up to a multiple of 8.
+    hidden_size, num_hidden_layers, num_attention_heads
+        1536, 40, 48 for the 800M model; 1536, 2, 48 for the 80M model.
+    num_value_bins
+        Width of the soft discretisation of a value.
+    negative_slope, layer_norm_eps
+        Slope of LeakyReLU and epsilon of LayerNorm. The published weights were trained under MindSpore with 0.2
+        and 1e-7, which are the defaults. The published torch ports use torch's defaults, 0.01 and 1e-5.
+    masked_input
+        Replacement for the value of a masked gene: `"mask_token"` as in CellFM's pre-training, or
+        `"value_plus_zero_token"` as in the released HINGE code (the encoded fill value plus the zero token).
+    zero_input
+        Treatment of visible genes with a count of 0 when `nonzero` is given: `"pad"` (the token is zeroed and gives
+        no key; the 800M model) or `"token"` (the zero token replaces the value; the 80M model).
+    technical_tokens
+        Whether two tokens after CLS absorb technical covariates (the 80M model). They also change the number of
+        genes by which the values of retention are scaled.
+    gene_names
+        Symbols in the order of their ids from 1, if the vocabulary may be stored with the weights. CellFM's own
+        vocabulary is not stored (CC BY-NC-ND).
+    transform
+        Name of the transform from counts to the values that the model takes, see `hinge.data.transforms`:
+        `log1p_cp10k` for the published weights.
+    """
+
+    model_type = "cellfm"
+
+    def __init__(
+        self,
+        num_genes: int = 27855,
+        hidden_size: int = 1536,
+        num_hidden_layers: int = 40,
+        num_attention_heads: int = 48,
+        num_value_bins: int = 256,
+        negative_slope: float = 0.2,
+        layer_norm_eps: float = 1e-7,
+        masked_input: str = "mask_token",
+        zero_input: str = "pad",
+        technical_tokens: bool = False,
+        gene_names: list[str] | None = None,
+        transform: str = "log1p_cp10k",
+        **kwargs,
+    ):
+        self.num_genes = num_genes
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_value_bins = num_value_bins
+        self.negative_slope = negative_slope
+        self.layer_norm_eps = layer_norm_eps
+        self.masked_input = masked_input
+        self.zero_input = zero_input
+        self.technical_tokens = technical_tokens
+        self.gene_names = gene_names
+        self.transform = get_transform(transform).name
+        for name, allowed in {
+            "masked_input": ("mask_token", "value_plus_zero_token"),
+            "zero_input": ("pad", "token"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if hidden_size % num_attention_heads:
+            raise ValueError(f"hidden_size {hidden_size} is not divisible by {num_attention_heads} heads")
+        super().__init__(**kwargs)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the gene embedding."""
+        return (self.num_genes + 1 + 7) // 8 * 8
+
+
+def read_config(path: str | Path) -> CellFMConfig:
+    """Return size and variant of a backbone in a folder or a published file without reading its weights.
+
+    Raises
+    ------
+    WeightsError, ConfigError
+        As `CellFMModel.from_pretrained`.
+    """
+    if is_folder(path):
+        try:
+            return CellFMConfig.from_dict(read_our_config(path))
+        except (ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
+            raise WeightsError(f"the backbone in {path} cannot be built: {one_line(error)}") from error
+    return CellFMConfig(**read_published(path).config)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Return whether a path is a backbone folder (existing or not) rather than a published file."""
+    return Path(path).is_dir() or not (Path(path).exists() or Path(path).suffix)
+
+
+def read_our_config(folder: str | Path) -> dict[str, Any]:
+    """Return the content of `config.json` in the folder of a backbone.
+
+    Raises
+    ------
+    WeightsError
+        It is missing, damaged, or describes another model.
+    """
+    try:
+        content = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{folder} holds no backbone: config.json is missing") from None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"the backbone in {folder} cannot be read: config.json: {one_line(error)}") from None
+    if not isinstance(content, dict) or content.get("model_type") != "cellfm":
+        raise WeightsError(f"the backbone in {folder} cannot be read: its config.json is not that of a CellFM")
+    return content
