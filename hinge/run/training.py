@@ -92,7 +92,7 @@ def _prepare(inputs: Preparation) -> tuple[SpotTable, CellFMModel | None, np.nda
 
 def _pretrain(inputs: Preparation, values: np.ndarray) -> CellFMModel:
     settings, genes = inputs.config.backbone, inputs.panel().genes
-    size = CellFMConfig(**settings.architecture())
+    size = CellFMConfig(transform=inputs.config.transform, **settings.architecture())
     return pretrain_expression(values, genes, size, settings.pretrain, inputs.paths.backbone, seed=inputs.config.seed)
 
 
@@ -100,7 +100,9 @@ def _write_random_backbone(inputs: Preparation) -> None:
     """Write a backbone with the random weights that pre-training starts from."""
     settings, genes = inputs.config.backbone, inputs.panel().genes
     if settings.path is None:
-        config = CellFMConfig(num_genes=len(genes), gene_names=genes, **settings.architecture())
+        config = CellFMConfig(
+            num_genes=len(genes), gene_names=genes, transform=inputs.config.transform, **settings.architecture()
+        )
     else:
         config = read_config(settings.path)
     with torch.random.fork_rng(devices=[]):

@@ -60,5 +60,5 @@ def pretrain_on_files(
         if not genes:
             raise DataError("the count files share no gene; give --panel")
     values = stack_values([panel_values(slide, genes, transform) for slide in slides], genes)
-    size = CellFMConfig(**config.architecture())
+    size = CellFMConfig(transform=transform, **config.architecture())
     return pretrain_expression(values, genes, size, config.pretrain, output, seed=seed)

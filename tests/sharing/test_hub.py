@@ -13,7 +13,7 @@ from helpers import ROOT
 from safetensors.torch import save_file
 
 from hinge.backbones import CellFMConfig, CellFMModel
-from hinge.backbones.checkpoints import export_cellfm
+from hinge.backbones.published_cellfm import export_cellfm
 from hinge.config import check_config, save_config
 from hinge.data import Panel
 from hinge.encoders import load_encoder
