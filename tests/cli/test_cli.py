@@ -128,24 +128,25 @@ def trained(config) -> Path:
 
 def test_commands():
     assert COMMANDS == [
-        "features",
-        "push",
-        "panel",
-        "pretrain-expression",
-        "pretrain-histology",
+        "demo",
+        "run",
         "train",
         "sample",
         "evaluate",
         "report",
         "view",
         "export",
-        "finetune-encoder",
         "map",
+        "panel",
+        "features",
+        "pretrain-expression",
+        "pretrain-histology",
+        "finetune-encoder",
         "cluster",
-        "run",
-        "doctor",
-        "demo",
         "ablate",
+        "push",
+        "config",
+        "doctor",
     ]
 
 

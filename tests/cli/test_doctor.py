@@ -15,7 +15,7 @@ from helpers import ROOT
 
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.cli import app as cli
-from hinge.cli import doctor
+from hinge.cli import configuration, doctor
 from hinge.encoders.recipes import RECIPES
 
 
@@ -63,7 +63,7 @@ def test_batch_sizes_follow_the_memory(tmp_path, monkeypatch):
 
 def test_the_command(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "160")
-    cli.doctor(tmp_path)
+    configuration.doctor(tmp_path)
     printed = capsys.readouterr().out
     assert "stain-texture" in printed and "spots in training" in printed
 

@@ -1,0 +1,47 @@
+"""Commands that start many stages or many runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hinge.cli.console import print_scores
+from hinge.utils.errors import HingeError
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for slides and results.")] = Path("hinge-demo"),
+    seed: Annotated[int, typer.Option(help="Of the tissue and of everything after it.", min=0)] = 0,
+) -> None:
+    """Simulate tissue, train on it, sample a held-out slide, score and report. No download, minutes on a CPU.
+
+    Example: hinge demo --output hinge-demo
+    """
+    from hinge.experiments.demo import run_demo
+
+    opened = run_demo(output, seed)
+    print_scores(opened.paths.scores)
+    print(f"report: {opened.paths.report}")
+
+
+def ablate(
+    grid: Annotated[Path, typer.Argument(help="YAML file of a grid.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder for its runs and tables.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings for every run, e.g. training.steps=50.", show_default=False)
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at the same time.", min=1)] = 1,
+) -> None:
+    """Run named variants of a configuration, over held-out slides and seeds, and write their table.
+
+    Example: hinge ablate configs/ablations/weights.yaml runs/weights --jobs 2
+    """
+    from hinge.experiments.ablation import ablate as run_ablation
+    from hinge.experiments.grid import load_grid
+
+    tables = run_ablation(load_grid(grid), output, overrides or [], jobs)
+    print(tables.markdown.read_text())
+    print(f"table: {tables.csv}")
+    if tables.failures:
+        first = tables.failures[0]
+        raise HingeError(f"{len(tables.failures)} runs are missing; the first is {first.name}: {first.message}")

@@ -1,0 +1,99 @@
+"""Commands that draw expression."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hinge.cli.options import RunFolder
+from hinge.utils.errors import ConfigError
+
+
+def sample(
+    run: RunFolder,
+    slide: Annotated[
+        list[str] | None,
+        typer.Option(help="Sample of the run's data set, or a slide from elsewhere.  [default: test slides]"),
+    ] = None,
+    draws: Annotated[int | None, typer.Option(help="Draws a spot.  [default: the run's]", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of revealing genes.  [default: the run's]", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.  [default: the run's]", min=0)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Spot-draws at a time; no effect on the result.", min=1)
+    ] = None,
+    um_per_px: Annotated[
+        float | None, typer.Option(help="Resolution, where a slide from elsewhere does not say.")
+    ] = None,
+    observed: Annotated[
+        Path | None, typer.Option(help="h5ad with measured genes; the others are drawn given them.", show_default=False)
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="h5ad to write, for one slide.")] = None,
+) -> None:
+    """Draw the expression of every spot of a slide, several times.
+
+    A slide from elsewhere may be an H&E image alone: its tissue is found, and spots are laid over it at the distance
+    of the training slides. Several processes share the slides: accelerate launch -m hinge.cli.app sample …
+
+    Example: hinge sample runs/her2st --slide C5 --draws 20 --steps 20 --seed 0, or: hinge sample runs/her2st --slide
+    biopsy.svs
+    """
+    from hinge.run.run import Run
+    from hinge.utils.parallel import each_slide, work_alone
+
+    opened = Run.open(run)
+    names = slide or opened.config.data.test
+    if not names:
+        raise ConfigError("the run names no test slides; give --slide")
+    if output is not None and len(names) > 1:
+        raise ConfigError("--output takes the draws of one slide; leave it out for several")
+    if observed is not None and len(names) > 1:
+        raise ConfigError("--observed takes measurements of one slide; leave it out for several")
+    if len(names) > 1:
+        work_alone()  # processes share the slides, and the spots of a slide that is alone
+
+    def draw(name: str) -> Path:
+        data, path = opened.config.data, Path(name)
+        elsewhere = path.is_file() or (path.is_dir() and name not in [*data.train, *data.test, *data.pretrain])
+        source = {"slide": opened.slide_at(path, um_per_px)} if elsewhere else {"name": name}
+        return opened.sample(
+            **source,
+            output=output,
+            draws=draws,
+            steps=steps,
+            seed=seed,
+            batch_size=batch_size,
+            observed=observed,
+        )
+
+    for _, written in each_slide(names, draw, opened.folder / "samples"):
+        print(f"draws: {written}")
+
+
+def map_expression(
+    run: Annotated[Path, typer.Argument(help="A run, or a fold of finetune-encoder.", show_default=False)],
+    slide: Annotated[list[str], typer.Option(help="Sample, or an image; repeat for several.", show_default=False)],
+    pitch_um: Annotated[float, typer.Option(help="Distance between the points of the map.")] = 25.0,
+    method: Annotated[str, typer.Option(help="regression (ridge on features) or draws (of the trained run).")] = (
+        "regression"
+    ),
+    gene: Annotated[list[str] | None, typer.Option(help="Channel of the image.  [default: ten of the panel]")] = None,
+    draws: Annotated[int | None, typer.Option(help="Draws a point.  [default: the run's]", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of revealing genes.  [default: the run's]", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.  [default: the run's]", min=0)] = None,
+    batch_size: Annotated[int, typer.Option(help="Patches in one forward pass.", min=1)] = 64,
+    um_per_px: Annotated[float | None, typer.Option(help="Resolution, where an image does not say.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder.  [default: RUN/maps]")] = None,
+) -> None:
+    """Predict expression on a grid finer than the spots, over all tissue: an h5ad, and an OME-TIFF of some genes.
+
+    Example: hinge map runs/her2st --slide C5 --pitch-um 25 --gene ERBB2 --gene CD74
+    """
+    from hinge.tasks.dense import map_slide, open_predictor
+
+    predictor = open_predictor(run, method, draws, steps, seed)
+    for name in slide:
+        written = map_slide(
+            predictor, predictor.slide(name, um_per_px), output or run / "maps", pitch_um, gene, batch_size
+        )
+        for what, path in zip(("map", "image"), written, strict=True):
+            print(f"{what}: {path}")

@@ -1,0 +1,111 @@
+"""Commands that exchange models with others: the Hugging Face Hub and published checkpoints."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hinge.utils.errors import ConfigError
+
+Checkpoint = Annotated[Path, typer.Argument(help="Published file.", show_default=False)]
+OutFolder = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the backbone's weights.")]
+Vocabulary = Annotated[
+    Path | None, typer.Option(help="Table of the genes that the weights know, to store their names with them.")
+]
+Heads = Annotated[int | None, typer.Option(help="Attention heads.  [default: 48 at width 1536]", min=1)]
+
+
+def push(
+    path: Annotated[Path, typer.Argument(help="Folder of a run, an encoder or a backbone.", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub.", show_default=False)],
+    licence: Annotated[str, typer.Option(help="As the hub names it, e.g. cc-by-4.0.", show_default=False)],
+    encoder: Annotated[
+        str | None, typer.Option(help="Where the run's encoder is a file: how others load it, hf-hub:owner/name.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Of the model card.  [default: the repository's name]")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it.  [default: private]")] = False,
+    allow_licence: Annotated[
+        bool,
+        typer.Option("--allow-licence", help="You have permission to share weights whose licence forbids it."),
+    ] = False,
+) -> None:
+    """Upload a trained run, an encoder or a backbone with a model card; no slides, no draws, no paths.
+
+    Names of the slides stand in the configuration that goes along.
+
+    Example: hinge push runs/her2st somebody/her2st-hinge --licence cc-by-4.0
+    """
+    from hinge.sharing.upload import push as upload
+
+    address = upload(
+        path, repository, licence, encoder=encoder, private=not public, title=title, allow_licence=allow_licence
+    )
+    print(f"repository: {address}")
+
+
+def download_run(
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the run.", show_default=False)],
+    backbone: Annotated[
+        Path | None, typer.Option(help="The expression model, where the run uses one from elsewhere.")
+    ] = None,
+    vocabulary: Annotated[Path | None, typer.Option(help="Table of the genes that it knows.")] = None,
+) -> None:
+    """Download a run that hinge push uploaded, ready for hinge sample.
+
+    Example: hinge download run somebody/her2st-hinge --output runs/theirs
+    """
+    from hinge.sharing.upload import fetch_run
+
+    print(f"run: {fetch_run(repository, output, backbone, vocabulary)}")
+
+
+def convert_cellfm(
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    dtype: Dtype = "fp32",
+    vocabulary: Vocabulary = None,
+    heads: Heads = None,
+) -> None:
+    """Rewrite CellFM's weights (MindSpore .ckpt, or a torch state dict) as a folder for backbone.path.
+
+    Example: hinge convert cellfm CellFM_800M_weight.ckpt cellfm-800m --dtype bf16 --vocabulary expand_gene_info.csv
+    """
+    from hinge.sharing import convert as conversion
+
+    written = conversion.convert_cellfm(checkpoint, out, dtype, vocabulary, heads)
+    print(f"backbone: {written}")
+
+
+def convert_hinge(
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    dtype: Dtype = "fp32",
+    vocabulary: Vocabulary = None,
+    heads: Heads = None,
+    gate: Annotated[str | None, typer.Option(help="sigmoid or linear.  [default: judged by the weights]")] = None,
+) -> None:
+    """Rewrite a checkpoint of the authors' HINGE code as a folder with backbone and model.
+
+    Example: hinge convert hinge best_model.pth runs/authors --vocabulary expand_gene_info.csv
+    """
+    from hinge.sharing import convert as conversion
+
+    if gate not in (None, "sigmoid", "linear"):
+        raise ConfigError(f"--gate must be sigmoid or linear, not {gate!r}")
+    written = conversion.convert_hinge(checkpoint, out, dtype, gate, vocabulary, heads)
+    print(f"model: {written}")
+
+
+def convert_to_authors(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of hinge convert hinge.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help=".pth file to write.", show_default=False)],
+) -> None:
+    """Write a trained model, backbone included, as the checkpoint that the authors' HINGE code loads.
+
+    Example: hinge convert to-authors runs/released model.pth
+    """
+    from hinge.sharing import convert as conversion
+
+    print(f"checkpoint: {conversion.export_hinge_folder(run, out)}")

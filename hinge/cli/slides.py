@@ -1,0 +1,107 @@
+"""Commands that read slides: features, gene panels, downloads."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hinge.utils.errors import ConfigError
+
+
+def features(
+    path: Annotated[Path, typer.Argument(help="Slide or data set.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the feature files.", show_default=False)],
+    sample: Annotated[list[str] | None, typer.Option(help="Sample of the data set; repeat for several.")] = None,
+    encoder: Annotated[
+        str, typer.Option(help="timm or hf-hub: name, checkpoint, stain-texture; + joins.")
+    ] = "stain-texture",
+    patch_um: Annotated[float | None, typer.Option(help="Side of a patch in µm.  [default: the encoder's]")] = None,
+    views: Annotated[int, typer.Option(help="1, or 8 for all flips and quarter turns.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Patches in one forward pass.")] = 64,
+    image: Annotated[Path | None, typer.Option(help="Image, where the slide does not name it.")] = None,
+    um_per_px: Annotated[float | None, typer.Option(help="Resolution, where the slide does not say.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files made otherwise.")] = False,
+) -> None:
+    """Extract histology features, one patch a spot, into one HDF5 file a slide.
+
+    DATA may be a table of slides. Several processes share the slides: accelerate launch -m hinge.cli.app features …
+
+    Example: hinge features her2st --sample C5 --encoder stain-texture --output features
+    """
+    from hinge.data.readers import list_samples, read_slide
+    from hinge.encoders import extract_features, load_encoder
+    from hinge.utils.parallel import each_slide, work_alone
+
+    loaded = load_encoder(encoder)
+    names = sample or list_samples(path)
+    if image is not None and len(names) > 1:
+        raise ConfigError("--image is the image of one slide; name it with --sample")
+    work_alone()
+
+    def extract(name: str) -> Path:
+        slide = read_slide(path, name, image=image, um_per_px=um_per_px, require_counts=False)
+        target = output / f"{name}.{encoder.replace('/', '_').replace(':', '_')}.h5"
+        return extract_features(
+            slide, loaded, target, views=views, batch_size=batch_size, patch_um=patch_um, overwrite=overwrite
+        )
+
+    for _, written in each_slide(names, extract, output):
+        print(f"features: {written}")
+
+
+def panel(
+    path: Annotated[Path, typer.Argument(help="Data set.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="panel.json to write.", show_default=False)],
+    sample: Annotated[list[str] | None, typer.Option(help="Training sample; repeat for several.")] = None,
+    method: Annotated[str, typer.Option(help="hmhvg or hvg.")] = "hmhvg",
+    genes: Annotated[int, typer.Option(help="Size of the panel.")] = 200,
+    from_list: Annotated[Path | None, typer.Option("--list", help="Text file, one gene symbol a line.")] = None,
+) -> None:
+    """Choose the genes to predict, from training slides only.
+
+    Example: hinge panel her2st --sample C2 --sample C3 --sample C4 --genes 200 --output panel.json
+    """
+    from hinge.data.panel import read_panel, select_panel
+    from hinge.data.readers import list_samples, read_slide
+    from hinge.data.spots import load_spots
+
+    names = sample or list_samples(path)
+    slides = [read_slide(path, name, require_image=False) for name in names]
+    if from_list is None:
+        chosen = select_panel(slides, method, genes)
+    else:
+        chosen = read_panel(from_list)
+        for slide in slides:
+            load_spots(slide, chosen, "log2p1")  # tells which genes a slide lacks
+    print(f"panel: {chosen.save(output)} ({len(chosen.genes)} genes)")
+
+
+def download_hest(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the samples.", show_default=False)],
+    id: Annotated[list[str] | None, typer.Option("--id", help="Sample; repeat for several.")] = None,
+    organ: Annotated[list[str] | None, typer.Option(help="Samples of an organ, e.g. Breast.")] = None,
+    oncotree: Annotated[list[str] | None, typer.Option(help="Samples with an OncoTree code, e.g. IDC.")] = None,
+    technology: Annotated[list[str] | None, typer.Option(help="Only these, e.g. Visium.")] = None,
+    species: Annotated[list[str] | None, typer.Option(help="Only these, e.g. 'Homo sapiens'.")] = None,
+    table: Annotated[Path | None, typer.Option(help="HEST-1k's CSV table.  [default: the hub's]")] = None,
+    only_list: Annotated[bool, typer.Option("--list", help="Show the samples, download none.")] = False,
+) -> None:
+    """Download samples of HEST-1k: counts, whole-slide images and metadata. Needs access granted on the hub.
+
+    Example: hinge download hest --oncotree IDC --technology Visium --output hest
+    """
+    from hinge.data.hest_download import download_sample_table, download_samples, read_sample_table, select_samples
+
+    samples = select_samples(
+        read_sample_table(table or download_sample_table(output)),
+        ids=id or (),
+        organ=organ or (),
+        oncotree=oncotree or (),
+        technology=technology or (),
+        species=species or (),
+    )
+    if only_list:
+        columns = ["id", "organ", "oncotree_code", "species", "st_technology", "spots_under_tissue", "nb_genes"]
+        print(samples[columns].to_string(index=False))
+        return
+    print(f"samples: {download_samples(list(samples['id']), output)} ({len(samples)})")

@@ -1,0 +1,93 @@
+"""Commands that train."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hinge.cli.console import print_scores
+from hinge.cli.options import ConfigFile, Overrides, open_run
+
+
+def pretrain_expression(
+    paths: Annotated[list[Path], typer.Argument(help="h5ad files or data sets with counts.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the backbone.", show_default=False)],
+    sample: Annotated[list[str] | None, typer.Option(help="Only these samples; repeat for several.")] = None,
+    panel: Annotated[Path | None, typer.Option(help="Genes of the vocabulary.  [default: all shared ones]")] = None,
+    transform: Annotated[str, typer.Option(help="log2p1 or log1p_cp10k.")] = "log1p_cp10k",
+    hidden_size: Annotated[int, typer.Option()] = 128,
+    num_hidden_layers: Annotated[int, typer.Option()] = 4,
+    num_attention_heads: Annotated[int, typer.Option()] = 4,
+    num_value_bins: Annotated[int, typer.Option()] = 64,
+    steps: Annotated[int, typer.Option()] = 3000,
+    batch_size: Annotated[int, typer.Option()] = 64,
+    learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Pre-train an expression backbone (CellFM's architecture) on counts, by filling in masked genes.
+
+    Example: hinge pretrain-expression her2st --sample A1 --sample D1 --panel panel.json --output backbone
+    """
+    from hinge.tasks.pretrain_backbone import pretrain_on_files
+
+    pretrain_on_files(
+        paths,
+        output,
+        samples=sample,
+        panel=panel,
+        transform=transform,
+        architecture={
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+            "num_value_bins": num_value_bins,
+        },
+        settings={
+            "steps": steps,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "precision": precision,
+        },
+        seed=seed,
+    )
+    print(f"backbone: {output}")
+
+
+def pretrain_histology(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Pre-train a histology encoder on the tissue of slides, by iBOT; `hinge features --encoder FOLDER` takes it.
+
+    Example: hinge pretrain-histology --config configs/pretrain/small.yaml training.steps=2000. On several devices:
+    accelerate launch scripts/pretrain_histology.py --config configs/pretrain/vit_b16.yaml
+    """
+    from hinge.tasks.pretrain_encoder import load_pretraining, pretrain
+
+    print(f"encoder: {pretrain(load_pretraining(config, overrides))}")
+
+
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train HINGE: panel, features, backbone (pre-trained if need be) and the conditioning path.
+
+    Example: hinge train --config configs/her2st.yaml training.epochs=10. On several devices:
+    accelerate launch scripts/train.py --config configs/her2st.yaml
+    """
+    print(f"model: {open_run(config, overrides).train()}")
+
+
+def run(config: ConfigFile, overrides: Overrides = None) -> None:
+    """All stages: train, sample the test slides, evaluate, report. Finished ones are skipped.
+
+    Example: hinge run --config configs/her2st.yaml
+    """
+    from hinge.report import report_run
+    from hinge.utils.locks import lock_folder
+
+    opened = open_run(config, overrides)
+    with lock_folder(opened.folder):
+        opened.train()
+        for name in opened.config.data.test:
+            opened.sample(name)
+        opened.evaluate()
+        path = report_run(opened)
+    print_scores(opened.paths.scores)
+    print(f"report: {path}")

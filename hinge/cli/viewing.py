@@ -1,0 +1,59 @@
+"""Commands that show draws or write them for other tools."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hinge.cli.options import RunFolder
+from hinge.utils.errors import ConfigError
+
+
+def view(
+    run: RunFolder,
+    slide: Annotated[list[str] | None, typer.Option(help="Only this one; repeat for several.  [default: all]")] = None,
+    port: Annotated[int, typer.Option(help="On 127.0.0.1; 0 for any free one.", min=0, max=65535)] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address only.")] = False,
+) -> None:
+    """Look at draws in the browser: full-resolution H&E, spots coloured by any gene, layers side by side.
+
+    Example: hinge view runs/her2st
+    """
+    from hinge.run.run import Run
+    from hinge.viewer import Viewer, serve
+
+    serve(Viewer(Run.open(run), slide), port, browser=not no_browser)
+
+
+def export(
+    run: RunFolder,
+    format: Annotated[
+        str, typer.Option(help="geojson (QuPath), spatialdata, cellxgene, zarr or torch-export.", show_default=False)
+    ],
+    slide: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: test slides]")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="What to write, for one slide.")] = None,
+    gene: Annotated[list[str] | None, typer.Option(help="geojson: only these genes; repeat for several.")] = None,
+    full_image: Annotated[bool, typer.Option("--full-image", help="spatialdata: the image in full.")] = False,
+    metadata: Annotated[Path | None, typer.Option(help="cellxgene: YAML file of ontology terms.")] = None,
+    gene_ids: Annotated[Path | None, typer.Option(help="cellxgene: table of symbols and Ensembl ids.")] = None,
+) -> None:
+    """Write draws for other tools. samples/NAME.h5ad is already what scanpy and squidpy read.
+
+    torch-export writes the denoiser instead of draws: one step as a program for torch.export.load.
+
+    Example: hinge export runs/her2st --slide C5 --format geojson --gene ERBB2
+    """
+    from hinge.run.run import Run
+    from hinge.sharing.export import export_denoiser, export_draws
+
+    opened = Run.open(run)
+    if format == "torch-export":
+        print(f"{format}: {export_denoiser(opened, output)}")
+        return
+    names = slide or opened.config.data.test
+    if not names:
+        raise ConfigError("the run names no test slides; give --slide")
+    if output is not None and len(names) > 1:
+        raise ConfigError("--output takes one slide; leave it out for several")
+    for name in names:
+        print(f"{format}: {export_draws(opened, name, format, output, gene, full_image, metadata, gene_ids)}")
