@@ -9,6 +9,7 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 
+from hinge.data.layers import draw_names
 from hinge.data.spots import SpotTable
 from hinge.data.transforms import get_transform
 from hinge.evaluation.baselines import Prediction
@@ -127,7 +128,7 @@ def _read_h5ad(path: Path) -> tuple[pd.DataFrame, list[pd.DataFrame], str | None
         from hinge.data.writers import attach_draws
 
         attach_draws(content, inside(path.parent, str(about["draws_store"]), path))
-    names = sorted(name for name in content.layers if name.startswith("draw_"))
+    names = draw_names(content)
     drawn = [_frame(content, content.layers[name]) for name in names]
     if "expected" in content.layers:
         return _frame(content, content.layers["expected"]), drawn, units

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from rich.table import Table
 from tqdm import tqdm
 
+from hinge.data.layers import draw_names
 from hinge.data.spots import SpotTable
 from hinge.evaluation.baselines import DEFAULT_BASELINES, Prediction, baseline_predictions
 from hinge.evaluation.definitions import METRICS
@@ -378,7 +379,7 @@ def prediction_from_draws(draws: AnnData, spots: SpotTable, method: str = "hinge
                 f"{', ...' if len(missing) > 5 else ''}"
             )
     chosen = np.ix_(rows, columns)
-    names = sorted(name for name in draws.layers if name.startswith("draw_"))
+    names = draw_names(draws)
     mean = draws.layers.get("expected", draws.X)
     return Prediction(
         method,

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from hinge.data import get_transform, list_samples, slide_name
 from hinge.data.draws import read_draws
+from hinge.data.layers import draw_names
 from hinge.evaluation import correlation_matrix, gene_pcc, matrix_scores
 from hinge.report.html import gene_order
 from hinge.run.run import Run
@@ -79,7 +80,7 @@ class SlideContent:
     def __init__(self, draws: AnnData, measured: AnnData | None = None):
         facts = draws.uns["hinge"]
         self._draws = draws
-        self._layers = sorted(name for name in draws.layers if name.startswith("draw_"))
+        self._layers = draw_names(draws)
         self._transform = facts["transform"]
         self._counts = self._rows = self._total = None
         if measured is not None and measured.n_vars:

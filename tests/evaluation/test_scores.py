@@ -9,6 +9,7 @@ import pytest
 from anndata import AnnData
 from rich.console import Console
 
+from hinge.data.layers import draw_names
 from hinge.data.spots import SpotTable
 from hinge.data.transforms import get_transform
 from hinge.evaluation import (
@@ -344,7 +345,7 @@ def test_draws_find_their_spots_and_genes(slide):
     np.testing.assert_allclose(prediction.mean, slide.values + 5.5, rtol=1e-6)
     draws.layers["expected"] = draws.X + 1
     np.testing.assert_allclose(prediction_from_draws(draws, slide).mean, slide.values + 6.5, rtol=1e-6)
-    for name in [name for name in draws.layers if name.startswith("draw_")]:
+    for name in draw_names(draws):
         del draws.layers[name]
     assert prediction_from_draws(draws, slide).draws is None
 

@@ -10,7 +10,7 @@ strings lie), and the reader is called on it in a forked child. It may succeed o
 another exception, a crash, a hang.
 
 An input is a pure function of reader, seed and number: `--only READER --seed S --first N --inputs 1 --keep FOLDER`
-makes it again and keeps it. What was found lies in tests/reliability/corpus as the files that differ from the valid ones.
+makes it again and keeps it. What was found lies in the folder corpus as the files that differ from the valid ones.
 """
 
 import argparse

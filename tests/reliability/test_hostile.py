@@ -1,7 +1,7 @@
 """Untrusted files: only our own errors come out, in little time and memory, and nothing in them is run or followed.
 
-What a fuzzer found lies in tests/reliability/corpus and is read again here, with some hundred fresh mutations; attacks that a
-mutation hardly finds have a test each.
+What a fuzzer found lies in the folder corpus and is read again here, with some hundred fresh mutations; attacks that
+a mutation hardly finds have a test each.
 """
 
 import bz2
@@ -80,7 +80,7 @@ def refused(match: str = "", error: type[HingeError] = HingeError):
 
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory):
-    """Figures of a short run of tests/reliability/fuzz.py over the corpus and fresh mutations, in a process of its own."""
+    """Figures of a short run of the fuzzer over the corpus and fresh mutations, in a process of its own."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the fuzzer measures as Linux does")
     output = tmp_path_factory.mktemp("fuzz") / "fuzz.json"

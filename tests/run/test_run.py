@@ -19,6 +19,7 @@ from hinge.backbones import CellFMModel
 from hinge.config import check_config
 from hinge.data import list_samples, load_spots, read_slide, simulate_slides
 from hinge.data.draws import read_draws
+from hinge.data.layers import named_layers
 from hinge.report import report_run
 from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, DataError, WeightsError
@@ -109,7 +110,7 @@ def files(folder: Path) -> dict[str, int]:
 
 def layers(path: Path) -> dict[str, np.ndarray]:
     draws = read_draws(path)
-    return {"X": draws.X, **draws.layers}
+    return {"X": draws.X, **named_layers(draws)}
 
 
 def same(one: Path, other: Path) -> bool:
@@ -174,7 +175,7 @@ def test_draws_are_an_anndata_that_stands_on_its_own(finished, slides):
     assert list(draws.var_names) == panel and len(panel) == 20
     assert list(draws.obs_names) == list(slide.obs_names)
     names = ["draw_000", "draw_001", "draw_002"]
-    assert set(draws.layers) == {"std", "expected", *names}
+    assert set(named_layers(draws)) == {"std", "expected", *names}
     stacked = np.stack([draws.layers[name] for name in names])
     assert stacked.dtype == np.float32 and np.isfinite(stacked).all()
     assert not np.array_equal(stacked[0], stacked[1])

@@ -12,6 +12,7 @@ from PIL import Image
 
 from hinge.cli.app import app
 from hinge.data import simulate_slides
+from hinge.data.layers import named_layers
 from hinge.run.run import Run
 from hinge.sharing.export import export_draws
 from hinge.utils.errors import ConfigError, DataError
@@ -55,7 +56,7 @@ def test_an_image_is_sampled_at_the_training_pitch(trained, tmp_path):
     draws = anndata.read_h5ad(folder / "run" / "samples" / "biopsy.h5ad")
     facts = draws.uns["hinge"]
     assert (facts["spot_pitch_um"], facts["spot_diameter_um"]) == (200, 100) and draws.n_vars == 20
-    assert np.isfinite(draws.X).all() and {"draw_000", "draw_001", "std", "expected"} == set(draws.layers)
+    assert np.isfinite(draws.X).all() and {"draw_000", "draw_001", "std", "expected"} == set(named_layers(draws))
     # spots every 100 px, on the pasted tissue and not on glass
     x, y = draws.obsm["spatial"].T
     assert ((x > 460) & (x < 540 + width) & (y > 260) & (y < 340 + height)).all()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from anndata import AnnData
 
+from hinge.data.layers import named_layers
 from hinge.data.slide import slide_name
 from hinge.data.slide_image import SlideImage
 from hinge.utils.errors import DataError
@@ -63,7 +64,7 @@ def write_spatialdata(draws: AnnData, path: str | Path, full_image: bool = False
             c_coords=["r", "g", "b"],
             transformations={"global": Scale([scale, scale], axes=("x", "y"))},
         )
-    table = AnnData(draws.X, obs=draws.obs.copy(), var=draws.var, layers=dict(draws.layers))
+    table = AnnData(draws.X, obs=draws.obs.copy(), var=draws.var, layers=named_layers(draws))
     table.obsm["spatial"] = draws.obsm["spatial"]
     table.uns["hinge"] = facts
     table.obs["region"] = np.full(draws.n_obs, name)

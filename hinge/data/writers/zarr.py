@@ -6,6 +6,7 @@ import numpy as np
 import zarr
 from anndata import AnnData
 
+from hinge.data.layers import draw_names, named_layers
 from hinge.utils.errors import DataError, HingeError, one_line
 from hinge.utils.files import atomic_path
 from hinge.utils.safe_zarr import check_zarr
@@ -36,10 +37,10 @@ def write_draws_zarr(draws: AnnData, path: str | Path) -> Path:
     DataError
         If there are no draws in the layers.
     """
-    names = sorted(name for name in draws.layers if name.startswith("draw_"))
+    names = draw_names(draws)
     if not names:
         raise DataError(f"there are no draws in the layers to write to {path}")
-    kept = {name: layer for name, layer in draws.layers.items() if name not in names}
+    kept = {name: layer for name, layer in named_layers(draws).items() if name not in names}
     rest = AnnData(draws.X, obs=draws.obs, var=draws.var, uns=draws.uns, obsm=dict(draws.obsm), layers=kept)
     with atomic_path(path) as temporary:
         rest.write_zarr(temporary)
