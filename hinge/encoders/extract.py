@@ -1,4 +1,4 @@
-"""From a slide to its feature file."""
+"""Extract the features of a slide and write its feature file."""
 
 import contextlib
 import logging
@@ -14,7 +14,7 @@ from hinge.data.feature_writer import FeatureWriter
 from hinge.data.features import read_feature_header
 from hinge.data.patches import PatchReader, dihedral_views
 from hinge.data.slide import slide_name
-from hinge.encoders.registry import Encoder
+from hinge.encoders.encoder import Encoder
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import arrays_digest
 from hinge.utils.locks import lock_file
@@ -23,7 +23,7 @@ from hinge.utils.resumable import ResumableArrays
 
 logger = logging.getLogger(__name__)
 
-# batches in a part of a slide's features: what is computed again if extraction is killed
+# batches per part: the features that are computed again if extraction is killed
 BATCHES_IN_A_PART = 8
 ROWS_AT_ONCE = 4096
 
@@ -39,32 +39,32 @@ def extract_features(
     workers: int = 2,
     dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> Path:
-    """Encode the patch of every spot and write them as a feature file.
+    """Encode the patch of every spot and write the features to a file.
 
-    A finished file of the same spots, encoder, patch and views is left as it is, and one that was stopped is gone on
-    with. Patches are read in the background and features written as they come: memory does not grow with the slide.
-    Where memory runs out, the encoder goes on with smaller batches.
+    A finished file of the same spots, encoder, patch and views is kept, and a stopped extraction is resumed. Patches
+    are read in background threads and features are written batch by batch: memory does not grow with the slide. If
+    memory runs out, the encoder continues with smaller batches.
 
     Parameters
     ----------
     slide
         A slide with image.
     encoder
-        As `load_encoder` gives it.
+        Encoder as `load_encoder` returns it.
     path
         File to write.
     views
-        1: each patch as it is; 8: also its flips and quarter turns.
+        1: the patch itself; 8: also its flips and rotations by 90°.
     batch_size
         Patches in one forward pass.
     patch_um
-        Side of a patch in µm; None: the encoder's.
+        Side of a patch in µm; None: that of the encoder.
     overwrite
-        Replace a file that was made otherwise.
+        Replace a file of other features.
     workers
         Threads that read patches.
     dtype
-        What the encoder computes in; see `Encoder.encode`.
+        Type of the computation; see `Encoder.encode`.
 
     Returns
     -------
@@ -74,10 +74,9 @@ def extract_features(
     Raises
     ------
     ConfigError
-        If `views`, `batch_size`, `patch_um` or `workers` cannot be used.
+        `views`, `batch_size`, `patch_um` or `workers` is out of range.
     DataError
-        If the slide has no image, the image is damaged, a file of other features is at `path`, or another process
-        is writing it.
+        The slide has no image, the image is damaged, `path` holds other features, or another process writes it.
     """
     path = Path(path)
     if views not in (1, 8):
@@ -114,7 +113,7 @@ def extract_features(
     )
 
     def encode(patches: np.ndarray, at_once: int) -> np.ndarray:
-        """Features (b, views, d) of a batch of patches, so many in one forward pass."""
+        """Return features (b, views, d) of patches, `at_once` of them in one forward pass."""
         pieces = [patches[start : start + at_once] for start in range(0, len(patches), at_once)]
         encoded = [[encoder.encode(view, dtype) for view in dihedral_views(piece, views)] for piece in pieces]
         return np.concatenate([np.stack(of_views, axis=1) for of_views in encoded])
@@ -148,7 +147,7 @@ def extract_features(
 
 
 def _difference(path: Path, slide: AnnData, encoder: Encoder, views: int, patch_um: float) -> str | None:
-    """In what a feature file differs from the one that would be written, None if in nothing."""
+    """Return how a feature file differs from the one that would be written, None if it does not differ."""
     header = read_feature_header(path)
     if header.digest != encoder.digest or header.dim != encoder.dim:
         return f"by another encoder ({header.encoder or 'unnamed'}, not {encoder.name})"
@@ -160,5 +159,5 @@ def _difference(path: Path, slide: AnnData, encoder: Encoder, views: int, patch_
     if header.barcodes is None or list(header.barcodes) != list(slide.obs_names):
         return f"for other spots than those of slide {slide_name(slide)}"
     if not np.array_equal(header.coords, np.asarray(slide.obsm["spatial"], dtype=np.float64)):
-        return f"for spots at other places than those of slide {slide_name(slide)}"
+        return f"for other coordinates than those of slide {slide_name(slide)}"
     return None

@@ -1,10 +1,7 @@
-"""Histology encoders by name: frozen networks that turn a patch into a vector."""
+"""Load a histology encoder by name: published, from timm or the Hugging Face Hub, or from a local folder."""
 
 import contextlib
 import hashlib
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,137 +10,18 @@ import numpy as np
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
+from torch import nn
 
 from hinge.encoders import stain_texture
+from hinge.encoders.encoder import Encoder, Joined, Preprocess
 from hinge.encoders.recipes import PATCH_UM, RECIPES, Recipe, build
 from hinge.encoders.weights import load_weights
 from hinge.utils.errors import ConfigError, WeightsError
 from hinge.utils.files import arrays_digest, read_json
 
-# of networks that a config.json describes
+# largest network that a config.json may describe
 _LARGEST_SIZE, _MOST_BLOCKS = 1 << 16, 1000
 RANDOM_SEED = 0
-
-
-class Preprocess(nn.Module):
-    """Patches as read from an image to what a network takes.
-
-    Parameters
-    ----------
-    patch_px
-        Side of the network's input.
-    mean, std
-        Normalisation of R, G, B in [0, 1].
-    interpolation
-        How a patch of another size is resized, always with antialiasing.
-    """
-
-    def __init__(
-        self,
-        patch_px: int,
-        mean: Sequence[float] = (0.0, 0.0, 0.0),
-        std: Sequence[float] = (1.0, 1.0, 1.0),
-        interpolation: Literal["bilinear", "bicubic"] = "bicubic",
-    ) -> None:
-        super().__init__()
-        self.patch_px, self.mean, self.std = patch_px, tuple(mean), tuple(std)
-        self.interpolation = InterpolationMode(interpolation)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """Uint8 (B, H, W, 3) to float32 (B, 3, patch_px, patch_px)."""
-        x = patches.permute(0, 3, 1, 2)
-        if x.shape[-1] != self.patch_px or x.shape[-2] != self.patch_px:
-            x = TF.resize(x, [self.patch_px, self.patch_px], self.interpolation, antialias=True)
-        return TF.normalize(x.to(torch.float32) / 255, self.mean, self.std)
-
-    def describe(self) -> str:
-        """Everything that decides the result, as text."""
-        return f"{self.patch_px} px, mean {self.mean}, std {self.std}, {self.interpolation.value}"
-
-
-class Joined(nn.Module):
-    """Several encoders side by side on the same patches."""
-
-    def __init__(self, encoders: "Sequence[Encoder]") -> None:
-        super().__init__()
-        self.members = nn.ModuleList(nn.Sequential(encoder.transform, encoder.module) for encoder in encoders)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """Uint8 (B, H, W, 3) to (B, d), the members' features one after the other."""
-        return torch.cat([member(patches).to(torch.float32) for member in self.members], dim=1)
-
-
-@dataclass(frozen=True, eq=False)
-class Encoder:
-    """A frozen histology encoder.
-
-    Attributes
-    ----------
-    name
-        As `load_encoder` takes it.
-    dim
-        Numbers per patch, d.
-    patch_um
-        Side of a patch in µm that it is meant for.
-    patch_px
-        Side of a patch in pixels to read.
-    digest
-        SHA-256 of the weights and of what is done to a patch before them.
-    transform
-        Uint8 patches (B, H, W, 3) to what `module` takes.
-    module
-        The network, in eval mode and without gradients.
-    feature_dtype
-        Type that its features are stored in.
-    """
-
-    name: str
-    dim: int
-    patch_um: float
-    patch_px: int
-    digest: str
-    transform: nn.Module
-    module: nn.Module
-    feature_dtype: Literal["float16", "float32"] = "float16"
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return next(itertools.chain(self.module.parameters(), self.module.buffers())).device
-
-    def encode(self, batch: np.ndarray, dtype: Literal["float32", "bfloat16"] | None = None) -> np.ndarray:
-        """Features of a batch of patches.
-
-        Parameters
-        ----------
-        batch
-            RGB, uint8 (B, H, W, 3); resized if it is not `patch_px` wide.
-        dtype
-            What the network computes in; None: bfloat16 on CUDA, float32 elsewhere.
-
-        Returns
-        -------
-        numpy.ndarray
-            float32 (B, d).
-
-        Raises
-        ------
-        ConfigError
-            If `dtype` is neither of the two.
-        """
-        if dtype not in (None, "float32", "bfloat16"):
-            raise ConfigError(f"an encoder computes in float32 or bfloat16, not in {dtype!r}")
-        kind = self.device.type
-        half = dtype == "bfloat16" or (dtype is None and kind == "cuda")
-        patches = torch.from_numpy(batch).to(self.device)
-        with torch.inference_mode():
-            x = self.transform(patches)
-            with torch.autocast(kind, torch.bfloat16) if half else contextlib.nullcontext():
-                features = self.module(x)
-        return features.to("cpu", torch.float32).numpy()
 
 
 def load_encoder(
@@ -154,37 +32,36 @@ def load_encoder(
     Parameters
     ----------
     name_or_path
-        One of
+        One of:
 
         - `stain-texture`: colour and texture statistics, no weights;
-        - `hinge-vit-tiny`: a small ViT whose weights lie in the package;
+        - `hinge-vit-tiny`: a small ViT whose weights are part of this package;
         - a published encoder, `RECIPES`: `uni`, `conch`, `virchow2`, `spafoundation`, ...;
         - a timm model with pretrained weights: `timm:NAME` or `NAME`;
         - `hf-hub:owner/repo`: a timm model on the Hugging Face Hub;
         - `NAME@FILE`: a published encoder or timm model with weights from a local `.safetensors`, `.pth`,
           `.pt` or `.bin`;
-        - a folder, or a weight file in it, beside a `config.json` as `hinge pretrain-histology` or
-          `timm.models.save_for_hf` writes it;
+        - a folder with a `config.json` as `hinge pretrain-histology` or `timm.models.save_for_hf` writes it, or a
+          weight file in such a folder;
         - `random:NAME`: a published encoder or timm model with random weights from a fixed seed;
 
         or several of these joined by `+`, whose features are concatenated.
     device
-        Where it computes; None: CUDA if there is one, else the CPU.
+        Device of the network; None: CUDA if available, else the CPU.
     weights
         Weight file of a published encoder or timm model; the same as `NAME@FILE`.
 
     Returns
     -------
     Encoder
-        Ready to use.
+        Frozen, in eval mode.
 
     Raises
     ------
     ConfigError
-        If there is no encoder of that name, or encoders of different patches are joined.
+        There is no encoder of that name, or encoders with different patches are joined.
     WeightsError
-        If weights are missing (the message says which file to fetch and where to put it), damaged, or of
-        another network.
+        Weights are missing (the message names the file to fetch), damaged, or of another network.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = str(name_or_path)
@@ -274,20 +151,21 @@ def _preprocess(recipe: Recipe) -> Preprocess:
 
 
 def _fetch(name: str, recipe: Recipe) -> Path:
-    """The weight file from this package, the user's hub cache, or else from the hub."""
+    """Return the weight file from this package, the cache of the Hub, or the Hub."""
     if recipe.packaged is not None:
         return recipe.packaged
     put = f"put it anywhere and name it as {name}@/path/to/{recipe.file}"
     if recipe.repo is None:
         raise WeightsError(
-            f"the weights of {name} ({recipe.licence}) are on no hub: fetch {recipe.file} from {recipe.page}, {put}"
+            f"the weights of {name} ({recipe.licence}) are not on the Hub: fetch {recipe.file} from "
+            f"{recipe.page}, {put}"
         )
     cached = huggingface_hub.try_to_load_from_cache(recipe.repo, recipe.file)
     if isinstance(cached, str):
         return Path(cached)
     try:
         return Path(huggingface_hub.hf_hub_download(recipe.repo, recipe.file))
-    except Exception as error:  # hub and network have many ways to say no
+    except Exception as error:  # the Hub's client and the network raise many kinds of exception
         ask = f"ask for access on {recipe.page}, then " if recipe.gated else ""
         raise WeightsError(
             f"the weights of {name} ({recipe.licence}) are not in the hub cache and could not be fetched: "
@@ -298,7 +176,7 @@ def _fetch(name: str, recipe: Recipe) -> Path:
 def _random(name: str, architecture: str, device: torch.device) -> Encoder:
     if architecture not in RECIPES and not timm.is_model(architecture.split(".")[0]):
         raise ConfigError(f"encoder {name!r}: after random: stands a timm model or one of {', '.join(RECIPES)}")
-    # modules draw from the global generator: give it back as it was
+    # modules draw from the global generator, whose state is restored
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
         recipe = RECIPES.get(architecture)
@@ -318,7 +196,7 @@ def _from_timm(name: str, model: str, file: Path | None, device: torch.device) -
         raise WeightsError(f"timm has no weights for {model}; name a file of them as {model}@/path/to/file")
     try:
         module = timm.create_model(model, pretrained=True, num_classes=0)
-    except Exception as error:  # hub, network, timm and torch each raise their own
+    except Exception as error:  # the Hub's client, timm and torch raise their own exceptions
         repo = model.removeprefix("hf-hub:") if on_hub else timm.get_pretrained_cfg(model).hf_hub_id
         raise WeightsError(
             f"the weights of {name} are not here and could not be fetched ({_first_line(error)}): run "
@@ -329,7 +207,7 @@ def _from_timm(name: str, model: str, file: Path | None, device: torch.device) -
 
 
 def _patch_um_on_hub(model: str) -> float:
-    """As `_patch_um`, of a repository that timm has just fetched."""
+    """Return `_patch_um` of a repository that timm has fetched."""
     repo, _, revision = model.removeprefix("hf-hub:").partition("@")
     config = huggingface_hub.try_to_load_from_cache(repo, "config.json", revision=revision or None)
     return _patch_um(Path(config).parent) if isinstance(config, str) else PATCH_UM
@@ -343,44 +221,46 @@ def _from_folder(name: str, path: Path, device: torch.device) -> Encoder:
         raise WeightsError(f"encoder {name}: there is no file {' or '.join(map(str, files))}")
     if not (folder / "config.json").is_file():
         raise WeightsError(
-            f"{file} does not say of which network it is: put timm's config.json beside it, or give the "
-            f"network's name as NAME@{file}"
+            f"{file} does not name its network: put timm's config.json beside it, or give the name of the "
+            f"network as NAME@{file}"
         )
     _check_size(folder / "config.json", file)
     module = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
     load_weights(module, file, name)
-    # one set of weights may be pooled in several ways, and features of one must not pass for those of another
+    # the same weights with another pooling give other features, so pooling is part of the digest
     pooling = getattr(module, "global_pool", "token")
     notes = "" if pooling == "token" else str(pooling)
     try:
         return _finished(name, module, device, _patch_um(folder), notes)
     except (TypeError, ValueError, LookupError, RuntimeError, AssertionError, AttributeError) as error:
-        raise WeightsError(f"{folder / 'config.json'} does not say how images are prepared: {error}") from error
+        raise WeightsError(
+            f"{folder / 'config.json'} does not describe the preprocessing of images: {error}"
+        ) from error
 
 
 def _check_size(config: Path, weights: Path) -> None:
-    """Refuse a config of a far larger network than its weights are, before memory is asked for it."""
+    """Refuse a config whose network is far larger than its weights, before memory is allocated."""
     content = read_json(config)
     arguments = content.get("model_args") if isinstance(content, dict) else None
     sizes = (
         {key: size for key, size in arguments.items() if isinstance(size, int)} if isinstance(arguments, dict) else {}
     )
     if max(sizes.values(), default=0) > _LARGEST_SIZE or sizes.get("depth", 0) > _MOST_BLOCKS:
-        raise WeightsError(f"{config} announces a network of impossible size")
+        raise WeightsError(f"{config} describes a network of impossible size")
     try:
         with torch.device("meta"):
             module = timm.create_model(f"local-dir:{config.parent}", pretrained=False, num_classes=0)
-    except Exception as error:  # whatever the file makes timm stumble over
+    except Exception as error:  # timm raises many kinds of exception for a wrong config
         raise WeightsError(f"{config} does not describe a timm model: {_first_line(error)}") from error
     numbers = sum(parameter.numel() for parameter in module.parameters())
-    if numbers > weights.stat().st_size:  # of a byte each at least
+    if numbers > weights.stat().st_size:  # at least one byte each
         raise WeightsError(
-            f"{config} is that of {numbers:,} weights, and {weights} has {weights.stat().st_size:,} bytes"
+            f"{config} describes a network of {numbers:,} weights, and {weights} has {weights.stat().st_size:,} bytes"
         )
 
 
 def _patch_um(folder: Path) -> float:
-    """Side of the patches that an encoder of this package was pre-trained on; timm's models do not say."""
+    """Return the side of the patches of pre-training; only encoders trained by this package record it."""
     side = read_json(folder / "config.json").get("patch_um", PATCH_UM)
     if not isinstance(side, int | float) or not side > 0:
         raise WeightsError(f"{folder / 'config.json'} has a patch_um of {side!r}, which must be a length in µm")
@@ -388,21 +268,23 @@ def _patch_um(folder: Path) -> float:
 
 
 def _first_line(error: Exception) -> str:
-    """Why it failed, in a few words."""
+    """Return the first sentence of an error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0][:200]
 
 
 def _finished(
     name: str, module: nn.Module, device: torch.device, patch_um: float = PATCH_UM, notes: str = ""
 ) -> Encoder:
-    """An encoder from a timm model, with the preprocessing that timm attaches to it."""
+    """Return an encoder of a timm model with the preprocessing of timm."""
     data = resolve_model_data_config(module)
     px = data["input_size"][-1]
     interpolation: Literal["bilinear", "bicubic"] = "bilinear" if data["interpolation"] == "bilinear" else "bicubic"
     with torch.no_grad():
         shape = module.eval()(torch.zeros(1, 3, px, px)).shape
     if len(shape) != 2:
-        raise ConfigError(f"encoder {name!r} gives {tuple(shape[1:])} numbers a patch and not one vector")
+        raise ConfigError(
+            f"encoder {name!r} gives features of shape {tuple(shape[1:])} per patch, and one vector is needed"
+        )
     transform = Preprocess(px, data["mean"], data["std"], interpolation)
     return _frozen(name, module, transform, shape[1], device, notes, patch_um)
 

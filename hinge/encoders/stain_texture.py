@@ -1,7 +1,7 @@
 """An encoder without weights: 51 statistics of colour, stain and texture of a patch.
 
-It needs no download and a few milliseconds a patch, and is the baseline that a foundation model has to beat.
-All statistics stay the same when the patch is flipped or turned by quarters.
+It needs no download and a few milliseconds per patch, and is a baseline for foundation models. All statistics are
+invariant to flips and to rotations by 90°.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ VERSION = 1
 """Part of the digest: features of different versions do not mix."""
 
 PATCH_PX = 112
-"""Side of the patches it is made for: at 224 px it was no better and four times slower."""
+"""Side of the patches in pixels: 224 px was not better and four times slower."""
 
 STEPS = (1, 2, 4)
 """Distances in pixels at which neighbours are compared."""
@@ -58,7 +58,7 @@ class StainTexture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """R, G, B in [0, 1], float (B, 3, H, W), to statistics, float32 (B, 51)."""
-        # differences of nearly equal numbers: bfloat16 would leave little of them
+        # differences of nearly equal numbers lose their precision in bfloat16
         with torch.autocast(x.device.type, enabled=False):
             # a few patches at a time, so that the planes stay in the processor's cache
             return torch.cat([self._statistics(part) for part in x.to(torch.float32).split(8)])
@@ -144,7 +144,7 @@ def _coherence(down: Tensor, across: Tensor) -> Tensor:
 def _peaks(hematoxylin: Tensor) -> Tensor:
     """Number, height and prominence of local maxima in each of PEAK_WINDOWS, (B, 1, H, W) to (B, 6)."""
     smooth, surroundings = _local_mean(hematoxylin, 3), _local_mean(hematoxylin, 15)
-    # an even ground has no peaks, whatever rounding makes of it
+    # rounding of a constant plane must not count as peaks
     dark = smooth > smooth.mean(dim=(2, 3), keepdim=True) + 1e-3
     found = []
     for side in PEAK_WINDOWS:

@@ -1,8 +1,7 @@
-"""Reading published checkpoints into the networks of `hinge.encoders.recipes`.
+"""Load published checkpoints into the networks of encoders.
 
-Checkpoints name their tensors in one of three ways: as timm does, as transformers does (Phikon, Hibou), or as
-CONCH does (the image tower beside a text tower). All are brought to the network's own names, and every tensor
-of the network has to be found.
+Checkpoints name their tensors as timm, as transformers (Phikon, Hibou) or as CONCH (image and text encoder in one
+file). The names are mapped to those of the network, and every tensor of the network must be found.
 """
 
 import argparse
@@ -14,11 +13,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from hinge.encoders.recipes import AttentionPooledViT, PooledTokens
+from hinge.encoders.networks import AttentionPooledViT, PooledTokens
 from hinge.utils.errors import WeightsError
 from hinge.utils.safe_torch import load_torch, plain_tensors
 
-# what was needed in training only, or can be computed, by the first part of its name
+# tensors of training only, or that can be computed, by the first part of their name
 _LEFT_OUT = {"head", "fc", "classifier", "pooler", "mask_token", "masked_embed"}
 _CONCH_LEFT_OUT = {"attn_pool_caption", "ln_caption", "proj_contrast"}
 
@@ -39,12 +38,12 @@ _ATTENTION = re.compile(r"(blocks\.\d+)\.attention\.attention\.(query|key|value)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a `.safetensors`, or of a torch file with weights only, without wrappers' prefixes.
+    """Read the tensors of a safetensors file or a torch file, without the prefixes of wrappers.
 
     Raises
     ------
     WeightsError
-        If the file is missing, damaged, holds other things than weights, or no tensors.
+        The file is missing, damaged, or holds objects other than weights, or no tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,39 +52,37 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)
         else:
-            # training scripts leave their arguments in the file: a Namespace, which holds no code
+            # training scripts store their arguments as a Namespace, which holds no code
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = load_torch(path)
         for key in ("state_dict", "model"):
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]
         tensors = plain_tensors(content) if isinstance(content, dict) else {}
-    except Exception as error:  # torch and safetensors raise a dozen kinds for a file that is not theirs
+    except Exception as error:  # torch and safetensors raise many kinds of exception for other files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(
-            f"{path} cannot be read as a file of weights alone (nothing else is ever loaded): {reason}"
-        ) from error
+        raise WeightsError(f"{path} is not a file of weights only (no other objects are loaded): {reason}") from error
     if not tensors:
-        raise WeightsError(f"{path} holds no tensors by name")
+        raise WeightsError(f"{path} holds no named tensors")
     return {re.sub(r"^((module|backbone|_orig_mod)\.)+", "", name): t for name, t in tensors.items()}
 
 
 def load_weights(network: nn.Module, path: str | Path, name: str) -> None:
-    """Fill a network from a checkpoint.
+    """Load a checkpoint into a network.
 
     Parameters
     ----------
     network
-        What `build` or timm made.
+        Network of `build` or timm.
     path
         Checkpoint.
     name
-        The encoder's name, for errors.
+        Name of the encoder, for errors.
 
     Raises
     ------
     WeightsError
-        As `read_checkpoint`, and if the checkpoint is of another network.
+        As in `read_checkpoint`, or the checkpoint belongs to another network.
     """
     state = read_checkpoint(path)
     if any(key.startswith("visual.") for key in state):
@@ -101,7 +98,7 @@ def load_weights(network: nn.Module, path: str | Path, name: str) -> None:
             state["trunk.pos_embed"] = core.resize_positions(positions, core.trunk.patch_embed.grid_size[0])
     adapt = getattr(sys.modules[type(core).__module__], "checkpoint_filter_fn", None)
     try:
-        if adapt is not None:  # timm's own: older names, other image sizes
+        if adapt is not None:  # timm converts older names and other image sizes
             state = adapt(state, core)
     except (KeyError, RuntimeError, ValueError, IndexError) as error:
         raise WeightsError(f"{path} holds no weights of {name}: {error}") from error
@@ -120,12 +117,12 @@ def load_weights(network: nn.Module, path: str | Path, name: str) -> None:
 
 
 def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A transformers ViT, DINOv2 or DINOv2 with registers in timm's names."""
+    """Rename the tensors of a ViT, DINOv2 or DINOv2 with registers from transformers to timm."""
     state = {re.sub(r"^(vit|dinov2|dinov2_with_registers)\.", "", key): t for key, t in state.items()}
     classes, positions = state.pop("embeddings.cls_token"), state.pop("embeddings.position_embeddings")
     state.pop("embeddings.mask_token", None)
     registers = state.pop("embeddings.register_tokens", None)
-    if registers is not None:  # timm adds positions to patch tokens only, once registers come between
+    if registers is not None:  # with registers timm adds position embeddings to patch tokens only
         classes, positions = classes + positions[:, :1], positions[:, 1:]
         state["reg_token"] = registers
     state["cls_token"], state["pos_embed"] = classes, positions

@@ -37,8 +37,8 @@ from hinge.data.patches import PatchReader
 from hinge.data.slide import slide_name
 from hinge.data.spots import concatenate_spots, load_spots
 from hinge.encoders import RECIPES, Encoder, extract_features, load_encoder
-from hinge.encoders.recipes import PooledTokens
-from hinge.encoders.registry import Joined, Preprocess
+from hinge.encoders.encoder import Joined, Preprocess
+from hinge.encoders.networks import PooledTokens
 from hinge.evaluation.baselines import spot_groups
 from hinge.evaluation.metrics.accuracy import gene_pcc
 from hinge.tasks.embeddings import fit_ridge, read_slides

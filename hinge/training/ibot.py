@@ -34,7 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from hinge.data.patches import PatchReader
 from hinge.data.tissue_patches import TissuePatches
-from hinge.encoders.registry import Encoder, load_encoder
+from hinge.encoders.encoder import Encoder
+from hinge.encoders.registry import load_encoder
 from hinge.training.augmentation import CROP_DRAWS, STAIN_DRAWS, Crops, jitter_stains, random_crops
 from hinge.training.loop import LoopConfig, batch_rows, make_accelerator, run_loop, step_generator
 from hinge.utils.errors import ConfigError, DataError

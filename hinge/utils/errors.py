@@ -1,11 +1,11 @@
-"""Errors a user can cause. The command line turns each into one sentence and exit code 2."""
+"""Errors that a user can cause. The command line prints each as one sentence and exits with code 2."""
 
 import signal
 from numbers import Integral
 
 
 class HingeError(Exception):
-    """Something the user can put right; the message is one sentence that says what and where."""
+    """An error that the user can correct; the message is one sentence with the file or key."""
 
 
 class ConfigError(HingeError):
@@ -21,14 +21,14 @@ class WeightsError(HingeError):
 
 
 class Interrupted(HingeError):
-    """The user stopped it (Ctrl-C or a signal) at a place from which the same command goes on.
+    """The user stopped a command (Ctrl-C or a signal); the same command resumes it.
 
     Parameters
     ----------
     message
         What was stopped, and where.
     signal_number
-        Of the signal; the command line exits with 128 more.
+        Number of the signal; the exit code is 128 plus this number.
     """
 
     def __init__(self, message: str, signal_number: int = signal.SIGINT):
@@ -37,7 +37,7 @@ class Interrupted(HingeError):
 
 
 def one_line(error: BaseException, most: int = 160) -> str:
-    """The first line of what a library says, for the end of a sentence; its kind where it says nothing."""
+    """Return the first line of an exception's message, or the name of its class if it has no message."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text if len(text) <= most else text[: most - 3] + "..."
 

@@ -1,4 +1,4 @@
-"""Writing files so that a half-written one never counts as finished, and naming them by content."""
+"""Write files atomically, and compute digests of their content."""
 
 import contextlib
 import hashlib
@@ -25,14 +25,14 @@ _TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)@(?P<host>.*)\.[^.]+")
 
 
 def process_mark(pid: int, host: str) -> str:
-    """What the names of a process's temporary folders contain: whoever finds them knows whose they are."""
+    """Return the part of the name of a temporary folder that identifies its process."""
     return f"{pid}@{host[:40]}"
 
 
 def left_behind(name: str, dead: str | None = None) -> bool:
-    """Whether a name is that of a temporary folder whose process is no more.
+    """Return whether a name is that of a temporary folder whose process has ended.
 
-    A process of this machine is looked for; of other machines' only the one whose mark is `dead` counts as such.
+    Processes of this machine are looked up. Of other machines only the process with the mark `dead` counts as ended.
     """
     found = _TEMPORARY.fullmatch(name)
     if found is None:
@@ -51,17 +51,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Parameters
     ----------
     path
-        Where the finished file or folder shall lie. Parent folders are made.
+        The finished file or folder. Parent folders are created.
 
     Yields
     ------
     Path
-        A name in the same folder (same suffix, so that writers that look at it agree), not yet existing.
+        A path that does not exist, with the same suffix and on the same disk.
 
     Raises
     ------
     DataError
-        There is no room or no permission.
+        The disk is full or permission is missing.
     """
     path = Path(path)
     try:
@@ -85,14 +85,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def _why_not_written(error: Exception, holder: Path) -> str | None:
-    """Why nothing more can be written to a folder, if that is what an error is about."""
+    """Return why a folder cannot be written to, None if the error has another cause."""
     if isinstance(error, DataError):
         return None
     if isinstance(error, OSError):
-        # one that names another file is about reading that
+        # an error that names another file is one of reading
         ours = error.filename is None or str(error.filename).startswith(str(holder))
         return (error.strerror or " ".join(str(error).split())) if ours else None
-    # libraries say it in words of their own: ask the disk
+    # libraries have own messages: try to write
     try:
         with open(holder / "room", "wb") as file:
             file.write(bytes(_ROOM))
@@ -139,7 +139,7 @@ def file_digest(path: str | Path) -> str:
 def arrays_digest(arrays: dict[str, Any]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of a mapping of tensors or arrays, in name order.
 
-    It names a set of weights by content, whatever file format they came from.
+    It identifies weights by content, independent of the file format.
     """
     import numpy as np
 

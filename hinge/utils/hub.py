@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: fetching what a name means, and uploading a folder."""
+"""Download models from the Hugging Face Hub and upload them."""
 
 import re
 import tempfile
@@ -9,33 +9,33 @@ import huggingface_hub
 
 from hinge.utils.errors import ConfigError, WeightsError
 
-# of a repository with a model, all that is ever read
+# the files of a model's repository that are read
 PATTERNS = ("*.json", "*.yaml", "*.md", "*.safetensors", "model/*", "backbone/*")
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def is_repository(name: str | Path) -> bool:
-    """Whether a name is that of a repository, `owner/name`, and not of a folder that is there."""
+    """Return whether a name is that of a repository, `owner/name`, and not of an existing folder."""
     return isinstance(name, str) and _REPOSITORY.fullmatch(name) is not None and not Path(name).exists()
 
 
 def fetch(repository: str, output: str | Path | None = None, revision: str | None = None) -> Path:
-    """A repository's files, from the user's hub cache or the hub.
+    """Return the folder of a repository's files, from the cache of the Hub or downloaded.
 
     Parameters
     ----------
     repository
         `owner/name`.
     output
-        Folder for them; None for the cache.
+        Folder for the files; None: the cache.
     revision
-        Branch, tag or commit; None for the newest.
+        Branch, tag or commit; None: the newest.
 
     Raises
     ------
     WeightsError
-        They are not in the cache and cannot be fetched.
+        The files are not in the cache and cannot be downloaded.
     """
     try:
         return Path(
@@ -43,7 +43,7 @@ def fetch(repository: str, output: str | Path | None = None, revision: str | Non
                 repository, revision=revision, local_dir=output, allow_patterns=list(PATTERNS)
             )
         )
-    except Exception as error:  # hub and network have many ways to say no
+    except Exception as error:  # the Hub's client and the network raise many kinds of exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(
             f"{repository} is no folder, is not in the hub cache and could not be fetched ({reason[:200]}): run "
@@ -52,12 +52,12 @@ def fetch(repository: str, output: str | Path | None = None, revision: str | Non
 
 
 def find(name: str | Path, part: str) -> Path:
-    """The folder of a model: itself, or its `part` where `name` is that of a whole run.
+    """Return the folder of a model: the folder itself, or its subfolder `part` if it is that of a whole run.
 
     Parameters
     ----------
     name
-        A folder, or `owner/name` on the hub.
+        A folder, or `owner/name` on the Hub.
     part
         `model` or `backbone`.
     """
@@ -67,17 +67,17 @@ def find(name: str | Path, part: str) -> Path:
 
 
 def upload(folder: str | Path, repository: str, private: bool = True, message: str = "Upload") -> str:
-    """Upload a folder's files as a model repository, which is made if it is not there.
+    """Upload the files of a folder to a model repository, which is created if needed.
 
     Returns
     -------
     str
-        The repository's address.
+        Address of the repository.
 
     Raises
     ------
     ConfigError
-        The name is none of a repository, or the hub refuses.
+        The name is not that of a repository, or the Hub refuses.
     """
     if _REPOSITORY.fullmatch(repository) is None:
         raise ConfigError(f"{repository!r} is not the name of a repository; write owner/name")
@@ -95,7 +95,7 @@ def upload(folder: str | Path, repository: str, private: bool = True, message: s
 
 
 def upload_saved(save: Callable[[Path], object], repository: str, private: bool = True) -> str:
-    """Upload what `save` writes into a folder that it is given."""
+    """Upload the files that `save` writes to a temporary folder, and return the address of the repository."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         save(folder)

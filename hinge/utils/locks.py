@@ -1,8 +1,8 @@
-"""One process at a time at a folder or a file, and tidying up after one that died there.
+"""Locks of folders and files, and removal of temporary files of dead processes.
 
-A lock is a file that the system unlocks when its process ends, however it ends. Beside it lies a record of who holds
-it, whose time is renewed as long as the process lives: on a disk shared by machines that do not see each other's
-locks, a record that is silent for long is taken for that of a dead process.
+A lock is a file that the operating system unlocks when its process ends. A record beside it names the process that
+holds it, and its time is renewed while the process lives. On a disk shared by machines that do not see each other's
+locks, a record that is not renewed counts as that of a dead process.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from hinge.utils.files import HOST, left_behind, process_mark, read_json, write_
 logger = logging.getLogger(__name__)
 
 HEARTBEAT = 15.0
-"""Seconds after which a holder shows that it lives."""
+"""Seconds between two renewals of a record."""
 
 SILENCE = 60.0
-"""Seconds without a sign of life after which a holder on another machine counts as dead."""
+"""Seconds without renewal after which the holder on another machine counts as dead."""
 
-_CHILDREN_END = 10.0  # seconds that processes started by a dead one may go on: data loaders look for it every five
+_CHILDREN_END = 10.0  # seconds that child processes may outlive their parent: data loaders check for it every five
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate looks for them
 
 _held: set[tuple[int, Path]] = set()
@@ -38,12 +38,12 @@ _held: set[tuple[int, Path]] = set()
 
 @contextlib.contextmanager
 def try_lock(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether this process holds the lock file `path`, until the end of the block; it may wait for it.
+    """Try to hold the lock file `path` until the end of the block, and yield whether it is held.
 
     Raises
     ------
     DataError
-        The lock file cannot be made.
+        The lock file cannot be created.
     """
     lock, missing = FileLock(path), 0
     while not lock.is_locked:
@@ -55,7 +55,7 @@ def try_lock(path: Path, wait: bool = False) -> Iterator[bool]:
             return
         except OSError as error:
             missing += 1
-            # whoever was here before may just be tidying up
+            # the previous holder may just be removing the folder
             if not isinstance(error, FileNotFoundError) or missing == 10:
                 raise DataError(f"cannot write {path}: {error.strerror or error}") from error
     try:
@@ -66,15 +66,15 @@ def try_lock(path: Path, wait: bool = False) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def lock_folder(folder: str | Path) -> Iterator[None]:
-    """Have a folder to oneself until the end of the block; it is made if it is not there.
+    """Lock a folder until the end of the block; it is created if needed.
 
-    Of several processes that were launched together the first one locks for all. A process that has a folder already
-    may lock it again. What a dead process left half-written there is removed.
+    Of several processes that were launched together the first locks for all. A process that holds the lock may lock
+    again. Temporary files of dead processes are removed.
 
     Raises
     ------
     DataError
-        Another process has it (the sentence says which and since when), or it cannot be written to.
+        Another process holds the lock (the message names it and since when), or the folder is not writable.
     """
     folder = Path(folder)
     with _lock(folder / ".lock", folder, wait=False):
@@ -83,9 +83,9 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_file(path: str | Path, wait: bool = False) -> Iterator[None]:
-    """Have a file that is to be written to oneself until the end of the block; as `lock_folder`.
+    """Lock a file that will be written until the end of the block, as `lock_folder` does.
 
-    With `wait`, another process that has it is waited for.
+    With `wait`, wait for another process that holds the lock.
     """
     path = Path(path)
     with _lock(path.with_name(f".{path.name}.lock"), path, wait):
@@ -103,7 +103,7 @@ def _lock(path: Path, what: Path, wait: bool) -> Iterator[None]:
         if not path.parent.exists():
             stack.callback(_remove_if_empty, path.parent)
         dead = _acquire(stack, path, record, what, wait)
-        # the lock file goes while it is held: whoever opened it sees that and opens another one
+        # the lock file is removed while it is held: a process that opened it notices and opens a new one
         stack.callback(_remove, record, path)
         if dead is not None:
             logger.info("%s was left by %s, which has died; taking it over", what, _described(dead))
@@ -118,8 +118,8 @@ def _lock(path: Path, what: Path, wait: bool) -> Iterator[None]:
 
 
 def _acquire(stack: contextlib.ExitStack, path: Path, record: Path, what: Path, wait: bool) -> dict | None:
-    """Hold a lock; the record of its last holder, if that died."""
-    began, told, seen = time.monotonic(), None, None
+    """Acquire a lock, and return the record of its last holder if that process died."""
+    began, reported, seen = time.monotonic(), None, None
     while True:
         with contextlib.ExitStack() as attempt:
             free = attempt.enter_context(try_lock(path))
@@ -138,16 +138,18 @@ def _acquire(stack: contextlib.ExitStack, path: Path, record: Path, what: Path, 
         elif not free:
             refused, sentence = True, f"{what} is in use by {_described(owner)}"
         else:
-            # no lock is seen from here, which may be so for locks of other machines: does the record's time move on?
+            # locks of other machines may not be visible here: check whether the record is renewed
             seen = seen or beat
             refused, sentence = beat != seen, f"{what} is in use by {_described(owner)}"
-            if told is None and not refused:
-                told = "silence"
-                logger.info("%s was left by %s: waiting %.0f s for a sign of life", what, _described(owner), SILENCE)
+            if reported is None and not refused:
+                reported = "silence"
+                logger.info(
+                    "%s was left by %s: waiting %.0f s for it to renew its lock", what, _described(owner), SILENCE
+                )
         if refused and not wait:
             raise DataError(f"{sentence}; wait until it has ended, or choose another output")
-        if refused and told != "waiting":
-            told = "waiting"
+        if refused and reported != "waiting":
+            reported = "waiting"
             logger.info("%s; waiting until it has ended", sentence)
         time.sleep(0.05)
 
@@ -157,7 +159,7 @@ def _described(owner: dict) -> str:
 
 
 def _read_record(path: Path) -> tuple[dict | None, float | None]:
-    """A record and its time; None where there is none, or none of ours."""
+    """Return a record and its time; None if there is no valid record."""
     try:
         owner, beat = read_json(path), path.stat().st_mtime
     except (DataError, OSError):
@@ -169,7 +171,7 @@ def _read_record(path: Path) -> tuple[dict | None, float | None]:
 
 
 def _age(path: Path, beat: float) -> float:
-    """Seconds since a time, by the clock of the disk, which need not be this machine's."""
+    """Return the seconds since a time by the clock of the disk, which may differ from this machine's."""
     os.utime(path)
     return path.stat().st_mtime - beat
 
@@ -193,9 +195,9 @@ def _heartbeat(record: Path) -> Iterator[None]:
 
 
 def _sweep(what: Path, dead: str | None) -> None:
-    """Remove the temporary folders of `atomic_path` that ended processes left in a folder, or beside it.
+    """Remove the temporary folders of `atomic_path` that ended processes left in a folder or beside it.
 
-    One that ended in good order leaves them too where it has lost its rights.
+    A process that lost its permissions leaves them too.
     """
     found = list(what.rglob(".*@*")) if what.is_dir() else []
     for path in [*found, *what.parent.glob(".*@*")]:

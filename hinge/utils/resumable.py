@@ -1,4 +1,4 @@
-"""What is there of a file that takes long to compute: arrays on disk that are filled part by part."""
+"""Arrays on disk that are computed part by part, so that a stopped computation can be resumed."""
 
 import contextlib
 import os
@@ -15,23 +15,23 @@ from hinge.utils.files import read_json, write_json
 
 
 class ResumableArrays:
-    """Arrays on their way: mapped from files in a folder beside the file to be.
+    """Arrays in a folder beside the output file, memory-mapped, with a mark for each finished part.
 
-    A part is a range of spots, the same whatever the number of processes; a finished one has a mark of its own, so
-    that whoever goes on computes only what is missing. Memory holds one part.
+    A part is a range of spots and does not depend on the number of processes. A resumed computation computes the parts
+    without a mark. Memory holds one part.
 
     Parameters
     ----------
     path
-        The file to be.
+        The output file.
     about
-        What the arrays depend on, as JSON keeps it: parts of others are thrown away.
+        Inputs that the arrays depend on, as JSON. Parts of other inputs are deleted.
     arrays
-        Name → shape, type, and which axis the spots are on.
+        Name → shape, type and the axis of the spots.
     num_spots
-        n.
+        Number of spots, n.
     spots_per_part
-        Spots in a part; what was begun with parts of another size is gone on with in that size.
+        Spots in a part. A computation that was started with another size keeps that size.
     """
 
     def __init__(
@@ -49,18 +49,18 @@ class ResumableArrays:
         self.num_spots, self.spots_per_part = num_spots, spots_per_part
 
     def prepare(self) -> None:
-        """Make the folder, or keep the one there if it is of the same arrays; for one process.
+        """Create the folder, or keep an existing one of the same arrays. One process calls this.
 
         Raises
         ------
         DataError
-            There is no room for the arrays, or no permission.
+            The disk has no space for the arrays, or permission is missing.
         """
         try:
             there = read_json(self.folder / "about.json")
             if there["about"] == self.about and there["spots_per_part"] >= 1:
                 return
-        except (DataError, KeyError, TypeError):  # none, or one that was killed while being made
+        except (DataError, KeyError, TypeError):  # no folder, or its creation was interrupted
             pass
         try:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -68,7 +68,7 @@ class ResumableArrays:
             for name, (shape, dtype, _) in self.arrays.items():
                 array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, shape)
                 del array
-                # reserved now: writing to a mapped file on a full disk would kill the process without a word
+                # reserved now: writing to a mapped file on a full disk kills the process without an error
                 if hasattr(os, "posix_fallocate"):
                     with open(self.folder / f"{name}.npy", "r+b") as file:
                         os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
@@ -78,7 +78,7 @@ class ResumableArrays:
             raise DataError(f"cannot write {self.folder}: {error.strerror or error}") from error
 
     def missing(self) -> list[tuple[int, slice]]:
-        """Number and spots of each part that is not finished."""
+        """Return number and spots of each part that is not finished."""
         self.spots_per_part = read_json(self.folder / "about.json")["spots_per_part"]
         parts = enumerate(range(0, self.num_spots, self.spots_per_part))
         return [
@@ -88,7 +88,7 @@ class ResumableArrays:
         ]
 
     def write(self, number: int, spots: slice | np.ndarray, *contents: np.ndarray) -> None:
-        """Keep a part: for every array what belongs to these spots."""
+        """Store a part: for every array its values for these spots."""
         for (name, (_, _, axis)), content in zip(self.arrays.items(), contents, strict=True):
             array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "r+")
             array[(slice(None),) * axis + (spots,)] = content
@@ -96,16 +96,16 @@ class ResumableArrays:
         self._mark(number).touch()
 
     def read(self) -> tuple[np.ndarray, ...]:
-        """The arrays, mapped."""
+        """Return the arrays, memory-mapped."""
         files = [self.folder / f"{name}.npy" for name in self.arrays]
         try:
             return tuple(np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{self.folder} is damaged; delete it to begin again: {error}") from error
+            raise DataError(f"{self.folder} is damaged; delete it to start again: {error}") from error
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Leave the folder to the next try if the block fails, unless no part is finished; for one process."""
+        """Keep the folder if the block fails and at least one part is finished. One process calls this."""
         try:
             yield
         except BaseException:

@@ -1,8 +1,8 @@
-"""Files of strangers, looked through before a library is let loose on them.
+"""Readers of HDF5 and gzip files from untrusted sources.
 
-The HDF5 library follows what a file says: into other files, into sizes that no memory holds, and where its heaps of
-strings are damaged, round in circles or out of bounds. gzip announces or unpacks to any size as well, and so does Zarr
-(`hinge.utils.safe_zarr`). What can be seen beforehand is refused here, at little cost: no array is read.
+The HDF5 library trusts a file: it follows links to other files, allocates any declared size, and with damaged heaps of
+strings it loops forever or reads out of bounds. A gzip file, like Zarr (`hinge.utils.safe_zarr`), may unpack to any
+size. The checks here refuse such files before the library opens them. They read no array of numbers.
 """
 
 import gzip
@@ -21,39 +21,39 @@ from anndata import AnnData
 
 from hinge.utils.errors import DataError, HingeError, one_line
 
-# zlib makes at most a thousand zeros of one byte, counts of genes seldom compress twentyfold
+# zlib compresses at most a thousandfold, counts of genes seldom more than twentyfold
 MOST_UNPACKED = 200
 UNPACKED_ANYWAY = 256 << 20
 
 _HEAP, _HEAP_HEADER, _OBJECT = b"GCOL\x01\0\0\0", 16, struct.Struct("<HHIQ")
-# where a string lies: its length (4 bytes), its heap (8) and the number in it (4)
+# reference to a string: its length (4 bytes), its heap (8) and its number in the heap (4)
 _REFERENCE, _LONGEST_ANYWAY, _MOST_NAMES = 16, 128 << 20, 1000
-_VLEN = {bytes([version << 4 | 9]) for version in range(1, 6)}  # HDF5's types of a length of their own
+_VLEN = {bytes([version << 4 | 9]) for version in range(1, 6)}  # HDF5's types of variable length
 
 
 def check_size(path: Path, stored: int, unpacked: int) -> None:
-    """Refuse what would unpack to far more than it is.
+    """Refuse a file that would unpack to far more than its size.
 
     Parameters
     ----------
     path
-        For the error.
+        File named in the error.
     stored, unpacked
         Bytes on disk and in memory.
     """
     if unpacked > max(UNPACKED_ANYWAY, MOST_UNPACKED * stored):
         raise DataError(
-            f"{path} has {stored:,} bytes and would take {unpacked:,} in memory: it is damaged, or made to fill it"
+            f"{path} has {stored:,} bytes and would take {unpacked:,} in memory: it is damaged or malicious"
         )
 
 
 def check_gzip(path: Path) -> None:
-    """Make sure that a gzip file holds text, and no more of it than a table of its size can.
+    """Check that a gzip file holds text of plausible size.
 
     Raises
     ------
     DataError
-        As `check_size`, or it holds bytes of 0; what else is wrong with it is left to who reads it.
+        As in `check_size`, or it holds zero bytes. Other damage is left to its reader.
     """
     stored, unpacked = path.stat().st_size, 0
     try:
@@ -62,35 +62,35 @@ def check_gzip(path: Path) -> None:
                 unpacked += len(part)
                 # numbers of one digit take eight bytes in memory
                 check_size(path, stored, 4 * unpacked)
-                if b"\0" in part:  # scipy's reader of matrices ends the process over one
-                    raise DataError(f"{path} is damaged: it is no text")
+                if b"\0" in part:  # scipy's reader of matrices crashes at a zero byte
+                    raise DataError(f"{path} is damaged: it is not text")
     except (OSError, EOFError, zlib.error):
         return
 
 
 def inside(folder: Path, name: str, named_in: Path) -> Path:
-    """The path of a file that another file names, which must lie in a folder.
+    """Return the path of a file that is named in another file and must lie in a folder.
 
     Raises
     ------
     DataError
-        It leads out of the folder.
+        It lies outside the folder.
     """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"{named_in} names {name!r}, which leads out of {folder}")
+        raise DataError(f"{named_in} names {name!r}, which is outside {folder}")
     return path
 
 
 def check_hdf5(path: str | Path, what: str = "a readable HDF5 file") -> None:
-    """Make sure that a file is HDF5, keeps to itself, and announces no more than it can hold.
+    """Check that a file is HDF5, refers to no other file, and declares no more data than it can hold.
 
-    Reads the file's structure and where its strings lie, and none of its arrays of numbers.
+    Reads the structure of the file and the positions of its strings, and no array of numbers.
 
     Raises
     ------
     DataError
-        It is missing, damaged, leads into other files, or would unpack to far more than its own size.
+        It is missing, damaged, refers to other files, or would unpack to far more than its size.
     """
     path = Path(path)
     if not path.is_file():
@@ -105,34 +105,34 @@ def check_hdf5(path: str | Path, what: str = "a readable HDF5 file") -> None:
             _check_attributes(view, names, heaps + arrays)
     except HingeError:
         raise
-    except Exception as error:  # a damaged HDF5 file ends in almost any exception
+    except Exception as error:  # h5py raises many kinds of exception for a damaged file
         raise DataError(f"{path} is not {what}: {one_line(error)}") from error
 
 
 def read_h5ad(path: str | Path) -> AnnData:
-    """Read a file of AnnData after `check_hdf5`.
+    """Read an h5ad file after `check_hdf5`.
 
     Raises
     ------
     DataError
-        As `check_hdf5`, or it holds no AnnData.
+        As in `check_hdf5`, or it holds no AnnData.
     """
     check_hdf5(path, "a readable h5ad file")
     try:
         content = anndata.read_h5ad(path)
         check_sparse(content)
-    except Exception as error:  # a damaged HDF5 file ends in almost any exception
+    except Exception as error:  # h5py raises many kinds of exception for a damaged file
         raise DataError(f"{path} is not a readable h5ad file: {one_line(error)}") from error
     return content
 
 
 def check_sparse(content: AnnData) -> None:
-    """Make sure that the indices of sparse matrices lie within them: scipy believes them, and reads beyond its memory.
+    """Check the indices of sparse matrices: scipy reads out of bounds with wrong ones.
 
     Raises
     ------
     ValueError
-        They do not.
+        An index is out of bounds.
     """
     mappings = (content.layers, content.obsm, content.varm, content.obsp, content.varp)
     for matrix in (content.X, *(value for mapping in mappings for value in mapping.values())):
@@ -141,9 +141,9 @@ def check_sparse(content: AnnData) -> None:
 
 
 def _check_heaps(view: mmap.mmap) -> list[tuple[int, int]]:
-    """Walk the global heaps, where strings of any length lie, as the library will; it does not stop at a size of 0.
+    """Check the global heaps of strings, in which the library loops at an object of size 0.
 
-    Returns where they lie (start, end).
+    Returns their positions (start, end).
     """
     heaps = []
     at = view.find(_HEAP)
@@ -156,7 +156,7 @@ def _check_heaps(view: mmap.mmap) -> list[tuple[int, int]]:
         place = at + _HEAP_HEADER
         while place + _OBJECT.size <= end:
             index, _, _, size = _OBJECT.unpack(view[place : place + _OBJECT.size])
-            # object 0 is what is free, its size that of all that follows
+            # object 0 is the free space, its size that of the rest of the heap
             place += size if index == 0 else _OBJECT.size + -(-size // 8) * 8
             if place > end or (index == 0 and size < _OBJECT.size):
                 raise ValueError("a heap of strings is damaged")
@@ -165,9 +165,9 @@ def _check_heaps(view: mmap.mmap) -> list[tuple[int, int]]:
 
 
 def _check_structure(file: h5py.File, path: Path, view: mmap.mmap) -> tuple[list[tuple[int, int]], set[bytes]]:
-    """Look at every object, but not into numbers.
+    """Check every object, without reading numbers.
 
-    Returns where in the file (start, end) arrays lie, and the names of attributes that hold strings.
+    Returns the positions of arrays in the file (start, end) and the names of attributes that hold strings.
     """
     stored, unpacked, arrays, names = len(view), 0, [], set[bytes]()
 
@@ -179,7 +179,7 @@ def _check_structure(file: h5py.File, path: Path, view: mmap.mmap) -> tuple[list
                 names.add(attribute.name)
 
     links: dict[str, object] = {}
-    file.visititems_links(links.__setitem__)  # an exception in there would be lost on its way through the library
+    file.visititems_links(links.__setitem__)  # the library discards exceptions of a callback
     check_attributes(file, "/")
     for name, link in links.items():
         if isinstance(link, h5py.ExternalLink):
@@ -191,7 +191,9 @@ def _check_structure(file: h5py.File, path: Path, view: mmap.mmap) -> tuple[list
         if not isinstance(thing, h5py.Dataset):
             continue
         if thing.external or thing.is_virtual:
-            raise DataError(f"{path}: {name!r} must be a dataset in the file itself, and its values lie in others")
+            raise DataError(
+                f"{path}: {name!r} must be a dataset in the file itself, and its values are stored in other files"
+            )
         kind = thing.id.get_type()
         _check_type(kind, name, path)
         unpacked += thing.size * kind.get_size() if thing.shape is not None else 0
@@ -207,7 +209,7 @@ def _check_structure(file: h5py.File, path: Path, view: mmap.mmap) -> tuple[list
 
 
 def _references(kind: h5py.h5t.TypeID) -> tuple[list[int], int]:
-    """Where in an element as it is stored strings of any length are referred to, and the element's size there."""
+    """Return the offsets of string references in a stored element, and its stored size."""
     if kind.get_class() == h5py.h5t.STRING and kind.is_variable_str():
         return [0], _REFERENCE
     places, size = list[int](), kind.get_size()
@@ -215,25 +217,25 @@ def _references(kind: h5py.h5t.TypeID) -> tuple[list[int], int]:
         for number in range(kind.get_nmembers()):
             member = kind.get_member_type(number)
             inner, width = _references(member)
-            # as it is told here, a string is a pointer
+            # in this description a string is a pointer
             places += [kind.get_member_offset(number) + size - kind.get_size() + place for place in inner]
             size += width - member.get_size()
     return places, size
 
 
 def _check_lengths(content: bytes, places: list[int], width: int, stored: int) -> None:
-    """The library asks for the memory that a string's length tells before it looks how long the string is."""
+    """Check the lengths of strings: the library allocates the declared length before it reads the string."""
     elements = np.frombuffer(content[: len(content) // width * width], np.uint8).reshape(-1, width)
     for place in places:
         longest = elements[:, place : place + 4].copy().view("<u4").max(initial=0)
         if longest > max(stored, _LONGEST_ANYWAY):
-            raise ValueError(f"a string of {longest:,} bytes is announced, and the file has {stored:,}")
+            raise ValueError(f"a string declares {longest:,} bytes, and the file has {stored:,}")
 
 
 def _pieces(dataset: h5py.Dataset, width: int) -> list[tuple[int, int, int]]:
-    """Where in the file (start, end) the parts of a dataset lie, each with the mask of the filters it was spared."""
+    """Return the positions (start, end) of the chunks of a dataset, and the mask of filters that each chunk skips."""
     if dataset.chunks is None:
-        start = dataset.id.get_offset()  # None where nothing was written, or all of it lies with the description
+        start = dataset.id.get_offset()  # None if nothing was written, or the data are in the header
         size = min(dataset.id.get_storage_size(), (dataset.size or 0) * width)
         return [] if start is None else [(start, start + size, 0)]
     found: list[tuple[int, int, int]] = []
@@ -241,7 +243,7 @@ def _pieces(dataset: h5py.Dataset, width: int) -> list[tuple[int, int, int]]:
 
     def add(chunk: h5py.h5d.StoreInfo) -> bool | None:
         found.append((chunk.byte_offset, chunk.byte_offset + chunk.size, chunk.filter_mask))
-        return True if len(found) > most else None  # a damaged index may lead round in circles; anything but None ends
+        return True if len(found) > most else None  # a damaged index may loop; any value other than None stops
 
     dataset.id.chunk_iter(add)
     if len(found) > most:
@@ -250,7 +252,7 @@ def _pieces(dataset: h5py.Dataset, width: int) -> list[tuple[int, int, int]]:
 
 
 def _unfiltered(dataset: h5py.Dataset, piece: bytes, mask: int, width: int) -> bytes:
-    """Elements of a dataset as before its filters; empty where these cannot be undone here."""
+    """Return the elements of a chunk before its filters; empty if a filter is not known here."""
     plan = dataset.id.get_create_plist()
     for number in reversed(range(plan.get_nfilters())):
         code = plan.get_filter(number)[0]
@@ -266,13 +268,13 @@ def _unfiltered(dataset: h5py.Dataset, piece: bytes, mask: int, width: int) -> b
 
 
 def _check_attributes(view: mmap.mmap, names: set[bytes], known: list[tuple[int, int]]) -> None:
-    """Check the lengths of attributes' strings, wherever in the file the library put them.
+    """Check the lengths of strings in attributes, anywhere in the file.
 
-    There, an attribute is its version, flags, the sizes of its name, type and space, and these three with its values.
-    Arrays and heaps (`known`) are left out: nothing in them can be taken for one, and what is left is little.
+    A stored attribute is its version, flags, the sizes of its name, type and space, then these three and its values.
+    Arrays and heaps (`known`) are skipped, so that little of the file is searched.
     """
     if len(names) > _MOST_NAMES:
-        raise ValueError(f"it has attributes of {len(names):,} names, and no slide has so many")
+        raise ValueError(f"it has attributes of {len(names):,} names, and a slide has at most {_MOST_NAMES:,}")
     for start, end in _between(known, len(view)):
         for name in names:
             at = view.find(name + b"\0", start, end)
@@ -284,7 +286,7 @@ def _check_attributes(view: mmap.mmap, names: set[bytes], known: list[tuple[int,
 
 
 def _check_attribute(view: mmap.mmap, head: int, at: int, grain: int, length: int) -> None:
-    """Check strings of an attribute whose name of `length` bytes is at `at`, if it is one."""
+    """Check the strings of a possible attribute whose name of `length` bytes starts at `at`."""
     sizes = struct.unpack("<3H", view[head + 2 : head + 8])
     kind = at + -(-length // grain) * grain
     space = kind + -(-sizes[1] // grain) * grain
@@ -297,7 +299,7 @@ def _check_attribute(view: mmap.mmap, head: int, at: int, grain: int, length: in
 
 
 def _between(spans: list[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
-    """What spans leave of a file, where an attribute has room."""
+    """Yield the gaps between spans of a file that are large enough for an attribute."""
     at = 0
     for start, stop in [*sorted(spans), (end, end)]:
         if start - at >= _REFERENCE:
@@ -306,9 +308,9 @@ def _between(spans: list[tuple[int, int]], end: int) -> Iterator[tuple[int, int]
 
 
 def _check_type(kind: h5py.h5t.TypeID, name: str, path: Path) -> None:
-    """Strings may be of any length, other sequences not: the formats have none, and damaged types look like them."""
+    """Refuse types of variable length other than strings: the formats have none, and damaged types look like them."""
     if isinstance(kind, h5py.h5t.TypeCompoundID):
         for number in range(kind.get_nmembers()):
             _check_type(kind.get_member_type(number), name, path)
     elif kind.get_class() == h5py.h5t.VLEN:
-        raise DataError(f"{path}: {name!r} holds sequences of various lengths, which no slide has")
+        raise DataError(f"{path}: {name!r} holds sequences of variable length, which slides do not have")

@@ -1,4 +1,4 @@
-"""Torch files of strangers: read without running anything in them, and without believing what they announce."""
+"""Reader of torch files from untrusted sources: no code in them runs, and their sizes are checked."""
 
 import zipfile
 from pathlib import Path
@@ -9,20 +9,20 @@ from torch import Tensor
 
 
 def load_torch(path: str | Path, mapped: bool = False) -> Any:
-    """What a `.pth`, `.pt` or `.bin` holds, of which nothing but tensors and plain values is unpickled.
+    """Read a `.pth`, `.pt` or `.bin` file; only tensors and plain values are unpickled.
 
     Parameters
     ----------
     path
         The file.
     mapped
-        Leave the tensors in the file; for files that torch has written since 1.6.
+        Map the tensors from the file instead of reading them; for files of torch 1.6 or later.
 
     Raises
     ------
     Exception
-        Whatever torch raises for a file that is not one, in a dozen kinds; ValueError for one that would unpack to
-        more than it is. The caller knows which file it asked for and says so.
+        Any exception of torch for a damaged file; ValueError for a file that would unpack to more than its size. The
+        caller adds the name of the file.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -35,17 +35,17 @@ def load_torch(path: str | Path, mapped: bool = False) -> Any:
 
 
 def plain_tensors(content: Any) -> dict[str, Tensor]:
-    """The tensors of a mapping by name.
+    """Return the tensors of a mapping by name.
 
     Raises
     ------
     ValueError
-        One has more elements than the file holds: a view can repeat one number any number of times.
+        A tensor has more elements than the file holds: a view can repeat a number.
     """
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise ValueError(f"{name} is no plain tensor")
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{name} announces {tensor.numel():,} numbers and holds fewer")
+            raise ValueError(f"{name} declares {tensor.numel():,} numbers and holds fewer")
     return tensors

@@ -1,4 +1,4 @@
-"""Chunks of Zarr, looked at before they are unpacked: a chunk may unpack to any size, whatever its array announces."""
+"""Reader of Zarr arrays from untrusted sources: a chunk may unpack to far more than its array declares."""
 
 import bz2
 import gzip
@@ -20,7 +20,7 @@ import zarr
 from hinge.utils.errors import DataError
 from hinge.utils.safe_hdf5 import MOST_UNPACKED, UNPACKED_ANYWAY, check_size, inside
 
-# what zarr has at hand: codecs that pack, and others that leave the size about as it is. Not among them: pickle
+# the codecs of zarr except pickle: those that compress, and those that hardly change the size
 _PACKING = {"zstd", "blosc", "gzip", "zlib", "lz4", "bz2", "lzma", "sharding_indexed"}
 _PLAIN = set(
     [
@@ -49,15 +49,15 @@ _MOST_OF_DEFLATE, _ZSTD, _ZSTD_BLOCK = 1032, 0xFD2FB528, 128 << 10
 
 
 def check_zarr(group: zarr.Group, path: Path) -> None:
-    """Make sure that the arrays of a group announce no more than its folder can hold, and their chunks keep to it.
+    """Check that the arrays of a group declare no more than its folder can hold, and that their chunks agree.
 
-    Every file of the folder is opened; read are the heads of chunks, and all of those packed by gzip, zlib, bz2 or
-    lzma, which do not tell their size.
+    Reads the header of every chunk, and all of the chunks of gzip, zlib, bz2 and lzma, which do not store their
+    unpacked size.
 
     Raises
     ------
     DataError
-        As `check_size` and `CheckedArray`.
+        As in `check_size` and `CheckedArray`.
     """
     arrays = {name: member for name, member in group.members(max_depth=None) if isinstance(member, zarr.Array)}
     unpacked = sum(array.nbytes for array in arrays.values())
@@ -67,27 +67,29 @@ def check_zarr(group: zarr.Group, path: Path) -> None:
         checked = CheckedArray(array, top)
         for folder, inner, files in os.walk(top):
             if any(Path(folder, each).is_symlink() for each in inner):
-                raise DataError(f"{folder} holds links to other folders, and chunks must lie in their array's own")
+                raise DataError(
+                    f"{folder} holds links to other folders, and chunks must lie in the folder of their array"
+                )
             for file in files:
                 if _CHUNK.fullmatch(Path(folder, file).relative_to(top).as_posix()):
                     checked.check(Path(folder, file))
 
 
 class CheckedArray:
-    """A Zarr array in a folder whose chunks are looked at before they are unpacked.
+    """A Zarr array in a folder whose chunks are checked before they are unpacked.
 
     Parameters
     ----------
     array
-        As opened.
+        The opened array.
     folder
-        Where it lies.
+        Its folder.
 
     Raises
     ------
     DataError
-        Its chunks are larger than itself and than memory, or packed twice or in a way that is not known here; later,
-        as `check_size`, where a chunk would unpack to far more than the array announces.
+        Its chunks are larger than the array, or use two compressors or an unknown codec. When values are read: a chunk
+        would unpack to far more than the array declares.
     """
 
     def __init__(self, array: zarr.Array, folder: Path) -> None:
@@ -101,8 +103,8 @@ class CheckedArray:
             self._codecs = [_codec(each) for each in (*(described["filters"] or ()), described["compressor"]) if each]
         size = array.dtype.itemsize * math.prod(self._grid)
         if size > max(UNPACKED_ANYWAY, array.nbytes):
-            raise DataError(f"{folder} has chunks of {size:,} bytes, and would itself have {array.nbytes:,}")
-        # several chunks are unpacked at once; what a chunk of strings takes is not announced
+            raise DataError(f"{folder} has chunks of {size:,} bytes, and the whole array has {array.nbytes:,}")
+        # several chunks are unpacked at once; the size of a chunk of strings is not declared
         self._most, self._strings = max(UNPACKED_ANYWAY // 4, 2 * size), array.dtype.kind in "OT"
         _packing(self._codecs, folder)
 
@@ -123,7 +125,7 @@ class CheckedArray:
         return self._array[index]
 
     def check(self, file: Path) -> None:
-        """Refuse a file of chunks that would unpack to far more than the array announces."""
+        """Refuse a file of chunks that would unpack to far more than the array declares."""
         stored = file.stat().st_size
         if not stored:
             return
@@ -142,32 +144,32 @@ class CheckedArray:
         if unpacked > most:
             raise DataError(
                 f"{file} has {len(view):,} bytes and would unpack to {unpacked:,} or more, where at most {most:,} are "
-                "announced: it is damaged, or made to fill the memory"
+                "declared: it is damaged or malicious"
             )
 
 
 def _codec(described: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and settings of a codec as format 2 or 3 of Zarr writes it down."""
+    """Return name and settings of a codec in format 2 or 3 of Zarr."""
     if "id" in described:
         return described["id"], described
     return described["name"].removeprefix("numcodecs."), described.get("configuration") or {}
 
 
 def _packing(codecs: list[tuple[str, dict[str, Any]]], path: Path) -> tuple[str, dict[str, Any]]:
-    """The one codec of several that packs, with its settings; ("", {}) if none does."""
+    """Return the one codec that compresses, with its settings; ("", {}) if there is none."""
     for name, _ in codecs:
         if name not in _PACKING | _PLAIN:
-            raise DataError(f"{path} is packed by the codec {name!r}, which is not read here")
+            raise DataError(f"{path} uses the codec {name!r}, which is not supported")
     found = [each for each in codecs if each[0] in _PACKING]
     if len(found) > 1:
-        raise DataError(f"{path} is packed twice, by {found[0][0]} and {found[1][0]}: it is made to fill the memory")
+        raise DataError(f"{path} is compressed twice, by {found[0][0]} and {found[1][0]}, which is not supported")
     if found and found[0][0] == "sharding_indexed":
         _packing([_codec(each) for each in found[0][1]["codecs"]], path)
     return found[0] if found else ("", {})
 
 
 def _pieces_of_shard(view: mmap.mmap | bytes, values: int, settings: dict[str, Any]) -> Iterator[tuple[int, int]]:
-    """Where in a shard of so many values its chunks lie (start, length), as its index tells."""
+    """Yield the positions (start, length) of the chunks of a shard, from its index."""
     codecs = dict(_codec(each) for each in settings.get("index_codecs", ()))
     size = 16 * (values // math.prod(settings["chunk_shape"])) + 4 * ("crc32c" in codecs)
     if size > len(view):
@@ -180,7 +182,7 @@ def _pieces_of_shard(view: mmap.mmap | bytes, values: int, settings: dict[str, A
 
 
 def _unpacked_size(view: mmap.mmap | bytes, codec: str, settings: dict[str, Any], most: int) -> int:
-    """Bytes that a chunk unpacks to: told by it, or counted until they are more than `most`."""
+    """Return the unpacked size of a chunk: from its header, or counted up to `most`."""
     if codec == "zstd":
         return _size_of_zstd(view)
     if codec == "blosc":
@@ -207,7 +209,7 @@ def _unpacked_size(view: mmap.mmap | bytes, codec: str, settings: dict[str, Any]
 
 
 def _size_of_zstd(view: mmap.mmap | bytes) -> int:
-    """Bytes in all frames of a chunk: as each tells, which the library holds it to, or as its blocks have room for."""
+    """Return the unpacked size of all frames of a chunk: declared in the frame, or the largest size of its blocks."""
     at, total = 0, 0
     while at + 5 < len(view):
         magic, flags = int.from_bytes(view[at : at + 4], "little"), view[at + 4]
@@ -215,7 +217,7 @@ def _size_of_zstd(view: mmap.mmap | bytes) -> int:
             at += 8 + int.from_bytes(view[at + 4 : at + 8], "little")
             continue
         if magic != _ZSTD:
-            raise ValueError("a chunk is not packed by zstd as it should be")
+            raise ValueError("a chunk is not compressed by zstd as declared")
         one_segment = flags >> 5 & 1
         at += 5 + (1 - one_segment) + (0, 1, 2, 4)[flags & 3]
         width = (one_segment, 2, 4, 8)[flags >> 6]
@@ -224,7 +226,7 @@ def _size_of_zstd(view: mmap.mmap | bytes) -> int:
         while not last and at + 3 <= len(view):
             head = int.from_bytes(view[at : at + 3], "little")
             last, kind, size = head & 1, head >> 1 & 3, head >> 3
-            # kept as it is, one byte repeated, or packed
+            # stored, one repeated byte, or compressed
             room += size if kind < 2 else _ZSTD_BLOCK
             at += 3 + (1 if kind == 1 else size)
         at += 4 * (flags >> 2 & 1)

@@ -1,4 +1,4 @@
-"""What makes torch fast on a CPU, set before it is needed."""
+"""Settings of the CPU threads and of memory allocation."""
 
 import contextlib
 import ctypes
@@ -11,12 +11,11 @@ _LARGEST = 1 << 28
 
 
 def prepare_cpu() -> None:
-    """Let idle threads sleep, and freed memory be used again.
+    """Let idle threads sleep and reuse freed memory; call this before torch is imported.
 
-    OpenMP's threads spin while they wait by default: two torch processes on the same cores then hinder each other
-    twentyfold. It reads the setting when torch is imported, so this is to be called before. And the allocator of Linux
-    hands back every large tensor to the system, which clears the pages of the next one: up to a fifth of a training
-    step.
+    By default OpenMP threads spin while they wait: two torch processes on the same cores then slow each other down
+    about twenty times. OpenMP reads the setting when torch is imported. By default glibc returns every large tensor to
+    the system, which clears the pages of the next one: up to a fifth of the time of a training step.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if sys.platform == "linux":

@@ -21,7 +21,7 @@ from torch import nn
 
 from hinge.data import Panel, load_spots, read_features, read_slide
 from hinge.data.patches import dihedral_views
-from hinge.encoders import RECIPES, Encoder, extract_features, load_encoder, recipes, registry
+from hinge.encoders import RECIPES, Encoder, extract_features, load_encoder, networks, recipes, registry
 from hinge.encoders.stain_texture import StainTexture
 from hinge.encoders.weights import load_weights, read_checkpoint
 from hinge.utils.errors import ConfigError, DataError, WeightsError
@@ -150,7 +150,7 @@ def test_class_token_and_mean_of_patches():
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         tokens = vit.forward_features(x)
-        pooled = recipes.PooledTokens(vit, "cls+mean")(x)
+        pooled = networks.PooledTokens(vit, "cls+mean")(x)
     assert tokens.shape[1] == 1 + 4 + 4
     torch.testing.assert_close(pooled[:, :192], tokens[:, 0])
     torch.testing.assert_close(pooled[:, 192:], tokens[:, 5:].mean(dim=1))
@@ -234,9 +234,9 @@ def test_weights_of_transformers(model, keywords, name, arguments, tmp_path):
 @pytest.mark.parametrize(("name", "prefix"), [("conch", "visual."), ("conch-v1.5", "")])
 def test_conch(name, prefix, tmp_path):
     """The image tower alone is read, its positions resized to the larger image."""
-    published = recipes.TOWERS[name]
+    published = networks.TOWERS[name]
     _, dim, pool, resize = published.args
-    tower = partial(recipes.AttentionPooledViT, TINY, dim, pool, resize, depth=1)
+    tower = partial(networks.AttentionPooledViT, TINY, dim, pool, resize, depth=1)
     torch.manual_seed(0)
     source, larger = tower(img_size=224).eval(), tower(img_size=448).eval()
     for parameter in source.parameters():
@@ -386,7 +386,7 @@ def test_a_folder_as_timm_saves_it(tmp_path, given):
         x = torch.from_numpy(patches).permute(0, 3, 1, 2) / 255 - torch.tensor(mean)[:, None, None]
         np.testing.assert_allclose(encoder.encode(patches), source(x).numpy(), atol=1e-5)
     (tmp_path / "mine" / "config.json").unlink()
-    with pytest.raises(WeightsError, match=r"put timm's config\.json beside it, or give the network's name"):
+    with pytest.raises(WeightsError, match=r"put timm's config\.json beside it, or give the name of the network"):
         load_encoder(str(path), device="cpu")
 
 
@@ -406,12 +406,12 @@ def test_files_that_are_no_weights_of_it(small, tmp_path):
         return load_encoder(f"{name}@{tmp_path / 'w.pth'}", device="cpu")
 
     state = small(TINY, num_classes=0).state_dict()
-    with pytest.raises(WeightsError, match="nothing else is ever loaded"):
+    with pytest.raises(WeightsError, match="no other objects are loaded"):
         load({"state_dict": state, "extra": Trap(tmp_path / "trace")})
     assert not (tmp_path / "trace").exists()
-    with pytest.raises(WeightsError, match="holds no tensors by name"):
+    with pytest.raises(WeightsError, match="holds no named tensors"):
         load({"epoch": 3})
-    with pytest.raises(WeightsError, match="holds no tensors by name"):
+    with pytest.raises(WeightsError, match="holds no named tensors"):
         load([1, 2])
     with pytest.raises(WeightsError, match=r"no weights of vit_tiny_patch16_224: it lacks 1 tensors \(norm\.bias\)"):
         load({k: v for k, v in state.items() if k != "norm.bias"})
@@ -422,7 +422,7 @@ def test_files_that_are_no_weights_of_it(small, tmp_path):
     with pytest.raises(WeightsError, match="holds no weights of spafoundation"):
         load(state, "spafoundation")
     (tmp_path / "w.safetensors").write_bytes(b"\x08")
-    with pytest.raises(WeightsError, match="cannot be read as a file of weights alone"):
+    with pytest.raises(WeightsError, match="is not a file of weights only"):
         read_checkpoint(tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match="there is no weight file"):
         load_encoder(f"{TINY}@{tmp_path / 'none.pth'}", device="cpu")
@@ -543,7 +543,7 @@ def test_a_finished_file_is_left_as_it_is(tiny_slide, tmp_path, meter):
         ({"patch_um": 60.0}, r"with patches of 50\.0 µm and 20 px, not 60\.0 µm and 20 px"),
         ({"patch_px": 40}, r"with patches of 50\.0 µm and 20 px, not 50\.0 µm and 40 px"),
         ({"spots": 20}, "for other spots than those of slide tiny"),
-        ({"shift": 1.0}, "for spots at other places than those of slide tiny"),
+        ({"shift": 1.0}, "for other coordinates than those of slide tiny"),
     ],
 )
 def test_a_file_of_other_features_is_never_used(tiny_slide, tmp_path, meter, change, message):

@@ -274,7 +274,7 @@ def draws_with_store(slides, store):
 @pytest.mark.parametrize("store", ["../elsewhere.zarr", "/tmp/elsewhere.zarr", "sub/../../elsewhere.zarr"])
 def test_draws_name_no_store_elsewhere(slides, store):
     path = draws_with_store(slides, store)
-    with refused("leads out of", DataError):
+    with refused("which is outside", DataError):
         read_draws(path)
 
 
@@ -282,7 +282,7 @@ def test_a_link_beside_draws_leads_nowhere_else(slides, tmp_path):
     path = draws_with_store(slides, "d.zarr")
     (tmp_path / "secret").mkdir()
     (path.parent / "d.zarr").symlink_to(tmp_path / "secret")
-    with refused("leads out of", DataError):
+    with refused("which is outside", DataError):
         read_draws(path)
 
 
@@ -298,7 +298,7 @@ def ome_zarr(folder, paths):
 def test_an_image_names_no_array_elsewhere(tmp_path, name):
     ome_zarr(tmp_path / "secret.zarr", ["0"])
     path = ome_zarr(tmp_path / "s.zarr", ["0", name.format(tmp_path)])
-    with refused("leads out of", DataError):
+    with refused("which is outside", DataError):
         SlideImage(path)
     SlideImage(ome_zarr(tmp_path / "s.zarr", ["0"])).close()
 
@@ -332,7 +332,7 @@ def test_an_hdf5_dataset_of_a_trillion(slides, tmp_path, kind):
         with h5py.File(path, "r+") as file:
             del file[name]
             file.create_dataset(name, (TRILLION,), "f4", **options)
-        with refused("made to fill|readable|shape", DataError):
+        with refused("malicious|compressed twice|readable|shape", DataError):
             read(path)
 
 
@@ -348,7 +348,7 @@ def test_an_hdf5_dataset_that_unpacks_to_a_thousandfold(slides, tmp_path, kind):
         for chunk in range(100):
             bomb.id.write_direct_chunk((chunk << 22,), packed)
     assert path.stat().st_size < 16 << 20
-    with refused("made to fill", DataError):
+    with refused("malicious|compressed twice", DataError):
         read(path)
 
 
@@ -387,7 +387,7 @@ def test_a_string_of_hdf5_of_gigabytes(slides, name, length):
     assert len(places) > 5
     for place in (places[0], places[len(places) // 2], places[-1]):
         slides.write_bytes(content[:place] + struct.pack("<I", length) + content[place + 4 :])
-        with refused(f"a string of {length:,} bytes", DataError):
+        with refused(f"a string declares {length:,} bytes", DataError):
             read_slide(slides)
 
 
@@ -417,7 +417,7 @@ def test_every_string_of_an_hdf5_file_is_checked(tmp_path, libver, userblock):
         for address in (heap, 0x5555):
             damaged = struct.pack("<IQ", 0xF0000000, address)
             path.write_bytes(content[:place] + damaged + content[place + 12 :])
-            with pytest.raises(DataError, match=r"a string of 4,026,531,840 bytes|checksum"):
+            with pytest.raises(DataError, match=r"a string declares 4,026,531,840 bytes|checksum"):
                 check_hdf5(path)
 
 
@@ -430,7 +430,7 @@ def test_packed_strings_of_hdf5_of_gigabytes(slides):
         content = bytearray(zlib.decompress(packed))
         content[16 * 3 : 16 * 3 + 4] = b"\xff" * 4
         index.id.write_direct_chunk((0,), zlib.compress(content), mask)
-    with refused("a string of 4,294,967,295 bytes", DataError):
+    with refused("a string declares 4,294,967,295 bytes", DataError):
         read_slide(slides)
 
 
@@ -485,7 +485,7 @@ def test_mindspore_of_a_trillion(tmp_path):
 def test_a_tensor_that_repeats_one_number_a_trillion_times(tmp_path, archive):
     torch.save({"w": torch.ones(1).expand(TRILLION)}, tmp_path / "w.pth", _use_new_zipfile_serialization=archive)
     for read in (open_state, read_checkpoint):
-        with refused("announces 1,000,000,000,000 numbers", WeightsError):
+        with refused("declares 1,000,000,000,000 numbers", WeightsError):
             read(tmp_path / "w.pth")
 
 
@@ -549,7 +549,7 @@ def test_images_of_a_trillion_pixels(tmp_path):
         with tifffile.TiffFile(tmp_path / name, mode="r+b") as file:
             for tag in ("ImageWidth", "ImageLength"):
                 file.pages[0].tags[tag].overwrite(10**6, dtype="I")
-        with refused("pixels|made to fill|damaged", DataError):
+        with refused("pixels|malicious|compressed twice|damaged", DataError):
             SlideImage(tmp_path / name).thumbnail(100)
     with tifffile.TiffFile(tmp_path / "tiles.tif", mode="r+b") as file:
         for tag in ("TileWidth", "TileLength"):
@@ -563,7 +563,7 @@ def test_an_image_that_unpacks_to_a_thousandfold(tmp_path):
     row = bytes(1 + 3 * side)
     (tmp_path / "a.png").write_bytes(png(side, side, b"".join([packer.compress(row * side), packer.flush()])))
     assert (tmp_path / "a.png").stat().st_size < 2 << 20
-    with refused("made to fill", DataError):
+    with refused("malicious|compressed twice", DataError):
         SlideImage(tmp_path / "a.png").thumbnail(100)
 
 
@@ -572,7 +572,7 @@ def test_ome_zarr_of_a_trillion_pixels(tmp_path):
     for where in (path / "0" / ".zarray",):
         content = json.loads(where.read_text())
         where.write_text(json.dumps(content | {"shape": [3, 10**6, 10**6]}))
-    with refused("made to fill", DataError):
+    with refused("malicious|compressed twice", DataError):
         SlideImage(path)
 
 
@@ -618,7 +618,7 @@ def test_a_chunk_of_zarr_that_unpacks_to_gigabytes(slides, format, codec):
     np.testing.assert_array_equal(draws.layers["draw_001"], values[..., 1])
     chunk.write_bytes(CODECS[codec][2]())
     assert chunk.stat().st_size < 4 << 20
-    with refused("made to fill the memory", DataError):
+    with refused("malicious|compressed twice", DataError):
         read_draws(path)
 
 
@@ -629,7 +629,7 @@ def test_a_chunk_of_zarr_in_a_shard_that_unpacks_to_gigabytes(slides):
     index = np.frombuffer(content[-36:-4], "<u8").copy()
     index[2:] = len(content) - 36, len(bomb)
     shard.write_bytes(content[:-36] + bomb + index.tobytes() + bytes(CRC32C(location="end").encode(index))[-4:])
-    with refused("made to fill the memory", DataError):
+    with refused("malicious|compressed twice", DataError):
         read_draws(path)
 
 
@@ -643,7 +643,7 @@ def test_frames_of_zstd(slides, form):
         chunk.write_bytes(struct.pack("<IBBQ", 0xFD2FB528, 0xC0, 56, 2**40) + zstd_bomb()[6:])
     else:
         chunk.write_bytes(numcodecs.Zstd().encode(bytes(1 << 20)) * 3000)
-    with refused("made to fill the memory", DataError):
+    with refused("malicious|compressed twice", DataError):
         read_draws(path)
 
 
@@ -667,7 +667,7 @@ def test_a_chunk_of_an_image_that_unpacks_to_gigabytes(tmp_path):
     with SlideImage(path) as image:
         assert image.thumbnail(64).shape == (64, 64, 3)
     (path / "0" / "0.0.0").write_bytes(CODECS["blosc"][2]())
-    with SlideImage(path) as image, refused("made to fill the memory", DataError):
+    with SlideImage(path) as image, refused("malicious|compressed twice", DataError):
         image.thumbnail(64)
 
 
@@ -691,7 +691,7 @@ def test_a_store_of_draws_of_a_trillion(slides):
     path = draws_with_store(slides, "d.zarr")
     group = zarr.open_group(path.parent / "d.zarr", mode="w")
     group.create_group("obsm").create_array("draws", shape=(30, 3, TRILLION), chunks=(30, 3, 1), dtype="float32")
-    with refused("made to fill", DataError):
+    with refused("malicious|compressed twice", DataError):
         read_draws(path)
 
 
@@ -704,7 +704,7 @@ def test_a_spatialdata_table_of_a_trillion(tmp_path):
     write_elem(root.create_group("tables"), "table", table)
     del root["tables/table/X/data"]
     root["tables/table/X"].create_array("data", shape=(TRILLION,), chunks=(1 << 20,), dtype="float32")
-    with refused("made to fill", DataError):
+    with refused("malicious|compressed twice", DataError):
         read_slide(tmp_path / "s.zarr")
 
 
@@ -719,7 +719,7 @@ def test_a_chunk_of_a_spatialdata_table_that_unpacks_to_gigabytes(tmp_path, form
     write_elem(root.create_group("tables"), "table", table)
     chunk = tmp_path / "s.zarr" / "tables" / "table" / name / ("0" if format == 2 else "c/0")
     chunk.write_bytes(CODECS["blosc" if format == 2 else "zstd"][2]())
-    with refused("made to fill the memory", DataError):
+    with refused("malicious|compressed twice", DataError):
         read_slide(tmp_path / "s.zarr")
 
 
@@ -730,7 +730,7 @@ def test_gzip_that_unpacks_to_a_thousandfold(tmp_path):
     packed = gzip.compress(head + line * 200_000, 9)
     assert len(packed) < 2 << 20
     (tmp_path / "ST-cnts" / "A1.tsv.gz").write_bytes(packed)
-    with refused("made to fill", DataError):
+    with refused("malicious|compressed twice", DataError):
         read_slide(tmp_path, require_image=False)
 
 
@@ -746,7 +746,7 @@ def test_parquet_of_a_hundred_million_equal_rows(tmp_path):
     with pq.ParquetWriter(spatial / "tissue_positions.parquet", once.schema, compression="zstd") as writer:
         for _ in range(20):
             writer.write_table(once)
-    with refused("made to fill", DataError):
+    with refused("malicious|compressed twice", DataError):
         read_slide(tmp_path / "V", require_image=False)
 
 

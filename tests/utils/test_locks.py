@@ -124,7 +124,7 @@ def test_another_machine_that_is_silent_is_dead(tmp_path, monkeypatch, caplog):
     elsewhere(tmp_path / "just", age=0)
     with caplog.at_level(logging.INFO), lock_folder(tmp_path / "just"):
         assert time.monotonic() - began > 0.4
-    assert "waiting 0 s for a sign of life" in caplog.text and "node4" in caplog.text
+    assert "waiting 0 s for it to renew its lock" in caplog.text and "node4" in caplog.text
 
 
 def test_another_machine_that_lives_is_respected(tmp_path, monkeypatch):
