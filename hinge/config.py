@@ -178,13 +178,8 @@ class ModelConfig(_Section):
     masked_decoding: float = Field(
         0.0, ge=0, le=1, description="how much of what the backbone decodes counts where no gene is visible"
     )
-    drop_masked: bool | None = Field(
-        None,
-        description="whether sampling needs no tokens of genes masked before and after a step; None: with a gene path",
-    )
     standardise_features: bool = True
     feature_dropout: float = Field(0.0, ge=0, lt=1)
-    feature_noise: float = Field(0.0, ge=0)
     dropout: float = Field(0.0, ge=0, lt=1)
 
 

@@ -334,7 +334,7 @@ class HingePipeline(DiffusionPipeline):
             if left is not None:
                 normal = model.gene_factor_model.innovation(left, tensor(numbers.factors[:, number]), normal)
             uniform = torch.special.ndtr(normal.double() * temperature).clamp(1e-12, 1 - 1e-12)
-            return output.sample(uniform).float()
+            return output.icdf(uniform).float()
 
         visible = known
         means = None
@@ -361,7 +361,7 @@ class HingePipeline(DiffusionPipeline):
                     subset = None if order == "confidence" else needed(coming)
                     h = run(visible, at, coming, subset=subset)
                 if order == "confidence":
-                    spread = head(h, visible, None)[0].spread
+                    spread = head(h, visible, None)[0].stddev
                     rank = torch.where(known > 0, rank, (spread.argsort(1).argsort(1) + 0.5).double() / num_genes)
                 next_visible = torch.maximum(visible, scheduler.visible_at(end, rank))
             else:

@@ -37,8 +37,10 @@ class _Modulate(Function):
         width = h.shape[-1:]
         normed = torch.native_layer_norm(h, width, None, None, ctx.eps)[0]
         inner = grad * opened
-        # dη = Σ inner · (normed − h), then through the sigmoid
-        grad_mix = eta * (1 - eta) * (_dot(inner, normed) - _dot(inner, h))
+        # dη = Σ inner · (normed − h), then through the sigmoid; one sum in float32, because the difference of two sums
+        # that are rounded to bfloat16 has no digit left
+        grad_eta = (normed - h).mul_(inner).sum(dtype=_accurate(h))
+        grad_mix = eta * (1 - eta) * grad_eta
         mixed = normed.lerp_(h, (1 - eta).to(h.dtype))
         grad_shift = grad.sum(dim=1, keepdim=True)
         grad_scale = mixed.mul_(grad).sum(dim=1, keepdim=True)
@@ -165,10 +167,6 @@ def _apart(qkvu: Tensor, num_heads: int) -> Tensor:
 
 def _accurate(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.flatten(), b.flatten()).to(_accurate(a))
 
 
 def modulate(h: Tensor, shift: Tensor, scale: Tensor, mix: Tensor, eps: float) -> Tensor:

@@ -24,7 +24,6 @@ RELEASED_MODEL = {
     "head": "point",
     "modulation_rank": None,
     "condition_on_visible": "next",
-    "drop_masked": False,
     "gene_factors": False,
     "standardise_features": False,
     "dropout": 0.1,

@@ -116,23 +116,21 @@ class TrainingRows:
         self.training, self.held = split_spots(spots, config.validation_share, config.validation_groups, seed)
         self.features = torch.from_numpy(np.asarray(spots.features, dtype=np.float32))
         model.set_feature_statistics(self.features[self.training].flatten(0, 1))
-        model.gradient_checkpointing = config.gradient_checkpointing
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
         model.eval()  # the start is without dropout: it would be another one each time that a run is resumed
 
     def __len__(self) -> int:
         return len(self.training) * self.features.shape[1]
 
     def draw(self, rows: np.ndarray, generator: torch.Generator) -> tuple[np.ndarray, Tensor, Tensor | None]:
-        """The spots (B,) of rows, their features (B, d) with noise, and what these are multiplied with, if anything.
+        """The spots (B,) of rows, their features (B, d), and what these are multiplied with, if anything.
 
         Everything random is drawn for the global batch on every process; each then takes its rows.
         """
         config, num_views = self.model.config, self.features.shape[1]
         spot, view = self.training[rows // num_views], rows % num_views
         condition, mask = self.features[spot, view], None
-        if config.feature_noise:
-            jitter = torch.randn(condition.shape, generator=generator)
-            condition = condition + config.feature_noise * jitter * self.model.feature_std.cpu()
         if config.feature_dropout:
             kept = torch.rand(condition.shape, generator=generator) >= config.feature_dropout
             mask = kept.float() / (1 - config.feature_dropout)

@@ -247,8 +247,8 @@ def fit_masked_mean(
     batch_size
         Spots at a time.
     """
-    if model.config.head in ("point", "gaussian"):
-        return  # their mean is their location
+    if model.config.head == "point":
+        return  # its mean is its location
     path, device = model.gene_factor_model, model.feature_mean.device
     enough = min(MEAN_SPOTS, max(32, MEAN_NUMBERS // (len(gene_ids) * model.config.hidden_size)))
     some = np.linspace(0, len(features) - 1, min(len(features), enough)).astype(int)

@@ -193,7 +193,7 @@ def test_training_starts_from_ridge(tmp_path):
 
 
 def test_training_is_seeded_and_resumes_to_the_same_weights(tmp_path, monkeypatch):
-    options = {"feature_dropout": 0.3, "feature_noise": 0.1, "dropout": 0.1}
+    options = {"feature_dropout": 0.3, "dropout": 0.1}
     whole, _ = train(tmp_path / "whole", options=options)
     assert whole.model.digest() == train(tmp_path / "again", options=options)[0].model.digest()
 

@@ -157,7 +157,8 @@ def test_gradient_checkpointing_computes_the_same(name):
     gradients = []
     for checkpointing in (False, True):
         model = stir(make(OPTIONS[name])).train()
-        model.gradient_checkpointing = checkpointing
+        if checkpointing:
+            model.enable_gradient_checkpointing()
         model(**inputs()).loss(torch.ones(5, GENES)).mean().backward()
         gradients.append({key: value.grad for key, value in model.named_parameters() if value.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

@@ -70,7 +70,7 @@ def test_absent_tokens_equal_hidden_ones(backbone, options, ragged):
     output, _ = model.read_out(h, given["values"], visible, features, subset=subset)
     there = present > 0
     torch.testing.assert_close(output.mean[there], hidden.mean[there], atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(output.spread[there], hidden.spread[there], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(output.stddev[there], hidden.stddev[there], atol=2e-5, rtol=1e-5)
     # and another thing than a pass that sees them all
     assert (model(**given, features=features, gene_ids=IDS).mean - hidden.mean).abs().max() > 1e-4
 
@@ -80,7 +80,7 @@ def test_a_new_model_equals_its_backbone_on_any_subset():
     model = make(moved=False, head="gaussian", gate="linear")
     visible, present = masks(ragged=False)
     given = inputs(visible)
-    predicted = model(**given, gene_ids=IDS, present=present).mean
+    predicted = model(**given, gene_ids=IDS, present=present).location
     for row in range(len(visible)):
         chosen = present[row].nonzero().squeeze(1)
         tokens = model.backbone(given["values"][row : row + 1, chosen], visible[row : row + 1, chosen], IDS[chosen])
@@ -102,7 +102,7 @@ def test_hidden_tokens_get_no_gradient_through_others_in_fused_layers():
     gradients = {}
     for fused in (True, False):
         model = make(head="point", gene_factors=False).train()
-        model.fused = fused
+        model.modulation.fused = fused
         model(**inputs(visible), gene_ids=IDS, present=present).mean.square().mean().backward()
         gradients[fused] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert gradients[True].keys() == gradients[False].keys()

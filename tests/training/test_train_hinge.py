@@ -65,7 +65,7 @@ SETTINGS = {
 
 
 def train(folder, model=None, **options):
-    model = model or make_model(feature_dropout=0.2, feature_noise=0.1, dropout=0.1)
+    model = model or make_model(feature_dropout=0.2, dropout=0.1)
     result = train_hinge(
         model,
         MaskedDiffusionScheduler(10, "linear"),

@@ -1,0 +1,152 @@
+"""Reading and writing a `HingeModel`: the config and the trained weights, without the backbone."""
+
+import json
+import warnings
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hinge.backbones.cellfm import CellFMModel
+from hinge.utils import hub
+from hinge.utils.errors import WeightsError, one_line
+from hinge.utils.files import atomic_path
+
+if TYPE_CHECKING:
+    from hinge.models.hinge import HingeModel
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+# options of diffusers that change how weights are read, but not what is read
+HARMLESS_WHEN_LOADING = ("low_cpu_mem_usage", "use_safetensors", "disable_mmap")
+# methods of `diffusers.ModelMixin` that a HingeModel cannot have: its frozen backbone is outside the module registry,
+# which they walk through, and its attention has no other implementation
+NOT_OFFERED = {
+    "enable_group_offload": "move the model with .to(device)",
+    "enable_layerwise_casting": "cast the model with .to(torch.bfloat16)",
+    "enable_parallelism": "several processes share the work under `accelerate launch`",
+    "compile_repeated_blocks": "its layers have kernels of their own",
+    "dequantize": "its weights are never quantized",
+    **dict.fromkeys(
+        (
+            "set_attention_backend",
+            "reset_attention_backend",
+            "set_use_npu_flash_attention",
+            "set_use_xla_flash_attention",
+            "set_use_memory_efficient_attention_xformers",
+        ),
+        "it has linear attention only",
+    ),
+}
+# names of version 0.1
+RENAMED_OPTIONS = {"gene_path": "gene_factors", "depth": "library_size"}
+RENAMED_TENSORS = {"path.": "gene_factor_model.", "depth_path.": "library_size_model."}
+
+
+def refused(verb: str, reason: str) -> Callable[..., NoReturn]:
+    """Return a method that raises one sentence instead of what `diffusers.ModelMixin` does."""
+
+    def method(self, *arguments, **options):
+        raise NotImplementedError(f"HingeModel.{verb} is not offered: {reason}")
+
+    return method
+
+
+def refuse_options(method: str, options: dict[str, Any], harmless: Collection[str] = ()) -> None:
+    """Raise for an option that is neither in `harmless` nor left at None or False.
+
+    Raises
+    ------
+    ValueError
+        It names the method and the option.
+    """
+    if options.get("use_safetensors") is False:
+        raise ValueError(f"HingeModel.{method} knows safetensors only: leave use_safetensors at True")
+    for name, value in options.items():
+        if name not in harmless and value is not None and value is not False:
+            raise ValueError(f"HingeModel.{method} does not take {name}={value!r}")
+
+
+def save(model: "HingeModel", folder: str | Path, max_shard_size: int | str = "10GB") -> None:
+    """Write config and trained weights into a folder, which appears only when it is complete."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.trained_state().items()}
+    size = sum(tensor.nbytes for tensor in weights.values())
+    if size > convert_file_size_to_int(max_shard_size):
+        raise ValueError(f"the weights are one file of {size:,} bytes, more than max_shard_size {max_shard_size}")
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        model.save_config(temporary)
+        save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def _with_new_names(config: dict[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return config and weights with the names of this version, and warn where those of version 0.1 were found."""
+    old = [name for name in RENAMED_OPTIONS if name in config]
+    config = {RENAMED_OPTIONS.get(name, name): value for name, value in config.items()}
+    config.pop("feature_noise", None)  # had an effect in training only
+    prefixes = tuple(RENAMED_TENSORS)
+    old += [prefix for prefix in prefixes if any(name.startswith(prefix) for name in weights)]
+    for prefix, new in RENAMED_TENSORS.items():
+        weights = {
+            new + name.removeprefix(prefix) if name.startswith(prefix) else name: tensor
+            for name, tensor in weights.items()
+        }
+    if old:
+        new_names = RENAMED_OPTIONS | RENAMED_TENSORS
+        pairs = ", ".join(f"{name.rstrip('.')} is now {new_names[name].rstrip('.')}" for name in old)
+        warnings.warn(
+            f"this model was saved by hinge 0.1 ({pairs}); save it again, the next version will not read it",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+    return config, weights
+
+
+def load(cls: type["HingeModel"], folder: str | Path, backbone: CellFMModel | None = None) -> "HingeModel":
+    """Return the model that `save` wrote; arguments and errors as those of `HingeModel.from_pretrained`."""
+    folder = hub.find(folder, "model")
+    try:
+        config = json.loads((folder / cls.config_name).read_text())
+        weights = load_file(folder / WEIGHTS_NAME)
+    except FileNotFoundError as error:
+        missing = Path(error.filename or "").name
+        raise WeightsError(f"{folder} holds no hinge model: {missing} is missing") from error
+    except Exception as error:
+        raise WeightsError(f"the hinge model in {folder} is damaged: {error}") from error
+    if backbone is None:
+        beside = next((each / "backbone" for each in (folder, folder.parent) if (each / "backbone").is_dir()), None)
+        if beside is None:
+            raise WeightsError(f"there is no backbone beside the model in {folder}; give the one it was trained on")
+        backbone = CellFMModel.from_pretrained(beside)
+    try:
+        config, weights = _with_new_names(config, weights)
+        model = _build(cls, config, sum(tensor.numel() for tensor in weights.values()))
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, OverflowError, OSError) as error:
+        raise WeightsError(f"{folder / cls.config_name} describes no hinge model: {one_line(error)}") from error
+    model = model.attach_backbone(backbone, check=True)
+    try:
+        unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise WeightsError(f"the weights in {folder} do not fit its config.json: {error}") from error
+    wrong = sorted(unexpected) or sorted(model.trained_state().keys() - weights.keys())
+    if wrong:
+        what = "have one that the model has not" if unexpected else "lack one"
+        raise WeightsError(f"the weights in {folder} do not fit its config.json: they {what}, {wrong[0]}")
+    return model
+
+
+def _build(cls: type["HingeModel"], config: dict[str, Any], stored: int) -> "HingeModel":
+    """Return the model of a config that may be damaged, if it is not larger than the number of stored weights."""
+    if not isinstance(config.get("backbone_digest"), str | None):
+        raise ValueError("its backbone_digest is no text")
+    if config.get("num_layers", 0) > stored:
+        raise ValueError(f"it announces {config['num_layers']:,} layers")
+    # without storage first: a damaged config announces any size
+    with torch.device("meta"):
+        announced = sum(tensor.numel() for tensor in cls.from_config(config).state_dict().values())
+    if announced > stored:
+        raise ValueError(f"it is that of {announced:,} weights, and there are {stored:,}")
+    return cls.from_config(config)
