@@ -48,7 +48,7 @@ def prepare_backbone(backbone: CellFMModel, tuning: str, lora_rank: int) -> Cell
     """
     backbone.requires_grad_(False).eval()
     if tuning == "lora":
-        require("peft", "lora", "model.tuning=lora")  # takes seconds to import
+        require("peft", "lora", "backbone.tuning=lora")  # takes seconds to import
         from peft import LoraConfig, inject_adapter_in_model
 
         settings = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(LORA_TARGETS))
