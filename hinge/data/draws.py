@@ -1,4 +1,4 @@
-"""Files of draws."""
+"""Read and write files of draws."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ def write_draws(
 ) -> None:
     """Write draws as AnnData: X the mean, layers std, expected and draw_000 ….
 
-    Draws of more than `MOST_BYTES_IN_LAYERS` go to a chunked array in `<slide>.draws.zarr` beside the file, so that
-    the file still opens at once in scanpy; `read_draws` brings them back.
+    Draws of more than `MOST_BYTES_IN_LAYERS` are written to a chunked array in `<slide>.draws.zarr` beside the file, so
+    that scanpy opens the file quickly. `read_draws` reads both.
 
     Parameters
     ----------
@@ -29,13 +29,13 @@ def write_draws(
     values
         (K, n, G) draws, in memory or mapped from a file.
     expected
-        (n, G) the head's mean averaged over draws.
+        (n, G) mean of the predicted distribution, averaged over draws.
     slide
-        Where the spots lie; its name, image and coordinates go along.
+        The slide, whose name, image and coordinates are stored too.
     genes
         G symbols.
     about
-        What is needed to repeat the draws; goes to `uns["hinge"]`.
+        Settings that reproduce the draws, stored in `uns["hinge"]`.
     """
     result = AnnData(X=values.mean(axis=0, dtype=np.float64).astype(np.float32))
     result.obs_names, result.var_names = slide.obs_names, genes
@@ -56,7 +56,7 @@ def write_draws(
 
 
 def read_draws(path: str | Path) -> AnnData:
-    """Read what `write_draws` wrote."""
+    """Read draws that `write_draws` wrote."""
     draws = read_h5ad(path)
     about = draws.uns.get("hinge")
     if not isinstance(about, dict) or "draws" not in about:
@@ -67,7 +67,7 @@ def read_draws(path: str | Path) -> AnnData:
 
 
 def same_draws(path: Path, about: dict, slide: AnnData) -> bool:
-    """Whether a file holds the draws of a slide that `about` describes."""
+    """Return whether a file holds the draws of a slide with the settings `about`."""
     there = read_draws(path)
     facts = {"name": slide_name(slide), **about}
     return (

@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class FeatureHeader:
-    """What a feature file says about itself.
+    """The metadata of a feature file.
 
     Attributes
     ----------
@@ -40,13 +40,13 @@ class FeatureHeader:
         Full-resolution pixel x, y, float64 (n, 2): the patches' centres; TRIDENT and CLAM write their upper
         left corners.
     barcodes
-        str (n,), None where the file has none.
+        str (n,), None if the file has none.
     encoder, digest
-        Name and digest of what made them, None where the file does not say.
+        Name and digest of the encoder, None if not stored.
     patch_um, patch_px
-        Side of a patch, None where the file does not say.
+        Side of a patch, None if not stored.
     level0_px
-        Side of a patch in full-resolution pixels as TRIDENT and CLAM write it, None where the file does not say.
+        Side of a patch in full-resolution pixels as TRIDENT and CLAM store it, None if not stored.
     """
 
     n_views: int
@@ -62,7 +62,7 @@ class FeatureHeader:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Features of spots in the order asked for.
+    """Features of spots in the requested order.
 
     Attributes
     ----------
@@ -82,7 +82,7 @@ class Features:
 
 
 def read_feature_header(path: str | Path) -> FeatureHeader:
-    """Read everything of a feature file but the features.
+    """Read the metadata of a feature file.
 
     Raises
     ------
@@ -181,7 +181,7 @@ def read_features_at(path: str | Path, coords: np.ndarray) -> Features:
 
 
 def _grid_step(corners: np.ndarray) -> float | None:
-    """The commonest distance between neighbours on a grid, which is a patch's side where patches do not overlap."""
+    """Return the most frequent distance of neighbours, which is the side of patches that do not overlap."""
     if len(corners) < 2:
         return None
     steps, counts = np.unique(KDTree(corners).query(corners, k=2, p=np.inf)[0][:, 1].round(), return_counts=True)
@@ -254,7 +254,7 @@ def _barcodes(file: h5py.File, n: int, path: str | Path) -> np.ndarray:
 
 
 def _level0_px(coords: h5py.Dataset, path: str | Path) -> float | None:
-    """TRIDENT tells a patch's side at level 0; CLAM its side at some level and that level's downsampling."""
+    """Return the side of a patch at level 0, which TRIDENT stores; CLAM stores the side at another level too."""
     side = _attribute(coords, "patch_size_level0", float, path)
     if side is None and _attribute(coords, "patch_level", int, path) == 0:
         side = _attribute(coords, "patch_size", float, path)

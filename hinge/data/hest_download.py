@@ -1,4 +1,4 @@
-"""Choosing samples of HEST-1k by its table, and downloading them from the Hugging Face hub."""
+"""Select samples of HEST-1k by its table, and download them from the Hugging Face Hub."""
 
 import logging
 from collections.abc import Sequence

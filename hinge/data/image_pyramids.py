@@ -1,4 +1,4 @@
-"""Pyramids of chunked arrays as images: OME-TIFF (through tifffile) and OME-Zarr, which SpatialData stores hold."""
+"""Image pyramids of chunked arrays: OME-TIFF (through tifffile) and OME-Zarr, also in SpatialData stores."""
 
 import json
 from collections.abc import Callable
@@ -25,20 +25,20 @@ class ArrayPyramid:
     Parameters
     ----------
     name
-        What errors call it.
+        Name in errors.
     levels
         Arrays with slice access, all with the same `axes`.
     axes
-        One letter per axis: Y, X, and C or S for channels; axes of another letter are read at 0.
+        One letter per axis: Y, X, and C or S for channels; other axes are read at index 0.
     um_per_px
-        Microns per pixel of level 0, None where the file does not tell.
+        Microns per pixel of level 0, None if the file does not contain it.
     close
         Called to release the file.
 
     Raises
     ------
     DataError
-        If the values are not 8 bits, or there are not 1, 3 or 4 channels.
+        The values do not have 8 bits, or there are not 1, 3 or 4 channels.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class ArrayPyramid:
         self.level_downsamples = [width / each[0] for each in self.level_dimensions]
 
     def choose_level(self, downsample: float) -> int:
-        """The coarsest level that is not coarser than `downsample`."""
+        """Return the coarsest level that is not coarser than `downsample`."""
         return max(level for level, factor in enumerate(self.level_downsamples) if factor <= max(downsample, 1.0))
 
     def crop(self, left: int, top: int, width: int, height: int, level: int) -> Image.Image:
-        """RGB rectangle in pixels of a level, white outside the image."""
+        """Return an RGB rectangle in pixels of a level, white outside the image."""
         right, bottom = (self._size(level, axis) for axis in "XY")
         x = slice(min(max(left, 0), right), min(max(left + width, 0), right))
         y = slice(min(max(top, 0), bottom), min(max(top + height, 0), bottom))
@@ -75,7 +75,7 @@ class ArrayPyramid:
         return Image.fromarray(canvas)
 
     def thumbnail(self, max_px: int) -> Image.Image:
-        """The whole image, its long side near `max_px` or above; read by bands, so memory stays small."""
+        """Return the whole image with a long side of `max_px` or up to twice as long, read in bands of rows."""
         level = self.choose_level(max(self.dimensions) / max_px)
         size = self._size(level, "X"), self._size(level, "Y")
         return reduce_by_bands(size, max_px, lambda top, rows: self.crop(0, top, size[0], rows, level))
@@ -94,7 +94,7 @@ class ArrayPyramid:
 
 
 def reduce_by_bands(size: tuple[int, int], max_px: int, read: Callable[[int, int], Image.Image]) -> Image.Image:
-    """Shrink an image of which only a band of rows is held at a time.
+    """Shrink an image that is read in bands of rows.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def reduce_by_bands(size: tuple[int, int], max_px: int, read: Callable[[int, int
     max_px
         The result's long side is this or up to twice as long.
     read
-        Gives `rows` full rows from `top` on.
+        Function that returns `rows` full rows from `top` on.
     """
     factor = max(1, max(size) // max_px)
     step = factor * max(1, min(_BAND_ROWS, _BAND_PIXELS // size[0]) // factor)

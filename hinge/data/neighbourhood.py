@@ -1,4 +1,4 @@
-"""What surrounds a spot: positions in units of the spot pitch, features of the neighbourhood and of the slide."""
+"""Positions in units of the spot pitch, and features with their neighbourhood mean and standardisation per slide."""
 
 import numpy as np
 from scipy.spatial import cKDTree
@@ -8,7 +8,7 @@ NEIGHBOUR_DISTANCE = 1.5
 
 
 def spot_positions(coords: np.ndarray) -> np.ndarray:
-    """Coordinates (n, 2) in pixels → in units of the spot pitch, the median distance to the nearest other spot."""
+    """Return coordinates (n, 2) in units of the spot pitch, the median distance to the nearest other spot."""
     coords = np.asarray(coords, dtype=np.float64)
     if len(coords) < 2:
         return np.zeros_like(coords)
@@ -17,7 +17,7 @@ def spot_positions(coords: np.ndarray) -> np.ndarray:
 
 
 def slide_features(features: np.ndarray, coords: np.ndarray, neighbours: bool, standardise: bool) -> np.ndarray:
-    """Features of a whole slide as a model takes them.
+    """Return the features of a whole slide as a model takes them.
 
     Parameters
     ----------
@@ -26,8 +26,7 @@ def slide_features(features: np.ndarray, coords: np.ndarray, neighbours: bool, s
     coords
         (n, 2) pixels.
     neighbours
-        Append the mean over the spot and its direct neighbours (view 0), which tells of the tissue around and
-        averages out what is accidental in one patch: d becomes 2d.
+        Append the mean over the spot and its direct neighbours (view 0): d becomes 2d.
     standardise
         Subtract the slide's mean and divide by its standard deviation (view 0), feature by feature. Staining and
         scanner differ between slides and shift all features; counts are not needed for it, so it may be done to a
@@ -51,10 +50,9 @@ def slide_features(features: np.ndarray, coords: np.ndarray, neighbours: bool, s
 
 
 def feature_scale(plain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation (d,) of a slide's features (n, d); the deviation of a constant feature is infinite.
+    """Return mean and standard deviation (d,) of the features (n, d) of a slide; infinity for constant features.
 
-    A feature that is constant on the slide says nothing there, and rounding must not blow it up: divided by
-    infinity it is 0.
+    A constant feature carries no information: divided by infinity it becomes 0, whatever its rounding error.
     """
     plain = np.asarray(plain, dtype=np.float64)
     deviation = plain.std(axis=0)

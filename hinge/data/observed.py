@@ -1,4 +1,4 @@
-"""Measured genes that draws are conditioned on, for example of an imaging panel."""
+"""Measured counts that draws are conditioned on, for example of an imaging panel."""
 
 import logging
 from pathlib import Path
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def read_observed(
     path: str | Path, slide: AnnData, genes: list[str], transform: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read measured counts and lay them over a slide's spots and a panel's genes.
+    """Read measured counts and align them with the spots of a slide and the genes of a panel.
 
     Parameters
     ----------
@@ -27,17 +27,17 @@ def read_observed(
         NaN is a value that was not measured. `obs["total_counts"]` is each spot's count over all genes; without
         it, log1p_cp10k cannot be computed, since the sum of a panel is not the library size.
     slide
-        Whose spots are drawn.
+        Slide whose spots are drawn.
     genes
         The panel, G symbols.
     transform
-        Of the values.
+        Name of the transform of the values.
 
     Returns
     -------
     tuple
-        Values (n, G) with NaN where nothing was measured, and the library size (n,) with NaN where it is not known; None
-        where it is known nowhere.
+        Values (n, G), NaN where nothing was measured, and library sizes (n,), NaN where unknown; None instead of
+        library sizes if all are unknown.
 
     Raises
     ------

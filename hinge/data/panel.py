@@ -1,4 +1,4 @@
-"""Gene panels: which genes a model is about, how they were chosen and on which slides."""
+"""Gene panels: the genes of a model, the method of their selection and its slides."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ _VARIABLE_GENES_PER_SLIDE = 2000
 
 
 class Panel(BaseModel):
-    """A list of genes and where it came from.
+    """A list of genes and its origin.
 
     Attributes
     ----------
@@ -31,9 +31,9 @@ class Panel(BaseModel):
     method
         `hmhvg`, `hvg`, or `list` for genes that were given.
     slides
-        Names of the slides that the selection saw.
+        Names of the slides of the selection.
     hinge_version
-        Version of this package that made it.
+        Version of this package.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,7 +55,7 @@ class Panel(BaseModel):
 
     @classmethod
     def from_list(cls, genes: Sequence[str]) -> "Panel":
-        """Make a panel of given genes, in the given order.
+        """Return a panel of given genes in the given order.
 
         Raises
         ------
@@ -66,7 +66,7 @@ class Panel(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> "Panel":
-        """Read what `save` wrote.
+        """Read a panel that `save` wrote.
 
         Raises
         ------
@@ -167,14 +167,14 @@ def _hmhvg(slides: Sequence[AnnData], shared: list[str], n_genes: int) -> list[s
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Rank of each value, 0 for the largest; of equals the first (genes come sorted by name)."""
+    """Return the rank of each value, 0 for the largest; ties in the given order (genes are sorted by name)."""
     ranks = np.empty(len(values), dtype=int)
     ranks[np.argsort(-values, kind="stable")] = np.arange(len(values))
     return ranks
 
 
 def _variable_genes(slide: AnnData) -> list[str]:
-    """The slide's 2,000 highly variable genes, or all where it has no more."""
+    """Return the 2,000 most variable genes of a slide, or all if it has fewer."""
     if slide.n_vars <= _VARIABLE_GENES_PER_SLIDE:
         return list(slide.var_names)
     values = _log_normalised(slide)

@@ -1,4 +1,4 @@
-"""Patches: squares of tissue cut around spots, read in the background while a model works on earlier ones."""
+"""Patches: squares of tissue around spots, read in background threads."""
 
 import math
 from collections import deque
@@ -71,9 +71,9 @@ class PatchReader:
         return self.read([self.order])
 
     def read(self, parts: Sequence[np.ndarray]) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-        """Batches of some spots only: one part (places in the slide) after the other, none in a batch with another.
+        """Yield batches of some spots, given as parts of indices; a batch holds spots of one part.
 
-        `order` (n,) is the order in which spots are best read.
+        `order` (n,) is the order in which reading is fastest.
         """
         size = self.batch_size
         batches = iter([part[start : start + size] for part in parts for start in range(0, len(part), size)])
@@ -100,7 +100,7 @@ class PatchReader:
 
 
 def dihedral_views(batch: np.ndarray, n: int = 8) -> Iterator[np.ndarray]:
-    """The flips and quarter turns of a batch of patches, one after the other.
+    """Yield the flips and rotations by 90° of a batch of patches.
 
     Parameters
     ----------

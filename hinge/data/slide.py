@@ -1,11 +1,11 @@
-"""What a slide is: an AnnData of raw counts that knows its image, and the checks that make it one.
+"""The definition of a slide, an AnnData of raw counts with its image, and its checks.
 
 X                    (n, G) CSR float32, raw integer counts; G = 0 for a slide that is an image alone
 obs_names            unique barcodes, var_names unique gene symbols
 obsm["spatial"]      (n, 2) float64, x and y in full-resolution pixels
 uns["spatial"][name] images and scalefactors as scanpy and squidpy write them (slides with an image)
 uns["hinge"]         name, image_path (absolute; slides with an image), um_per_px, spot_pitch_um,
-                     spot_diameter_um, source_format; a length that nothing tells is NaN
+                     spot_diameter_um, source_format; unknown lengths are NaN
 """
 
 import math
@@ -25,12 +25,12 @@ HIRES_PX, LOWRES_PX = 2000, 600
 
 
 def slide_name(slide: AnnData) -> str:
-    """Name of a slide.
+    """Return the name of a slide.
 
     Raises
     ------
     DataError
-        If the AnnData carries none and so is not a slide.
+        The AnnData has no name and is not a slide.
     """
     try:
         return str(slide.uns["hinge"]["name"])
@@ -48,7 +48,7 @@ def describe_slide(
     spot_diameter_um: float,
     source_format: str,
 ) -> AnnData:
-    """Write what every slide carries beside its counts into `slide.uns`, thumbnails included.
+    """Write the metadata and thumbnails of a slide to `slide.uns`.
 
     Parameters
     ----------
@@ -107,12 +107,12 @@ def describe_slide(
 
 
 def check_slide(slide: AnnData, require_image: bool = True, require_counts: bool = True) -> None:
-    """Make sure that an AnnData is a slide as this package means it.
+    """Check that an AnnData is a slide.
 
     Parameters
     ----------
     slide
-        As a reader made it.
+        Slide as a reader returns it.
     require_image
         Whether a slide without image, or with an unknown resolution, is refused.
     require_counts
@@ -121,7 +121,7 @@ def check_slide(slide: AnnData, require_image: bool = True, require_counts: bool
     Raises
     ------
     DataError
-        With one sentence that names the slide, what is wrong, and the first spot or gene where it is.
+        The slide is not valid; the message names the slide, the fault, and the first spot or gene that has it.
     """
     name = slide_name(slide)
     if slide.n_obs == 0:

@@ -1,4 +1,4 @@
-"""Whole-slide images: one class that crops any region at any resolution.
+"""Whole-slide images: read any region at any resolution.
 
 Pyramidal scans (SVS, NDPI, MRXS, tiled TIFF and whatever else OpenSlide knows), OME-TIFF and OME-Zarr are read
 tile by tile; all other images (JPEG, PNG, striped TIFF) are decoded once by Pillow and cropped from memory.
@@ -90,7 +90,7 @@ class SlideImage:
 
     @property
     def um_per_px(self) -> float | None:
-        """Microns per full-resolution pixel as the file's metadata tell it, None where they do not."""
+        """Microns per full-resolution pixel in the metadata of the file, None if absent or implausible."""
         value = 0.0
         if self._arrays:
             value = self._arrays.um_per_px or 0.0

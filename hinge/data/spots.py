@@ -1,4 +1,4 @@
-"""The spots of one or several slides on a panel, as arrays: what models are trained and scored on."""
+"""The spots of one or several slides on a panel, as arrays."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -58,7 +58,7 @@ class SpotTable:
         return len(self.barcodes)
 
     def subset(self, index: np.ndarray | Sequence[int] | slice) -> Self:
-        """The spots that a boolean mask, positions or a slice choose, in that order."""
+        """Return the spots of a boolean mask, indices or a slice, in that order."""
         if not isinstance(index, slice):
             index = np.asarray(index)
             index = index.astype(np.intp) if index.size == 0 else index
@@ -74,7 +74,7 @@ def load_spots(
     features_path: str | Path | None = None,
     drop_empty: bool = True,
 ) -> SpotTable:
-    """Gather one slide's spots on a panel.
+    """Return the spots of one slide on a panel.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ def load_spots(
 
 
 def concatenate_spots(tables: Sequence[SpotTable]) -> SpotTable:
-    """Put the spots of several slides below each other.
+    """Concatenate the spots of several slides.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Slides that are an image and nothing else: where their tissue lies, and a grid of spots over it."""
+"""Detect tissue in an H&E image, and make a slide without counts with a grid of spots on the tissue."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ from hinge.data.slide import describe_slide
 from hinge.data.slide_image import SlideImage, image_name
 from hinge.utils.errors import DataError
 
-# Visium's, for a slide that is laid out for no model in particular
+# defaults: spot pitch and diameter of Visium
 DEFAULT_PITCH_UM, DEFAULT_DIAMETER_UM = 100.0, 55.0
 
 _MASK_UM = 10.0  # side of a pixel of the mask
@@ -29,7 +29,7 @@ _INK_MARGIN = 8  # green above red by more: marker ink, no stain of H&E
 
 
 def find_tissue(image: SlideImage, um_per_px: float) -> np.ndarray:
-    """Where an H&E image shows tissue.
+    """Return the mask of tissue in an H&E image.
 
     Both stains absorb green, so tissue is what is dense in green. Otsu's threshold on the blurred density finds
     what surely is tissue; it grows into whatever adjoins it and is nearer to it than to the glass, so that pale
@@ -71,7 +71,7 @@ def find_tissue(image: SlideImage, um_per_px: float) -> np.ndarray:
 
 
 def lay_spots(mask: np.ndarray, dimensions: tuple[int, int], pitch_px: float, diameter_px: float) -> np.ndarray:
-    """A square grid of spots, centred on the image, of those at least half on tissue.
+    """Return a square grid of spots, centred on the image, that lie at least half on tissue.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def slide_from_image(
     spot_diameter_um: float = DEFAULT_DIAMETER_UM,
     name: str | None = None,
 ) -> AnnData:
-    """Make a slide of an H&E image alone: spots on a square grid over its tissue, and no genes.
+    """Return a slide of an H&E image without counts: spots on a square grid on its tissue, and no genes.
 
     Parameters
     ----------

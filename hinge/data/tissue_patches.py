@@ -1,4 +1,4 @@
-"""Patches from anywhere on the tissue of many slides, as pre-training an encoder takes them: no spots needed."""
+"""Patches from the tissue of many slides, without spots, for the pre-training of an encoder."""
 
 import math
 from collections import OrderedDict

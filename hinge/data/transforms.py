@@ -1,4 +1,4 @@
-"""From counts to the values a model works on, and back."""
+"""Transforms from counts to the values of a model, and back."""
 
 import math
 import sys
@@ -19,14 +19,14 @@ _TARGET = 1e4
 
 @dataclass(frozen=True)
 class Transform:
-    """A named pair of functions that undo each other.
+    """A named transform and its inverse.
 
     Both work on numpy arrays and torch tensors of any number type, compute in float32 and return float32.
 
     Attributes
     ----------
     name
-        As `get_transform` takes it.
+        Name as in `get_transform`.
     forward
         `forward(counts (..., G), library_size (...)) -> values (..., G)`; `library_size` is each spot's count over all
         genes of the slide, not only those given.
@@ -41,7 +41,7 @@ class Transform:
 
 
 def get_transform(name: str) -> Transform:
-    """Look a transform up by name.
+    """Return the transform of a name.
 
     `log2p1` is log2(count + 1), the one of HINGE and Stem. `log1p_cp10k` is log(1 + 10,000 count / library_size),
     the input of CellFM; a spot without any count has all values 0.
@@ -57,7 +57,7 @@ def get_transform(name: str) -> Transform:
 
 
 def _float32(array: Array) -> tuple[Array, Any]:
-    """The array in float32 and the library it belongs to; never imports torch for those who do not use it."""
+    """Return the array in float32 and its library, without importing torch."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         return array.to(torch.float32), torch

@@ -1,4 +1,4 @@
-"""Reading slides from disk: one module per source format, and how a path's format is recognised.
+"""Read slides: one module per source format, and recognition of the format of a path.
 
 A format's module has `LAYOUT` (what it looks like, in words), `recognises(path)`, `list_samples(path)` and
 `read(path, sample, *, image, um_per_px, require_image)`; adding it to `FORMATS` makes it known.

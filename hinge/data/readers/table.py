@@ -1,4 +1,4 @@
-"""A cohort as a table: one slide a row, wherever its files lie and whatever their formats are.
+"""Read a table of slides: one row per slide, with the paths of its files in any format.
 
     slide,image,counts,sample,um_per_px,patient,split,condition
     P1_A,scans/P1_A.svs,visium/P1_A,,,P1,train,tumour
