@@ -158,8 +158,8 @@ def concatenate_spots(tables: Sequence[SpotTable]) -> SpotTable:
     return replace(first, **arrays)
 
 
-def spot_groups(spots: SpotTable, groups: str) -> np.ndarray:
-    """Name of each spot's group, (n,) str: the spot itself, its tile of about 4 × 4 spots, or its slide."""
+def spatial_groups(spots: SpotTable, groups: str) -> np.ndarray:
+    """Return the group of each spot, str (n,): the spot itself, its tile of about 4 × 4 spots, or its slide."""
     if groups == "slide":
         return np.asarray(spots.slide).astype(str)
     if groups == "spot":

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
-from hinge.data.spots import SpotTable, spot_groups
+from hinge.data.spots import SpotTable, spatial_groups
 from hinge.diffusion.loss import draw_timesteps, loss_mask, spot_weights
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.hinge import HingeModel
@@ -59,7 +59,7 @@ def split_spots(spots: SpotTable, share: float, groups: str, seed: int) -> tuple
     tuple
         Indices of training spots and of validation spots, both sorted.
     """
-    names = spot_groups(spots, groups)
+    names = spatial_groups(spots, groups)
     unique, group, counts = np.unique(names, return_inverse=True, return_counts=True)
     order = torch.randperm(len(unique), generator=step_generator(seed, 20)).numpy()
     wanted = share * len(spots)

@@ -11,7 +11,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from torch import Tensor
 
 from hinge.data.neighbourhood import spot_positions
-from hinge.data.spots import SpotTable, spot_groups
+from hinge.data.spots import SpotTable, spatial_groups
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.gene_factors import saturating_share
 from hinge.models.hinge import HingeModel
@@ -327,7 +327,7 @@ def initialise_library_size(model: HingeModel, spots: SpotTable) -> None:
 def held_out_folds(spots: SpotTable) -> list | None:
     """Folds of cross-validation. A test slide is another slide: slides are held out where there are several."""
     several = len(np.unique(spots.slide)) > 1
-    groups = spot_groups(spots, "slide" if several else "tile")
+    groups = spatial_groups(spots, "slide" if several else "tile")
     folds = min(5, len(np.unique(groups)))
     return list(GroupKFold(folds).split(groups, groups=groups)) if folds > 1 else None
 
