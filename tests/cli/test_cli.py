@@ -268,6 +268,7 @@ def test_pretrain_expression(hinge, slides, tmp_path):
     assert len(CellFMModel.from_pretrained(tmp_path / "all").config.gene_names) == 40
 
 
+@pytest.mark.full
 def test_the_training_script_from_inside_its_folder(trained, config):
     arguments = ["-m", "accelerate.commands.launch", "--cpu", "train.py", "--config", config]
     done = launch(*arguments, cwd=ROOT / "scripts")
@@ -528,6 +529,7 @@ def test_a_mistake_is_one_sentence(fails, trained, config, slides, tmp_path, arg
     assert left(trained) == before
 
 
+@pytest.mark.full
 def test_a_mistake_in_a_process_of_its_own(trained, tmp_path):
     """Nothing that libraries say on import or while they load weights comes between."""
     output = tmp_path / "notes.txt"

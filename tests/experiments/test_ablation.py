@@ -251,6 +251,7 @@ def test_another_setting_of_sampling_is_scored_anew(finished):
     assert {row["n_draws"] for row in rows if row["method"] == "hinge"} == {4}
 
 
+@pytest.mark.full
 def test_a_failing_cell_does_not_stop_the_others(write_grid, tmp_path):
     variants = {
         "bad": {"backbone.path": str(tmp_path / "none")},
@@ -283,6 +284,7 @@ def test_a_process_that_dies_is_reported_and_the_others_are_done():
     assert failed["wrong"].startswith("TypeError")
 
 
+@pytest.mark.full
 def test_a_backbone_that_cannot_be_made_names_the_cells(write_grid, tmp_path):
     path = write_grid(variants={"a": {}, "b": {"data.pretrain": ["nobody"]}})
     rows, failures = run_grid(load_grid(path), tmp_path / "out")
@@ -304,6 +306,7 @@ def test_who_is_stopped_does_not_go_on_with_the_next_cell(write_grid, tmp_path, 
     assert len(calls) == 1
 
 
+@pytest.mark.full
 def test_tissue_is_simulated_for_a_grid(write_grid, tmp_path):
     simulate = {"slides": 3, "pretrain": 1, "grid": [4, 4], "pretrain_grid": [4, 4], "genes": 20}
     path = write_grid(variants={"a": {}}, simulate=simulate)

@@ -176,6 +176,7 @@ def attempt(server, slides, finished, tmp_path):
     shutil.rmtree(run)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "command", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
 )
@@ -184,6 +185,7 @@ def test_no_room(attempt, command):
     assert any(word in said for word in ("File too large", "errno = 27", "os error 27", "Errno 27")), said
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "command", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
 )
@@ -208,6 +210,7 @@ def disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("command", ["features", "sample elsewhere", "torch-export", "zarr", "convert"])
 def test_a_full_disk(attempt, disk, command):
     (disk / "filler").write_bytes(b"0" * 32_000)
@@ -382,6 +385,7 @@ def little_memory(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), resource.RLIM_INFINITY))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 def test_memory_that_really_runs_out(server, slides, tmp_path):
     """torch's own error on a CPU, in a process that may not have more."""

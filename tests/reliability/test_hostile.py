@@ -104,10 +104,12 @@ def fuzzed(tmp_path_factory):
     return json.loads(output.read_text())
 
 
+@pytest.mark.full
 def test_only_our_own_errors_come_out(fuzzed):
     assert fuzzed["findings"] == []
 
 
+@pytest.mark.full
 def test_every_reader_was_fed_and_refused_something(fuzzed):
     kinds = fuzzed["targets"]
     assert len(kinds) >= 35 and all(facts["inputs"] for facts in kinds.values())

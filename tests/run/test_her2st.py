@@ -11,6 +11,7 @@ from hinge.utils.files import read_json
 CONFIG = ROOT / "configs" / "her2st-quick.yaml"
 
 
+@pytest.mark.full
 @pytest.mark.real
 def test_her2st_from_nothing_to_scores(her2st, tmp_path):
     """Sane, not best: a bound here is broken by a defect, not by bad luck."""

@@ -246,6 +246,7 @@ def test_scores_and_report_come_out_the_same_again(copied):
     assert copied.paths.report.exists()
 
 
+@pytest.mark.full
 def test_training_from_the_start_gives_the_same_weights(finished, slides, tmp_path):
     other = make_run(slides, tmp_path / "again")
     other.train()
@@ -280,6 +281,7 @@ def test_draws_made_otherwise_are_replaced_and_other_slides_not_taken_for_the_sa
     assert read_draws(path).n_obs == 18
 
 
+@pytest.mark.full
 def test_sampling_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "BATCHES_IN_A_PART", 1)
     whole = finished.sample("sim2", output=tmp_path / "whole.h5ad", batch_size=16)
@@ -356,6 +358,7 @@ def test_a_run_that_was_moved_still_opens(finished, tmp_path, monkeypatch):
     assert same(moved.sample("sim2", output=tmp_path / "again.h5ad"), finished.paths.samples("sim2"))
 
 
+@pytest.mark.full
 def test_two_processes_draw_what_one_does(finished, tmp_path):
     output = tmp_path / "two.h5ad"
     # accelerate launch starts one process on a CPU, whatever it is told
@@ -535,6 +538,7 @@ def test_a_damaged_model_is_refused(copied):
         copied.sample("sim2", seed=5)
 
 
+@pytest.mark.full
 def test_a_backbone_from_elsewhere_serves_a_new_run(finished, slides, tmp_path):
     run = make_run(slides, tmp_path / "run", backbone={"path": str(finished.folder / "backbone")}, data__pretrain=[])
     run.train()

@@ -155,6 +155,7 @@ def test_the_image_shows_the_map(mapped):
             np.testing.assert_allclose(half[1:, row, column], block[1:, on_tissue].mean(axis=1), rtol=1e-5)
 
 
+@pytest.mark.full
 def test_draws_on_a_grid(folder, tmp_path):
     predictor = open_predictor(folder / "run", "draws", 2, 2, 5)
     slide = predictor.slide("sim2", None)
@@ -170,6 +171,7 @@ def test_draws_on_a_grid(folder, tmp_path):
     assert correlations(averaged, expected[covered]).mean() > 0.8
 
 
+@pytest.mark.full
 def test_an_image_alone_and_a_tuned_encoder(folder, tmp_path):
     """A fold of finetune-encoder maps a biopsy that is an image on glass."""
     config = finetune_config(tune="all", epochs=1, batch_size=32)
@@ -226,6 +228,7 @@ def test_what_cannot_be_mapped(folder, tmp_path, arguments, says):
     assert not (tmp_path / "maps").exists()
 
 
+@pytest.mark.full
 @pytest.mark.real
 def test_her2st(her2st, tmp_path):
     data = {"path": str(her2st), "train": ["C4"], "test": ["C5"], "pretrain": ["C3"]}

@@ -69,6 +69,7 @@ def test_what_was_trained_comes_back_from_disk(slides, tmp_path, tune):
     assert not (tmp_path / "patches").exists()
 
 
+@pytest.mark.full
 def test_training_lowers_the_error_and_goes_on_where_it_stopped(slides, tmp_path):
     settings = {"tune": "lora", "start": "random", "learning_rate": 3e-3}
     path = finetune(slides, tmp_path / "once", epochs=12, **settings)
@@ -93,6 +94,7 @@ def test_a_solved_head_is_ridge_regression(slides, tmp_path):
     assert solved["mean of training spots"]["pcc_median"] == 0
 
 
+@pytest.mark.full
 def test_published_weights_are_a_start(slides, parity, tmp_path, monkeypatch):
     stored = safetensors.torch.load_file(parity / "spafoundation_vit.safetensors")
     with safetensors.safe_open(parity / "spafoundation_vit.safetensors", "pt") as opened:
@@ -111,6 +113,7 @@ def test_published_weights_are_a_start(slides, parity, tmp_path, monkeypatch):
     assert 0 < difference < 0.05 and tuned.digest != before.digest
 
 
+@pytest.mark.full
 def test_folds(slides, tmp_path):
     loaded = {name: read_slide(slides, name) for name in ("sim0", "sim1", "sim2")}
     (tmp_path / "patients.csv").write_text("slide,patient\nsim0,a\nsim1,a\nsim2,b\n")
@@ -156,6 +159,7 @@ def test_a_wrong_setting_is_named():
     assert finetune_config(tune="lora").learning_rate == 2e-4
 
 
+@pytest.mark.full
 @pytest.mark.real
 def test_her2st(her2st, tmp_path):
     arguments = [her2st, *[f"--sample={name}" for name in ("C3", "C4", "C5")], "--encoder=stain-texture"]

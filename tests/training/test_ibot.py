@@ -242,6 +242,7 @@ def train(slides, folder, labels=(), vit=None, **settings):
     )
 
 
+@pytest.mark.full
 def test_stopped_run_continues_to_the_same_bits(slides, tmp_path, monkeypatch):
     whole = train(slides, tmp_path / "whole")
     from hinge.training import loop
@@ -344,6 +345,7 @@ def test_expression_clusters_are_of_all_slides(slides):
     assert all(np.array_equal(one, other) for one, other in zip(clusters, again, strict=True))
 
 
+@pytest.mark.full
 def test_command(tissue, tmp_path):
     settings = {
         "output": "vit",
@@ -389,6 +391,7 @@ def test_published_configurations_are_valid(name):
         assert round(size / 1e6) == 86 and network.patch_embed.img_size == (224, 224)
 
 
+@pytest.mark.full
 def test_smoke_it_learns(slides, tmp_path):
     labels = [slide.obs["domain"].to_numpy(str) for slide in slides]
     vit = {**VIT, "arguments": {**VIT["arguments"], "embed_dim": 48, "depth": 3, "num_heads": 3}, "drop_path": 0.0}

@@ -405,6 +405,7 @@ def test_accumulation_changes_nothing_but_memory(tmp_path):
         torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.full
 def test_two_processes_equal_one(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -512,6 +513,7 @@ def test_learning_rates():
     assert cosine.learning_rate_at(55, 100) == pytest.approx(0.5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("head", ["point", "gaussian", "censored_gaussian"])
 def test_every_head_trains_in_every_precision(tmp_path, head, precision):
@@ -522,6 +524,7 @@ def test_every_head_trains_in_every_precision(tmp_path, head, precision):
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_trackers_write_into_the_folder(tmp_path, monkeypatch, tracker):
     monkeypatch.setenv("WANDB_MODE", "offline")
