@@ -118,12 +118,11 @@ def elsewhere(folder: Path, age: float) -> Path:
 def test_another_machine_that_is_silent_is_dead(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(locks, "SILENCE", 0.5)
     elsewhere(tmp_path / "long", age=600)
-    began = time.monotonic()
-    with lock_folder(tmp_path / "long"):
-        assert time.monotonic() - began < 0.4
+    with caplog.at_level(logging.INFO), lock_folder(tmp_path / "long"):
+        assert "waiting" not in caplog.text
     elsewhere(tmp_path / "just", age=0)
     with caplog.at_level(logging.INFO), lock_folder(tmp_path / "just"):
-        assert time.monotonic() - began > 0.4
+        pass
     assert "waiting 0 s for it to renew its lock" in caplog.text and "node4" in caplog.text
 
 
@@ -143,8 +142,8 @@ def test_a_holder_shows_that_it_lives(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "HEARTBEAT", 0.02)
     with lock_folder(tmp_path):
         os.utime(tmp_path / ".lock.json", (0, 0))
-        time.sleep(0.2)
-        assert time.time() - (tmp_path / ".lock.json").stat().st_mtime < 5
+        while (tmp_path / ".lock.json").stat().st_mtime == 0:
+            time.sleep(0.02)
 
 
 def test_what_nobody_can_finish_goes(tmp_path):
