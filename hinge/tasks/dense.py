@@ -14,8 +14,6 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,14 +22,13 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
-import tifffile
 from anndata import AnnData
 from scipy.spatial import KDTree
 from torch import nn
 from tqdm import tqdm
 
 from hinge.data.features import read_features
-from hinge.data.neighbourhood import NEIGHBOUR_DISTANCE, feature_scale, slide_features, spot_positions
+from hinge.data.neighbourhood import feature_scale, slide_features, spot_positions
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import slide_name
 from hinge.data.tissue_detection import slide_from_image
@@ -40,6 +37,8 @@ from hinge.evaluation.baselines import spot_groups
 from hinge.evaluation.metrics.accuracy import gene_pcc
 from hinge.run.run import Run
 from hinge.tasks.embeddings import fit_ridge
+from hinge.tasks.lattice import Lattice, neighbour_offsets, window_offsets
+from hinge.tasks.map_image import write_ome_tiff
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import HOST, arrays_digest, atomic_path, process_mark
 from hinge.utils.locks import lock_file
@@ -53,8 +52,6 @@ BLOCK_POINTS = 4096
 
 DEFAULT_GENES = 10
 """Channels of the image where no genes are named: the first of the panel."""
-
-_SMALLEST_LEVEL = 128  # pixels a side, of an image pyramid's coarsest level
 
 
 class Predictor(Protocol):
@@ -226,94 +223,6 @@ def open_predictor(folder: Path, method: str, draws: int | None, steps: int | No
     return RunPredictor(Run.open(folder), method, draws, steps, seed)
 
 
-@dataclass
-class _Lattice:
-    """The points of a grid, row by row: their cells (n, 2) as column and row, and the number of each cell's point."""
-
-    cells: np.ndarray
-    number: np.ndarray
-
-    @classmethod
-    def of(cls, grid: AnnData) -> "_Lattice":
-        cells = grid.obs[["array_x", "array_y"]].to_numpy(int)
-        number = np.full(cells.max(axis=0)[::-1] + 1, -1, np.int64)
-        number[cells[:, 1], cells[:, 0]] = np.arange(len(cells))
-        return cls(cells, number)
-
-    def blocks(self, points: int) -> Iterator[tuple[int, int]]:
-        """First and last + 1 point of blocks of whole rows with about so many points."""
-        starts = np.flatnonzero(np.diff(self.cells[:, 1], prepend=-1))
-        first = 0
-        for start in [*starts[1:], len(self.cells)]:
-            if start - first >= points or start == len(self.cells):
-                yield first, int(start)
-                first = int(start)
-
-    def halo(self, first: int, last: int, rows: int) -> tuple[int, int]:
-        """The block with so many rows above and below it."""
-        top, bottom = self.cells[first, 1] - rows, self.cells[last - 1, 1] + rows
-        return tuple(np.searchsorted(self.cells[:, 1], [top, bottom + 1]).tolist())
-
-    def weighted_mean(
-        self, values: np.ndarray, low: int, first: int, last: int, offsets: np.ndarray, weights: np.ndarray
-    ) -> np.ndarray:
-        """Of the points first ... last, the mean over those at some offsets (cells) that lie on tissue.
-
-        values (m, d) are those of the points from `low` on, the block's halo.
-        """
-        cells = self.cells[first:last]
-        total = np.zeros((last - first, values.shape[1]))
-        weight = np.zeros(last - first)
-        height, width = self.number.shape
-        for (x, y), share in zip(offsets, weights, strict=True):
-            column, row = cells[:, 0] + x, cells[:, 1] + y
-            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            found = np.where(inside, self.number[np.where(inside, row, 0), np.where(inside, column, 0)], -1)
-            here = np.flatnonzero(found >= 0)
-            total[here] += share * values[found[here] - low]
-            weight[here] += share
-        return total / weight[:, None]
-
-
-def window_offsets(radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cells (k, 2) nearer than a radius in cells, and the raised cosine of their distance (k,); the centre is first."""
-    reach = math.ceil(radius)
-    x, y = (axis.ravel() for axis in np.meshgrid(np.arange(-reach, reach + 1), np.arange(-reach, reach + 1)))
-    distance = np.hypot(x, y)
-    near = (distance < radius) | (distance == 0)
-    weights = 0.5 * (1 + np.cos(np.pi * np.minimum(distance[near] / max(radius, 1e-9), 1)))
-    weights[distance[near] == 0] = 1.0
-    order = np.argsort(distance[near], kind="stable")
-    return np.stack([x, y], axis=1)[near][order], weights[order]
-
-
-def neighbour_offsets(coords: np.ndarray, pitch_cells: float) -> np.ndarray:
-    """Where, in cells, the neighbours of a spot would lie: as on the lattice that a slide's spots form, with itself.
-
-    Parameters
-    ----------
-    coords
-        (n, 2) of the slide's spots.
-    pitch_cells
-        Distance between spots in cells.
-
-    Returns
-    -------
-    ndarray
-        (9, 2) on a square lattice, (7, 2) on a hexagonal one.
-    """
-    places = spot_positions(coords)
-    near = KDTree(places).query_ball_point(places, NEIGHBOUR_DISTANCE, return_length=True)
-    # inner spots have all their neighbours; those at an edge lack some
-    if np.quantile(near, 0.9) > 7:
-        x, y = np.meshgrid([0, -1, 1], [0, -1, 1])
-        around = np.stack([x.ravel(), y.ravel()], axis=1).astype(float)
-    else:
-        angles = np.arange(6) * np.pi / 3
-        around = np.vstack([[0, 0], np.stack([np.cos(angles), np.sin(angles)], axis=1)])
-    return np.rint(around * pitch_cells).astype(int)
-
-
 def map_slide(
     predictor: Predictor,
     slide: AnnData,
@@ -375,7 +284,7 @@ def map_slide(
     grid.obs_names = [f"{pitch_um:g}um-{barcode}" for barcode in grid.obs_names]
     grid.uns["hinge"] |= {"spot_diameter_um": predictor.diameter_um, **about}
     at_spots = _SpotPrediction(predictor, slide, output, batch_size)
-    lattice = _Lattice.of(grid)
+    lattice = Lattice.of(grid)
     logger.info("%s: %d points %g µm apart", name, grid.n_obs, pitch_um)
     output.mkdir(parents=True, exist_ok=True)
     mark = process_mark(os.getpid(), HOST)
@@ -394,7 +303,7 @@ def map_slide(
                 shape = (1 + len(genes), int(lattice.cells[:, 1].max()) + 1, int(lattice.cells[:, 0].max()) + 1)
                 planes = np.lib.format.open_memmap(Path(scratch) / "planes.npy", "w+", np.float32, shape)
                 _write_map(temporary, grid, predictor, lattice, raw, planes, genes, at_spots, block_points)
-                _write_ome_tiff(temporary_image, planes, ["tissue", *genes], grid, pitch_um)
+                write_ome_tiff(temporary_image, planes, ["tissue", *genes], grid, pitch_um)
     logger.info("map averaged over spots and prediction of spots: %s", at_spots.summary())
     return path, image_path
 
@@ -532,50 +441,3 @@ def _write_map(path, grid, predictor, lattice, raw, planes, genes, at_spots, blo
             group[key] = value
             group[key].attrs.update({"encoding-type": "numeric-scalar", "encoding-version": "0.2.0"})
     planes.flush()
-
-
-def _write_ome_tiff(path: Path, planes: np.ndarray, names: list[str], grid: AnnData, pitch_um: float) -> None:
-    """One channel a plane (C, H, W), at half the resolution again and again; 0 outside the tissue."""
-    facts = grid.uns["hinge"]
-    cells = grid.obs[["array_x", "array_y"]].to_numpy(float)
-    # where the first cell's centre lies on the slide: the grid is centred on the image
-    left, top = (np.asarray(grid.obsm["spatial"])[0] * facts["um_per_px"] - cells[0] * pitch_um).tolist()
-    channels = len(planes)
-    metadata = {
-        "axes": "CYX",
-        "Name": f"{slide_name(grid)}, {facts['transform']}",
-        "Channel": {"Name": names},
-        "PhysicalSizeX": pitch_um,
-        "PhysicalSizeXUnit": "µm",
-        "PhysicalSizeY": pitch_um,
-        "PhysicalSizeYUnit": "µm",
-        "Plane": {
-            "PositionX": [left] * channels,
-            "PositionXUnit": ["µm"] * channels,
-            "PositionY": [top] * channels,
-            "PositionYUnit": ["µm"] * channels,
-        },
-    }
-    levels = max(1, math.ceil(math.log2(max(1, max(planes.shape[1:]) / _SMALLEST_LEVEL))))
-    settings = {"tile": (256, 256), "compression": "zlib", "photometric": "minisblack", "resolutionunit": "CENTIMETER"}
-    with tifffile.TiffWriter(path, ome=True, bigtiff=True) as file:
-        file.write(planes, subifds=levels, resolution=(1e4 / pitch_um,) * 2, metadata=metadata, **settings)
-        for level in range(1, levels + 1):
-            planes = _halved(planes)
-            resolution = (1e4 / (pitch_um * 2**level),) * 2
-            file.write(planes, subfiletype=1, resolution=resolution, metadata=None, **settings)
-
-
-def _halved(planes: np.ndarray) -> np.ndarray:
-    """Planes (C, H, W), the first the tissue's, at half the resolution: the mean over the tissue in 2 × 2 pixels."""
-    height, width = planes.shape[1:]
-    padding = ((0, height % 2), (0, width % 2))
-
-    def blocks(plane: np.ndarray) -> np.ndarray:
-        padded = np.pad(plane, padding)
-        return padded.reshape(padded.shape[0] // 2, 2, padded.shape[1] // 2, 2).sum(axis=(1, 3))
-
-    area = blocks(planes[0])
-    # values are 0 off the tissue and the tissue is 1 or 0, so sums over pixels are sums over tissue
-    genes = [blocks(plane * planes[0]) / np.maximum(area, 1) for plane in planes[1:]]
-    return np.stack([(area > 0).astype(np.float32), *genes]).astype(np.float32)
