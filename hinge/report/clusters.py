@@ -13,9 +13,9 @@ from anndata import AnnData
 from PIL import Image, ImageDraw
 from scipy.optimize import linear_sum_assignment
 
-from hinge import __version__
 from hinge.tasks.cluster import cluster_column
 from hinge.utils.files import atomic_path, read_json
+from hinge.utils.packages import VERSION
 
 PANEL_PX = 520
 """Long side of one map."""
@@ -127,7 +127,7 @@ def _page(rows: list[dict[str, Any]], definitions: dict[str, str], settings: str
 <style>body{{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1500px;padding:0 1em;color:#222}}
 table{{border-collapse:collapse;font-variant-numeric:tabular-nums}}td,th{{padding:.15em .8em;text-align:left;
 border-bottom:1px solid #ddd}}img{{max-width:100%}}figure{{margin:1.5em 0}}</style></head>
-<body><h1>Clusters of spots by histology</h1><p>{html.escape(settings)} (hinge {html.escape(__version__)})</p>
+<body><h1>Clusters of spots by histology</h1><p>{html.escape(settings)} (hinge {html.escape(VERSION)})</p>
 <table><thead><tr>{head}</tr></thead><tbody>
 {body}</tbody></table>
 <p>A cluster has the colour of the label that it overlaps most.</p>

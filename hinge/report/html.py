@@ -1,8 +1,8 @@
-"""One HTML file that shows a run: scores beside baselines, genes on the slide, co-expression, calibration.
+"""The report as one HTML file: scores and baselines, genes on the slide, co-expression, calibration.
 
-The page is `page.html` with `page.js` in it and the data as JSON; it opens from disk and fetches nothing (a
-content security policy forbids it, and allows no script but this one). Names that came from files reach the
-page as data and are set as text, never as markup.
+The page is `page.html` with `page.js` and the data as JSON. It opens from disk and loads nothing else; a content
+security policy allows its own script only. Names from files reach the page as data and are set as text, never as
+markup.
 """
 
 import base64
@@ -24,8 +24,6 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.cluster import hierarchy
-from scipy.spatial.distance import squareform
 from tqdm import tqdm
 
 from hinge.data import Panel, load_spots, slide_name
@@ -37,15 +35,16 @@ from hinge.evaluation import (
     pit_distribution,
     prediction_from_draws,
 )
+from hinge.evaluation.metrics.coexpression import gene_order
 from hinge.utils.errors import DataError
 from hinge.utils.files import atomic_path
 from hinge.utils.packages import VERSION
 
-IMAGE_PX = 1400  # long side of the image kept in the page
-DRAWS_SHOWN = 8  # draws that can be looked at one by one ...
-VALUES_SHOWN = 1_600_000  # ... fewer where a slide's draws would pass this many values
+IMAGE_PX = 1400  # long side of the image in the page
+DRAWS_SHOWN = 8  # maximum number of single draws in the page
+VALUES_SHOWN = 1_600_000  # maximum number of values of these draws per slide
 LEVELS = np.arange(1, 20) / 20
-RANK_BINS = 20  # at most; with fewer draws, one more than there are draws
+RANK_BINS = 20  # maximum; with few draws, the number of draws + 1
 
 METHODS = {
     "hinge": "The model of this run.",
@@ -55,20 +54,20 @@ METHODS = {
     "ridge-cv": "Linear regression on standardised features, its penalty chosen by cross-validation.",
     "ridge-cv+residual": "The mean of ridge-cv; its draws add Gaussian noise, correlated between genes as "
     "the cross-validated residuals are.",
-    "knn": "The mean of the training spots that look most alike; its draws are their measured expressions.",
+    "knn": "The mean of the training spots with the most similar features; its draws are their measured expressions.",
     "mlp": "A network of one hidden layer on the features, trained by squared error.",
     "gaussian-diffusion": "The run's denoiser trained to remove Gaussian noise from all genes at once.",
     "flow-matching": "The run's denoiser trained to follow straight lines from noise to expression.",
     "training-correlation": "The gene-gene correlations of the training slides.",
-    "oracle": "Draws from the distribution that simulated tissue was drawn from, given what its image shows.",
-    "noise-ceiling": "What a prediction free of error would reach, given how few counts were measured.",
+    "oracle": "Draws from the distribution of the simulated tissue, given its image.",
+    "noise-ceiling": "The score of a prediction without error, given the noise of the measured counts.",
 }
-"""What the page says about each method beside its name."""
+"""Descriptions of the methods in the page."""
 
 
 @dataclass
 class ReportSlide:
-    """What the report needs to know about one slide.
+    """The data of one slide in the report.
 
     Parameters
     ----------
@@ -133,7 +132,7 @@ class ReportSlide:
 
 
 def report_slide(draws: AnnData, slide: AnnData) -> ReportSlide:
-    """Put together what the report shows of one slide.
+    """Return the data that the report shows of one slide.
 
     Parameters
     ----------
@@ -185,14 +184,14 @@ def write_report(
     title: str = "hinge report",
     settings: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the report as one HTML file that needs nothing else.
+    """Write the report as one HTML file that loads nothing else.
 
     Parameters
     ----------
     path
-        The file to write; appears when it is finished.
+        The file; it appears when it is complete.
     scores
-        Content of `scores.json`: `definitions` of the metrics, one of `rows` a slide and method; or empty.
+        Content of `scores.json`: `definitions` of the metrics and one of `rows` per slide and method; may be empty.
     slides
         Slides to show; with none, the page holds the scores alone.
     title
@@ -231,7 +230,7 @@ def write_report(
 
 
 def _json_in_html(content: Any) -> str:
-    """Give `content` as JSON that no name in it can break out of: without `<`, `>` and `&`, NaN as null."""
+    """Return `content` as JSON that is safe inside HTML: without `<`, `>` and `&`, NaN as null."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -249,7 +248,7 @@ def _json_in_html(content: Any) -> str:
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """List nested settings as (`outer.inner`, value)."""
+    """Return nested settings as a list of (`outer.inner`, value)."""
     flat = []
     for key, value in settings.items():
         nested = isinstance(value, dict)
@@ -258,7 +257,7 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]
 
 
 def _plain(value: Any) -> str:
-    """Print a setting."""
+    """Return a setting as text."""
     if isinstance(value, list | tuple):
         return ", ".join(_plain(item) for item in value)
     if isinstance(value, float):
@@ -267,9 +266,9 @@ def _plain(value: Any) -> str:
 
 
 def _pack(values: NDArray) -> dict[str, Any]:
-    """Pack an array as int16 steps of about 0.01, low bytes before high bytes, deflated, in base64.
+    """Return an array as int16 steps of about 0.01, low bytes before high bytes, deflated, in base64.
 
-    The split of the bytes lets the nearly constant high bytes vanish in the compression; NaN becomes -32768.
+    The nearly constant high bytes compress well when they are separate; NaN becomes -32768.
     """
     values = np.asarray(values, dtype=np.float64)
     peak = float(np.nanmax(np.abs(values), initial=0.0))
@@ -281,7 +280,7 @@ def _pack(values: NDArray) -> dict[str, Any]:
 
 
 def _slide_content(slide: ReportSlide) -> dict[str, Any]:
-    """Compute and pack all that the page shows of one slide; arrays of spots are gene-major (G, n)."""
+    """Return the data of one slide as the page reads it; arrays over spots are gene-major (G, n)."""
     measured = np.asarray(slide.measured, dtype=np.float32)
     draws = np.asarray(slide.draws, dtype=np.float32)
     mean = draws.mean(axis=0) if slide.mean is None and len(draws) else slide.mean
@@ -313,7 +312,7 @@ def _slide_content(slide: ReportSlide) -> dict[str, Any]:
     if len(draws) > 1:
         spread = draws.std(axis=0)
         widest = np.quantile(spread, 0.99, axis=0)
-        # between these quantiles a further draw falls with 90 %; fewer than 19 draws do not reach so far
+        # a further draw lies between these quantiles with 90 %, which takes at least 19 draws
         lower, upper = np.quantile(draws, [0.05, 0.95], axis=0, method="weibull")
         content |= {"std": _pack(spread.T), "low": _pack(lower.T), "high": _pack(upper.T)}
         content["interval"] = "90 % interval" if len(draws) >= 19 else f"range of {len(draws)} draws"
@@ -328,7 +327,7 @@ def _slide_content(slide: ReportSlide) -> dict[str, Any]:
 
 
 def _image(slide: ReportSlide) -> dict[str, Any]:
-    """Cut the image to the spots and a margin, shrink it to `IMAGE_PX`; place the spots on the result."""
+    """Return the image around the spots, at most `IMAGE_PX` long, and the positions of the spots on it."""
     last = np.array([slide.image.shape[1], slide.image.shape[0]])
     spots = np.asarray(slide.coords, dtype=np.float64) * slide.image_scale
     radius = slide.spot_diameter_px * slide.image_scale / 2
@@ -353,7 +352,7 @@ def _image(slide: ReportSlide) -> dict[str, Any]:
 
 
 def _coexpression(measured: NDArray, draws: NDArray, mean: NDArray | None) -> dict[str, Any]:
-    """Correlation matrices in the order of the measured one's clusters, and their scores against it."""
+    """Return the correlation matrices in the gene order of the measured one, and their scores against it."""
     truth = correlation_matrix(measured)
     matrices, scores = {"measured": truth}, {}
     if len(draws):
@@ -374,18 +373,8 @@ def _coexpression(measured: NDArray, draws: NDArray, mean: NDArray | None) -> di
     }
 
 
-def gene_order(matrix: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Order genes by average-linkage clustering of their correlations (G, G), undefined ones taken as 0."""
-    distance = 1 - np.nan_to_num(matrix, nan=0.0)
-    np.fill_diagonal(distance, 0.0)
-    pairs = squareform(distance, checks=False)
-    # turning every branch the best way round would take minutes for large panels
-    tree = hierarchy.linkage(pairs, method="average", optimal_ordering=len(matrix) <= 500)
-    return hierarchy.leaves_list(tree)
-
-
 def _calibration(measured: NDArray, draws: NDArray) -> dict[str, Any]:
-    """Coverage of the levels that so many draws resolve, and the PIT histogram, over all spots and genes."""
+    """Return the coverage at the levels that the number of draws resolves, and the PIT histogram, over all values."""
     covered = coverage(measured, draws, LEVELS)
     resolved = np.isfinite(covered)
     bins = np.linspace(0, 1, min(len(draws) + 1, RANK_BINS) + 1)

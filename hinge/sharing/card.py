@@ -7,11 +7,11 @@ from typing import Any
 
 from safetensors import safe_open
 
-from hinge import __version__
 from hinge.models import HingeModel
 from hinge.run.run import Run
 from hinge.sharing.licences import encoder_licence, run_backbone_licence
 from hinge.utils.files import read_json
+from hinge.utils.packages import VERSION
 
 CARD_SCORES = ("pcc_50", "pcc_mean", "mse", "crps", "energy", "coverage_90", "coexpression_r")
 """Scores in the table of a card, a selection of those in `scores.json`."""
@@ -166,7 +166,7 @@ def run_card(run: Run, repository: str, licence: str, encoder: str, title: str |
     return _CARD.format(
         licence=licence,
         title=_plain(title or repository.rpartition("/")[2]),
-        version=__version__,
+        version=VERSION,
         repository=repository,
         folder=f"runs/{repository.rpartition('/')[2]}",
         load=load,

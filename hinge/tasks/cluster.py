@@ -1,4 +1,4 @@
-"""Regions of tissue from histology alone: spots clustered by their features, smoothed over the tissue."""
+"""Clusters of spots by their histology features, smoothed over the tissue."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -24,10 +24,10 @@ from hinge.utils.packages import require
 METHODS = ("kmeans", "leiden", "gmm")
 
 COMPONENTS = 20
-"""Principal components that are clustered, at most."""
+"""Maximum number of principal components that are clustered."""
 
 NEIGHBOURS = 15
-"""Of each spot in the graph that Leiden divides."""
+"""Neighbours of each spot in the graph of Leiden clustering."""
 
 _MOST_LABELS = 50
 _BISECTIONS = 20
@@ -60,30 +60,30 @@ def cluster_slides(
     Parameters
     ----------
     slides
-        By name.
+        Slides by name.
     encoders
-        As `load_encoder` takes them.
+        Names for `load_encoder`.
     output
         Folder for `<slide>.h5ad` (clusters in `obs`, clustered components in `obsm`), `clusters.csv`, `features/`
         and `scores.json`. `hinge.report.report_clusters` writes the maps into it.
     method
         One of `METHODS`.
     n_clusters
-        How many; None: as many as there are labels, or, for Leiden without labels, what the resolution gives.
+        Number of clusters; None for the number of labels, or, for Leiden without labels, as the resolution gives.
     resolution
-        Of Leiden, where the number is not given.
+        Resolution of Leiden without a number of clusters.
     smooth
         How often each spot's features are replaced by the mean over it and its direct neighbours.
     joint
-        All slides together, so that a cluster means the same on each.
+        Cluster all slides together, so that clusters are shared between slides.
     labels
-        Of each slide's spots, missing where unknown; for the scores.
+        Labels of each slide's spots for the scores, NaN where unknown.
     features_folder
-        Where feature files lie or shall lie; None: `features` in `output`.
+        Folder of the feature files; None for `features` in `output`.
     patch_um, standardise, batch_size
         See `hinge.tasks.embeddings.embed`.
     seed
-        Of starts.
+        Seed of the starting points.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def cluster_slides(
     Raises
     ------
     ConfigError
-        There is no such method, or nothing tells how many clusters there are.
+        The method is unknown, or the number of clusters is not given.
     """
     if method not in METHODS:
         raise ConfigError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
@@ -103,10 +103,12 @@ def cluster_slides(
         raise ConfigError(f"features can be smoothed 0 times or more, not {smooth}")
     for name, series in (labels or {}).items():
         if series.nunique() > _MOST_LABELS:
-            raise DataError(f"slide {name} has {series.nunique()} different labels, which are no regions")
+            raise DataError(
+                f"slide {name} has {series.nunique()} different labels; at most {_MOST_LABELS} can be compared"
+            )
     groups = [list(slides)] if joint else [[name] for name in slides]
     wanted = [_number(names, method, n_clusters, labels) for names in groups]
-    loaded = [load_encoder(name) for name in encoders]  # a wrong name is told before anything is extracted
+    loaded = [load_encoder(name) for name in encoders]  # reports unknown names before features are extracted
     results = {name: _result(slide, labels, name) for name, slide in slides.items()}
     rows = []
     for encoder in loaded:
@@ -200,7 +202,7 @@ def smooth_features(features: np.ndarray, coords: np.ndarray, times: int) -> np.
 
 
 def cluster(components: np.ndarray, method: str, number: int | None, resolution: float, seed: int) -> np.ndarray:
-    """Clusters of spots, numbered by size from 0 for the largest.
+    """Return the cluster of each spot, numbered by size from 0 for the largest.
 
     Parameters
     ----------
@@ -210,11 +212,11 @@ def cluster(components: np.ndarray, method: str, number: int | None, resolution:
         `kmeans`; `gmm`, a mixture of Gaussians of one covariance; `leiden`, modularity on the graph of nearest
         neighbours weighted by the share of neighbours they have in common.
     number
-        How many; None for Leiden at a resolution. Leiden gets as near to it as its resolution allows.
+        Number of clusters; None for Leiden at a resolution. Leiden comes as close to it as the resolution allows.
     resolution
-        Of Leiden, where `number` is None.
+        Resolution of Leiden, if `number` is None.
     seed
-        Of starts.
+        Seed of the starting points.
 
     Returns
     -------
@@ -242,7 +244,7 @@ def cluster(components: np.ndarray, method: str, number: int | None, resolution:
 
 
 def agreement(clusters: np.ndarray, labels: pd.Series) -> dict[str, float]:
-    """ARI and NMI over the labelled spots; NaN where there are none."""
+    """Return ARI and NMI over the labelled spots, NaN if there are none."""
     known = labels.notna().to_numpy()
     if not known.any():
         return {"ari": float("nan"), "nmi": float("nan")}
@@ -302,10 +304,12 @@ def _number(names: list[str], method: str, asked: int | None, labels: Mapping[st
         number = pd.concat([labels[name] for name in names]).nunique()
         if number:
             return number
-        raise DataError(f"no spot of {', '.join(names)} has a label, and so nothing tells how many clusters there are")
+        raise DataError(
+            f"no spot of {', '.join(names)} has a label, so that the number of clusters is unknown; give --clusters"
+        )
     if method == "leiden":
         return None
-    raise ConfigError(f"{method} has to be told how many clusters there are: --clusters, or --labels to compare with")
+    raise ConfigError(f"{method} needs the number of clusters: --clusters, or --labels to compare with")
 
 
 def _result(slide: AnnData, labels: Mapping[str, pd.Series] | None, name: str) -> AnnData:

@@ -1,12 +1,12 @@
-"""Predicted expression on a grid finer than the spots, over all tissue of a slide.
+"""Predict expression on a grid finer than the spots, over all tissue of a slide.
 
-A prediction is about a disc of tissue as large as a spot. Here one is made at every point of a dense grid, so that
-discs overlap, and a point of the map is the mean of the predictions of all discs that cover it, those that lie
-nearest counting most (a raised cosine of the distance that ends at a spot's radius). Averaged over a spot, the map
-gives what would be predicted for that spot.
+A prediction holds for a disc of tissue as large as a spot. Predictions are made at every point of a dense grid, so that
+the discs overlap. The value of a point of the map is the mean of the predictions of all discs that cover it, weighted
+by a raised cosine of the distance that ends at the radius of a spot. Averaged over a spot, the map agrees with the
+prediction of that spot.
 
-The grid is worked through by rows, with features and predictions on disk: memory depends on the width of the slide
-and not on its area.
+The grid is processed in blocks of rows, with features and predictions on disk: memory depends on the width of the
+slide and not on its area.
 """
 
 import hashlib
@@ -39,6 +39,7 @@ from hinge.run.run import Run
 from hinge.tasks.embeddings import fit_ridge
 from hinge.tasks.lattice import Lattice, neighbour_offsets, window_offsets
 from hinge.tasks.map_image import write_ome_tiff
+from hinge.tasks.regressor import load_regressor
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import HOST, arrays_digest, atomic_path, process_mark
 from hinge.utils.locks import lock_file
@@ -48,10 +49,10 @@ from hinge.utils.safe_hdf5 import check_hdf5
 logger = logging.getLogger(__name__)
 
 BLOCK_POINTS = 4096
-"""Points of the grid that are worked on at a time, in whole rows."""
+"""Points of the grid in memory, in whole rows."""
 
 DEFAULT_GENES = 10
-"""Channels of the image where no genes are named: the first of the panel."""
+"""Number of channels of the image if no genes are named: the first genes of the panel."""
 
 
 class Predictor(Protocol):
@@ -180,8 +181,6 @@ class TunedPredictor:
     neighbours = standardise = False
 
     def __init__(self, folder: Path):
-        from hinge.tasks.finetune import load_regressor
-
         model, encoder, about = load_regressor(folder)
         self.data, self.genes, self.transform = Path(about["data"]), about["genes"], about["transform"]
         self.patch_um, self.pitch_um = about["patch_um"], about["spot_pitch_um"]

@@ -22,21 +22,21 @@ _FOLDS = 5
 
 
 def read_slides(data: Path, samples: Iterable[str] | None, require_counts: bool = True) -> dict[str, AnnData]:
-    """Slides of a data set by name.
+    """Return slides of a data set by name.
 
     Parameters
     ----------
     data
         File or folder that `read_slide` knows.
     samples
-        Which; None for all.
+        Names; None for all.
     require_counts
         See `read_slide`.
 
     Raises
     ------
     DataError
-        A sample is missing, named twice or not sound.
+        A sample is missing, named twice or invalid.
     """
     names = list(samples or list_samples(data))
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -46,7 +46,7 @@ def read_slides(data: Path, samples: Iterable[str] | None, require_counts: bool 
 
 
 def features_file(folder: Path, slide: str, encoder: str) -> Path:
-    """Where a slide's features of an encoder lie; named as `hinge features` names them."""
+    """Return the feature file of a slide and an encoder, named as by `hinge features`."""
     return folder / f"{slide}.{encoder.replace('/', '_').replace(':', '_')}.h5"
 
 
@@ -59,20 +59,20 @@ def embed(
     standardise: bool = True,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Features of a slide's spots, extracted if they are not there yet.
+    """Return the features of a slide's spots; extract them if there is no file yet.
 
     Parameters
     ----------
     slide
-        With image.
+        A slide with an image.
     encoder
-        As `load_encoder` gives it.
+        Result of `load_encoder`.
     folder
-        Of feature files.
+        Folder of the feature files.
     patch_um
-        Side of a patch in µm; None: the encoder's.
+        Side of a patch in µm; None for the encoder's.
     standardise
-        In units of the slide's own mean and deviation, which takes staining and scanner away.
+        Standardise by the slide's own mean and deviation, which removes effects of staining and scanner.
     batch_size
         Patches in one forward pass.
 

@@ -12,18 +12,18 @@ from hinge.utils.safe_hdf5 import check_gzip
 
 
 def read_labels(slides: Mapping[str, AnnData], column: str, table: str | None = None) -> dict[str, pd.Series]:
-    """The label of every spot of some slides, missing (NaN) where a spot has none.
+    """Return the labels of the spots of some slides, NaN for a spot without a label.
 
     Parameters
     ----------
     slides
-        By name.
+        Slides by name.
     column
-        Of `obs`, or of the table.
+        Column of `obs` or of the table.
     table
-        CSV or TSV file, also gzipped, with one row a spot; `{slide}` stands for the slide's name. Spots are named by
-        the first column; or, where the first column names none of them, by array coordinates in columns `x` and `y`,
-        which are rounded (as HER2ST's annotations have them). None: the slides' `obs`.
+        CSV or TSV file, also gzipped, with one row per spot; `{slide}` stands for the slide's name. The first column
+        names the spots; if it names none of them, the columns `x` and `y` hold array coordinates, which are rounded
+        (as in the annotations of HER2ST). None for the slides' `obs`.
 
     Returns
     -------
@@ -33,10 +33,10 @@ def read_labels(slides: Mapping[str, AnnData], column: str, table: str | None = 
     Raises
     ------
     DataError
-        A file or column is missing, names no spot or names one twice.
+        A file or column is missing, or a table names no spot, or one twice.
     """
     if table is not None and "{slide}" not in table and len(slides) > 1:
-        raise ConfigError(f"{table} is one table for {len(slides)} slides: write {{slide}} where their names stand")
+        raise ConfigError(f"{table} is one table for {len(slides)} slides: put {{slide}} in place of their names")
     found = {}
     for name, slide in slides.items():
         if table is None:
@@ -57,21 +57,21 @@ def read_labels(slides: Mapping[str, AnnData], column: str, table: str | None = 
 def binary_labels(
     labels: Mapping[str, pd.Series], positive: Sequence[str] | None = None, above: str | None = None
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Labels as 1 (tumour), 0 (not) and NaN (not labelled).
+    """Return labels as 1 (positive), 0 (negative) and NaN (no label).
 
     Parameters
     ----------
     labels
-        As `read_labels` gives them.
+        Result of `read_labels`.
     positive
-        The labels that count as 1.
+        Labels that count as 1.
     above
-        A number, or `median` (over the labelled spots of all slides): what is above it counts as 1.
+        A number, or `median` (over the labelled spots of all slides): larger labels count as 1.
 
     Returns
     -------
     tuple
-        Float (n,) of each slide; and what 1 means, in words.
+        Float (n,) of each slide; and a description of label 1.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def binary_labels(
     """
     if (positive is None or not len(positive)) == (above is None):
         raise ConfigError(
-            "say what counts as tumour: --positive LABEL (repeat for several), or --above NUMBER or median"
+            "name the positive labels: --positive LABEL (repeat for several), or --above NUMBER or median"
         )
     together = pd.concat(labels.values())
     if above is None:
@@ -97,7 +97,7 @@ def binary_labels(
         }
     else:
         if not pd.api.types.is_numeric_dtype(together):
-            raise ConfigError("--above takes labels that are numbers, and these are not; use --positive")
+            raise ConfigError("--above needs labels that are numbers; use --positive")
         try:
             threshold = float(together.median()) if above == "median" else float(above)
         except ValueError as error:
@@ -114,7 +114,7 @@ def binary_labels(
 
 
 def _text(label: object) -> str:
-    """A label as one writes it: 5 for 5.0."""
+    """Return a label as text: 5 for 5.0."""
     return f"{label:g}" if isinstance(label, float | np.floating) else str(label)
 
 

@@ -1,7 +1,7 @@
-"""Is what one wants to know of a spot in an encoder's features? Probes of labels such as tumour, slides held out.
+"""Probes of a frozen encoder: predict labels of spots, such as tumour, on held-out slides.
 
-Three ways of asking, none of which changes the encoder: a logistic regression, the nearest spots of other slides, and
-prototypes (class means), either of other slides or of a few labelled spots of the slide itself.
+The probes are logistic regression, the nearest spots of other slides, and prototypes (class means) of other slides or
+of a few labelled spots of the slide itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,23 +24,23 @@ from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, write_json
 
 INVERSE_PENALTIES = np.logspace(-5, 1, 7)
-"""Of the logistic regression, to choose from by cross-validation: one a decade."""
+"""Inverse penalties of the logistic regression, selected by cross-validation."""
 
 NEIGHBOURS = 20
-"""Spots that vote."""
+"""Number of nearest spots."""
 
 SHOTS = 5
-"""Labelled spots of each class, where prototypes are made of a few."""
+"""Labelled spots per class for prototypes of few spots."""
 
 REPEATS = 20
-"""Random choices of these few spots, over which scores are averaged."""
+"""Random selections of these spots, over which scores are averaged."""
 
 METHODS = ("linear", "knn", "prototypes", f"prototypes of {SHOTS} spots")
 
 DEFINITIONS = {
-    "balanced_accuracy": "mean of the shares of positive and of negative spots that are called so",
+    "balanced_accuracy": "mean of sensitivity and specificity",
     "auroc": "probability that a positive spot scores above a negative one",
-    "auprc": "average precision; a method that knows nothing reaches the share of positive spots",
+    "auprc": "average precision; a random score reaches the share of positive spots",
     "positive": "share of positive spots",
     "linear": "logistic regression with balanced classes on standardised features of the other slides",
     "knn": f"share of positives among the {NEIGHBOURS} spots of other slides that are nearest by cosine",
@@ -63,26 +63,26 @@ def probe_labels(
     batch_size: int = 64,
     seed: int = 0,
 ) -> Path:
-    """Hold out each slide in turn and tell its labels from the features of encoders.
+    """Hold out each slide in turn and predict its labels from the features of encoders.
 
     Parameters
     ----------
     slides
-        At least two, by name.
+        At least two slides by name.
     labels
-        Of each slide's spots (n,): 1, 0, or NaN for those that are left out.
+        Labels of each slide's spots (n,): 1, 0, or NaN for spots without a label.
     encoders
-        As `load_encoder` takes them.
+        Names for `load_encoder`.
     output
         Folder for `features/`, `probabilities.csv` (a score for each spot, method and encoder) and `scores.json`.
     meaning
-        What 1 means, in words.
+        Description of label 1.
     features_folder
-        Where feature files lie or shall lie; None: `features` in `output`.
+        Folder of the feature files; None for `features` in `output`.
     patch_um, standardise, batch_size
         See `hinge.tasks.embeddings.embed`.
     seed
-        Of the few labelled spots.
+        Seed of the selection of few labelled spots.
 
     Returns
     -------
@@ -97,8 +97,8 @@ def probe_labels(
         All labelled training spots of a slide held out are of one class.
     """
     if len(slides) < 2:
-        raise ConfigError("each slide is held out in turn, and so at least two are needed")
-    loaded = [load_encoder(name) for name in encoders]  # a wrong name is told before anything is extracted
+        raise ConfigError("at least two slides are needed, because each is held out in turn")
+    loaded = [load_encoder(name) for name in encoders]  # reports unknown names before features are extracted
     rows, called = [], []
     for encoder in loaded:
         of_encoder = []
@@ -150,7 +150,7 @@ def probe_labels(
 def linear_probe(
     features: np.ndarray, labels: np.ndarray, groups: np.ndarray, test: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """Probability of class 1 by logistic regression, and 0.5.
+    """Return the probability of class 1 by logistic regression, and the threshold 0.5.
 
     Parameters
     ----------
@@ -172,14 +172,14 @@ def linear_probe(
 
 
 def neighbour_probe(features: np.ndarray, labels: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, float]:
-    """Share of class 1 among the nearest training spots by cosine (m,), and its share among all of them."""
+    """Return the share of class 1 among the nearest training spots (m,), and the share among all as threshold."""
     search = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(features)), metric="cosine").fit(features)
     nearest = search.kneighbors(test, return_distance=False)
     return labels[nearest].mean(axis=1), float(labels.mean())
 
 
 def prototype_probe(features: np.ndarray, labels: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, float]:
-    """Cosine with the mean of class 1 less the cosine with the mean of class 0 (m,), and 0."""
+    """Return the difference of the cosines with the means of class 1 and class 0 (m,), and the threshold 0."""
     means = np.stack([features[labels == kind].mean(axis=0, dtype=np.float64) for kind in (0, 1)])
     means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
     unit = test / np.maximum(np.linalg.norm(test, axis=1, keepdims=True), 1e-12)
@@ -188,7 +188,7 @@ def prototype_probe(features: np.ndarray, labels: np.ndarray, test: np.ndarray) 
 
 
 def few_shot_scores(features: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float] | None:
-    """Mean scores of prototypes from a few labelled spots; None where a class has not enough spots for that."""
+    """Return the mean scores of prototypes of few labelled spots, None if a class has too few spots."""
     members = [np.flatnonzero(labels == kind) for kind in (0, 1)]
     if min(map(len, members)) <= SHOTS:
         return None
@@ -203,7 +203,7 @@ def few_shot_scores(features: np.ndarray, labels: np.ndarray, seed: int) -> dict
 
 
 def probe_scores(labels: np.ndarray, score: np.ndarray, threshold: float) -> dict[str, float]:
-    """Balanced accuracy at a threshold, areas under the ROC and the precision-recall curve, and what there was."""
+    """Return balanced accuracy at a threshold, areas under the ROC and precision-recall curves, and class shares."""
     return {
         "balanced_accuracy": float(balanced_accuracy_score(labels, score > threshold)),
         "auroc": float(roc_auc_score(labels, score)),

@@ -1,4 +1,4 @@
-"""A run in the browser: the slide at full resolution, spots over it, layer beside layer."""
+"""View a run in the browser: the slide at full resolution with spots, and layers side by side."""
 
 from hinge.viewer.content import Viewer, write_viewer
 from hinge.viewer.server import serve

@@ -1,4 +1,4 @@
-"""What the viewer's page reads: every file by its path, made when it is asked for.
+"""The files of the viewer by path, each made on request.
 
     index.html, viewer.css, *.js, vendor/      the page
     run.json                                   title, slides, settings
@@ -9,8 +9,8 @@
     slides/<i>/coexpression.bin                int8 matrices, measured and predicted
     slides/<i>/image.dzi, image_files/         deep-zoom tiles
 
-`hinge view` serves these paths, `write_viewer` writes each to a file: the page cannot tell one from the other.
-Files that end in .bin are little-endian and deflated (RFC 1950). No path holds a name that came from a file.
+`hinge view` serves these paths, and `write_viewer` writes each to a file. Files that end in .bin are little-endian and
+deflated (RFC 1950). No path contains a name from a file.
 """
 
 import json
@@ -36,7 +36,7 @@ from hinge.data import get_transform, list_samples, slide_name
 from hinge.data.draws import read_draws
 from hinge.data.layers import draw_names
 from hinge.evaluation import correlation_matrix, gene_pcc, matrix_scores
-from hinge.report.html import gene_order
+from hinge.evaluation.metrics.coexpression import gene_order
 from hinge.run.run import Run
 from hinge.utils.errors import DataError, HingeError
 from hinge.utils.files import atomic_path
@@ -45,9 +45,9 @@ from hinge.viewer.tiles import OVERLAP_PX, TILE_PX, TiledImage
 
 logger = logging.getLogger(__name__)
 
-COEXPRESSION_GENES = 200  # at most; of a larger panel those that vary most
+COEXPRESSION_GENES = 200  # maximum; of a larger panel, the genes with the largest variance
 _BLOCK_GENES = 256
-SLIDES_OPEN = 3  # whose draws are kept in memory
+SLIDES_OPEN = 3  # number of slides whose draws are kept in memory
 
 CONTENT_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -67,14 +67,14 @@ _TILE = re.compile(r"image_files/(\d{1,3})/(\d{1,7})_(\d{1,7})\.jpeg", re.ASCII)
 
 
 class SlideContent:
-    """What the viewer shows of one sampled slide.
+    """The files of one sampled slide.
 
     Parameters
     ----------
     draws
-        As `hinge.data.draws.read_draws` gives it.
+        Result of `hinge.data.draws.read_draws`.
     measured
-        The slide with raw counts; None where there are none, or they are not at hand.
+        The slide with raw counts; None if there are none.
     """
 
     def __init__(self, draws: AnnData, measured: AnnData | None = None):
@@ -96,16 +96,16 @@ class SlideContent:
         elif "hires" in library.get("images", {}):
             self.image = TiledImage(np.asarray(library["images"]["hires"]))
             self._scale = float(library["scalefactors"]["tissue_hires_scalef"])
-            self.note = "The full-resolution image is not where it was; this is the overview kept with the draws."
+            self.note = "The full-resolution image was moved or deleted; this is the overview in the file of the draws."
         else:
-            raise DataError(f"the draws of {slide_name(draws)} hold no image, and theirs is not at {path}")
+            raise DataError(f"the draws of {slide_name(draws)} hold no image, and there is no image at {path}")
         diameter = library.get("scalefactors", {}).get("spot_diameter_fullres")
         if diameter is None:
             diameter = facts.get("spot_diameter_um", math.nan) / facts.get("um_per_px", math.nan)
         self._diameter = float(diameter)
 
     def measured(self, genes: NDArray[np.intp]) -> NDArray[np.float32] | None:
-        """Measured values (n, m) of genes in the transform's units; NaN for spots and genes that were not measured."""
+        """Return measured values (n, m) of genes in units of the transform, NaN where nothing was measured."""
         if self._counts is None:
             return None
         values = np.full((self._draws.n_obs, len(genes)), np.nan, np.float32)
@@ -116,16 +116,16 @@ class SlideContent:
         return values
 
     def mean(self, genes: NDArray[np.intp]) -> NDArray[np.float32]:
-        """Predicted means (n, m) of genes: the model's expectation where it was kept, as in the scores."""
+        """Return predicted means (n, m) of genes: the model's expectation if it was stored, as in the scores."""
         return np.asarray(self._draws.layers.get("expected", self._draws.X)[:, genes], np.float32)
 
     def draws(self, genes: NDArray[np.intp]) -> NDArray[np.float32]:
-        """Draws (K, n, m) of genes."""
+        """Return the draws (K, n, m) of genes."""
         return np.stack([np.asarray(self._draws.layers[name][:, genes], np.float32) for name in self._layers])
 
     @cached_property
     def _genewise(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Correlation over the spots of measured and predicted mean, and the variance by which genes are ranked."""
+        """Correlation over spots of measured and predicted mean (G,), and the variance that ranks the genes (G,)."""
         correlations, variances = (np.full(self._draws.n_vars, np.nan) for _ in range(2))
         for start in range(0, self._draws.n_vars, _BLOCK_GENES):
             genes = np.arange(start, min(start + _BLOCK_GENES, self._draws.n_vars))
@@ -141,7 +141,7 @@ class SlideContent:
 
     @cached_property
     def _coexpression(self) -> dict[str, Any]:
-        """Correlations of the genes that vary most: (m, m) measured and, on average over the draws, predicted."""
+        """Correlations (m, m) of the genes with the largest variance: measured, and mean over the draws."""
         genes = np.sort(np.argsort(-self._genewise[1], kind="stable")[:COEXPRESSION_GENES])
         measured = self.measured(genes)
         if measured is not None:
@@ -161,7 +161,7 @@ class SlideContent:
         return {"genes": genes[order].tolist(), "matrices": list(matrices), "scores": scores, "steps": steps}
 
     def index(self) -> dict[str, Any]:
-        """What the page needs to know before it asks for a gene."""
+        """Return the content of `slide.json`."""
         facts, (correlations, variances) = self._draws.uns["hinge"], self._genewise
         ranked = np.argsort(-np.nan_to_num(correlations), kind="stable")
         um_per_px = float(facts.get("um_per_px", math.nan)) / self._scale
@@ -186,7 +186,7 @@ class SlideContent:
         }
 
     def gene(self, gene: int) -> bytes:
-        """One gene as the page reads it.
+        """Return one gene as the page reads it.
 
         Two float32 (lowest and highest draw), float16 (n,) measured if there are measured values, float16 (n,) mean,
         float16 (n,) standard deviation of the draws, uint8 (K, n) draws as 255 steps from lowest to highest.
@@ -201,7 +201,7 @@ class SlideContent:
         return zlib.compress(b"".join(parts))
 
     def read(self, path: str) -> bytes | None:
-        """The file at a path below `slides/<i>/`, None where there is none."""
+        """Return the file at a path below `slides/<i>/`, None if there is none."""
         if path == "slide.json":
             return _json(self.index())
         if path == "barcodes.json":
@@ -219,7 +219,7 @@ class SlideContent:
         return None
 
     def paths(self) -> list[str]:
-        """All that `read` knows."""
+        """Return all paths that `read` serves."""
         paths = ["slide.json", "barcodes.json", "spots.bin", "coexpression.bin", "image.dzi"]
         paths += [f"genes/{gene}.bin" for gene in range(self._draws.n_vars)]
         for level, (columns, rows) in enumerate(self.image.level_tiles):
@@ -235,12 +235,12 @@ class Viewer:
     run
         A run with draws.
     slides
-        Names of those to show; None for all that were sampled, the test slides first.
+        Names of the slides to show; None for all that were sampled, the test slides first.
 
     Raises
     ------
     DataError
-        If there are no draws of a slide, or of any.
+        There are no draws of one of the slides, or none at all.
     """
 
     def __init__(self, run: Run, slides: list[str] | None = None):
@@ -258,7 +258,7 @@ class Viewer:
         self._page = {name: content for name, content in _files(resources.files("hinge.viewer") / "static")}
 
     def slide(self, number: int) -> SlideContent:
-        """The content of a slide, read from its draws unless it was among the last asked for."""
+        """Return the content of a slide; the last `SLIDES_OPEN` are kept."""
         with self._lock:
             if number not in self._open:
                 name = self.slides[number]
@@ -274,7 +274,7 @@ class Viewer:
             return self._open[number]
 
     def read(self, path: str) -> bytes | None:
-        """The file at a path, None where there is none.
+        """Return the file at a path, None if there is none.
 
         Raises
         ------
@@ -291,7 +291,7 @@ class Viewer:
         return self.slide(int(match[1])).read(match[2])
 
     def index(self) -> dict[str, Any]:
-        """What the page reads first."""
+        """Return the content of `run.json`."""
         return {
             "title": self.run.folder.name,
             "version": VERSION,
@@ -299,7 +299,7 @@ class Viewer:
         }
 
     def page_paths(self) -> list[str]:
-        """The files that are no slide's."""
+        """Return the paths that do not belong to a slide."""
         return [*self._page, "run.json"]
 
     def _measured(self, name: str) -> tuple[AnnData | None, str | None]:
@@ -310,7 +310,7 @@ class Viewer:
             return self.run.slide(name, require_image=False), None
         except HingeError as error:
             logger.warning("%s is shown without measured values: %s", name, error)
-            return None, "The measured slide is not at hand."
+            return None, "The measured slide could not be read."
 
 
 def write_viewer(run: Run, output: str | Path | None = None, slides: list[str] | None = None) -> Path:
@@ -321,9 +321,9 @@ def write_viewer(run: Run, output: str | Path | None = None, slides: list[str] |
     run
         A run with draws.
     output
-        The folder, `viewer` in the run's folder by default; a viewer that is there is replaced.
+        The folder, by default `viewer` in the run's folder; an existing viewer is replaced.
     slides
-        Names of those to show; None for all that were sampled.
+        Names of the slides to show; None for all that were sampled.
 
     Returns
     -------
@@ -333,11 +333,11 @@ def write_viewer(run: Run, output: str | Path | None = None, slides: list[str] |
     Raises
     ------
     DataError
-        If there are no draws, or the folder holds something else.
+        There are no draws, or the folder holds something else.
     """
     viewer, output = Viewer(run, slides), Path(output or run.folder / "viewer")
     if output.exists() and not (output / "run.json").is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"{output} is there already and holds no viewer; choose another folder")
+        raise DataError(f"{output} exists already and is not a viewer; choose another folder")
     with atomic_path(output) as temporary:
         for path in viewer.page_paths():
             _write(temporary / path, viewer.read(path))
@@ -348,9 +348,9 @@ def write_viewer(run: Run, output: str | Path | None = None, slides: list[str] |
             def write(path: str, content: SlideContent = content, folder: Path = folder) -> None:
                 _write(folder / path, content.read(path))
 
-            write(paths[0])  # what is worked out once, before several threads want it
+            write(paths[0])  # computes the cached properties before several threads need them
             with ThreadPoolExecutor(4) as pool:
-                # no map over all paths at once that would go on after a full disk
+                # in batches: a map over all paths would continue after an error such as a full disk
                 for start in tqdm(range(0, len(paths), 64), desc=name, unit="batch", disable=None):
                     list(pool.map(write, paths[start : start + 64]))
     return output
@@ -362,7 +362,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _files(folder: Any, prefix: str = "") -> list[tuple[str, bytes]]:
-    """Path and content of the files below a folder of the package."""
+    """Return path and content of the files below a folder of the package."""
     found = []
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.is_dir():

@@ -1,4 +1,4 @@
-"""The viewer on 127.0.0.1: a server that knows the viewer's paths and nothing else."""
+"""The server of the viewer on 127.0.0.1; it serves the paths of the viewer only."""
 
 import contextlib
 import json
@@ -29,19 +29,19 @@ _HEADERS = {
 
 
 class ViewerServer(ThreadingHTTPServer):
-    """Serves a viewer on this machine's own address.
+    """Serve a viewer on 127.0.0.1.
 
     Parameters
     ----------
     viewer
-        What is served.
+        The viewer.
     port
-        0 for any free one.
+        Port; 0 for any free one.
 
     Raises
     ------
     ConfigError
-        If the port is taken or may not be used.
+        The port is in use or not permitted.
     """
 
     daemon_threads = True
@@ -59,7 +59,7 @@ class ViewerServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        # a browser that leaves in the middle of a tile is no news
+        # browsers close connections while a tile is sent
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             logger.exception("a request failed")
 
@@ -71,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: ViewerServer
 
     def do_GET(self) -> None:
-        # a page of another site that has its name point here must not read a patient's slide
+        # DNS rebinding: the page of another site must not read a patient's slide
         port = self.server.server_port
         if self.headers.get("Host") not in (f"127.0.0.1:{port}", f"localhost:{port}"):
             self._answer(HTTPStatus.MISDIRECTED_REQUEST, b"this server answers to 127.0.0.1 only\n", ".txt")
@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, content, ".json")
             return
         if content is None:
-            self._answer(HTTPStatus.NOT_FOUND, b"there is nothing of this name\n", ".txt")
+            self._answer(HTTPStatus.NOT_FOUND, b"not found\n", ".txt")
         else:
             self._answer(HTTPStatus.OK, content, PurePosixPath(path).suffix)
 
@@ -112,9 +112,9 @@ def serve(viewer: Viewer, port: int = 0, browser: bool = True) -> None:
     Parameters
     ----------
     viewer
-        What is served.
+        The viewer.
     port
-        On 127.0.0.1; 0 for any free one.
+        Port on 127.0.0.1; 0 for any free one.
     browser
         Whether to open the page.
     """

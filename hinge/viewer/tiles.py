@@ -1,4 +1,4 @@
-"""A slide's image as deep-zoom tiles, cut when they are asked for."""
+"""Deep-zoom tiles of a slide's image, cut on request."""
 
 import io
 import threading
@@ -17,7 +17,7 @@ from hinge.data import SlideImage
 
 TILE_PX, OVERLAP_PX = 510, 1
 JPEG_QUALITY = 82
-OVERVIEW_PX = 4096  # long side of the level that is made where an image has none so coarse
+OVERVIEW_PX = 4096  # long side of the level that is added to an image without a level this coarse
 
 
 class TiledImage:
@@ -47,7 +47,7 @@ class TiledImage:
         return self._tiles.level_tiles
 
     def tile(self, level: int, column: int, row: int) -> bytes | None:
-        """One tile as JPEG, None where there is none."""
+        """Return a tile as JPEG, None if there is none."""
         if level >= len(self.level_tiles):
             return None
         columns, rows = self.level_tiles[level]
@@ -58,7 +58,7 @@ class TiledImage:
         return file.getvalue()
 
     def descriptor(self) -> bytes:
-        """The DZI file that tells other programs how the tiles lie."""
+        """Return the DZI file, which describes the tiles to other programs."""
         return self._tiles.get_dzi("jpeg").encode()
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class TiledImage:
 
 
 class _Levels(AbstractSlide):
-    """A SlideImage as the deep-zoom generator wants it, with an overview below its own coarsest level."""
+    """A SlideImage with the interface of OpenSlide, and an overview below its coarsest level."""
 
     def __init__(self, image: SlideImage):
         super().__init__()
@@ -75,7 +75,7 @@ class _Levels(AbstractSlide):
         self._sizes = list(image.level_dimensions)
         self._overview: Image.Image | None = None
         self._lock = threading.Lock()
-        # without it the coarsest tiles of an image without pyramid would read all of it, each time
+        # without the overview, each coarse tile of an image without a pyramid would read the whole image
         if max(self._sizes[-1]) > OVERVIEW_PX:
             shrink = OVERVIEW_PX / max(image.dimensions)
             width, height = (max(1, round(side * shrink)) for side in image.dimensions)
@@ -109,7 +109,7 @@ class _Levels(AbstractSlide):
         return MappingProxyType({})
 
     def get_best_level_for_downsample(self, downsample: float) -> int:
-        # levels are seldom exact powers: 4.0003 serves a wanted 4
+        # downsampling factors are seldom exact powers: accept 4.0003 for 4
         return max(level for level, own in enumerate(self.level_downsamples) if own <= max(1.0, downsample) * 1.01)
 
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:

@@ -80,7 +80,7 @@ from hinge.experiments.grid import load_grid
 from hinge.models import HingeModel
 from hinge.run.run import Run
 from hinge.sharing.export import _read_metadata
-from hinge.tasks.finetune import slide_groups
+from hinge.tasks.folds import slide_groups
 from hinge.tasks.labels import read_labels
 from hinge.training.loop import _read_tensors, _write_tensors
 from hinge.utils.errors import HingeError

@@ -16,8 +16,9 @@ from hinge.data.slide import check_slide
 from hinge.evaluation.baselines import baseline_predictions
 from hinge.run.run import Run
 from hinge.tasks.dense import map_slide, open_predictor
-from hinge.tasks.finetune import finetune_config, finetune_encoder, load_regressor, predict_slide
+from hinge.tasks.finetune import finetune_config, finetune_encoder
 from hinge.tasks.lattice import neighbour_offsets, window_offsets
+from hinge.tasks.regressor import load_regressor, predict_slide
 from hinge.utils.errors import ConfigError
 
 

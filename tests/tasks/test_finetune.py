@@ -15,14 +15,9 @@ from hinge.cli.app import app
 from hinge.data import Panel, load_spots, read_slide, simulate_slides
 from hinge.encoders import RECIPES, load_encoder, registry
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
-from hinge.tasks.finetune import (
-    finetune_config,
-    finetune_encoder,
-    load_regressor,
-    make_folds,
-    predict_slide,
-    slide_groups,
-)
+from hinge.tasks.finetune import finetune_config, finetune_encoder
+from hinge.tasks.folds import make_folds, slide_groups
+from hinge.tasks.regressor import load_regressor, predict_slide
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import read_json
 
@@ -127,13 +122,13 @@ def test_folds(slides, tmp_path):
         make_folds(groups, ["c"])
     with pytest.raises(ConfigError, match=r"nothing is left to train on: all slides \(sim0, sim1\) are of one group"):
         make_folds({"sim0": "a", "sim1": "a"})
-    with pytest.raises(DataError, match="sim0 does not tell its patient"):
+    with pytest.raises(DataError, match=r"sim0 has no obs\['patient'\]"):
         slide_groups(loaded, "patient")
     for name, slide in loaded.items():
         slide.obs["patient"] = name[-1]
     assert slide_groups(loaded, "patient") == {"sim0": "0", "sim1": "1", "sim2": "2"}
     (tmp_path / "few.csv").write_text("slide,patient\nsim0,a\n")
-    with pytest.raises(DataError, match="does not say which group slide sim1 is of"):
+    with pytest.raises(DataError, match="does not name the group of slide sim1"):
         slide_groups(loaded, str(tmp_path / "few.csv"))
     with pytest.raises(ConfigError, match=r"by slide, by patient, or as a \.csv or \.tsv file says, not 'random'"):
         slide_groups(loaded, "random")

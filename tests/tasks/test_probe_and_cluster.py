@@ -76,7 +76,7 @@ def test_labels_that_are_not_there(data, tmp_path):
     slides = read_slides(data, ["sim0", "sim1"])
     with pytest.raises(DataError, match=r"slide sim0 has no column 'grade' in obs, which has .*; give --labels"):
         read_labels(slides, "grade")
-    with pytest.raises(ConfigError, match=r"one.csv is one table for 2 slides: write \{slide\} where"):
+    with pytest.raises(ConfigError, match=r"one.csv is one table for 2 slides: put \{slide\} in"):
         read_labels(slides, "kind", "one.csv")
     with pytest.raises(DataError, match=r"there is no file .*sim0.csv"):
         read_labels(slides, "kind", str(tmp_path / "{slide}.csv"))
@@ -102,10 +102,10 @@ def test_binary_labels():
     assert binary_labels(labels, above="3.5")[0]["b"].tolist() == [0, 1]
     words = {"a": pd.Series(["x", "y"])}
     for given, says in (
-        ({}, "say what counts as tumour"),
-        ({"positive": ["x"], "above": "1"}, "say what counts as tumour"),
+        ({}, "name the positive labels"),
+        ({"positive": ["x"], "above": "1"}, "name the positive labels"),
         ({"positive": ["z"]}, "no spot is labelled 'z'; the labels are x, y"),
-        ({"above": "median"}, "takes labels that are numbers"),
+        ({"above": "median"}, "needs labels that are numbers"),
     ):
         with pytest.raises(ConfigError, match=says):
             binary_labels(words, **given)
@@ -166,7 +166,7 @@ def test_probe_of_simulated_tumour(data, tmp_path):
 def test_what_cannot_be_probed(data, tmp_path):
     slides = read_slides(data, ["sim0", "sim1"])
     first = {"sim0": slides["sim0"]}
-    with pytest.raises(ConfigError, match="each slide is held out in turn, and so at least two are needed"):
+    with pytest.raises(ConfigError, match="at least two slides are needed, because each is held out"):
         probe_labels(first, {"sim0": np.zeros(64)}, ["stain-texture"], tmp_path)
     labels = {"sim0": np.arange(64) % 2.0, "sim1": np.zeros(64)}
     with pytest.raises(DataError, match="with slide sim0 held out, all labelled spots are of one class"):
@@ -253,7 +253,7 @@ def test_the_figure_shows_every_spot():
     ("settings", "error", "says"),
     [
         ({"method": "ward"}, ConfigError, "there is no method 'ward'; choose one of kmeans, leiden, gmm"),
-        ({}, ConfigError, "kmeans has to be told how many clusters there are: --clusters, or --labels"),
+        ({}, ConfigError, "kmeans needs the number of clusters: --clusters, or --labels"),
         ({"n_clusters": 2, "smooth": -1}, ConfigError, "can be smoothed 0 times or more, not -1"),
         ({"n_clusters": 99}, DataError, "64 spots cannot form 99 clusters"),
     ],
@@ -263,7 +263,7 @@ def test_what_cannot_be_clustered(data, tmp_path, settings, error, says):
     with pytest.raises(error, match=says):
         cluster_slides(slides, ["stain-texture"], tmp_path, **settings)
     shares = {"sim0": slides["sim0"].obs["tumour_share"] + np.arange(64)}
-    with pytest.raises(DataError, match="slide sim0 has 64 different labels, which are no regions"):
+    with pytest.raises(DataError, match="slide sim0 has 64 different labels; at most 50 can be"):
         cluster_slides(slides, ["stain-texture"], tmp_path, labels=shares)
     assert not (tmp_path / "scores.json").exists()
 

@@ -251,7 +251,7 @@ def test_the_page_carries_the_policy_itself():
 )
 def test_nothing_else_is_served(server, path):
     answer, content = ask(server, path)
-    assert answer.status == 404 and content == b"there is nothing of this name\n"
+    assert answer.status == 404 and content == b"not found\n"
     assert answer.headers["Content-Security-Policy"] == CONTENT_SECURITY_POLICY
 
 

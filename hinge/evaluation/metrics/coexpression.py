@@ -2,6 +2,8 @@
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
 
 from hinge.evaluation.metrics.accuracy import as_matrix, constant_genes, gene_pcc
 from hinge.utils.errors import DataError
@@ -99,3 +101,13 @@ def coexpression_scores(measured: ArrayLike, predicted: ArrayLike) -> dict[str, 
     pooled = matrix_scores(matrix, total / len(predicted))
     result = {key: float(np.mean([score[key] for score in scores])) for key in ("r", "rmse")}
     return result | {f"{key}_pooled": value for key, value in pooled.items()}
+
+
+def gene_order(matrix: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Return the order of genes by average-linkage clustering of their correlations (G, G), NaN taken as 0."""
+    distance = 1 - np.nan_to_num(matrix, nan=0.0)
+    np.fill_diagonal(distance, 0.0)
+    pairs = squareform(distance, checks=False)
+    # the optimal order of the leaves takes minutes for large panels
+    tree = hierarchy.linkage(pairs, method="average", optimal_ordering=len(matrix) <= 500)
+    return hierarchy.leaves_list(tree)
