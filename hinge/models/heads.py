@@ -98,6 +98,7 @@ class GaussianHead(ScaledHead):
         """
         scale = self.scale(tokens, log_scale)
         if self.distribution is RoundedGaussian:
+            assert grid is not None
             return self.distribution(location, scale, grid)
         return self.distribution(location, scale)
 

@@ -38,15 +38,12 @@ from hinge.utils.files import arrays_digest
 class HingeModel(ModelMixin, ConfigMixin):
     """The denoiser: predicts the masked genes of a spot from the visible ones and the patch.
 
-    Make one with `HingeModel.from_backbone`. `save_pretrained` writes only what is trained here, and `from_pretrained`
-    needs the same backbone again.
+    `from_backbone` makes one. `save_pretrained` writes what is trained; `from_pretrained` needs the same backbone again.
 
     Parameters
     ----------
-    feature_dim, num_genes
-        d and G.
-    hidden_size, num_layers
-        D and L of the backbone.
+    feature_dim, num_genes, hidden_size, num_layers
+        d, G, and D and L of the backbone.
     head
         `"point"` (the paper's), `"gaussian"`, `"censored_gaussian"`, or a distribution of counts:
         `"rounded_gaussian"`, `"rounded_mixture"`, `"negative_binomial"`, `"zero_inflated_negative_binomial"`.
@@ -77,10 +74,8 @@ class HingeModel(ModelMixin, ConfigMixin):
         is visible; from the initialisation on.
     standardise_features
         Whether features are divided by the training spots' deviations; the released code takes them as they are.
-    feature_dropout
-        Share of features dropped in training.
-    dropout
-        On the output of every modulated sublayer in training.
+    feature_dropout, dropout
+        Shares dropped in training: of the features, and of the output of every modulated sublayer.
     backbone_digest
         SHA-256 of the frozen weights this model belongs to.
     """
@@ -254,10 +249,8 @@ class HingeModel(ModelMixin, ConfigMixin):
 
         Parameters
         ----------
-        values
-            (B, G) expression; the fill where `visible` is 0.
-        visible
-            (B, G), 1 = seen.
+        values, visible
+            (B, G) expression, the fill where `visible` is 0; and 1 = seen.
         timestep
             (B,) diffusion timestep, 0 … T.
         features
@@ -282,7 +275,7 @@ class HingeModel(ModelMixin, ConfigMixin):
             Over (B, G).
         """
         features = self.standardise(features)  # (B, d)
-        # dropout for the backbone only: the gene factor model would learn an uncertainty that is not there
+        # only for the backbone: the gene factor model would learn an uncertainty that is not there
         dropped = features if feature_mask is None else features * feature_mask
         if library_size is not None and self.library_size_model is not None:  # (B, d + 1)
             dropped = self.with_library_size(dropped, library_size, features)

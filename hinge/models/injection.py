@@ -14,10 +14,10 @@ from hinge.backbones.cellfm_layers import RetentionBlock
 
 
 class Concatenation(nn.Module):
-    """The parts of the condition stand as further tokens before the genes', and give keys in every layer.
+    """The parts of the condition are further tokens before those of the genes, and give keys in every layer.
 
-    A layer norm follows every sublayer, so that no token can start as nothing: each starts as the CLS token plus its
-    part of the condition. The model therefore starts near its backbone, not at it.
+    Each starts as the CLS token plus its part of the condition: a layer norm follows every sublayer, so that no token
+    can start at zero. The model therefore starts near its backbone, not equal to it.
 
     Parameters
     ----------

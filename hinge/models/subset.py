@@ -1,7 +1,7 @@
-"""A pass over some of a panel's genes.
+"""A forward pass over some of a panel's genes.
 
-CellFM was pre-trained on changing sets of genes, and a token reaches the others only through the key it gives. A gene
-that is neither seen nor asked for can therefore stay away.
+CellFM was pre-trained on changing sets of genes, and a token affects the others only through its key. A gene that is
+neither visible nor predicted can therefore be left out.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class GeneSubset:
-    """The genes of a panel that have tokens, and those of them that the other tokens take notice of.
+    """The genes of a panel that have tokens, and those of them whose tokens give keys.
 
     Attributes
     ----------
@@ -26,7 +26,7 @@ class GeneSubset:
 
     @classmethod
     def of(cls, present: Tensor) -> "GeneSubset | None":
-        """Tokens of `present` (B, G), 1 = present, and no more than fill up all rows; None if that is all of them."""
+        """Return the subset of the genes present (B, G), 1 = present, padded to equal rows; None if it is all genes."""
         counts = present.sum(dim=1)
         most = max(1, int(counts.max()))
         ragged = int(counts.min()) < most
@@ -36,10 +36,11 @@ class GeneSubset:
         return cls(index, present.gather(1, index) if ragged else None)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Values (B, G) of the panel → (B, n)."""
+        """Return the values (B, n) of the subset from those (B, G) of the panel."""
         return values if self.index is None else values.gather(1, self.index)
 
     def scatter(self, values: Tensor, into: Tensor) -> Tensor:
-        """`into` (B, G, …) with `values` (B, n, …) in the places of their genes; for a subset with an index."""
+        """Return `into` (B, G, …) with `values` (B, n, …) in the places of their genes; only with an index."""
+        assert self.index is not None
         index = self.index.view(*self.index.shape, *[1] * (values.dim() - 2)).expand_as(values)
         return into.scatter(1, index, values)
