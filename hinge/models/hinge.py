@@ -38,7 +38,7 @@ from hinge.utils.files import arrays_digest
 class HingeModel(ModelMixin, ConfigMixin):
     """The denoiser: predicts the masked genes of a spot from the visible ones and the patch.
 
-    `from_backbone` makes one. `save_pretrained` writes what is trained; `from_pretrained` needs the same backbone again.
+    `from_backbone` makes one. `save_pretrained` writes what is trained; `from_pretrained` needs the same backbone.
 
     Parameters
     ----------
