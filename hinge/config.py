@@ -239,9 +239,8 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self):
-        for key, section in (("training", self.training), ("backbone.pretrain", self.backbone.pretrain)):
-            if section.steps is None and section.epochs is None:
-                raise ValueError(f"give either {key}.steps or {key}.epochs")
+        if self.training.steps is None and self.training.epochs is None:
+            raise ValueError("give either training.steps or training.epochs")
         if self.model.library_size is False and needs_library_size(self.model.head, self.transform):
             raise ValueError(f"model.head {self.model.head} needs model.library_size under {self.transform}")
         if self.panel.method == "file" and self.panel.file is None:

@@ -38,7 +38,7 @@ def finetune_encoder(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     learning_rate: Annotated[float | None, typer.Option(help="[default: 1e-5; lora 2e-4, linear 1e-4]")] = None,
     lora_rank: Annotated[int, typer.Option(min=1)] = 8,
-    precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    precision: Annotated[str, typer.Option(help="no (float32) or bf16.")] = "no",
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Train an encoder and a linear head to predict genes, hold out each slide or patient, predict and score it.

@@ -22,7 +22,7 @@ def pretrain_expression(
     steps: Annotated[int, typer.Option()] = 3000,
     batch_size: Annotated[int, typer.Option()] = 64,
     learning_rate: Annotated[float, typer.Option()] = 1e-3,
-    precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    precision: Annotated[str, typer.Option(help="no (float32) or bf16.")] = "no",
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Pre-train an expression backbone (CellFM's architecture) on counts, by filling in masked genes.

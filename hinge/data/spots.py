@@ -17,6 +17,9 @@ from hinge.utils.errors import DataError
 # Features and slide may round coordinates differently; another section's spots lie farther away.
 _SAME_PLACE_PX = 2.0
 
+NUM_BANDS = 5
+"""Bands that a single slide is divided into for cross-validation."""
+
 
 @dataclass(frozen=True, eq=False)
 class SpotTable:
@@ -158,20 +161,41 @@ def concatenate_spots(tables: Sequence[SpotTable]) -> SpotTable:
     return replace(first, **arrays)
 
 
-def spatial_groups(spots: SpotTable, groups: str) -> np.ndarray:
-    """Return the group of each spot, str (n,): the spot itself, its tile of about 4 × 4 spots, or its slide."""
-    if groups == "slide":
-        return np.asarray(spots.slide).astype(str)
+def spot_groups(slides: np.ndarray, coords: np.ndarray, groups: str) -> np.ndarray:
+    """Divide spots into groups that stay together where spots are held out.
+
+    Parameters
+    ----------
+    slides
+        Slide of each spot (n,).
+    coords
+        Position of each spot (n, 2), in pixels.
+    groups
+        `"slide"`; `"fold"`, the slides, or where there is only one five bands of as many spots each across its longer
+        side, because neighbouring spots resemble each other; `"tile"`, squares of about 4 × 4 spots of one slide;
+        `"spot"`, each spot alone.
+
+    Returns
+    -------
+    numpy.ndarray
+        (n,) names, str.
+    """
+    slides, coords = np.asarray(slides).astype(str), np.asarray(coords, dtype=np.float64)
     if groups == "spot":
-        return np.arange(len(spots)).astype(str)
-    names = np.empty(len(spots), dtype=object)
-    for slide in np.unique(spots.slide):
-        members = np.flatnonzero(spots.slide == slide)
-        coords = spots.coords[members]
-        side = 4 * np.sqrt(max(float(np.prod(np.ptp(coords, axis=0))), 1.0) / len(members))
-        tile = np.floor((coords - coords.min(axis=0)) / side).astype(int)
-        names[members] = [f"{slide}/{x}/{y}" for x, y in tile]
-    return names.astype(str)
+        return np.arange(len(slides)).astype(str)
+    if groups == "tile":
+        names = np.empty(len(slides), dtype=object)
+        for slide in np.unique(slides):
+            members = np.flatnonzero(slides == slide)
+            own = coords[members]
+            side = 4 * np.sqrt(max(float(np.prod(np.ptp(own, axis=0))), 1.0) / len(members))
+            tile = np.floor((own - own.min(axis=0)) / side).astype(int)
+            names[members] = [f"{slide}/{x}/{y}" for x, y in tile]
+        return names.astype(str)
+    if groups == "fold" and len(np.unique(slides)) == 1:
+        along = coords[:, np.argmax(np.ptp(coords, axis=0))]
+        return (np.argsort(np.argsort(along, kind="stable"), kind="stable") * NUM_BANDS // len(along)).astype(str)
+    return slides
 
 
 def panel_values(slide: AnnData, genes: list[str], transform: str) -> np.ndarray:

@@ -7,7 +7,6 @@ from hinge.evaluation.baselines import (
     baseline_predictions,
     fit_baselines,
     fit_mlp,
-    spot_groups,
 )
 from hinge.evaluation.definitions import METRICS, Metric
 from hinge.evaluation.metrics.accuracy import gene_pcc, mean_scores, summarise_pcc
@@ -80,7 +79,6 @@ __all__ = [
     "score",
     "score_draws",
     "scores_table",
-    "spot_groups",
     "spot_structure",
     "ssim_of_maps",
     "summarise_pcc",

@@ -10,14 +10,15 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
-from sklearn.model_selection import GridSearchCV, GroupKFold, GroupShuffleSplit, cross_val_predict
+from sklearn.model_selection import GridSearchCV, GroupKFold, GroupShuffleSplit
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from hinge.data.spots import SpotTable
+from hinge.data.spots import SpotTable, spot_groups
 from hinge.evaluation.metrics.accuracy import as_matrix
 from hinge.evaluation.metrics.coexpression import correlation_matrix
+from hinge.evaluation.ridge import MAX_FOLDS, RidgeFit, fit_ridge
 from hinge.utils.errors import ConfigError, DataError
 
 DEFAULT_BASELINES = ("mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", "knn", "training-correlation")
@@ -28,13 +29,8 @@ GENERATIVE_BASELINES = ("gaussian-diffusion", "flow-matching")
 """Methods of `hinge.diffusion.gaussian`, which train the run's denoiser by another objective; `hinge.run.run` calls them,
 as nothing here trains a model."""
 
-ALPHAS = np.logspace(0, 6, 13)
-"""Ridge penalties that cross-validation chooses from, for standardised features: two a decade."""
-
 NEIGHBOURS = (5, 10, 20, 40, 80)
 """Numbers of neighbours that cross-validation chooses from."""
-
-_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -57,31 +53,6 @@ class Prediction:
     mean: NDArray | None = None
     draws: NDArray | None = None
     correlation: NDArray | None = None
-
-
-def spot_groups(slides: ArrayLike, coords: ArrayLike) -> NDArray:
-    """Divide training spots into groups that cross-validation leaves out as a whole.
-
-    The slides themselves; where there is only one, five bands of as many spots each across its longer side,
-    since neighbouring spots resemble each other and random folds would flatter.
-
-    Parameters
-    ----------
-    slides
-        Slide of each spot (n,).
-    coords
-        Position of each spot (n, 2), in pixels.
-
-    Returns
-    -------
-    ndarray
-        (n,) labels.
-    """
-    slides, coords = np.asarray(slides), np.asarray(coords, dtype=np.float64)
-    if len(np.unique(slides)) > 1:
-        return slides
-    along = coords[:, np.argmax(np.ptp(coords, axis=0))]
-    return np.argsort(np.argsort(along, kind="stable"), kind="stable") * _FOLDS // len(along)
 
 
 def baseline_predictions(
@@ -120,7 +91,7 @@ def baseline_predictions(
     return fit_baselines(
         train.features[:, 0],
         train.values,
-        spot_groups(train.slide, train.coords),
+        spot_groups(train.slide, train.coords, "fold"),
         test.features[:, 0],
         methods,
         n_draws=n_draws,
@@ -143,8 +114,8 @@ def fit_baselines(
     - `mean`: each gene's mean over the training spots.
     - `ridge-hest`: standardised features, 256 principal components, ridge with penalty 100 / (components ·
       G), as in HEST-Benchmark [1]_ but with an intercept, without which its errors would mean nothing.
-    - `ridge-cv`: standardised features, ridge with the penalty of `ALPHAS` that has the least squared error
-      in cross-validation over groups. Not clipped: a prediction may be below 0.
+    - `ridge-cv`: ridge on standardised features with a cross-validated penalty, see `fit_ridge`. Not clipped: a
+      prediction may be below 0.
     - `ridge-cv+residual`: the same mean; draws are that mean plus Gaussian noise, clipped at 0. The noise is
       independent between spots and correlated between genes, with the Ledoit-Wolf [2]_ covariance of the
       cross-validated residuals (training residuals would be too small).
@@ -161,7 +132,7 @@ def fit_baselines(
     train_values
         Values (n_train, G) in transform units.
     train_groups
-        Group of each training spot (n_train,), at least two; see `spot_groups`.
+        Group of each training spot (n_train,), at least two; see `hinge.data.spots.spot_groups`.
     methods
         Which of them.
     n_draws
@@ -245,7 +216,7 @@ class _Fit:
             Pipeline([("standardise", StandardScaler()), ("regression", regression)]),
             {f"regression__{name}": values for name, values in grid.items()},
             scoring="neg_mean_squared_error",
-            cv=GroupKFold(min(len(np.unique(self.groups)), _FOLDS)),
+            cv=GroupKFold(min(len(np.unique(self.groups)), MAX_FOLDS)),
         ).fit(self.features, self.values, groups=self.groups)
 
     def predict(self, model) -> NDArray:
@@ -253,12 +224,12 @@ class _Fit:
         return model.predict(self.test).reshape(len(self.test), self.n_genes)
 
     @cached_property
-    def ridge_search(self) -> GridSearchCV:
-        return self.search(Ridge(), {"alpha": ALPHAS})
+    def ridge_fit(self) -> RidgeFit:
+        return fit_ridge(self.features, self.values, self.groups)
 
     @cached_property
     def ridge(self) -> NDArray:
-        return self.predict(self.ridge_search)
+        return self.ridge_fit.predict(self.test)
 
     def ridge_hest(self) -> Prediction:
         n_components = min(256, *self.features.shape)
@@ -267,11 +238,7 @@ class _Fit:
         return Prediction("ridge-hest", mean=self.predict(model.fit(self.features, self.values)))
 
     def ridge_with_residual(self) -> Prediction:
-        search = self.ridge_search
-        held_out = cross_val_predict(
-            search.best_estimator_, self.features, self.values, groups=self.groups, cv=search.cv
-        )
-        covariance = LedoitWolf().fit(self.values - held_out.reshape(self.values.shape)).covariance_
+        covariance = LedoitWolf().fit(self.values - self.ridge_fit.held_out).covariance_
         noise = np.random.default_rng(self.seed).multivariate_normal(
             np.zeros(self.n_genes), covariance, size=(self.n_draws, len(self.test)), method="eigh"
         )
@@ -281,7 +248,7 @@ class _Fit:
     def neighbours(self) -> Prediction:
         # a fold of the search has fewer spots than all together
         _, sizes = np.unique(self.groups, return_counts=True)
-        most = max(1, len(self.values) - sizes.max() * -(-len(sizes) // _FOLDS))
+        most = max(1, len(self.values) - sizes.max() * -(-len(sizes) // MAX_FOLDS))
         counts = [count for count in NEIGHBOURS if count <= most] or [most]
         search = self.search(KNeighborsRegressor(), {"n_neighbors": counts})
         pipeline = search.best_estimator_

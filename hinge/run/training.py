@@ -17,7 +17,8 @@ from hinge.models.heads import needs_library_size
 from hinge.run.paths import claim_folder, undone_on_error
 from hinge.run.preparation import Preparation
 from hinge.training import pretrain_expression, split_spots, train_hinge
-from hinge.training.loop import make_accelerator, write_environment
+from hinge.training.loop import make_accelerator
+from hinge.utils.environment import write_environment
 from hinge.utils.errors import DataError
 from hinge.utils.files import atomic_path, write_json
 from hinge.utils.locks import lock_folder

@@ -31,12 +31,12 @@ from hinge.data.features import read_features
 from hinge.data.neighbourhood import feature_scale, slide_features, spot_positions
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import slide_name
+from hinge.data.spots import spot_groups
 from hinge.data.tissue_detection import slide_from_image
 from hinge.encoders import Encoder, extract_features
-from hinge.evaluation.baselines import spot_groups
 from hinge.evaluation.metrics.accuracy import gene_pcc
+from hinge.evaluation.ridge import fit_ridge
 from hinge.run.run import Run
-from hinge.tasks.embeddings import fit_ridge
 from hinge.tasks.lattice import Lattice, neighbour_offsets, window_offsets
 from hinge.tasks.map_image import write_ome_tiff
 from hinge.tasks.regressor import load_regressor
@@ -121,7 +121,7 @@ class RunPredictor:
         self.about: dict[str, Any] = {"method": method, "encoder": encoder.name, "encoder_digest": encoder.digest}
         if method == "regression":
             spots = run.spots(run.config.data.train)
-            groups = spot_groups(spots.slide, spots.coords)
+            groups = spot_groups(spots.slide, spots.coords, "fold")
             self.ridge = fit_ridge(spots.features[:, 0], spots.values, groups)
             return
         self.pipeline, self.batch_size = run.pipeline(), sampling.batch_size
@@ -143,8 +143,7 @@ class RunPredictor:
 
     def predict(self, conditions, names, slide, positions):
         if self.method == "regression":
-            values = self.ridge.predict(conditions.astype(np.float64)).reshape(len(conditions), len(self.genes))
-            return {"X": values.astype(np.float32)}
+            return {"X": self.ridge.predict(conditions).astype(np.float32)}
         sampling = self.run.config.sampling
         draw = partial(
             self.pipeline,

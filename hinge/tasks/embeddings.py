@@ -1,24 +1,17 @@
-"""Features of slides for a task, and the one regression that several tasks share."""
+"""Slides of a data set and their features, for the tasks."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from anndata import AnnData
-from sklearn.linear_model import Ridge
-from sklearn.model_selection import GridSearchCV, GroupKFold
-from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import StandardScaler
 
 from hinge.data.features import read_features
 from hinge.data.neighbourhood import slide_features
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import slide_name
 from hinge.encoders import Encoder, extract_features
-from hinge.evaluation.baselines import ALPHAS
 from hinge.utils.errors import DataError
-
-_FOLDS = 5
 
 
 def read_slides(data: Path, samples: Iterable[str] | None, require_counts: bool = True) -> dict[str, AnnData]:
@@ -85,32 +78,3 @@ def embed(
     extract_features(slide, encoder, path, patch_um=patch_um, batch_size=batch_size)
     stored = read_features(path, barcodes=list(slide.obs_names), digest=encoder.digest)
     return slide_features(stored.features, slide.obsm["spatial"], False, standardise)[:, 0]
-
-
-def fit_ridge(features: np.ndarray, values: np.ndarray, groups: np.ndarray) -> Pipeline:
-    """Ridge regression on standardised features, its penalty by cross-validation over groups: baseline `ridge-cv`.
-
-    Parameters
-    ----------
-    features
-        (n, d).
-    values
-        (n, G).
-    groups
-        (n,), of at least two kinds; see `hinge.evaluation.baselines.spot_groups`.
-
-    Returns
-    -------
-    Pipeline
-        Fitted, with the steps `standardise` and `regression`.
-    """
-    n_groups = len(np.unique(groups))
-    if n_groups < 2:
-        raise DataError("cross-validation of a regression takes training spots of at least two groups")
-    search = GridSearchCV(
-        Pipeline([("standardise", StandardScaler()), ("regression", Ridge())]),
-        {"regression__alpha": ALPHAS},
-        scoring="neg_mean_squared_error",
-        cv=GroupKFold(min(n_groups, _FOLDS)),
-    )
-    return search.fit(np.asarray(features, np.float64), np.asarray(values, np.float64), groups=groups).best_estimator_

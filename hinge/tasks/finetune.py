@@ -31,12 +31,12 @@ from hinge.data.features import read_features
 from hinge.data.panel import Panel, select_panel
 from hinge.data.patches import PatchReader
 from hinge.data.slide import slide_name
-from hinge.data.spots import SpotTable, concatenate_spots, load_spots
+from hinge.data.spots import SpotTable, concatenate_spots, load_spots, spot_groups
 from hinge.encoders import Encoder, extract_features, load_encoder
 from hinge.encoders.encoder import Joined
-from hinge.evaluation.baselines import spot_groups
 from hinge.evaluation.metrics.accuracy import gene_pcc
-from hinge.tasks.embeddings import fit_ridge, read_slides
+from hinge.evaluation.ridge import fit_ridge
+from hinge.tasks.embeddings import read_slides
 from hinge.tasks.folds import Fold, make_folds, slide_groups
 from hinge.tasks.regressor import GeneRegressor, predict_slide, save_regressor, start_head
 from hinge.training.loop import LoopConfig, make_accelerator, run_loop
@@ -211,7 +211,7 @@ def _run_fold(fold: Fold, encoder: Encoder, task: _Task) -> None:
     tables = {name: load_spots(task.slides[name], panel, task.transform) for name in fold.train}
     spots = concatenate_spots(list(tables.values()))
     views = np.concatenate([_frozen(task, encoder, name, table.barcodes) for name, table in tables.items()])
-    groups = spot_groups(spots.slide, spots.coords)
+    groups = spot_groups(spots.slide, spots.coords, "fold")
     ridge = fit_ridge(views[:, 0], spots.values, groups)
     model = _seeded(task.seed, lambda: GeneRegressor(encoder, len(panel.genes)))
     if config.start == "ridge":

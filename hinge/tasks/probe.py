@@ -17,8 +17,8 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from hinge.data.spots import spot_groups
 from hinge.encoders import load_encoder
-from hinge.evaluation.baselines import spot_groups
 from hinge.tasks.embeddings import embed
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, write_json
@@ -124,7 +124,7 @@ def probe_labels(
                 raise DataError(f"with slide {name} held out, all labelled spots are of one class")
             origin = np.concatenate([np.full(len(kept[other]), other) for other in others])
             places = np.concatenate([slides[other].obsm["spatial"][kept[other]] for other in others])
-            groups = spot_groups(origin, places)
+            groups = spot_groups(origin, places, "fold")
             found = {
                 "linear": linear_probe(train_x, train_y, groups, features[name]),
                 "knn": neighbour_probe(train_x, train_y, features[name]),

@@ -17,7 +17,7 @@ from hinge.data.slide import slide_name
 from hinge.encoders import RECIPES, Encoder, load_encoder
 from hinge.encoders.encoder import Preprocess
 from hinge.encoders.networks import PooledTokens
-from hinge.tasks.embeddings import fit_ridge
+from hinge.evaluation.ridge import fit_ridge
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, read_json, write_json
 
@@ -54,10 +54,8 @@ def start_head(model: GeneRegressor, features: np.ndarray, values: np.ndarray, g
     """Set the head to the ridge regression on the features of the frozen encoder."""
     inputs = model.norm(torch.from_numpy(features).to(model.norm.weight.device)).cpu().numpy()
     fitted = fit_ridge(inputs, values, groups)
-    scale, ridge = fitted["standardise"], fitted["regression"]
-    weight = ridge.coef_.reshape(values.shape[1], -1) / scale.scale_
-    model.linear.weight.copy_(torch.from_numpy(weight))
-    model.linear.bias.copy_(torch.from_numpy(ridge.intercept_ - weight @ scale.mean_))
+    model.linear.weight.copy_(torch.from_numpy(fitted.weight))
+    model.linear.bias.copy_(torch.from_numpy(fitted.bias))
 
 
 @torch.inference_mode()

@@ -5,26 +5,40 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from hinge.backbones import CellFMConfig, CellFMModel
-from hinge.training.loop import LoopConfig, make_accelerator, run_loop, step_generator
+from hinge.training.loop import LoopConfig, Precision, make_accelerator, run_loop, step_generator
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path
 from hinge.utils.locks import lock_folder
 
+MIN_MASK_RATIO = 0.05
+"""Mask ratios are uniform between this share of the genes and all of them."""
 
-class PretrainConfig(LoopConfig):
-    """Masked-expression pre-training. Mask ratios are uniform in [min_mask_ratio, 1]."""
+GENES_PER_STEP = 2048
+"""Genes of the vocabulary that one step sees at most."""
 
-    steps: int | None = Field(3000, ge=1)
-    batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(100, ge=0)
-    min_mask_ratio: float = Field(0.05, gt=0, le=1)
-    genes_per_step: int = Field(2048, ge=2, description="genes of the vocabulary that one step sees")
-    validation_share: float = Field(0.1, ge=0, lt=1)
+VALIDATION_SHARE = 0.1
+WARMUP_STEPS = 100
+
+
+class PretrainConfig(BaseModel):
+    """Masked-expression pre-training."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = Field(3000, ge=1, description="a number of optimiser steps")
+    batch_size: int = Field(64, ge=1, description="the spots of a step, over all processes")
+    learning_rate: float = Field(1e-3, gt=0, description="the largest learning rate, a number above 0")
+    precision: Precision = Field("no", description="no for float32, or bf16 for mixed precision")
+    evaluate_every: int | None = Field(None, ge=1, description="the steps between evaluations; None: once an epoch")
+    checkpoint_every: int | None = Field(None, ge=1, description="the steps between checkpoints; None: once an epoch")
+
+    def loop(self) -> LoopConfig:
+        """Return the settings of the training loop."""
+        return LoopConfig(**self.model_dump(), warmup_steps=WARMUP_STEPS)
 
 
 def pretrain_expression(
@@ -77,57 +91,22 @@ def pretrain_expression(
             raise ConfigError(f"{folder} holds a backbone pre-trained on other genes; choose another folder")
         return model.eval()
 
-    accelerator = accelerator or make_accelerator(config, folder.with_name(f"{folder.name}-training"))
+    training_folder, loop = folder.with_name(f"{folder.name}-training"), config.loop()
+    accelerator = accelerator or make_accelerator(loop, training_folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CellFMModel(architecture)
-    known = torch.from_numpy(np.isfinite(values).astype(np.float32))
-    filled = torch.from_numpy(np.nan_to_num(values, nan=0.0).astype(np.float32))
-    order = torch.randperm(len(filled), generator=step_generator(seed, 10)).numpy()
-    num_held = round(len(order) * config.validation_share)
-    held, training = order[:num_held], order[num_held:]
-    task = _MaskedReconstruction(model)
-
-    def loss_of(module: nn.Module, rows: np.ndarray, positions: np.ndarray, generator: torch.Generator, scale: int):
-        # the masks of the whole global batch are drawn on every process, then each takes its rows
-        batch, num_genes = len(rows), filled.shape[1]
-        chosen = torch.arange(num_genes)
-        if num_genes > config.genes_per_step:
-            chosen = torch.randperm(num_genes, generator=generator)[: config.genes_per_step].sort().values
-        ratio = config.min_mask_ratio + (1 - config.min_mask_ratio) * torch.rand(batch, 1, generator=generator)
-        hidden = torch.rand(batch, len(chosen), generator=generator) < ratio
-        present = known[rows][:, chosen]
-        visible = (~hidden).float() * present
-        target = hidden.float() * present
-        weight = target / target.sum(dim=1, keepdim=True).clamp_min(1)
-        device = accelerator.device
-        error = module(
-            filled[rows][:, chosen][positions].to(device), visible[positions].to(device), (chosen + 1).to(device)
-        )
-        return (error * weight[positions].to(device)).sum() / scale
-
-    def batch_loss(module, step, rows, positions, generator) -> Tensor:
-        return loss_of(module, training[rows], positions, generator, scale=len(rows))
-
-    def evaluate(module, rows) -> Tensor:
-        total = torch.zeros(2)
-        for start in range(0, len(rows), config.batch_size):
-            part = rows[start : start + config.batch_size]
-            loss = loss_of(module, held[part], np.arange(len(part)), step_generator(seed, 11, int(part[0])), scale=1)
-            total += torch.tensor([loss.item(), float(len(part))])
-        return total
-
-    training_folder = folder.with_name(f"{folder.name}-training")
+    data = _MaskedRows(values, config.batch_size, seed, accelerator.device)
     with lock_folder(training_folder):
         run_loop(
-            task,
-            batch_loss,
-            len(training),
-            config,
+            _MaskedReconstruction(model),
+            data.batch_loss,
+            len(data.training),
+            loop,
             training_folder,
             seed,
-            evaluate=evaluate if num_held else None,
-            num_evaluation_rows=num_held,
+            evaluate=data.evaluate if len(data.held) else None,
+            num_evaluation_rows=len(data.held),
             accelerator=accelerator,
             description="pre-training",
             continue_with=continue_with,
@@ -138,6 +117,70 @@ def pretrain_expression(
                 model.save_pretrained(temporary)
         accelerator.wait_for_everyone()
     return model
+
+
+class _MaskedRows:
+    """Spots whose genes are masked: the losses of training and of validation.
+
+    Parameters
+    ----------
+    values
+        (n, G); NaN where a file lacks a gene. Such a gene is neither visible nor part of the loss.
+    batch_size
+        Rows of one forward pass of validation.
+    seed
+        Of the split and of the masks.
+    device
+        Where the model is.
+    """
+
+    def __init__(self, values: np.ndarray, batch_size: int, seed: int, device: torch.device):
+        self.known = torch.from_numpy(np.isfinite(values).astype(np.float32))
+        self.filled = torch.from_numpy(np.nan_to_num(values, nan=0.0).astype(np.float32))
+        self.batch_size, self.seed, self.device = batch_size, seed, device
+        order = torch.randperm(len(values), generator=step_generator(seed, 10)).numpy()
+        num_held = round(len(order) * VALIDATION_SHARE)
+        self.held, self.training = order[:num_held], order[num_held:]
+
+    def genes(self, generator: torch.Generator) -> Tensor:
+        """Return the sorted indices of the genes that a step sees: all, or `GENES_PER_STEP` at random."""
+        num_genes = self.filled.shape[1]
+        if num_genes <= GENES_PER_STEP:
+            return torch.arange(num_genes)
+        return torch.randperm(num_genes, generator=generator)[:GENES_PER_STEP].sort().values
+
+    def loss(self, module: nn.Module, spots: np.ndarray, genes: Tensor, hidden: Tensor) -> Tensor:
+        """Return the sum over spots (B,) of the mean error of their genes that are hidden, bool (B, G)."""
+        present = self.known[spots][:, genes]
+        visible = (~hidden).float() * present
+        target = hidden.float() * present
+        weight = target / target.sum(dim=1, keepdim=True).clamp_min(1)
+        inputs = (self.filled[spots][:, genes], visible, genes + 1)
+        return (module(*(tensor.to(self.device) for tensor in inputs)) * weight.to(self.device)).sum()
+
+    def batch_loss(self, module, step, rows, positions, generator) -> Tensor:
+        """Return the loss of this process's rows; see `BatchLoss`."""
+        # the masks of the whole global batch are drawn on every process, then each takes its rows
+        genes = self.genes(generator)
+        hidden = _hidden(len(rows), len(genes), generator)
+        return self.loss(module, self.training[rows[positions]], genes, hidden[positions]) / len(rows)
+
+    def evaluate(self, module, rows) -> Tensor:
+        """Return the sum of the losses of held-out rows, and their number."""
+        total = torch.zeros(2)
+        genes = self.genes(step_generator(self.seed, 11))
+        for start in range(0, len(rows), self.batch_size):
+            part = rows[start : start + self.batch_size]
+            # one generator a row: the masks of a held-out spot are the same on any number of processes
+            masks = [_hidden(1, len(genes), step_generator(self.seed, 11, int(row))) for row in part]
+            total += torch.tensor([self.loss(module, self.held[part], genes, torch.cat(masks)).item(), len(part)])
+        return total
+
+
+def _hidden(batch: int, num_genes: int, generator: torch.Generator) -> Tensor:
+    """Return which genes of each spot are masked, bool (B, G)."""
+    ratio = MIN_MASK_RATIO + (1 - MIN_MASK_RATIO) * torch.rand(batch, 1, generator=generator)
+    return torch.rand(batch, num_genes, generator=generator) < ratio
 
 
 class _MaskedReconstruction(nn.Module):

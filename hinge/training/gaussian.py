@@ -7,10 +7,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hinge.data.spots import SpotTable
+from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.gaussian import NUM_TIMES, Denoiser
+from hinge.evaluation.ridge import fit_ridge
 from hinge.training.hinge import VALIDATION_TIMES, TrainingConfig, TrainingRows
-from hinge.training.initialisation import held_out_folds, ridge_out_of_fold
+from hinge.training.initialisation import write
 from hinge.training.loop import LoopResult, make_accelerator, run_loop, step_generator
 
 
@@ -24,8 +25,8 @@ def train_denoiser(
 ) -> LoopResult:
     """Train a denoiser as `train_hinge` trains the model, with noise in place of masks.
 
-    It starts from ridge regression on the features with its residual's deviation, as the model does. What of the
-    settings is about masks (warm start, `loss_on`, `weighting`) has no meaning here.
+    It starts from ridge regression on the features and the deviation of its residuals, as the model does. Settings that
+    concern masks (warm start, `loss_on`, `weighting`) have no effect.
 
     Parameters
     ----------
@@ -41,7 +42,7 @@ def train_denoiser(
     DataError
         No spot, or spots without features.
     """
-    model, path = denoiser.model, denoiser.schedule
+    model, schedule = denoiser.model, denoiser.schedule
     data = TrainingRows(model, spots, config, seed)
     held, num_genes = data.held, spots.values.shape[1]
     accelerator = accelerator or make_accelerator(config, folder)
@@ -54,9 +55,9 @@ def train_denoiser(
     def losses(module, spot, times, noise, condition, feature_mask=None) -> Tensor:
         """Weighted squared error of each spot, (B,)."""
         target = x0[spot]
-        inputs = (path.add_noise(target, noise, times), times, condition, feature_mask)
+        inputs = (schedule.add_noise(target, noise, times), times, condition, feature_mask)
         predicted = module(*(None if tensor is None else tensor.to(device) for tensor in inputs))
-        return path.weights(times).to(device) * ((predicted - target.to(device)) ** 2).mean(dim=1)
+        return schedule.weights(times).to(device) * ((predicted - target.to(device)) ** 2).mean(dim=1)
 
     def batch_loss(module, step, rows, positions, generator) -> Tensor:
         times = torch.randint(1, NUM_TIMES + 1, (len(rows),), generator=generator)
@@ -89,13 +90,13 @@ def train_denoiser(
         evaluate=evaluate if len(held) else None,
         num_evaluation_rows=len(held) * len(grid),
         accelerator=accelerator,
-        description=f"training {path.name}",
+        description=f"training {schedule.name}",
     )
 
 
 @torch.no_grad()
 def _start_from_ridge(denoiser: Denoiser, spots: SpotTable, seed: int) -> None:
-    """Let the gene path predict from the features what the denoiser leaves over in pure noise, and how far it errs."""
+    """Set the regression on the features to what the denoiser leaves unexplained in pure noise, and its deviation."""
     model, device = denoiser.model, denoiser.mean.device
     features = torch.from_numpy(np.asarray(spots.features[:, 0], dtype=np.float32)).to(device)
     noise = torch.randn(spots.values.shape, generator=step_generator(seed, 30)).to(device)
@@ -104,11 +105,8 @@ def _start_from_ridge(denoiser: Denoiser, spots: SpotTable, seed: int) -> None:
     predicted = denoiser.expression(torch.cat([denoiser(*batch) for batch in batches])).double().cpu().numpy()
     standardised = model.standardise(features).double().cpu().numpy()
     left = spots.values - predicted
-    ridge, regression = ridge_out_of_fold(standardised, left, held_out_folds(spots))
-    spread = torch.from_numpy((left - regression).std(axis=0)).to(denoiser.deviation) / denoiser.deviation
+    ridge = fit_ridge(standardised, left, spot_groups(spots.slide, spots.coords, "fold"))
+    spread = torch.from_numpy((left - ridge.held_out).std(axis=0)).to(denoiser.deviation) / denoiser.deviation
     denoiser.log_spread.copy_(spread.clamp(0.01, 2.0).log())
-    for parameter, content in (
-        (model.gene_factor_model.mean.weight, ridge.coef_),
-        (model.gene_factor_model.mean.bias, ridge.intercept_),
-    ):
-        parameter.copy_(torch.from_numpy(np.asarray(content)).reshape(parameter.shape))
+    write(model.gene_factor_model.mean.weight, ridge.weight)
+    write(model.gene_factor_model.mean.bias, ridge.bias)

@@ -1,4 +1,4 @@
-"""Training a HingeModel: masked diffusion with a warm start, on the spots of some slides."""
+"""Training of a HingeModel by masked diffusion, on the spots of some slides."""
 
 from pathlib import Path
 from typing import Literal
@@ -13,8 +13,9 @@ from hinge.data.spots import SpotTable, spatial_groups
 from hinge.diffusion.loss import draw_timesteps, loss_mask, spot_weights
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.hinge import HingeModel
-from hinge.training.initialisation import fit_masked_mean, initialise_gene_factors, initialise_library_size
+from hinge.training.initialisation import initialise_gene_factors, initialise_library_size
 from hinge.training.loop import LoopConfig, LoopResult, make_accelerator, run_loop, step_generator
+from hinge.training.masked_mean import fit_masked_mean
 from hinge.utils.errors import DataError
 
 # fixed times, evenly spread, at which every held-out spot is scored: one random time a spot would be too noisy
@@ -22,21 +23,36 @@ from hinge.utils.errors import DataError
 VALIDATION_TIMES = 6
 
 
+# the masked share of genes, at most, in the lightly masked steps that training starts with, as in HINGE's paper
+WARM_START_MASKED_SHARE = 0.2
+
+
 class TrainingConfig(LoopConfig):
     """Training of the conditioning path and the value head."""
 
-    epochs: int | None = Field(40, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(50, ge=0)
-    ema_decay: float | None = Field(0.999, gt=0, lt=1)
-    warm_start_share: float = Field(0.125, ge=0, le=1, description="share of the run with lightly masked steps only")
-    warm_start_masked_share: float = Field(0.2, gt=0, le=1)
-    loss_on: Literal["masked", "revealed"] = "masked"
-    weighting: Literal["spot", "gene"] = "spot"
-    validation_share: float = Field(0.1, ge=0, lt=1)
-    validation_groups: Literal["spot", "tile", "slide"] = "tile"
-    initialisation: bool = Field(True, description="solve for the gene path before the first step")
-    gradient_checkpointing: bool = False
+    epochs: int | None = Field(40, ge=1, description="a number of passes over the training rows; null with steps")
+    learning_rate: float = Field(1e-3, gt=0, description="the largest learning rate, a number above 0")
+    warmup_steps: int = Field(50, ge=0, description="the steps over which the learning rate rises")
+    ema_decay: float | None = Field(
+        0.999, gt=0, lt=1, description="the decay of the weights' average; None: no average"
+    )
+    warm_start_share: float = Field(
+        0.125, ge=0, le=1, description="the share of the run, at its start, in which few genes are masked"
+    )
+    loss_on: Literal["masked", "revealed"] = Field(
+        "masked", description="masked (all masked genes) or revealed (those that the step reveals)"
+    )
+    weighting: Literal["spot", "gene"] = Field(
+        "spot", description="spot (all spots weigh the same) or gene (all masked genes of a batch weigh the same)"
+    )
+    validation_share: float = Field(0.1, ge=0, lt=1, description="the share of the training spots held out")
+    validation_groups: Literal["spot", "tile", "slide"] = Field(
+        "tile", description="what is held out as a whole: spot, tile (about 4 × 4 spots) or slide"
+    )
+    initialisation: bool = Field(True, description="whether the gene factors start from their closed-form solution")
+    gradient_checkpointing: bool = Field(
+        False, description="whether layers are computed again in the backward pass, which saves memory"
+    )
 
 
 def split_spots(spots: SpotTable, share: float, groups: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,10 +63,10 @@ def split_spots(spots: SpotTable, share: float, groups: str, seed: int) -> tuple
     spots
         All training spots.
     share
-        Of the spots that shall be in validation, at least roughly; 0 for none.
+        Share of the spots that goes to validation, at least, in whole groups; 0 for none.
     groups
-        `"spot"`; `"tile"`, squares of about 4 × 4 spots of one slide, so that neighbours do not tell each
-        other's expression; `"slide"`.
+        `"spot"`; `"tile"`, squares of about 4 × 4 spots of one slide, because neighbouring spots resemble each other;
+        `"slide"`.
     seed
         Of the choice.
 
@@ -59,7 +75,7 @@ def split_spots(spots: SpotTable, share: float, groups: str, seed: int) -> tuple
     tuple
         Indices of training spots and of validation spots, both sorted.
     """
-    names = spatial_groups(spots, groups)
+    names = spot_groups(spots.slide, spots.coords, groups)
     unique, group, counts = np.unique(names, return_inverse=True, return_counts=True)
     order = torch.randperm(len(unique), generator=step_generator(seed, 20)).numpy()
     wanted = share * len(spots)
@@ -87,7 +103,7 @@ class _Denoising(nn.Module):
 
 
 class TrainingRows:
-    """What a run trains on: every view of every training spot is a row. The model's part in it is prepared.
+    """The rows that a run trains on: every view of every training spot is one. Prepares the model for them.
 
     Parameters
     ----------
@@ -124,17 +140,130 @@ class TrainingRows:
         return len(self.training) * self.features.shape[1]
 
     def draw(self, rows: np.ndarray, generator: torch.Generator) -> tuple[np.ndarray, Tensor, Tensor | None]:
-        """The spots (B,) of rows, their features (B, d), and what these are multiplied with, if anything.
+        """Return the spots (B,) of rows, their features (B, d), and the factors of feature dropout, if there is any.
 
         Everything random is drawn for the global batch on every process; each then takes its rows.
         """
-        config, num_views = self.model.config, self.features.shape[1]
+        num_views, dropout = self.features.shape[1], self.model.config.feature_dropout
         spot, view = self.training[rows // num_views], rows % num_views
         condition, mask = self.features[spot, view], None
-        if config.feature_dropout:
-            kept = torch.rand(condition.shape, generator=generator) >= config.feature_dropout
-            mask = kept.float() / (1 - config.feature_dropout)
+        if dropout:
+            kept = torch.rand(condition.shape, generator=generator) >= dropout
+            mask = kept.float() / (1 - dropout)
         return spot, condition, mask
+
+
+class _MaskedExpression:
+    """The objective of masked diffusion: the losses of training and of validation.
+
+    Parameters
+    ----------
+    data
+        Spots and their split.
+    spots, scheduler, gene_ids, config, seed
+        As of `train_hinge`.
+    slide_shift
+        (n, G) of all spots; None without the closed-form start.
+    device
+        Where the model is.
+    """
+
+    def __init__(
+        self,
+        data: TrainingRows,
+        spots: SpotTable,
+        scheduler: MaskedDiffusionScheduler,
+        gene_ids: Tensor,
+        config: TrainingConfig,
+        seed: int,
+        slide_shift: Tensor | None,
+        device: torch.device,
+    ):
+        self.data, self.scheduler, self.config, self.seed, self.device = data, scheduler, config, seed, device
+        self.gene_ids, self.slide_shift = gene_ids.to(device), slide_shift
+        self.values = torch.from_numpy(np.asarray(spots.values, dtype=np.float32))
+        self.library_size = None
+        if data.model.library_size_model is not None:
+            self.library_size = torch.from_numpy(np.asarray(spots.library_size, dtype=np.float32))
+        self.warm_steps = round(config.warm_start_share * config.num_steps(len(data)))
+        # of validation, evenly spread
+        times = np.linspace(1, scheduler.config.num_train_timesteps, VALIDATION_TIMES)
+        self.times = times.round().astype(np.int64)
+
+    def inputs_at(
+        self,
+        spot: np.ndarray,
+        timesteps: Tensor,
+        uniform: Tensor,
+        noise: Tensor,
+        condition: Tensor,
+        end: Tensor | None,
+        feature_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Return what the model is given for spots (B,) at timesteps (B,).
+
+        uniform and noise (B, G) decide which genes are masked and what fills them; condition and feature_mask are
+        (B, d). end (B,) in [0, 1) decides at which timestep the step ends that is practised, see `drops_masked`.
+        """
+        filled, visible = self.scheduler.add_mask(self.values[spot], timesteps, uniform=uniform, noise=noise)
+        inputs = {
+            "values": filled,
+            "visible": visible,
+            "timestep": timesteps,
+            "features": condition,
+            "next_visible": self.scheduler.visible_at(timesteps - 1, uniform),
+        }
+        if end is not None:
+            # as in sampling, where a step of any length has tokens of the genes that it reveals
+            inputs["present"] = self.scheduler.visible_at((end * timesteps).long(), uniform)
+        if self.slide_shift is not None:
+            inputs["slide_shift"] = self.slide_shift[spot]
+        if self.library_size is not None:
+            inputs["library_size"] = self.library_size[spot]
+        if feature_mask is not None:
+            inputs["feature_mask"] = feature_mask
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()} | {"gene_ids": self.gene_ids}
+
+    def loss_mask(self, timesteps: Tensor, uniform: Tensor) -> Tensor:
+        """Return which genes count (B, G)."""
+        visible = self.scheduler.visible_at(timesteps, uniform)
+        return loss_mask(self.scheduler, timesteps, visible, uniform, self.config.loss_on)
+
+    def batch_loss(self, module, step, rows, positions, generator) -> Tensor:
+        """Return the loss of this process's rows; see `BatchLoss`."""
+        size, num_genes = len(rows), self.values.shape[1]
+        share = WARM_START_MASKED_SHARE if step < self.warm_steps else 1.0
+        timesteps = draw_timesteps(self.scheduler, size, num_genes, generator, share)
+        uniform = torch.rand(size, num_genes, generator=generator)
+        noise = torch.randn(size, num_genes, generator=generator)
+        weights = spot_weights(self.loss_mask(timesteps, uniform), self.config.weighting)
+        end = torch.rand(size, generator=generator) if self.data.model.drops_masked else None
+        spot, condition, feature_mask = self.data.draw(rows, generator)
+        drawn = (spot, timesteps, uniform, noise, condition, end, feature_mask)
+        inputs = self.inputs_at(*(None if each is None else each[positions] for each in drawn))
+        losses = module(self.values[spot[positions]].to(self.device), **inputs)
+        return (losses * weights[positions].to(self.device)).sum() / size
+
+    def evaluate(self, module, rows) -> Tensor:
+        """Return the sum of the losses of validation rows, and their number; a row is a held-out spot at one time."""
+        sums, num_genes = torch.zeros(2), self.values.shape[1]
+        for start in range(0, len(rows), self.config.batch_size):
+            part = rows[start : start + self.config.batch_size]
+            spot = self.data.held[part // len(self.times)]
+            timesteps = torch.from_numpy(self.times[part % len(self.times)])
+            # one generator a row: the noise of a held-out spot is the same on any number of processes
+            generators = [step_generator(self.seed, 21, int(row)) for row in part]
+            uniform = torch.stack([torch.rand(num_genes, generator=generator) for generator in generators])
+            noise = torch.stack([torch.randn(num_genes, generator=generator) for generator in generators])
+            end = None
+            if self.data.model.drops_masked:
+                end = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+            mask = self.loss_mask(timesteps, uniform)
+            weights = mask / mask.sum(dim=1, keepdim=True).clamp_min(1)
+            inputs = self.inputs_at(spot, timesteps, uniform, noise, self.data.features[spot, 0], end)
+            losses = module(self.values[spot].to(self.device), **inputs).cpu()
+            sums += torch.tensor([(losses * weights).sum().item(), float((mask.sum(dim=1) > 0).sum())])
+        return sums
 
 
 def train_hinge(
@@ -163,6 +292,10 @@ def train_hinge(
         validation.
     config, folder, seed
         `folder` receives the log and the checkpoints.
+    accelerator
+        Of `accelerate`; one is made where it is not given.
+    continue_with
+        Words for the message of an interrupted run.
 
     Raises
     ------
@@ -170,106 +303,48 @@ def train_hinge(
         No spot, or spots without features.
     """
     data = TrainingRows(model, spots, config, seed)
-    training, held, features, num_genes = data.training, data.held, data.features, spots.values.shape[1]
     accelerator = accelerator or make_accelerator(config, folder)
-    device = accelerator.device
-    values = torch.from_numpy(np.asarray(spots.values, dtype=np.float32))
-    gene_ids = gene_ids.to(device)
-    shifts = None
+    gene_ids = gene_ids.to(accelerator.device)
+    slide_shift = None
+    # also before a resumed run: the checkpoint then replaces the parameters, but not buffers and shifts
     if config.initialisation and model.gene_factor_model is not None:
-        # also before a resumed run: the checkpoint then replaces the parameters, but not buffers and shifts
-        model.to(device)
-        of_training = initialise_gene_factors(model, scheduler, gene_ids, spots.subset(training), seed)
-        # moving it along with residuals that are out of fold would undo the cross-validation of its penalty
-        model.gene_factor_model.mean.requires_grad_(False)
-        shifts = torch.zeros(len(spots), num_genes)
-        for name in np.unique(spots.slide[training]):
-            # a spot that is held out has its slide's shift, as its regression is out of fold already
-            shifts[torch.from_numpy(spots.slide == name)] = of_training[spots.slide[training] == name].mean(dim=0)
-        shifts[torch.from_numpy(training)] = of_training
+        model.to(accelerator.device)
+        slide_shift = _initialise(model, scheduler, gene_ids, spots, data.training, seed)
     elif model.library_size_model is not None:
-        initialise_library_size(model.to(device), spots.subset(training))
-    library_size = (
-        torch.from_numpy(np.asarray(spots.library_size, dtype=np.float32))
-        if model.library_size_model is not None
-        else None
-    )
-    warm_steps = round(config.warm_start_share * config.num_steps(len(data)))
-
-    def inputs_at(
-        spot: np.ndarray, timesteps: Tensor, uniform: Tensor, noise: Tensor, condition: Tensor
-    ) -> dict[str, Tensor]:
-        filled, visible = scheduler.add_mask(values[spot], timesteps, uniform=uniform, noise=noise)
-        inputs = {
-            "values": filled,
-            "visible": visible,
-            "timestep": timesteps,
-            "features": condition,
-            "next_visible": scheduler.visible_at(timesteps - 1, uniform),
-        }
-        if shifts is not None:
-            inputs["slide_shift"] = shifts[spot]
-        if library_size is not None:
-            inputs["library_size"] = library_size[spot]
-        return {name: tensor.to(device) for name, tensor in inputs.items()} | {"gene_ids": gene_ids}
-
-    def batch_loss(module, step, rows, positions, generator) -> Tensor:
-        size = len(rows)
-        share = config.warm_start_masked_share if step < warm_steps else 1.0
-        timesteps = draw_timesteps(scheduler, size, num_genes, generator, share)
-        uniform = torch.rand(size, num_genes, generator=generator)
-        noise = torch.randn(size, num_genes, generator=generator)
-        visible = scheduler.visible_at(timesteps, uniform)
-        weights = spot_weights(loss_mask(scheduler, timesteps, visible, uniform, config.loss_on), config.weighting)
-        present = None
-        if model.drops_masked:
-            # what a step of any length would reveal
-            ends = (torch.rand(size, generator=generator) * timesteps).long()
-            present = scheduler.visible_at(ends, uniform)
-        spot, condition, mask = data.draw(rows, generator)
-        inputs = inputs_at(
-            spot[positions], timesteps[positions], uniform[positions], noise[positions], condition[positions]
-        )
-        if present is not None:
-            inputs["present"] = present[positions].to(device)
-        if mask is not None:
-            inputs["feature_mask"] = mask[positions].to(device)
-        losses = module(values[spot][positions].to(device), **inputs)
-        return (losses * weights[positions].to(device)).sum() / size
-
-    times = np.linspace(1, scheduler.config.num_train_timesteps, VALIDATION_TIMES).round().astype(np.int64)
-
-    def evaluate(module, rows) -> Tensor:
-        sums = torch.zeros(2)
-        for start in range(0, len(rows), config.batch_size):
-            part = rows[start : start + config.batch_size]
-            spot = held[part // len(times)]
-            timesteps = torch.from_numpy(times[part % len(times)])
-            # one generator a row: the noise of a held-out spot is the same on any number of processes
-            draws = [step_generator(seed, 21, int(row)) for row in part]
-            uniform = torch.stack([torch.rand(num_genes, generator=generator) for generator in draws])
-            noise = torch.stack([torch.randn(num_genes, generator=generator) for generator in draws])
-            visible = scheduler.visible_at(timesteps, uniform)
-            mask = loss_mask(scheduler, timesteps, visible, uniform, config.loss_on)
-            weights = mask / mask.sum(dim=1, keepdim=True).clamp_min(1)
-            inputs = inputs_at(spot, timesteps, uniform, noise, features[spot, 0])
-            losses = module(values[spot].to(device), **inputs).cpu()
-            sums += torch.tensor([(losses * weights).sum().item(), float((mask.sum(dim=1) > 0).sum())])
-        return sums
-
+        initialise_library_size(model.to(accelerator.device), spots.subset(data.training))
+    objective = _MaskedExpression(data, spots, scheduler, gene_ids, config, seed, slide_shift, accelerator.device)
     result = run_loop(
         _Denoising(model),
-        batch_loss,
+        objective.batch_loss,
         len(data),
         config,
         folder,
         seed,
-        evaluate=evaluate if len(held) else None,
-        num_evaluation_rows=len(held) * len(times),
+        evaluate=objective.evaluate if len(data.held) else None,
+        num_evaluation_rows=len(data.held) * VALIDATION_TIMES,
         accelerator=accelerator,
-        description="training",
         continue_with=continue_with,
     )
-    if shifts is not None:
-        fit_masked_mean(model, scheduler, gene_ids, features[training, 0])
+    if slide_shift is not None:
+        fit_masked_mean(model, scheduler, gene_ids, data.features[data.training, 0])
     return result
+
+
+def _initialise(
+    model: HingeModel,
+    scheduler: MaskedDiffusionScheduler,
+    gene_ids: Tensor,
+    spots: SpotTable,
+    training: np.ndarray,
+    seed: int,
+) -> Tensor:
+    """Initialise the gene factors from the training spots, and return the slide shift (n, G) of all spots."""
+    of_training = initialise_gene_factors(model, scheduler, gene_ids, spots.subset(training), seed)
+    # moving it along with residuals that are out of fold would undo the cross-validation of its penalty
+    model.gene_factor_model.mean.requires_grad_(False)
+    slide_shift = torch.zeros(spots.values.shape)
+    for name in np.unique(spots.slide[training]):
+        # a spot that is held out has its slide's shift, because its regression is out of fold already
+        slide_shift[torch.from_numpy(spots.slide == name)] = of_training[spots.slide[training] == name].mean(dim=0)
+    slide_shift[torch.from_numpy(training)] = of_training
+    return slide_shift

@@ -1,0 +1,191 @@
+"""Files of a training run: checkpoints, the best weights, and the log."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.files import atomic_path
+
+if TYPE_CHECKING:  # all of diffusers' diffusion models come along: seconds
+    from diffusers.training_utils import EMAModel
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes
+    ----------
+    total
+        Steps of the whole run.
+    step
+        Steps that were taken.
+    best_step, best_score
+        Step and score of the best evaluation.
+    bad_evaluations
+        Number of evaluations since then.
+    stopped
+        Whether the run ended early, after `patience` evaluations without gain.
+    """
+
+    total: int
+    step: int = 0
+    best_step: int | None = None
+    best_score: float | None = None
+    bad_evaluations: int = 0
+    stopped: bool = False
+
+
+@dataclass
+class TrainedState:
+    """What changes in training.
+
+    Attributes
+    ----------
+    parameters
+        Parameters that are optimised, by name.
+    optimizer
+        Their AdamW.
+    ema
+        Their moving average, if there is one.
+    carried
+        A module that changes without being optimised, such as a teacher.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    ema: "EMAModel | None" = None
+    carried: nn.Module | None = None
+
+
+def save_checkpoint(path: Path, trained: TrainedState, progress: Progress) -> None:
+    """Write everything that a stopped run needs to continue."""
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in trained.parameters.items()}
+    for name, parameter in trained.parameters.items():
+        for key, value in trained.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+    metadata = asdict(progress)
+    if trained.ema is not None:
+        for name, shadow in zip(trained.parameters, trained.ema.shadow_params, strict=True):
+            tensors[f"ema.{name}"] = shadow
+        metadata["ema_step"] = trained.ema.optimization_step
+    if trained.carried is not None:
+        tensors |= {f"carried.{name}": tensor for name, tensor in trained.carried.state_dict().items()}
+    _write(path, tensors, metadata)
+
+
+def load_checkpoint(path: Path, trained: TrainedState, total: int) -> Progress:
+    """Set `trained` to what `save_checkpoint` wrote, and return how far the run is.
+
+    Parameters
+    ----------
+    path, trained
+        As of `save_checkpoint`.
+    total
+        Steps of the run that continues.
+
+    Raises
+    ------
+    ConfigError
+        The checkpoint is of a run with another number of steps.
+    DataError
+        The checkpoint is damaged, or of another model.
+    """
+    tensors, metadata = _read(path)
+    parameters, optimizer = trained.parameters, trained.optimizer
+    if {f"model.{name}" for name in parameters} != {name for name in tensors if name.startswith("model.")}:
+        raise DataError(f"{path} is the checkpoint of another model; choose another output folder")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if tensors[f"model.{name}"].shape != parameter.shape:
+                raise DataError(f"{path} is the checkpoint of a model of another size; choose another output folder")
+            parameter.copy_(tensors[f"model.{name}"])
+            optimizer.state[parameter] = {
+                # AdamW keeps its step count on the CPU, the moments beside the parameter
+                key: tensors[full].to("cpu" if key == "step" and not optimizer.defaults["fused"] else parameter.device)
+                for full in tensors
+                for key in [full.split(".", 2)[1]]
+                if full.startswith("optimizer.") and full.split(".", 2)[2] == name
+            }
+        if trained.ema is not None:
+            for name, shadow in zip(parameters, trained.ema.shadow_params, strict=True):
+                shadow.copy_(tensors[f"ema.{name}"])
+            trained.ema.optimization_step = metadata.pop("ema_step")
+        if trained.carried is not None:
+            names = [name for name in tensors if name.startswith("carried.")]
+            trained.carried.load_state_dict({name.removeprefix("carried."): tensors[name] for name in names})
+    metadata.pop("ema_step", None)
+    progress = Progress(**metadata)
+    if progress.total != total:
+        raise ConfigError(
+            f"{path.parent} holds a run of {progress.total} steps, this one has {total}; choose another output folder"
+        )
+    return progress
+
+
+def save_best(path: Path, trained: TrainedState, progress: Progress) -> None:
+    """Write the current weights, those of the moving average where there is one."""
+    values = trained.ema.shadow_params if trained.ema is not None else trained.parameters.values()
+    tensors = {f"model.{name}": value.detach() for name, value in zip(trained.parameters, values, strict=True)}
+    _write(path, tensors, {"best_step": progress.best_step, "best_score": progress.best_score})
+
+
+def load_best(path: Path, trained: TrainedState) -> None:
+    """Set the parameters to what `save_best` wrote."""
+    tensors, _ = _read(path)
+    with torch.no_grad():
+        for name, parameter in trained.parameters.items():
+            parameter.copy_(tensors[f"model.{name}"])
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"state": json.dumps(metadata)})
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118
+    except Exception as error:
+        raise DataError(f"{path} is not a checkpoint of this package: {error}") from error
+
+
+class TrainingLog:
+    """`log.jsonl`, one JSON object a step.
+
+    Parameters
+    ----------
+    path
+        The file. Lines of steps after `step`, which will be repeated, are dropped.
+    step
+        Steps that were taken.
+    """
+
+    def __init__(self, path: Path, step: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        if path.exists():
+            lines = []
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # a line that a kill cut off
+                if record["step"] <= step:
+                    lines.append(line)
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in lines))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
