@@ -32,7 +32,7 @@ from hinge.training.checkpoints import (
     save_best,
     save_checkpoint,
 )
-from hinge.training.schedules import ScheduleName, learning_rate_schedule
+from hinge.training.schedules import ScheduleName, advance, learning_rate_schedule
 from hinge.utils.errors import ConfigError, HingeError, Interrupted
 
 logger = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ def run_loop(
             rows = batch_rows(seed, step, num_rows, config.batch_size)
             loss = _backward(wrapped, batch_loss, step, rows, seed, accelerator)
             updates.apply(step, loss, rate)
-            schedule.step()
+            advance(schedule)
             progress.step = step + 1
 
             record = {"step": progress.step, "loss": loss.item(), "learning_rate": rate}

@@ -44,12 +44,18 @@ def learning_rate_schedule(
     else:
         decay = ConstantLR(optimizer, 1.0, total_iters=0)
     schedule = decay if warmup is None else SequentialLR(optimizer, [warmup, decay], [warmup_steps])
-    with warnings.catch_warnings():
-        # torch warns that the optimiser took no step yet: it took them before the run was stopped
-        warnings.simplefilter("ignore", UserWarning)
-        for _ in range(step):
-            schedule.step()
+    for _ in range(step):
+        advance(schedule)
     return schedule
+
+
+def advance(schedule: LRScheduler) -> None:
+    """Move a schedule on by one step."""
+    with warnings.catch_warnings():
+        # torch warns where the optimiser took no step yet: it took them before the run was stopped, or the first loss
+        # was not finite
+        warnings.simplefilter("ignore", UserWarning)
+        schedule.step()
 
 
 def cosine(step: int, total_steps: int, start: float, end: float) -> float:

@@ -2,15 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from helpers.parity import assert_equals_recording
 from safetensors.torch import load_file, safe_open
 
 from hinge.backbones import CellFMConfig, CellFMModel
-from hinge.training import PretrainConfig, pretrain_expression
-from hinge.utils.errors import ConfigError, DataError
 
 
 def small(**options) -> CellFMModel:
@@ -126,71 +123,3 @@ def test_the_ports_constants_are_not_the_models(parity):
         return (hidden - recorded["out.hidden"]).abs().max().item()
 
     assert off(negative_slope=0.01) > 1000 * off()
-
-
-def expression(n=120, genes=12, seed=0):
-    rng = np.random.default_rng(seed)
-    return np.maximum(rng.normal(size=(n, 3)) @ rng.normal(size=(3, genes)) + 1.5, 0).astype(np.float32)
-
-
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_value_bins": 8}
-
-
-def test_pretraining_learns_and_resumes_to_the_same_weights(tmp_path):
-    values, genes = expression(), [f"G{i}" for i in range(12)]
-    config = PretrainConfig(
-        steps=40, batch_size=32, learning_rate=3e-3, warmup_steps=5, evaluate_every=10, checkpoint_every=10
-    )
-    whole = pretrain_expression(values, genes, CellFMConfig(**TINY), config, tmp_path / "whole")
-    log = [json.loads(line) for line in (tmp_path / "whole-training" / "log.jsonl").read_text().splitlines()]
-    scores = [record["validation_loss"] for record in log if "validation_loss" in record]
-    assert min(scores) < 0.8 * scores[0]
-
-    class Stop(Exception):
-        pass
-
-    import hinge.training.loop as loop
-
-    saved = loop._save_checkpoint
-
-    def save_then_stop(path, trainable, optimizer, ema, state, carried):
-        saved(path, trainable, optimizer, ema, state, carried)
-        if state["step"] == 20:
-            raise Stop
-
-    loop._save_checkpoint = save_then_stop
-    try:
-        with pytest.raises(Stop):
-            pretrain_expression(values, genes, CellFMConfig(**TINY), config, tmp_path / "parts")
-    finally:
-        loop._save_checkpoint = saved
-    parts = pretrain_expression(values, genes, CellFMConfig(**TINY), config, tmp_path / "parts")
-    assert parts.digest() == whole.digest()
-    # a finished folder is loaded, not trained again
-    assert (
-        pretrain_expression(values, genes, CellFMConfig(**TINY), config, tmp_path / "whole").digest() == whole.digest()
-    )
-
-
-def test_genes_a_file_lacks_are_never_targets(tmp_path):
-    values = expression()
-    values[:60, 3] = np.nan
-    model = pretrain_expression(
-        values,
-        [f"G{i}" for i in range(12)],
-        CellFMConfig(**TINY),
-        PretrainConfig(steps=3, batch_size=16),
-        tmp_path / "b",
-    )
-    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-
-
-def test_pretraining_refuses_what_it_cannot_use(tmp_path):
-    genes = [f"G{i}" for i in range(12)]
-    with pytest.raises(DataError, match="at least 10 spots"):
-        pretrain_expression(expression(5), genes, CellFMConfig(**TINY), PretrainConfig(steps=1), tmp_path / "a")
-    with pytest.raises(DataError, match="do not fit 11 genes"):
-        pretrain_expression(expression(), genes[:11], CellFMConfig(**TINY), PretrainConfig(steps=1), tmp_path / "a")
-    pretrain_expression(expression(), genes, CellFMConfig(**TINY), PretrainConfig(steps=1), tmp_path / "a")
-    with pytest.raises(ConfigError, match="other genes"):
-        pretrain_expression(expression(), genes[::-1], CellFMConfig(**TINY), PretrainConfig(steps=1), tmp_path / "a")

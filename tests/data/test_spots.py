@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from hinge.data import Panel, concatenate_spots, get_transform, load_spots, read_slide
+from hinge.data.spots import spot_groups
 from hinge.utils.errors import ConfigError, DataError
 
 PANEL = Panel.from_list(["GENE20", "GENE3", "GENE11"])
@@ -160,3 +161,26 @@ def test_real_spots(her2st):
     both = concatenate_spots(tables)
     # D5 has a spot without a single count
     assert len(tables[0]) < 306 and (both.library_size > 0).all() and np.isfinite(both.values).all()
+
+
+def test_groups_are_slides_or_bands_of_the_one_slide():
+    slides = np.array(["a", "b", "a"])
+    np.testing.assert_array_equal(spot_groups(slides, np.zeros((3, 2)), "fold"), slides)
+    np.testing.assert_array_equal(spot_groups(slides, np.zeros((3, 2)), "slide"), slides)
+    coords = np.random.default_rng(0).uniform(size=(103, 2)) * [100, 900]
+    groups = spot_groups(np.full(103, "a"), coords, "fold").astype(int)
+    assert sorted(np.bincount(groups)) == [20, 20, 21, 21, 21]
+    assert (np.diff(groups[np.argsort(coords[:, 1])]) >= 0).all()
+    assert len(np.unique(spot_groups(np.full(103, "a"), coords, "slide"))) == 1
+    assert len(np.unique(spot_groups(np.full(103, "a"), coords, "spot"))) == 103
+
+
+def test_tiles_are_squares_within_a_slide():
+    coords = np.stack(np.divmod(np.arange(144), 12), axis=1) * 10.0
+    slides = np.repeat(["a", "b"], 144)
+    groups = spot_groups(slides, np.concatenate([coords, coords]), "tile")
+    for name in np.unique(groups):
+        members = groups == name
+        assert len(np.unique(slides[members])) == 1
+        assert np.ptp(np.concatenate([coords, coords])[members], axis=0).max() <= 40
+    assert len(np.unique(groups)) == 2 * len(np.unique(groups[:144])) >= 18

@@ -199,7 +199,7 @@ def test_training_is_seeded_and_resumes_to_the_same_weights(tmp_path, monkeypatc
 
     import hinge.training.loop
 
-    save, saved = hinge.training.loop._save_checkpoint, []
+    save, saved = hinge.training.loop.save_checkpoint, []
 
     def stop_after_ten(path, *arguments):
         save(path, *arguments)
@@ -207,7 +207,7 @@ def test_training_is_seeded_and_resumes_to_the_same_weights(tmp_path, monkeypatc
         if len(saved) == 2:
             raise HingeError("stopped")
 
-    monkeypatch.setattr(hinge.training.loop, "_save_checkpoint", stop_after_ten)
+    monkeypatch.setattr(hinge.training.loop, "save_checkpoint", stop_after_ten)
     with pytest.raises(HingeError, match="stopped"):
         train(tmp_path / "cut", options=options)
     monkeypatch.undo()

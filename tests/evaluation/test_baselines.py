@@ -15,13 +15,12 @@ from sklearn.preprocessing import StandardScaler
 
 from hinge.data.spots import SpotTable
 from hinge.evaluation.baselines import (
-    ALPHAS,
     BASELINES,
     baseline_predictions,
     fit_baselines,
     fit_mlp,
-    spot_groups,
 )
+from hinge.evaluation.ridge import PENALTIES
 from hinge.utils.errors import ConfigError, DataError
 
 METHODS = ["mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", "knn", "training-correlation"]
@@ -80,8 +79,8 @@ def test_ridge_cv_takes_the_penalty_that_generalises_to_other_groups(data, fitte
     features, values, groups, test_features, *_ = data
     scaler = StandardScaler().fit(features)
     folds = list(LeaveOneGroupOut().split(features, values, groups))
-    search = RidgeCV(ALPHAS, scoring="neg_mean_squared_error", cv=folds).fit(scaler.transform(features), values)
-    assert ALPHAS[0] < search.alpha_ < ALPHAS[-1]
+    search = RidgeCV(PENALTIES, scoring="neg_mean_squared_error", cv=folds).fit(scaler.transform(features), values)
+    assert PENALTIES[0] < search.alpha_ < PENALTIES[-1]
     expected = search.predict(scaler.transform(test_features))
     np.testing.assert_allclose(fitted["ridge-cv"].mean, expected, rtol=1e-6)
     np.testing.assert_array_equal(fitted["ridge-cv+residual"].mean, fitted["ridge-cv"].mean)
@@ -247,16 +246,6 @@ def test_arrays_that_do_not_fit_are_errors(data):
     holed[2, 3] = np.nan
     with pytest.raises(DataError, match=r"the training features .* spot 2"):
         fit_baselines(holed, values, groups, test_features)
-
-
-def test_groups_are_slides_or_bands_of_the_one_slide():
-    slides = np.array(["a", "b", "a"])
-    np.testing.assert_array_equal(spot_groups(slides, np.zeros((3, 2))), slides)
-    coords = np.random.default_rng(0).uniform(size=(103, 2)) * [100, 900]
-    groups = spot_groups(np.full(103, "a"), coords)
-    assert sorted(np.bincount(groups)) == [20, 20, 21, 21, 21]
-    in_order = groups[np.argsort(coords[:, 1])]
-    assert (np.diff(in_order) >= 0).all()
 
 
 def table(data, rows, slide, views=2) -> SpotTable:
