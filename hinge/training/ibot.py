@@ -38,6 +38,7 @@ from hinge.encoders.encoder import Encoder
 from hinge.encoders.registry import load_encoder
 from hinge.training.augmentation import CROP_DRAWS, STAIN_DRAWS, Crops, jitter_stains, random_crops
 from hinge.training.loop import LoopConfig, batch_rows, make_accelerator, run_loop, step_generator
+from hinge.training.schedules import cosine
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, read_json, write_json
 from hinge.utils.locks import lock_folder
@@ -95,10 +96,8 @@ class IbotConfig(LoopConfig):
 
     @model_validator(mode="after")
     def _possible(self):
-        if self.accumulation != 1 or self.ema_decay is not None or self.patience is not None:
-            raise ValueError(
-                "accumulation, ema_decay and patience are not for pre-training: the teacher is its average"
-            )
+        if self.ema_decay is not None or self.patience is not None:
+            raise ValueError("ema_decay and patience are not for pre-training: the teacher is its average")
         for name in ("global_scale", "local_scale", "masked_share"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
@@ -110,10 +109,6 @@ class IbotConfig(LoopConfig):
     def weight_decay_at(self, step: int, total: int) -> float:
         return cosine(step, total, self.weight_decay, self.weight_decay_end)
 
-    def is_decayed(self, parameter: nn.Parameter) -> bool:
-        """Matrices and kernels are, biases and norms are not."""
-        return parameter.ndim > 1
-
     def momentum_at(self, step: int, total: int) -> float:
         """Share of the teacher that a step keeps."""
         return cosine(step, total, self.teacher_momentum, 1.0)
@@ -124,11 +119,6 @@ class IbotConfig(LoopConfig):
             return self.teacher_temperature
         share = step / self.teacher_temperature_steps
         return self.teacher_temperature_start + share * (self.teacher_temperature - self.teacher_temperature_start)
-
-
-def cosine(step: int, total: int, start: float, end: float) -> float:
-    """From start at step 0 to end at the last step, along half a cosine."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(step / max(total - 1, 1), 1.0)))
 
 
 @dataclass
@@ -473,7 +463,10 @@ def pretrain_histology(
     folder = Path(folder)
     settings = {"vit": vit.model_dump(mode="json"), "training": config.model_dump(mode="json"), "seed": seed}
     if (folder / "config.json").exists():
-        if read_json(folder / "pretraining.json") != settings:
+        made = read_json(folder / "pretraining.json")
+        # an earlier version had more settings
+        made["training"] = {key: made["training"].get(key) for key in settings["training"]}
+        if made != settings:
             raise ConfigError(f"{folder} holds an encoder that was pre-trained otherwise; choose another folder")
         logger.info("%s is finished", folder)
         return load_encoder(str(folder), device="cpu")
@@ -546,6 +539,8 @@ def pretrain_histology(
                 before_step=before_step,
                 after_step=lambda step: model.teach(config.momentum_at(step, total)),
                 measure=measure if probe is not None else None,
+                weight_decay=lambda step: config.weight_decay_at(step, total),
+                max_grad_norm=config.max_grad_norm,
             )
         finally:
             patches.close()
