@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
-from hinge.data.spots import SpotTable, spatial_groups
+from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.loss import draw_timesteps, loss_mask, spot_weights
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.hinge import HingeModel
