@@ -1,20 +1,22 @@
-"""A run as a configuration: YAML file plus `key=value` overrides, checked before anything starts."""
+"""The settings of a run: what `config.yaml` may hold, checked before anything starts."""
 
+import copy
 import os
 import reprlib
-from collections.abc import Sequence
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hinge.data.readers.table import split_table
-from hinge.evaluation.baselines import BASELINES, DEFAULT_BASELINES, GENERATIVE_BASELINES
-from hinge.models.heads import needs_library_size
-from hinge.training import PretrainConfig, TrainingConfig
+from hinge.diffusion.defaults import DEFAULT_BATCH_SIZE, DEFAULT_DRAWS, DEFAULT_STEPS
+from hinge.evaluation.names import BASELINES, DEFAULT_BASELINES, GENERATIVE_BASELINES
+from hinge.models.options import HEADS, needs_library_size
+from hinge.training.settings import PretrainConfig, TrainingConfig
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path
+from hinge.utils.yaml import read_settings
 
 
 # absolute, so that a run means the same files from whatever folder it is opened
@@ -37,12 +39,12 @@ class DataConfig(_Section):
     """Slides: which folder, and which samples in it do what."""
 
     path: AbsolutePath = Field(description="a data set: file or folder with slides")
-    format: str | None = None
+    format: str | None = Field(None, description="the name of its format; None: recognised")
     table: AbsolutePath | None = Field(
         None, description="a CSV file with a slide a row, in place of path; its column split says what serves what"
     )
     train: list[str] = Field(min_length=1, description="a list of samples")
-    test: list[str] = []
+    test: list[str] = Field([], description="a list of samples to draw and score")
     pretrain: list[str] = Field(
         [], description="samples with counts, images or not, for the expression backbone; none: the training slides"
     )
@@ -52,6 +54,8 @@ class DataConfig(_Section):
     def _from_table(cls, content: Any) -> Any:
         if not isinstance(content, dict) or not isinstance(content.get("table"), str | Path):
             return content
+        from hinge.data.readers.table import split_table  # imports anndata
+
         given = str(_absolute(content["table"]))
         if content.get("path") not in (None, given):
             raise ValueError("give either path or table")
@@ -79,8 +83,10 @@ class DataConfig(_Section):
 class PanelConfig(_Section):
     """The genes that are predicted."""
 
-    method: Literal["hmhvg", "hvg", "file"] = "hmhvg"
-    genes: int = Field(200, ge=1)
+    method: Literal["hmhvg", "hvg", "file"] = Field(
+        "hmhvg", description="hmhvg (high mean, highly variable), hvg (highly variable) or file"
+    )
+    genes: int = Field(200, ge=1, description="the number of genes")
     file: AbsolutePath | None = Field(
         None, description="panel.json, or a text file with one symbol a line (method file)"
     )
@@ -89,12 +95,14 @@ class PanelConfig(_Section):
 class FeaturesConfig(_Section):
     """Histology features."""
 
-    encoder: str = "stain-texture"
+    encoder: str = Field(
+        "stain-texture", description="a timm or hf-hub: name, a checkpoint or stain-texture; + joins several"
+    )
     patch_um: float | None = Field(None, gt=0, description="side of a patch in µm; None: the encoder's own")
-    views: Literal[1, 8] = 1
+    views: Literal[1, 8] = Field(1, description="1, or 8 for all flips and quarter turns of a patch")
     neighbourhood: bool = Field(True, description="whether the mean over a spot and its neighbours is a condition too")
     standardise_slide: bool = Field(True, description="whether features are in units of their own slide's deviation")
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, description="the patches in one forward pass")
     folder: AbsolutePath | None = Field(None, description="where feature files lie; None: in the run's folder")
 
 
@@ -110,20 +118,24 @@ class BackboneConfig(_Section):
     unknown_genes: Literal["drop", "new"] = Field(
         "drop", description="drop (from the panel) or new (a new embedding) for genes that the weights do not know"
     )
-    masked_input: Literal["mask_token", "value_plus_zero_token"] | None = None
-    negative_slope: float | None = Field(None, ge=0, lt=1, description="a number from 0 to 1; None: the weights' own")
+    masked_input: Literal["mask_token", "value_plus_zero_token"] | None = Field(
+        None, description="what a masked gene enters as: mask_token or value_plus_zero_token; None: the weights' own"
+    )
+    negative_slope: float | None = Field(
+        None, ge=0, lt=1, description="the slope of its leaky ReLU, from 0 to 1; None: the weights' own"
+    )
     layer_norm_eps: float | None = Field(None, gt=0, description="a number above 0; None: the weights' own")
-    hidden_size: int = Field(128, ge=8)
-    num_hidden_layers: int = Field(4, ge=2)
-    num_attention_heads: int = Field(4, ge=1)
-    num_value_bins: int = Field(64, ge=4)
+    hidden_size: int = Field(128, ge=8, description="the width of a token")
+    num_hidden_layers: int = Field(4, ge=2, description="the number of layers")
+    num_attention_heads: int = Field(4, ge=1, description="the number of attention heads")
+    num_value_bins: int = Field(64, ge=4, description="the number of soft bins that expression is embedded by")
     weights: Literal["pretrained", "random"] = Field(
-        "pretrained", description="pretrained, or random for a backbone of the same size that knows nothing"
+        "pretrained", description="pretrained, or random for a backbone of the same size with random weights"
     )
     tuning: Literal["frozen", "full", "lora"] = Field(
-        "frozen", description="what of it is trained along: frozen (nothing), full (all) or lora (adapters)"
+        "frozen", description="which of its weights are trained: frozen (none), full (all) or lora (adapters)"
     )
-    lora_rank: int = Field(8, ge=1)
+    lora_rank: int = Field(8, ge=1, description="the rank of the adapters")
     pretrain: PretrainConfig = PretrainConfig()
 
     @model_validator(mode="after")
@@ -153,60 +165,61 @@ class BackboneConfig(_Section):
 class ModelConfig(_Section):
     """The denoiser; see hinge.models.HingeModel."""
 
-    head: Literal[
-        "point",
-        "gaussian",
-        "censored_gaussian",
-        "rounded_gaussian",
-        "rounded_mixture",
-        "negative_binomial",
-        "zero_inflated_negative_binomial",
-    ] = "rounded_gaussian"
+    head: Literal[HEADS] = Field(  # type: ignore[valid-type]
+        "rounded_gaussian", description=f"the distribution of a gene: {', '.join(HEADS)}"
+    )
     library_size: bool | None = Field(
-        None,
-        description="whether the spot's library size is drawn first and conditions the genes; None: where the head needs it",
+        None, description="whether a spot's library size is drawn before its genes; None: where the head needs it"
     )
-    injection: Literal["soft_adaln", "adaln_zero", "concatenation", "cross_attention"] = "soft_adaln"
-    modulation_rank: int | None = Field(None, ge=1)
-    gate: Literal["sigmoid", "linear"] = "sigmoid"
-    norm: Literal["soft", "layer", "none"] = "soft"
-    start: Literal["identity", "random"] = "identity"
-    condition_on_visible: Literal["current", "next"] | None = "current"
-    gene_factors: bool = True
-    num_factors: int = Field(8, ge=1)
-    num_slide_factors: int = Field(4, ge=1)
+    injection: Literal["soft_adaln", "adaln_zero", "concatenation", "cross_attention"] = Field(
+        "soft_adaln", description="how the condition enters: soft_adaln, adaln_zero, concatenation or cross_attention"
+    )
+    modulation_rank: int | None = Field(None, ge=1, description="the rank of the modulation's matrices; None: full")
+    gate: Literal["sigmoid", "linear"] = Field("sigmoid", description="the gate of SoftAdaLN: sigmoid or linear")
+    norm: Literal["soft", "layer", "none"] = Field("soft", description="the norm of SoftAdaLN: soft, layer or none")
+    start: Literal["identity", "random"] = Field(
+        "identity", description="identity (the model starts as the backbone) or random"
+    )
+    condition_on_visible: Literal["current", "next"] | None = Field(
+        "current", description="a condition on the visible share: current, next (after the step) or None"
+    )
+    gene_factors: bool = Field(True, description="whether a factor model predicts the masked genes from the features")
+    num_factors: int = Field(8, ge=1, description="the number of factors that vary between spots")
+    num_slide_factors: int = Field(4, ge=1, description="the number of factors that vary between slides")
     masked_decoding: float = Field(
-        0.0, ge=0, le=1, description="how much of what the backbone decodes counts where no gene is visible"
+        0.0, ge=0, le=1, description="the weight of the backbone's decoder where no gene is visible"
     )
-    standardise_features: bool = True
-    feature_dropout: float = Field(0.0, ge=0, lt=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    standardise_features: bool = Field(True, description="whether features are in units of the training deviation")
+    feature_dropout: float = Field(0.0, ge=0, lt=1, description="the share of features that training drops")
+    dropout: float = Field(0.0, ge=0, lt=1, description="the share of values that dropout drops in the modulation")
 
 
 class DiffusionConfig(_Section):
     """See hinge.diffusion.MaskedDiffusionScheduler."""
 
-    num_train_timesteps: int = Field(50, ge=1)
-    schedule: Literal["power", "linear", "cosine", "sqrt", "exp", "poly_auto"] = "poly_auto"
-    exponent: float = Field(1.0, gt=0)
-    beta: float = Field(3.0, gt=0)
-    tail: int = Field(1, ge=1)
-    reveal: Literal["budget", "bernoulli"] = "budget"
-    fill: Literal["zero", "noise", "mask_token"] = "mask_token"
+    num_train_timesteps: int = Field(50, ge=1, description="the number of timesteps")
+    schedule: Literal["power", "linear", "cosine", "sqrt", "exp", "poly_auto"] = Field(
+        "poly_auto", description="of the masked share: power, linear, cosine, sqrt, exp or poly_auto"
+    )
+    exponent: float = Field(1.0, gt=0, description="the exponent of the schedule power")
+    reveal: Literal["budget", "bernoulli"] = Field(
+        "budget", description="budget (a step reveals a fixed number of genes) or bernoulli (each gene independently)"
+    )
+    fill: Literal["zero", "noise", "mask_token"] = Field(
+        "mask_token", description="what a masked gene is filled with: zero, noise or mask_token"
+    )
 
 
 class SamplingConfig(_Section):
     """How slides are sampled."""
 
-    draws: int = Field(20, ge=1)
-    steps: int = Field(8, ge=1)
-    seed: int = Field(0, ge=0)
-    batch_size: int = Field(256, ge=1)
-    spatially_correlated: bool = Field(True, description="whether the spots of a draw agree with their neighbours")
-    order: Literal["random", "dependence", "confidence"] = "random"
-    remasking: int = Field(0, ge=0, description="passes that mask and draw a tenth of the genes again")
-    temperature: float = Field(1.0, gt=0)
-    precision: Literal["no", "bf16"] = "no"
+    draws: int = Field(DEFAULT_DRAWS, ge=1, description="the number of draws of a slide")
+    steps: int = Field(DEFAULT_STEPS, ge=1, description="the number of steps in which genes are revealed")
+    seed: int = Field(0, ge=0, description="the seed of the draws")
+    batch_size: int = Field(DEFAULT_BATCH_SIZE, ge=1, description="the spot-draws in one forward pass")
+    spatially_correlated: bool = Field(True, description="whether the noise of a draw is smooth over the slide")
+    remasking: int = Field(0, ge=0, description="the passes that mask a tenth of the genes again and draw them anew")
+    precision: Literal["no", "bf16"] = Field("no", description="no for float32, or bf16 for the backbone")
 
 
 class EvaluationConfig(_Section):
@@ -225,8 +238,10 @@ class RunConfig(_Section):
     """Everything one run needs."""
 
     output: AbsolutePath = Field(description="the folder of the run")
-    seed: int = Field(0, ge=0)
-    transform: Literal["log2p1", "log1p_cp10k"] = "log2p1"
+    seed: int = Field(0, ge=0, description="the seed of everything but the draws")
+    transform: Literal["log2p1", "log1p_cp10k"] = Field(
+        "log2p1", description="of counts: log2p1, log2(count + 1), or log1p_cp10k, log(1 + 10,000 × count / library size)"
+    )
     data: DataConfig
     panel: PanelConfig = PanelConfig()
     features: FeaturesConfig = FeaturesConfig()
@@ -253,8 +268,6 @@ class RunConfig(_Section):
         return self
 
 
-_MOST_YAML_BYTES, _MOST_YAML_VALUES = 1 << 18, 100_000
-
 # where a path may stand in a configuration file
 PATHS = (
     ("output",),
@@ -269,7 +282,7 @@ PATHS = (
 )
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+def load_config(path: str | Path, overrides: list[str] | None = None, trained: bool = False) -> RunConfig:
     """Read a run's YAML file and apply overrides.
 
     Parameters
@@ -279,90 +292,122 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     overrides
         `key=value` with dots for sections, e.g. `training.epochs=10`; values are YAML. Relative paths in them
         are relative to the working directory.
+    trained
+        Whether the run is trained: settings of version 0.1 that only training used are then ignored.
 
     Raises
     ------
     ConfigError
         One sentence that names the key and what it takes.
     """
-    return check_config(read_settings(path, overrides, PATHS), str(path))
+    return check_config(read_settings(path, overrides, PATHS), str(path), trained)
 
 
-def read_settings(
-    path: str | Path, overrides: list[str] | None = None, paths: Sequence[tuple[str, ...]] = ()
-) -> dict[str, Any]:
-    """Read a YAML file of keys and values and apply overrides, as `load_config`; `paths` are keys that hold paths."""
-    path = Path(path)
+def check_config(content: dict[str, Any], name: str, trained: bool = False) -> RunConfig:
+    """Validate a run's keys and values; a ConfigError names the first key that is wrong and what it takes.
+
+    Keys of version 0.1 are read with a DeprecationWarning. Relative paths are relative to the working directory.
+    """
     try:
-        content = parse_yaml(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no configuration file {path}") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold keys and values, such as output: runs/mine")
-    for keys in paths:
-        section = content
-        for key in keys[:-1]:
-            section = section.get(key) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(section.get(keys[-1]), str):
-            section[keys[-1]] = str(path.absolute().parent / os.path.expanduser(section[keys[-1]]))
-    for override in overrides or []:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{override!r} is not an override; write key=value, e.g. training.epochs=10")
-        try:
-            value = parse_yaml(text)
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
-            raise ConfigError(f"the value of {key} is not YAML: {text!r}") from error
-        keys = key.split(".")
-        section = content
-        for part in keys[:-1]:
-            section = section.setdefault(part, {})
-            if not isinstance(section, dict):
-                raise ConfigError(f"{key} cannot be set: {part} is not a section")
-        section[keys[-1]] = value
-    return content
+        return RunConfig.model_validate(_updated(content, name, trained))
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {explain(error, RunConfig)}") from error
 
 
-def parse_yaml(text: bytes | str) -> Any:
-    """What a YAML text says, of plain values alone.
+# keys of version 0.1, which version 0.2 still reads
+RENAMED = {
+    "features.neighbours": "neighbourhood",
+    "model.gene_path": "gene_factors",
+    "model.depth": "library_size",
+    "training.closed_form_start": "initialisation",
+    "sampling.coherent": "spatially_correlated",
+    "sampling.corrections": "remasking",
+}
+# keys of version 0.1 that version 0.2 has no more, with the only value that may still stand there
+REMOVED: dict[str, Any] = {
+    "model.feature_noise": 0.0,
+    "model.drop_masked": None,
+    "diffusion.beta": 3.0,
+    "diffusion.tail": 1,
+    "sampling.order": "random",
+    "sampling.temperature": 1.0,
+    "training.accumulation": 1,
+    "training.decay_at": [0.5, 0.875],
+    "training.decay_by": 0.2,
+    "training.betas": [0.9, 0.999],
+    "training.weight_decay": 0.0,
+    "training.max_grad_norm": 1.0,
+    "training.warm_start_masked_share": 0.2,
+    "backbone.pretrain.epochs": None,
+    "backbone.pretrain.accumulation": 1,
+    "backbone.pretrain.schedule": "cosine",
+    "backbone.pretrain.warmup_steps": 100,
+    "backbone.pretrain.decay_at": [0.5, 0.875],
+    "backbone.pretrain.decay_by": 0.2,
+    "backbone.pretrain.betas": [0.9, 0.999],
+    "backbone.pretrain.weight_decay": 0.0,
+    "backbone.pretrain.max_grad_norm": 1.0,
+    "backbone.pretrain.ema_decay": None,
+    "backbone.pretrain.evaluate_from": 0.0,
+    "backbone.pretrain.patience": None,
+    "backbone.pretrain.tracker": "none",
+    "backbone.pretrain.min_mask_ratio": 0.05,
+    "backbone.pretrain.genes_per_step": 2048,
+    "backbone.pretrain.validation_share": 0.1,
+}
+
+
+def _updated(content: dict[str, Any], name: str, trained: bool) -> dict[str, Any]:
+    """Return settings with the keys of this version; one warning names those of version 0.1 among them.
 
     Raises
     ------
-    ValueError, RecursionError, yaml.YAMLError
-        It is not YAML, or far too large; also by aliases, of which nine levels of nine make a thousand million values.
+    ConfigError
+        A key that is no more has a value with an effect.
     """
-    if len(text) > _MOST_YAML_BYTES:
-        raise ValueError(f"it has {len(text):,} bytes, and no settings have more than {_MOST_YAML_BYTES:,}")
-    content = yaml.safe_load(text)
-    sizes: dict[int, int | None] = {}
-
-    def size(node: Any) -> int:
-        if not isinstance(node, dict | list):
-            return 1
-        if id(node) not in sizes:
-            sizes[id(node)] = None
-            parts = [*node.keys(), *node.values()] if isinstance(node, dict) else node
-            sizes[id(node)] = 1 + sum(size(part) for part in parts)
-        known = sizes[id(node)]
-        if known is None or known > _MOST_YAML_VALUES:
-            raise ValueError("its aliases make it contain itself, or too many values")
-        return known
-
-    size(content)
+    content, notes = copy.deepcopy(content), []
+    for key, new in RENAMED.items():
+        section, old = _section_of(content, key)
+        if section is not None and old in section:
+            if new in section:
+                raise ConfigError(f"{name}: {key} is now {new}; give one of them")
+            section[new] = section.pop(old)
+            notes.append(f"{key} is now {key.rpartition('.')[0]}.{new}")
+    for key, neutral in REMOVED.items():
+        section, old = _section_of(content, key)
+        if section is None or old not in section or old in _section_class(key).model_fields:
+            continue
+        used = section[old] != neutral and not _without_effect(key, section)
+        if used and not (trained and not key.startswith("sampling")):
+            raise ConfigError(f"{name}: {key} was removed and {section[old]!r} had an effect; leave it out")
+        del section[old]
+        notes.append(f"{key} is ignored")
+    if notes:
+        warnings.warn(f"{name} has settings of version 0.1: {', '.join(notes)}", DeprecationWarning, stacklevel=4)
     return content
 
 
-def check_config(content: dict[str, Any], name: str) -> RunConfig:
-    """Validate a run's keys and values; a ConfigError names the first key that is wrong and what it takes.
+def _section_of(content: Any, key: str) -> tuple[dict[str, Any] | None, str]:
+    """Return the section that a dotted key stands in, None where there is none, and the key's last part."""
+    *parts, last = key.split(".")
+    for part in parts:
+        content = content.get(part) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else None, last
 
-    Relative paths are relative to the working directory.
-    """
-    try:
-        return RunConfig.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(f"{name}: {explain(error, RunConfig)}") from error
+
+def _section_class(key: str) -> type[BaseModel]:
+    model: Any = RunConfig
+    for part in key.split(".")[:-1]:
+        model = model.model_fields[part].annotation
+    return model
+
+
+def _without_effect(key: str, section: dict[str, Any]) -> bool:
+    """Return whether a removed key has no effect beside the other keys of its section."""
+    if key.endswith(("decay_at", "decay_by")):
+        return section.get("schedule") != "step"
+    # tokens of masked genes are dropped where there are gene factors
+    return key == "model.drop_masked" and section["drop_masked"] == section.get("gene_factors", True)
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from hinge.config import PATHS, BackboneConfig, RunConfig, check_config, explain, read_settings
+from hinge.config import PATHS, BackboneConfig, RunConfig, check_config, explain
 from hinge.data.simulate import simulate_slides
 from hinge.utils.errors import ConfigError
 from hinge.utils.files import read_json, write_json
+from hinge.utils.yaml import read_settings
 
 _SIMULATED_PRETRAIN_FROM = 100  # number of the first simulated slide without an image
 

@@ -8,13 +8,13 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from hinge.config import parse_yaml
 from hinge.data.draws import read_draws
 from hinge.data.writers import write_cellxgene, write_draws_zarr, write_geojson, write_spatialdata
 from hinge.models import HingeModel
 from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, write_json
+from hinge.utils.yaml import parse_yaml
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,13 @@ from anndata import AnnData
 from pydantic import Field, ValidationError, model_validator
 from sklearn.cluster import KMeans
 
-from hinge.config import AbsolutePath, _Section, explain, read_settings
+from hinge.config import AbsolutePath, _Section, explain
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.simulate import simulate_slides
 from hinge.training.ibot import IbotConfig, VitConfig, pretrain_histology
 from hinge.training.loop import make_accelerator
 from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.yaml import read_settings
 
 CLUSTERS = 6
 """Expression clusters that the probes tell apart."""
