@@ -240,7 +240,7 @@ class RunConfig(_Section):
     output: AbsolutePath = Field(description="the folder of the run")
     seed: int = Field(0, ge=0, description="the seed of everything but the draws")
     transform: Literal["log2p1", "log1p_cp10k"] = Field(
-        "log2p1", description="of counts: log2p1, log2(count + 1), or log1p_cp10k, log(1 + 10,000 × count / library size)"
+        "log2p1", description="of counts: log2p1, log2(count + 1), or log1p_cp10k, ln(1 + 10⁴ · count / library size)"
     )
     data: DataConfig
     panel: PanelConfig = PanelConfig()

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hinge.cli.console import print_scores
-from hinge.cli.options import RunFolder
+from hinge.cli.options import RunFolder, open_folder
 from hinge.utils.errors import ConfigError
 
 
@@ -32,9 +32,9 @@ def evaluate(
     Example: hinge evaluate runs/her2st --predictions stem=stem.h5ad. Without a run: hinge evaluate --data her2st
     --sample C5 --panel panel.json --transform log2p1 --predictions stem=stem.h5ad --output scores.json
     """
+    opened = None if run is None else open_folder(run)
     from hinge.evaluation.predictions import PredictionFiles
     from hinge.run.evaluation import evaluate_files
-    from hinge.run.run import Run
 
     files = [PredictionFiles.parse(text) for text in predictions or []]
     alone = {
@@ -45,10 +45,10 @@ def evaluate(
         "--gene-sets": gene_sets,
     }
     given = [name for name, value in alone.items() if value]
-    if run is not None:
+    if opened is not None:
         if given:
             raise ConfigError(f"{given[0]} is for scores without a run; leave out {run}, or that option")
-        print_scores(Run.open(run).evaluate(slide, files, output))
+        print_scores(opened.evaluate(slide, files, output))
         return
     needed = {**alone, "--predictions": files, "--output": output}
     missing = [name for name, value in needed.items() if not value and name != "--gene-sets"]
@@ -72,9 +72,8 @@ def report(
 
     Example: hinge report runs/her2st. The viewer as a folder: hinge report runs/her2st --interactive --output site
     """
-    from hinge.run.run import Run
 
-    opened = Run.open(run)
+    opened = open_folder(run)
     if interactive:
         from hinge.viewer import write_viewer
 

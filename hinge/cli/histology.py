@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from hinge.cli.console import print_rows
+from hinge.cli.options import existing
 from hinge.utils.errors import ConfigError
 
 Encoders = Annotated[
@@ -47,6 +48,7 @@ def finetune_encoder(
     spafoundation@spafoundation_1m_vitb16.pth --output tuned; then hinge evaluate runs/her2st --predictions
     tuned=tuned/predictions/{slide}.h5ad
     """
+    existing(data)
     from hinge.data.panel import read_panel
     from hinge.tasks.finetune import finetune_config
     from hinge.tasks.finetune import finetune_encoder as finetune
@@ -96,6 +98,7 @@ def probe_tumour(
     Example: hinge probe tumour her2st --sample C2 --sample C3 --labels 'annotations/{slide}.tsv' --column label
     --positive 'invasive cancer' --encoder stain-texture --output probe
     """
+    existing(data)
     from hinge.tasks.embeddings import read_slides
     from hinge.tasks.labels import binary_labels, read_labels
     from hinge.tasks.probe import probe_labels
@@ -138,6 +141,7 @@ def cluster(
     Example: hinge cluster her2st --sample C5 --encoder stain-texture --labels 'clusters/{slide}.tsv.gz' --column label
     --output clusters
     """
+    existing(data)
     from hinge.report.clusters import report_clusters
     from hinge.tasks.cluster import cluster_slides
     from hinge.tasks.embeddings import read_slides

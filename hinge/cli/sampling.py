@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hinge.cli.options import RunFolder
+from hinge.cli.options import RunFolder, existing, open_folder
 from hinge.utils.errors import ConfigError
 
 
@@ -37,10 +37,9 @@ def sample(
     Example: hinge sample runs/her2st --slide C5 --draws 20 --steps 20 --seed 0, or: hinge sample runs/her2st --slide
     biopsy.svs
     """
-    from hinge.run.run import Run
     from hinge.utils.parallel import each_slide, work_alone
 
-    opened = Run.open(run)
+    opened = open_folder(run)
     names = slide or opened.config.data.test
     if not names:
         raise ConfigError("the run names no test slides; give --slide")
@@ -88,6 +87,7 @@ def map_expression(
 
     Example: hinge map runs/her2st --slide C5 --pitch-um 25 --gene ERBB2 --gene CD74
     """
+    existing(run)
     from hinge.tasks.dense import map_slide, open_predictor
 
     predictor = open_predictor(run, method, draws, steps, seed)

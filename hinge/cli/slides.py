@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from hinge.cli.options import existing
 from hinge.utils.errors import ConfigError
 
 
@@ -28,6 +29,7 @@ def features(
 
     Example: hinge features her2st --sample C5 --encoder stain-texture --output features
     """
+    existing(path)
     from hinge.data.readers import list_samples, read_slide
     from hinge.encoders import extract_features, load_encoder
     from hinge.utils.parallel import each_slide, work_alone
@@ -61,6 +63,7 @@ def panel(
 
     Example: hinge panel her2st --sample C2 --sample C3 --sample C4 --genes 200 --output panel.json
     """
+    existing(path)
     from hinge.data.panel import read_panel, select_panel
     from hinge.data.readers import list_samples, read_slide
     from hinge.data.spots import load_spots

@@ -79,10 +79,10 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: hinge run --config configs/her2st.yaml
     """
+    opened = open_run(config, overrides)
     from hinge.report import report_run
     from hinge.utils.locks import lock_folder
 
-    opened = open_run(config, overrides)
     with lock_folder(opened.folder):
         opened.train()
         for name in opened.config.data.test:

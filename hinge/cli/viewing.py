@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hinge.cli.options import RunFolder
+from hinge.cli.options import RunFolder, open_folder
 from hinge.utils.errors import ConfigError
 
 
@@ -19,10 +19,10 @@ def view(
 
     Example: hinge view runs/her2st
     """
-    from hinge.run.run import Run
+    opened = open_folder(run)
     from hinge.viewer import Viewer, serve
 
-    serve(Viewer(Run.open(run), slide), port, browser=not no_browser)
+    serve(Viewer(opened, slide), port, browser=not no_browser)
 
 
 def export(
@@ -43,10 +43,9 @@ def export(
 
     Example: hinge export runs/her2st --slide C5 --format geojson --gene ERBB2
     """
-    from hinge.run.run import Run
+    opened = open_folder(run)
     from hinge.sharing.export import export_denoiser, export_draws
 
-    opened = Run.open(run)
     if format == "torch-export":
         print(f"{format}: {export_denoiser(opened, output)}")
         return

@@ -1,15 +1,12 @@
 """Masked diffusion in expression space: scheduler, objective, sampling."""
 
-from hinge.diffusion.loss import draw_timesteps, loss_mask, spot_weights
-from hinge.diffusion.pipeline import Draws, HingePipeline, spot_uniforms
-from hinge.diffusion.scheduler import MaskedDiffusionScheduler
+from hinge.utils.lazy import lazy_names
 
-__all__ = [
-    "Draws",
-    "HingePipeline",
-    "MaskedDiffusionScheduler",
-    "draw_timesteps",
-    "loss_mask",
-    "spot_uniforms",
-    "spot_weights",
-]
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "loss": ("draw_timesteps", "loss_mask", "spot_weights"),
+        "pipeline": ("Draws", "HingePipeline", "spot_uniforms"),
+        "scheduler": ("MaskedDiffusionScheduler",),
+    },
+)

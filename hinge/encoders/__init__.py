@@ -1,8 +1,13 @@
 """Frozen histology encoders and the extraction of their features."""
 
-from hinge.encoders.encoder import Encoder
-from hinge.encoders.extract import extract_features
-from hinge.encoders.recipes import RECIPES, Recipe
-from hinge.encoders.registry import load_encoder
+from hinge.utils.lazy import lazy_names
 
-__all__ = ["RECIPES", "Encoder", "Recipe", "extract_features", "load_encoder"]
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "encoder": ("Encoder",),
+        "extract": ("extract_features",),
+        "recipes": ("RECIPES", "Recipe"),
+        "registry": ("load_encoder",),
+    },
+)

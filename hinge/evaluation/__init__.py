@@ -1,89 +1,45 @@
-"""Scores of predicted slides: accuracy, co-expression, calibration, and what to read them beside."""
+"""Scores of predicted slides: accuracy, co-expression, calibration, and what they are compared with."""
 
-from hinge.evaluation.baselines import (
-    BASELINES,
-    DEFAULT_BASELINES,
-    Prediction,
-    baseline_predictions,
-    fit_baselines,
-    fit_mlp,
-)
-from hinge.evaluation.definitions import METRICS, Metric
-from hinge.evaluation.metrics.accuracy import gene_pcc, mean_scores, summarise_pcc
-from hinge.evaluation.metrics.calibration import (
-    CURVE_LEVELS,
-    coverage,
-    covered,
-    crps,
-    crps_of_spots,
-    pit_distribution,
-    pit_values,
-)
-from hinge.evaluation.metrics.coexpression import coexpression_scores, correlation_matrix, matrix_scores
-from hinge.evaluation.metrics.gene_sets import MARKERS, module_scores, read_gene_sets
-from hinge.evaluation.metrics.multivariate import energy_score, variogram_score
-from hinge.evaluation.metrics.spatial import moran_scores, morans_i, neighbour_weights, spot_structure, ssim_of_maps
-from hinge.evaluation.metrics.two_sample import round_to_counts, two_sample_auc
-from hinge.evaluation.noise_ceiling import CEILING, attained_shares, noise_ceiling
-from hinge.evaluation.predictions import PredictionFiles, read_prediction
-from hinge.evaluation.scores import (
-    Evaluation,
-    evaluate_slide,
-    prediction_from_draws,
-    score,
-    score_draws,
-    scores_table,
-    write_scores,
-)
-from hinge.evaluation.statistics import bootstrap_intervals, paired_wilcoxon, summarise_rows
+from hinge.utils.lazy import lazy_names
 
-__all__ = [
-    "BASELINES",
-    "CEILING",
-    "CURVE_LEVELS",
-    "DEFAULT_BASELINES",
-    "MARKERS",
-    "METRICS",
-    "Evaluation",
-    "Metric",
-    "Prediction",
-    "PredictionFiles",
-    "attained_shares",
-    "baseline_predictions",
-    "bootstrap_intervals",
-    "coexpression_scores",
-    "correlation_matrix",
-    "coverage",
-    "covered",
-    "crps",
-    "crps_of_spots",
-    "energy_score",
-    "evaluate_slide",
-    "fit_baselines",
-    "fit_mlp",
-    "gene_pcc",
-    "matrix_scores",
-    "mean_scores",
-    "module_scores",
-    "moran_scores",
-    "morans_i",
-    "neighbour_weights",
-    "noise_ceiling",
-    "paired_wilcoxon",
-    "pit_distribution",
-    "pit_values",
-    "prediction_from_draws",
-    "read_gene_sets",
-    "read_prediction",
-    "round_to_counts",
-    "score",
-    "score_draws",
-    "scores_table",
-    "spot_structure",
-    "ssim_of_maps",
-    "summarise_pcc",
-    "summarise_rows",
-    "two_sample_auc",
-    "variogram_score",
-    "write_scores",
-]
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "baselines": (
+            "BASELINES",
+            "DEFAULT_BASELINES",
+            "Prediction",
+            "baseline_predictions",
+            "fit_baselines",
+            "fit_mlp",
+        ),
+        "definitions": ("METRICS", "Metric"),
+        "metrics.accuracy": ("gene_pcc", "mean_scores", "summarise_pcc"),
+        "metrics.calibration": (
+            "CURVE_LEVELS",
+            "coverage",
+            "covered",
+            "crps",
+            "crps_of_spots",
+            "pit_distribution",
+            "pit_values",
+        ),
+        "metrics.coexpression": ("coexpression_scores", "correlation_matrix", "matrix_scores"),
+        "metrics.gene_sets": ("MARKERS", "module_scores", "read_gene_sets"),
+        "metrics.multivariate": ("energy_score", "variogram_score"),
+        "metrics.spatial": ("moran_scores", "morans_i", "neighbour_weights", "spot_structure", "ssim_of_maps"),
+        "metrics.two_sample": ("round_to_counts", "two_sample_auc"),
+        "noise_ceiling": ("CEILING", "attained_shares", "noise_ceiling"),
+        "predictions": ("PredictionFiles", "read_prediction"),
+        "scores": (
+            "Evaluation",
+            "evaluate_slide",
+            "prediction_from_draws",
+            "score",
+            "score_draws",
+            "scores_table",
+            "write_scores",
+        ),
+        "statistics": ("bootstrap_intervals", "paired_wilcoxon", "summarise_rows"),
+    },
+)

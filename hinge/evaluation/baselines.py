@@ -18,16 +18,9 @@ from sklearn.preprocessing import StandardScaler
 from hinge.data.spots import SpotTable, spot_groups
 from hinge.evaluation.metrics.accuracy import as_matrix
 from hinge.evaluation.metrics.coexpression import correlation_matrix
+from hinge.evaluation.names import BASELINES, DEFAULT_BASELINES
 from hinge.evaluation.ridge import MAX_FOLDS, RidgeFit, fit_ridge
 from hinge.utils.errors import ConfigError, DataError
-
-DEFAULT_BASELINES = ("mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", "knn", "training-correlation")
-BASELINES = (*DEFAULT_BASELINES[:-1], "mlp", DEFAULT_BASELINES[-1])
-"""Methods of `fit_baselines`, in the order of its result."""
-
-GENERATIVE_BASELINES = ("gaussian-diffusion", "flow-matching")
-"""Methods of `hinge.diffusion.gaussian`, which train the run's denoiser by another objective; `hinge.run.run` calls them,
-as nothing here trains a model."""
 
 NEIGHBOURS = (5, 10, 20, 40, 80)
 """Numbers of neighbours that cross-validation chooses from."""

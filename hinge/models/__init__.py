@@ -1,28 +1,21 @@
-"""Where histology and expression meet: the modulated backbone, value heads and their distributions.
+"""Where histology and expression meet: the modulated backbone, value heads and their distributions."""
 
-Names are imported on first use: `hinge.models.options` needs no torch.
-"""
+from hinge.utils.lazy import lazy_names
 
-from importlib import import_module
-from typing import Any
-
-_HOME = {
-    "HEADS": "hinge.models.heads",
-    "CensoredGaussian": "hinge.models.distributions",
-    "ClampedGaussian": "hinge.models.distributions",
-    "CountGrid": "hinge.models.distributions",
-    "ExpressionDistribution": "hinge.models.distributions",
-    "HingeModel": "hinge.models.hinge",
-    "NegativeBinomial": "hinge.models.distributions",
-    "PointMass": "hinge.models.distributions",
-    "RoundedGaussian": "hinge.models.distributions",
-    "RoundedMixture": "hinge.models.distributions",
-}
-
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'hinge.models' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "distributions": (
+            "CensoredGaussian",
+            "ClampedGaussian",
+            "CountGrid",
+            "ExpressionDistribution",
+            "NegativeBinomial",
+            "PointMass",
+            "RoundedGaussian",
+            "RoundedMixture",
+        ),
+        "heads": ("HEADS",),
+        "hinge": ("HingeModel",),
+    },
+)

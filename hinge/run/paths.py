@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hinge.config import RunConfig, load_config, save_config
-from hinge.utils.errors import ConfigError
+from hinge.utils.errors import ConfigError, DataError
 
 
 class RunPaths:
@@ -75,6 +75,22 @@ class RunPaths:
         return self.folder / "baselines" / method
 
 
+def read_run_config(folder: str | Path) -> RunConfig:
+    """Return the configuration of the run in a folder, finished or not.
+
+    Raises
+    ------
+    DataError
+        The folder holds no run.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise DataError(f"{folder} is not the folder of a run: config.yaml is missing")
+    config = load_config(folder / "config.yaml", trained=(folder / "model" / "config.json").exists())
+    # the folder may have been moved since
+    return config.model_copy(update={"output": folder.resolve()})
+
+
 def claim_folder(config: RunConfig, paths: RunPaths) -> None:
     """Write config.yaml, or check that the one in the folder describes the same run.
 
@@ -89,7 +105,7 @@ def claim_folder(config: RunConfig, paths: RunPaths) -> None:
     # sampling and evaluation may change from call to call; the location of the folder does not matter
     here, there = (
         settings.model_dump(mode="json", exclude={"output", "sampling", "evaluation"})
-        for settings in (config, load_config(paths.config))
+        for settings in (config, load_config(paths.config, trained=paths.has_model))
     )
     key = _difference(here, there)
     if key is not None:

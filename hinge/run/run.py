@@ -13,17 +13,17 @@ import torch
 from anndata import AnnData
 
 from hinge.backbones import CellFMModel
-from hinge.config import RunConfig, load_config
+from hinge.config import RunConfig
 from hinge.data.panel import Panel
 from hinge.data.spots import SpotTable
 from hinge.diffusion import HingePipeline
 from hinge.encoders import Encoder
 from hinge.evaluation.predictions import PredictionFiles
 from hinge.run.evaluation import evaluate_run, log_likelihoods
+from hinge.run.paths import read_run_config
 from hinge.run.preparation import Preparation
 from hinge.run.sampling import load_pipeline, sample_slide
 from hinge.run.training import pretrain_backbone, train_model
-from hinge.utils.errors import DataError
 
 
 class Run:
@@ -62,12 +62,7 @@ class Run:
         DataError
             The folder holds no run.
         """
-        folder = Path(folder)
-        if not (folder / "config.yaml").is_file():
-            raise DataError(f"{folder} is not the folder of a run: config.yaml is missing")
-        config = load_config(folder / "config.yaml")
-        # the folder may have been moved since
-        return cls(config.model_copy(update={"output": folder.resolve()}))
+        return cls(read_run_config(folder))
 
     # --- stages ----------------------------------------------------------------------------------
 

@@ -124,10 +124,9 @@ def _provenance(
         "draws": draws,
         "steps": steps,
         "observed": "" if observed is None else file_digest(observed),
-        **{
-            key: getattr(settings, key)
-            for key in ("spatially_correlated", "order", "remasking", "temperature", "precision")
-        },
+        **{key: getattr(settings, key) for key in ("spatially_correlated", "remasking", "precision")},
+        "order": "random",
+        "temperature": 1.0,
         "model_digest": pipeline.model.digest(),
         "backbone_digest": pipeline.model.config.backbone_digest,
         "encoder": inputs.encoder.name,
@@ -207,9 +206,7 @@ def _draw(
                 observed=None if given.measured is None else given.measured[part],
                 library_size=None if given.library_size is None else given.library_size[part],
                 slide_effect=effect,
-                order=settings.order,
                 remasking=settings.remasking,
-                temperature=settings.temperature,
                 progress=False,
             )
             result, batch_size = with_less_memory(batch_size, lambda size, draw=draw: draw(batch_size=size))

@@ -1,7 +1,13 @@
 """Training of everything that is trained: one loop, one file per objective."""
 
-from hinge.training.cellfm import PretrainConfig, pretrain_expression
-from hinge.training.gaussian import train_denoiser
-from hinge.training.hinge import TrainingConfig, split_spots, train_hinge
+from hinge.utils.lazy import lazy_names
 
-__all__ = ["PretrainConfig", "TrainingConfig", "pretrain_expression", "split_spots", "train_denoiser", "train_hinge"]
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "cellfm": ("pretrain_expression",),
+        "gaussian": ("train_denoiser",),
+        "hinge": ("split_spots", "train_hinge"),
+        "settings": ("PretrainConfig", "TrainingConfig"),
+    },
+)

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from hinge.backbones import CellFMConfig, CellFMModel
-from hinge.training.loop import LoopConfig, Precision, make_accelerator, run_loop, step_generator
+from hinge.training.loop import make_accelerator, run_loop, step_generator
+from hinge.training.settings import PretrainConfig
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path
 from hinge.utils.locks import lock_folder
@@ -21,24 +21,6 @@ GENES_PER_STEP = 2048
 """Genes of the vocabulary that one step sees at most."""
 
 VALIDATION_SHARE = 0.1
-WARMUP_STEPS = 100
-
-
-class PretrainConfig(BaseModel):
-    """Masked-expression pre-training."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    steps: int = Field(3000, ge=1, description="a number of optimiser steps")
-    batch_size: int = Field(64, ge=1, description="the spots of a step, over all processes")
-    learning_rate: float = Field(1e-3, gt=0, description="the largest learning rate, a number above 0")
-    precision: Precision = Field("no", description="no for float32, or bf16 for mixed precision")
-    evaluate_every: int | None = Field(None, ge=1, description="the steps between evaluations; None: once an epoch")
-    checkpoint_every: int | None = Field(None, ge=1, description="the steps between checkpoints; None: once an epoch")
-
-    def loop(self) -> LoopConfig:
-        """Return the settings of the training loop."""
-        return LoopConfig(**self.model_dump(), warmup_steps=WARMUP_STEPS)
 
 
 def pretrain_expression(

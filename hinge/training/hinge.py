@@ -1,12 +1,10 @@
 """Training of a HingeModel by masked diffusion, on the spots of some slides."""
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 from torch import Tensor, nn
 
 from hinge.data.spots import SpotTable, spot_groups
@@ -14,8 +12,9 @@ from hinge.diffusion.loss import draw_timesteps, loss_mask, spot_weights
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.hinge import HingeModel
 from hinge.training.initialisation import initialise_gene_factors, initialise_library_size
-from hinge.training.loop import LoopConfig, LoopResult, make_accelerator, run_loop, step_generator
+from hinge.training.loop import LoopResult, make_accelerator, run_loop, step_generator
 from hinge.training.masked_mean import fit_masked_mean
+from hinge.training.settings import TrainingConfig
 from hinge.utils.errors import DataError
 
 # fixed times, evenly spread, at which every held-out spot is scored: one random time a spot would be too noisy
@@ -25,34 +24,6 @@ VALIDATION_TIMES = 6
 
 # the masked share of genes, at most, in the lightly masked steps that training starts with, as in HINGE's paper
 WARM_START_MASKED_SHARE = 0.2
-
-
-class TrainingConfig(LoopConfig):
-    """Training of the conditioning path and the value head."""
-
-    epochs: int | None = Field(40, ge=1, description="a number of passes over the training rows; null with steps")
-    learning_rate: float = Field(1e-3, gt=0, description="the largest learning rate, a number above 0")
-    warmup_steps: int = Field(50, ge=0, description="the steps over which the learning rate rises")
-    ema_decay: float | None = Field(
-        0.999, gt=0, lt=1, description="the decay of the weights' average; None: no average"
-    )
-    warm_start_share: float = Field(
-        0.125, ge=0, le=1, description="the share of the run, at its start, in which few genes are masked"
-    )
-    loss_on: Literal["masked", "revealed"] = Field(
-        "masked", description="masked (all masked genes) or revealed (those that the step reveals)"
-    )
-    weighting: Literal["spot", "gene"] = Field(
-        "spot", description="spot (all spots weigh the same) or gene (all masked genes of a batch weigh the same)"
-    )
-    validation_share: float = Field(0.1, ge=0, lt=1, description="the share of the training spots held out")
-    validation_groups: Literal["spot", "tile", "slide"] = Field(
-        "tile", description="what is held out as a whole: spot, tile (about 4 × 4 spots) or slide"
-    )
-    initialisation: bool = Field(True, description="whether the gene factors start from their closed-form solution")
-    gradient_checkpointing: bool = Field(
-        False, description="whether layers are computed again in the backward pass, which saves memory"
-    )
 
 
 def split_spots(spots: SpotTable, share: float, groups: str, seed: int) -> tuple[np.ndarray, np.ndarray]:

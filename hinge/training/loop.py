@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,53 +30,11 @@ from hinge.training.checkpoints import (
     save_best,
     save_checkpoint,
 )
-from hinge.training.schedules import ScheduleName, advance, learning_rate_schedule
+from hinge.training.schedules import advance, learning_rate_schedule
+from hinge.training.settings import LoopConfig
 from hinge.utils.errors import ConfigError, HingeError, Interrupted
 
 logger = logging.getLogger(__name__)
-
-
-def _no_float16(value: Any) -> Any:
-    if value == "fp16":
-        raise ValueError("fp16 is not offered, because gradients overflow in it; choose bf16, or no for float32")
-    return value
-
-
-Precision = Annotated[Literal["no", "bf16"], BeforeValidator(_no_float16)]
-
-
-class LoopConfig(BaseModel):
-    """How something is optimised."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    steps: int | None = Field(None, ge=1, description="a number of optimiser steps; None: epochs decides")
-    epochs: int | None = Field(None, ge=1, description="a number of passes over the training rows, in place of steps")
-    batch_size: int = Field(32, ge=1, description="the rows of a step, over all processes")
-    learning_rate: float = Field(1e-4, gt=0, description="the largest learning rate, a number above 0")
-    schedule: ScheduleName = Field(
-        "cosine", description="constant, cosine (down to 0) or step (× 0.2 after 50 % and after 87.5 % of the run)"
-    )
-    warmup_steps: int = Field(0, ge=0, description="the steps over which the learning rate rises")
-    precision: Precision = Field("no", description="no for float32, or bf16 for mixed precision")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="the decay of the weights' average; None: no average")
-    evaluate_every: int | None = Field(None, ge=1, description="the steps between evaluations; None: once an epoch")
-    evaluate_from: float = Field(0.0, ge=0, le=1, description="the share of the run before the first evaluation")
-    patience: int | None = Field(None, ge=1, description="the evaluations without gain before the run ends early")
-    checkpoint_every: int | None = Field(None, ge=1, description="the steps between checkpoints; None: once an epoch")
-    tracker: Literal["none", "wandb", "tensorboard"] = Field("none", description="none, wandb or tensorboard")
-
-    def num_steps(self, num_rows: int) -> int:
-        """Return the optimiser steps of the whole run over `num_rows` training rows."""
-        if self.steps is not None:
-            return self.steps
-        if self.epochs is None:
-            raise ConfigError("give either steps or epochs")
-        return self.epochs * self.steps_per_epoch(num_rows)
-
-    def steps_per_epoch(self, num_rows: int) -> int:
-        """Return the optimiser steps of one pass over `num_rows` training rows."""
-        return math.ceil(num_rows / self.batch_size)
 
 
 @dataclass

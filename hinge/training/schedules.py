@@ -2,12 +2,11 @@
 
 import math
 import warnings
-from typing import Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
-ScheduleName = Literal["constant", "cosine", "step"]
+from hinge.training.settings import ScheduleName
 
 STEP_SHARES = (0.5, 0.875)
 """Shares of a run after which the schedule `step` multiplies the learning rate with `STEP_FACTOR`, as HINGE's paper."""

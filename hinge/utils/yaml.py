@@ -1,6 +1,6 @@
 """YAML files of settings, and `key=value` overrides of them.
 
-Ten lines apply the overrides; omegaconf would be a dependency more and resolves `${...}` in files, which are not trusted.
+Ten lines apply the overrides. omegaconf would be one more dependency, and it resolves `${...}` in untrusted files.
 """
 
 import os

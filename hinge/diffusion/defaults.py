@@ -1,0 +1,6 @@
+"""Defaults of sampling, in one place: the configuration, the command line and the pipeline take them from here."""
+
+DEFAULT_DRAWS = 20
+DEFAULT_STEPS = 8
+DEFAULT_BATCH_SIZE = 256
+"""Spot-draws in one forward pass."""

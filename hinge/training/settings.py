@@ -1,0 +1,98 @@
+"""The settings of training; importing this module does not import torch."""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from hinge.utils.errors import ConfigError
+
+ScheduleName = Literal["constant", "cosine", "step"]
+
+
+def _no_float16(value: Any) -> Any:
+    if value == "fp16":
+        raise ValueError("fp16 is not offered, because gradients overflow in it; choose bf16, or no for float32")
+    return value
+
+
+Precision = Annotated[Literal["no", "bf16"], BeforeValidator(_no_float16)]
+
+
+class LoopConfig(BaseModel):
+    """How something is optimised."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int | None = Field(None, ge=1, description="a number of optimiser steps; None: epochs decides")
+    epochs: int | None = Field(None, ge=1, description="a number of passes over the training rows, in place of steps")
+    batch_size: int = Field(32, ge=1, description="the rows of a step, over all processes")
+    learning_rate: float = Field(1e-4, gt=0, description="the largest learning rate, a number above 0")
+    schedule: ScheduleName = Field(
+        "cosine", description="constant, cosine (down to 0) or step (× 0.2 after 50 % and after 87.5 % of the run)"
+    )
+    warmup_steps: int = Field(0, ge=0, description="the steps over which the learning rate rises")
+    precision: Precision = Field("no", description="no for float32, or bf16 for mixed precision")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="the decay of the weights' average; None: no average")
+    evaluate_every: int | None = Field(None, ge=1, description="the steps between evaluations; None: once an epoch")
+    evaluate_from: float = Field(0.0, ge=0, le=1, description="the share of the run before the first evaluation")
+    patience: int | None = Field(None, ge=1, description="the evaluations without gain before the run ends early")
+    checkpoint_every: int | None = Field(None, ge=1, description="the steps between checkpoints; None: once an epoch")
+    tracker: Literal["none", "wandb", "tensorboard"] = Field("none", description="none, wandb or tensorboard")
+
+    def num_steps(self, num_rows: int) -> int:
+        """Return the optimiser steps of the whole run over `num_rows` training rows."""
+        if self.steps is not None:
+            return self.steps
+        if self.epochs is None:
+            raise ConfigError("give either steps or epochs")
+        return self.epochs * self.steps_per_epoch(num_rows)
+
+    def steps_per_epoch(self, num_rows: int) -> int:
+        """Return the optimiser steps of one pass over `num_rows` training rows."""
+        return math.ceil(num_rows / self.batch_size)
+
+
+class TrainingConfig(LoopConfig):
+    """Training of the conditioning path and the value head."""
+
+    epochs: int | None = Field(40, ge=1, description="a number of passes over the training rows; null with steps")
+    learning_rate: float = Field(1e-3, gt=0, description="the largest learning rate, a number above 0")
+    warmup_steps: int = Field(50, ge=0, description="the steps over which the learning rate rises")
+    ema_decay: float | None = Field(
+        0.999, gt=0, lt=1, description="the decay of the weights' average; None: no average"
+    )
+    warm_start_share: float = Field(
+        0.125, ge=0, le=1, description="the share of the run, at its start, in which few genes are masked"
+    )
+    loss_on: Literal["masked", "revealed"] = Field(
+        "masked", description="masked (all masked genes) or revealed (those that the step reveals)"
+    )
+    weighting: Literal["spot", "gene"] = Field(
+        "spot", description="spot (all spots weigh the same) or gene (all masked genes of a batch weigh the same)"
+    )
+    validation_share: float = Field(0.1, ge=0, lt=1, description="the share of the training spots held out")
+    validation_groups: Literal["spot", "tile", "slide"] = Field(
+        "tile", description="what is held out as a whole: spot, tile (about 4 × 4 spots) or slide"
+    )
+    initialisation: bool = Field(True, description="whether the gene factors start from their closed-form solution")
+    gradient_checkpointing: bool = Field(
+        False, description="whether layers are computed again in the backward pass, which saves memory"
+    )
+
+
+class PretrainConfig(BaseModel):
+    """Masked-expression pre-training."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = Field(3000, ge=1, description="a number of optimiser steps")
+    batch_size: int = Field(64, ge=1, description="the spots of a step, over all processes")
+    learning_rate: float = Field(1e-3, gt=0, description="the largest learning rate, a number above 0")
+    precision: Precision = Field("no", description="no for float32, or bf16 for mixed precision")
+    evaluate_every: int | None = Field(None, ge=1, description="the steps between evaluations; None: once an epoch")
+    checkpoint_every: int | None = Field(None, ge=1, description="the steps between checkpoints; None: once an epoch")
+
+    def loop(self) -> LoopConfig:
+        """Return the settings of the training loop."""
+        return LoopConfig(**self.model_dump(), warmup_steps=100)

@@ -1,0 +1,55 @@
+"""Commands that end early import nothing heavy."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "diffusers", "transformers", "scanpy", "sklearn")
+SCRIPT = """
+import sys
+try:
+    {code}
+except SystemExit as stop:
+    print("exit", stop.code)
+print("imported", *[name for name in {heavy} if name in sys.modules])
+"""
+
+
+def imported(code: str) -> tuple[list[str], str]:
+    script = SCRIPT.format(code=code, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()[1:], done.stdout + done.stderr
+
+
+def command(*arguments: str) -> str:
+    return f"sys.argv = ['hinge', *{arguments!r}]; import hinge.cli; hinge.cli.main()"
+
+
+def test_reading_settings_imports_nothing_heavy():
+    settings = {"output": "o", "data": {"path": "d", "train": ["a"]}}
+    assert imported(f"from hinge.config import check_config; check_config({settings!r}, 'test')")[0] == []
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--help"], "Usage"),
+        (["config"], "training:"),
+        (["train", "--config", "nowhere.yaml"], "there is no configuration file nowhere.yaml"),
+        (["sample", "nowhere"], "nowhere is not the folder of a run"),
+        (["evaluate", "nowhere"], "nowhere is not the folder of a run"),
+        (["features", "nowhere", "--output", "o"], "there is no file or folder nowhere"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value[0],
+)
+def test_help_and_mistakes_import_nothing_heavy(arguments, says):
+    found, text = imported(command(*arguments))
+    assert found == [] and says in text, text
+
+
+def test_a_wrong_key_imports_nothing_heavy(tmp_path):
+    (tmp_path / "run.yaml").write_text("output: o\ndata: {path: d, train: [a]}\nmodel: {hed: point}\n")
+    found, text = imported(command("run", "--config", str(tmp_path / "run.yaml")))
+    assert found == [] and "model.hed" in text and "there is no such key" in text, text
