@@ -293,7 +293,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, trained: b
         `key=value` with dots for sections, e.g. `training.epochs=10`; values are YAML. Relative paths in them
         are relative to the working directory.
     trained
-        Whether the run is trained: settings of version 0.1 that only training used are then ignored.
+        Whether the run is trained: settings that were removed since are then ignored, whatever they were.
 
     Raises
     ------
@@ -378,10 +378,10 @@ def _updated(content: dict[str, Any], name: str, trained: bool) -> dict[str, Any
         if section is None or old not in section or old in _section_class(key).model_fields:
             continue
         used = section[old] != neutral and not _without_effect(key, section)
-        if used and not (trained and not key.startswith("sampling")):
+        if used and not trained:
             raise ConfigError(f"{name}: {key} was removed and {section[old]!r} had an effect; leave it out")
+        notes.append(f"{key} is ignored" + (f", it was {section[old]!r}" if used else ""))
         del section[old]
-        notes.append(f"{key} is ignored")
     if notes:
         warnings.warn(f"{name} has settings of version 0.1: {', '.join(notes)}", DeprecationWarning, stacklevel=4)
     return content

@@ -13,9 +13,10 @@ from hinge.data.readers import read_slide
 from hinge.data.spots import SpotTable, load_spots
 from hinge.diffusion.gaussian import Denoiser, NoiseSchedule, draw_gaussian
 from hinge.diffusion.likelihood import chain_log_likelihood
-from hinge.evaluation.baselines import BASELINES, GENERATIVE_BASELINES, Prediction
+from hinge.evaluation.baselines import Prediction
 from hinge.evaluation.metrics.gene_sets import read_gene_sets
 from hinge.evaluation.metrics.likelihood import marginal_log_likelihood, oracle_log_likelihood
+from hinge.evaluation.names import BASELINES, GENERATIVE_BASELINES
 from hinge.evaluation.oracle import oracle_prediction
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
 from hinge.evaluation.scores import Evaluation, evaluate_slide, prediction_from_draws, write_scores

@@ -11,7 +11,7 @@ from hinge.config import check_config
 from hinge.data import simulate_slides
 from hinge.data.spots import SpotTable
 from hinge.diffusion.gaussian import NUM_TIMES, PATHS, Denoiser, NoiseSchedule, draw_gaussian
-from hinge.evaluation.baselines import GENERATIVE_BASELINES
+from hinge.evaluation.names import GENERATIVE_BASELINES
 from hinge.models import HingeModel
 from hinge.run.run import Run
 from hinge.training import TrainingConfig, train_denoiser

@@ -1,0 +1,90 @@
+"""Runs made by version 0.1: they open, sample and evaluate.
+
+The draws were recorded with that version. It drew those of `run-log2` in random order, because the order that its
+configuration names was removed.
+"""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hinge.config import check_config
+from hinge.data.draws import read_draws
+from hinge.run.run import Run
+from hinge.utils.errors import ConfigError
+
+DATA = Path(__file__).parent / "data" / "version_0_1"
+
+
+@pytest.fixture(params=["run", "run-log2"])
+def old(request, tmp_path) -> Path:
+    """The folder of a run in a place of its own, with the slides beside it."""
+    shutil.copytree(DATA / "slides", tmp_path / "slides")
+    folder = Path(shutil.copytree(DATA / request.param, tmp_path / request.param))
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("{folder}", str(tmp_path)))
+    return folder
+
+
+def test_an_old_run_opens_samples_and_evaluates(old):
+    with pytest.warns(DeprecationWarning) as caught:
+        run = Run.open(old)
+    said = str(caught[0].message)
+    for part in (
+        "model.gene_path is now model.gene_factors",
+        "model.depth is now model.library_size",
+        "training.closed_form_start is now training.initialisation",
+        "sampling.coherent is now sampling.spatially_correlated",
+        "sampling.corrections is now sampling.remasking",
+        "features.neighbours is now features.neighbourhood",
+        "sampling.order",
+    ):
+        assert part in said
+    recorded = np.load(old / "draws.npz")
+    drawn = read_draws(run.sample("sim2"))
+    draws = np.stack([drawn.layers[f"draw_{number:03d}"] for number in range(3)])
+    np.testing.assert_allclose(draws, recorded["draws"], atol=1e-4)
+    np.testing.assert_allclose(drawn.layers["expected"], recorded["expected"], atol=1e-4)
+
+    before = {row["method"]: row for row in json.loads((old / "scores.json").read_text())["rows"]}
+    after = {row["method"]: row for row in json.loads(run.evaluate().read_text())["rows"]}
+    for method in ("mean", "oracle", "noise-ceiling"):
+        for key in ("pcc_mean", "mse"):
+            if key in before[method]:
+                assert after[method][key] == pytest.approx(before[method][key], rel=1e-4), (method, key)
+    if old.name == "run":
+        assert after["hinge"]["mse"] == pytest.approx(before["hinge"]["mse"], rel=1e-4)
+
+
+def content(**sections) -> dict:
+    return {"output": "o", "data": {"path": "d", "train": ["a"]}, **sections}
+
+
+def test_settings_of_today_give_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_config(content(model={"gene_factors": False}), "run.yaml")
+
+
+def test_an_old_name_and_a_new_one_exclude_each_other():
+    with pytest.raises(ConfigError, match=r"model\.gene_path is now gene_factors"):
+        check_config(content(model={"gene_path": True, "gene_factors": True}), "run.yaml")
+
+
+@pytest.mark.parametrize(
+    "section, key, ignored, refused",
+    [
+        ("sampling", "order", "random", "confidence"),
+        ("training", "weight_decay", 0.0, 0.1),
+        ("model", "drop_masked", True, False),
+    ],
+)
+def test_removed_settings(section, key, ignored, refused):
+    with pytest.warns(DeprecationWarning, match=rf"{section}\.{key} is ignored"):
+        check_config(content(**{section: {key: ignored}}), "run.yaml")
+    with pytest.raises(ConfigError, match=rf"{section}\.{key} was removed"):
+        check_config(content(**{section: {key: refused}}), "run.yaml")
