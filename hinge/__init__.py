@@ -1,45 +1,59 @@
-"""hinge: spatial gene expression from histology, in draws.
+"""hinge: draws of spatial gene expression from histology.
 
-The public API. Everything is imported on first use, so that `import hinge` stays cheap.
+The public names are imported on first use, so that `import hinge` stays cheap.
 """
 
+import warnings
 from importlib import import_module
 from typing import Any
 
 from hinge.utils.packages import VERSION as __version__
 
 _HOME = {
-    "read_slide": "hinge.data",
-    "list_samples": "hinge.data",
-    "validate_slide": "hinge.data",
-    "Panel": "hinge.data",
-    "select_panel": "hinge.data",
-    "get_transform": "hinge.data",
-    "read_features": "hinge.data",
-    "simulate_tissue": "hinge.data",
-    "load_encoder": "hinge.encoders",
-    "extract_features": "hinge.encoders",
-    "CellFMConfig": "hinge.backbones",
-    "CellFMModel": "hinge.backbones",
-    "pretrain_expression": "hinge.training",
-    "HingeModel": "hinge.models",
-    "HingePipeline": "hinge.diffusion",
-    "MaskedDiffusionScheduler": "hinge.diffusion",
-    "train_hinge": "hinge.training",
-    "evaluate_slide": "hinge.evaluation",
-    "write_report": "hinge.report",
-    "Run": "hinge.run.run",
-    "load_config": "hinge.config",
     "HingeError": "hinge.utils.errors",
+    "HingeModel": "hinge.models.hinge",
+    "HingePipeline": "hinge.diffusion.pipeline",
+    "MaskedDiffusionScheduler": "hinge.diffusion.scheduler",
+    "Run": "hinge.run.run",
+    "check_slide": "hinge.data.slide",
+    "evaluate": "hinge.run.run",
+    "extract_features": "hinge.encoders.extract",
+    "list_samples": "hinge.data.readers",
+    "load_backbone": "hinge.backbones.loading",
+    "load_encoder": "hinge.encoders.registry",
+    "read_slide": "hinge.data.readers",
+    "select_panel": "hinge.data.panel",
+    "simulate_slides": "hinge.data.simulate",
+    "train": "hinge.run.run",
+}
+# names of version 0.1, for one version more → where they are now
+_DEPRECATED = {
+    "CellFMConfig": "hinge.backbones.CellFMConfig",
+    "CellFMModel": "hinge.backbones.CellFMModel",
+    "Panel": "hinge.data.Panel",
+    "evaluate_slide": "hinge.evaluation.evaluate_slide",
+    "get_transform": "hinge.data.get_transform",
+    "load_config": "hinge.config.load_config",
+    "pretrain_expression": "hinge.training.pretrain_expression",
+    "read_features": "hinge.data.read_features",
+    "simulate_tissue": "hinge.simulate_slides",
+    "train_hinge": "hinge.training.train_hinge",
+    "validate_slide": "hinge.check_slide",
+    "write_report": "hinge.report.write_report",
 }
 
 __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'hinge' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in _DEPRECATED:
+        now = _DEPRECATED[name]
+        warnings.warn(f"hinge.{name} is deprecated; use {now}", DeprecationWarning, stacklevel=2)
+        module, _, new = now.rpartition(".")
+        return getattr(import_module(module), new)
+    raise AttributeError(f"module 'hinge' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

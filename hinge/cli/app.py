@@ -99,6 +99,7 @@ def main() -> None:
         os.environ.setdefault(name, value)
     # hinge says so itself, in a sentence that names the first of them
     warnings.filterwarnings("ignore", "(Observation|Variable) names are not unique")
+    warnings.filterwarnings("default", ".* has settings of version 0.1", DeprecationWarning)
     warnings.filterwarnings("ignore", "User provided device_type of 'cuda'")  # older diffusers, on import
     try:
         app()

@@ -13,7 +13,7 @@ import torch
 from anndata import AnnData
 
 from hinge.backbones import CellFMModel
-from hinge.config import RunConfig
+from hinge.config import RunConfig, load_config
 from hinge.data.panel import Panel
 from hinge.data.spots import SpotTable
 from hinge.diffusion import HingePipeline
@@ -201,3 +201,32 @@ class Run:
     def pipeline(self) -> HingePipeline:
         """Return the trained model and its scheduler, ready to sample."""
         return load_pipeline(self._inputs)
+
+
+def train(config: RunConfig | str | Path) -> Run:
+    """Train a run and return it.
+
+    Parameters
+    ----------
+    config
+        Settings, or the YAML file that holds them.
+
+    Raises
+    ------
+    ConfigError
+        A setting is wrong, or the output folder holds a run with other settings.
+    """
+    run = Run(config if isinstance(config, RunConfig) else load_config(config))
+    run.train()
+    return run
+
+
+def evaluate(run: Run | str | Path) -> Path:
+    """Score the draws of a run's test slides and return the file of scores.
+
+    Parameters
+    ----------
+    run
+        A run, or its folder.
+    """
+    return (run if isinstance(run, Run) else Run.open(run)).evaluate()
