@@ -149,7 +149,7 @@ def test_the_folder_holds_what_is_needed_to_understand_the_run(finished):
 
 def test_the_records_say_what_was_done(finished, slides):
     environment = json.loads((finished.folder / "environment.json").read_text())
-    assert environment["packages"]["torch"] and environment["packages"]["hinge"]
+    assert environment["packages"]["torch"] and environment["packages"]["hinge-histology"]
     split = json.loads((finished.folder / "split.json").read_text())
     assert (split["train"], split["test"]) == (["sim0", "sim1"], ["sim2"])
     held = [spot.split("/") for spot in split["validation_spots"]]
