@@ -2,7 +2,6 @@
 
 import gc
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from hinge.backbones.mindspore import read_mindspore
 from hinge.backbones.published_cellfm import export_cellfm, published_names, read_published
 from hinge.backbones.state_files import open_state
 from hinge.backbones.vocabulary import GeneVocabulary
-from hinge.cli.app import main
 from hinge.config import load_config
 from hinge.data import read_slide, select_panel, simulate_slides
 from hinge.data.draws import read_draws
@@ -574,32 +572,21 @@ def test_a_run_needs_the_genes_of_its_weights(tissue, published, tmp_path):
 # -- the command line ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hinge(monkeypatch, capsys):
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hinge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code or 0, *capsys.readouterr()
-
-    return call
-
-
-def test_convert_commands(hinge, published, parity, tmp_path):
+def test_convert_commands(call_cli, published, parity, tmp_path):
     checkpoint, vocabulary = published
     out = tmp_path / "cellfm"
     options = ("--dtype", "bf16", "--heads", 4, "--vocabulary", vocabulary)
-    code, printed, _ = hinge("convert", "cellfm", checkpoint, out, *options)
+    code, printed, _ = call_cli("convert", "cellfm", checkpoint, out, *options)
     assert (code, printed) == (0, f"backbone: {out}\n")
     assert CellFMModel.from_pretrained(out).dtype == torch.bfloat16
     recording = parity / "hinge_reference_random.safetensors"
-    assert hinge("convert", "hinge", recording, tmp_path / "hinge", "--heads", 4, "--gate", "sigmoid")[0] == 0
-    assert hinge("convert", "to-authors", tmp_path / "hinge", tmp_path / "back.pth")[0] == 0
+    assert call_cli("convert", "hinge", recording, tmp_path / "hinge", "--heads", 4, "--gate", "sigmoid")[0] == 0
+    assert call_cli("convert", "to-authors", tmp_path / "hinge", tmp_path / "back.pth")[0] == 0
     state = {key[6:]: tensor for key, tensor in load_file(recording).items() if key.startswith("state.")}
     assert same(torch.load(tmp_path / "back.pth", weights_only=True)["model"], state)
 
 
-def test_convert_commands_refuse_in_one_sentence(hinge, published, tmp_path):
+def test_convert_commands_refuse_in_one_sentence(call_cli, published, tmp_path):
     checkpoint = published[0]
     content = checkpoint.read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(content[: len(content) // 2])
@@ -618,7 +605,7 @@ def test_convert_commands_refuse_in_one_sentence(hinge, published, tmp_path):
         (("to-authors", tmp_path, out), "neither the folder of a run"),
         (("to-authors", tmp_path, tmp_path), "is a folder"),
     ):
-        code, printed, said = hinge("convert", *arguments)
+        code, printed, said = call_cli("convert", *arguments)
         assert (code, printed) == (2, ""), arguments
         assert said.startswith("hinge: ") and said.count("\n") == 1, said
         assert says in said, said

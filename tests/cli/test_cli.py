@@ -1,24 +1,21 @@
 """The command line: what each command does, and that a mistake is one sentence and leaves nothing behind."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import anndata as ad
 import h5py
 import numpy as np
 import pytest
-import transformers
 import yaml
 from helpers import ROOT
 from safetensors.torch import load_file
 
 from hinge.backbones import CellFMModel
-from hinge.cli.app import app, main
+from hinge.cli.app import app
 from hinge.data import Panel, read_features, simulate_slides
 from hinge.data.draws import read_draws
 
@@ -26,37 +23,12 @@ COMMANDS = [command.name or command.callback.__name__ for command in app.registe
 
 
 @pytest.fixture
-def hinge(monkeypatch, capsys):
-    """Call the command line in this process: hinge(*arguments) → exit code, stdout, stderr."""
-
-    # main switches these bars off through the environment, which transformers reads when it is imported
-    transformers.utils.logging.disable_progress_bar()
-
-    def call(*arguments) -> tuple[int, str, str]:
-        capsys.readouterr()
-        # as in a process of its own: log lines and warnings go to stderr
-        monkeypatch.setattr(logging.root, "handlers", [])
-        monkeypatch.setattr(sys, "argv", ["hinge", *map(str, arguments)])
-        with warnings.catch_warnings(record=True) as caught, pytest.raises(SystemExit) as stopped:
-            warnings.simplefilter("default")
-            for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
-                warnings.simplefilter("ignore", hidden)
-            main()
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err + "".join(f"{warning.message}\n" for warning in caught)
-
-    yield call
-    transformers.utils.logging.enable_progress_bar()
-    logging.getLogger("hinge").setLevel(logging.NOTSET)
-
-
-@pytest.fixture
-def fails(hinge, tmp_path):
+def fails(call_cli, tmp_path):
     """Call with a mistake: one sentence, exit code 2, and no file that was not there before."""
 
     def call(*arguments, says: str) -> None:
         before = left(tmp_path)
-        code, out, err = hinge(*arguments)
+        code, out, err = call_cli(*arguments)
         assert (code, out) == (2, ""), out + err
         assert err.startswith("hinge: ") and err.count("\n") == 1, err
         assert says in err, err
@@ -151,9 +123,9 @@ def test_commands():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself_with_an_example(hinge, command, monkeypatch):
+def test_every_command_explains_itself_with_an_example(call_cli, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    code, out, err = hinge(command, "--help")
+    code, out, err = call_cli(command, "--help")
     assert (code, err) == (0, "")
     assert f"Example: hinge {command} " in out
 
@@ -186,8 +158,8 @@ def test_help_needs_no_heavy_import():
         ["report"],
     ],
 )
-def test_usage_errors(hinge, arguments):
-    code, out, err = hinge(*arguments)
+def test_usage_errors(call_cli, arguments):
+    code, out, err = call_cli(*arguments)
     assert (code, out) == (2, "")
     assert "Error" in err and "Traceback" not in err
 
@@ -195,7 +167,7 @@ def test_usage_errors(hinge, arguments):
 # --- what the commands do ----------------------------------------------------------------------------
 
 
-def test_features(hinge, tiny_slide, tmp_path):
+def test_features(call_cli, tiny_slide, tmp_path):
     arguments = [
         "features",
         tiny_slide.parent,
@@ -206,7 +178,7 @@ def test_features(hinge, tiny_slide, tmp_path):
         "--output",
         tmp_path / "features",
     ]
-    code, out, _ = hinge(*arguments)
+    code, out, _ = call_cli(*arguments)
     path = tmp_path / "features" / "tiny.stain-texture.h5"
     assert (code, out) == (0, f"features: {path}\n")
     stored = read_features(path)
@@ -214,36 +186,36 @@ def test_features(hinge, tiny_slide, tmp_path):
     assert stored.patch_um == 112
     # finished: left as it is
     before = left(tmp_path)
-    assert hinge(*arguments)[0] == 0
+    assert call_cli(*arguments)[0] == 0
     assert left(tmp_path) == before
-    assert hinge(*arguments, "--overwrite", "--patch-um", "56")[0] == 0
+    assert call_cli(*arguments, "--overwrite", "--patch-um", "56")[0] == 0
     assert read_features(path).patch_um == 56
 
 
-def test_features_of_one_file_with_its_image_elsewhere(hinge, tiny_slide, tmp_path):
+def test_features_of_one_file_with_its_image_elsewhere(call_cli, tiny_slide, tmp_path):
     image = tiny_slide.with_suffix(".png").rename(tmp_path / "scan.png")
-    code, _, err = hinge("features", tiny_slide, "--image", image, "--um-per-px", "2.5", "-o", tmp_path)
+    code, _, err = call_cli("features", tiny_slide, "--image", image, "--um-per-px", "2.5", "-o", tmp_path)
     assert code == 0, err
     assert (tmp_path / "tiny.stain-texture.h5").exists()
 
 
-def test_panel(hinge, slides, tmp_path):
+def test_panel(call_cli, slides, tmp_path):
     output = tmp_path / "panel.json"
     chosen = ["--sample", "sim0", "--sample", "sim1", "--genes", "7"]
-    code, out, _ = hinge("panel", slides, *chosen, "--output", output)
+    code, out, _ = call_cli("panel", slides, *chosen, "--output", output)
     assert (code, out) == (0, f"panel: {output} (7 genes)\n")
     panel = Panel.load(output)
     assert (len(panel.genes), panel.method, panel.slides) == (7, "hmhvg", ["sim0", "sim1"])
 
 
-def test_panel_from_a_list(hinge, slides, tmp_path):
+def test_panel_from_a_list(call_cli, slides, tmp_path):
     (tmp_path / "genes.txt").write_text("SIM007\n\n  SIM003 \n")
     arguments = ["panel", slides, "--list", tmp_path / "genes.txt", "--output", tmp_path / "panel.json"]
-    assert hinge(*arguments)[0] == 0
+    assert call_cli(*arguments)[0] == 0
     assert Panel.load(tmp_path / "panel.json").genes == ["SIM007", "SIM003"]
 
 
-def test_pretrain_expression(hinge, slides, tmp_path):
+def test_pretrain_expression(call_cli, slides, tmp_path):
     (tmp_path / "genes.txt").write_text("SIM007\nSIM003\nSIM011\n")
     size = [
         "--hidden-size",
@@ -257,13 +229,15 @@ def test_pretrain_expression(hinge, slides, tmp_path):
     ]
     arguments = ["--sample", "sim10", "--sample", "sim11", "--steps", "3", "--batch-size", "8", *size]
     output = tmp_path / "backbone"
-    code, out, err = hinge("pretrain-expression", slides, "--panel", tmp_path / "genes.txt", *arguments, "-o", output)
+    code, out, err = call_cli(
+        "pretrain-expression", slides, "--panel", tmp_path / "genes.txt", *arguments, "-o", output
+    )
     assert (code, out) == (0, f"backbone: {output}\n"), err
     backbone = CellFMModel.from_pretrained(output)
     assert backbone.config.gene_names == ["SIM007", "SIM003", "SIM011"]
     assert backbone.config.hidden_size == 8
     # without a panel: all genes that the files share
-    code, _, err = hinge("pretrain-expression", slides / "sim10.h5ad", *arguments[4:], "-o", tmp_path / "all")
+    code, _, err = call_cli("pretrain-expression", slides / "sim10.h5ad", *arguments[4:], "-o", tmp_path / "all")
     assert code == 0, err
     assert len(CellFMModel.from_pretrained(tmp_path / "all").config.gene_names) == 40
 
@@ -275,8 +249,8 @@ def test_the_training_script_from_inside_its_folder(trained, config):
     assert (done.returncode, done.stdout) == (0, f"model: {trained / 'model'}\n"), done.stderr
 
 
-def test_training_on_two_processes_does_what_one_process_does(trained, config, hinge, tmp_path):
-    code, out, _ = hinge("train", "--config", config, f"output={tmp_path / 'one'}")
+def test_training_on_two_processes_does_what_one_process_does(trained, config, call_cli, tmp_path):
+    code, out, _ = call_cli("train", "--config", config, f"output={tmp_path / 'one'}")
     assert (code, out) == (0, f"model: {tmp_path / 'one' / 'model'}\n")
     for name in ("backbone/model.safetensors", "model/diffusion_pytorch_model.safetensors"):
         two, one = load_file(trained / name), load_file(tmp_path / "one" / name)
@@ -285,14 +259,14 @@ def test_training_on_two_processes_does_what_one_process_does(trained, config, h
             np.testing.assert_allclose(two[key], values, atol=2e-5, err_msg=key)
 
 
-def test_sample_evaluate_and_report(trained, hinge, slides, tmp_path):
-    code, out, _ = hinge("sample", trained, "--draws", "4", "--steps", "3", "--seed", "7")
+def test_sample_evaluate_and_report(trained, call_cli, slides, tmp_path):
+    code, out, _ = call_cli("sample", trained, "--draws", "4", "--steps", "3", "--seed", "7")
     path = trained / "samples" / "sim2.h5ad"
     assert (code, out) == (0, f"draws: {path}\n")
     about = read_draws(path).uns["hinge"]
     assert (about["draws"], about["steps"], about["seed"]) == (4, 3, 7)
 
-    code, out, _ = hinge("evaluate", trained)
+    code, out, _ = call_cli("evaluate", trained)
     assert code == 0
     assert f"scores: {trained / 'scores.json'}" in out
     methods = [row["method"] for row in json.loads((trained / "scores.json").read_text())["rows"]]
@@ -300,28 +274,28 @@ def test_sample_evaluate_and_report(trained, hinge, slides, tmp_path):
     assert all(f" {method} " in out for method in methods)
     assert max(map(len, out.splitlines())) > 120  # a pipe gets the table in its full width
 
-    code, out, _ = hinge("report", trained)
+    code, out, _ = call_cli("report", trained)
     assert (code, out) == (0, f"report: {trained / 'report.html'}\n")
     assert "ridge-cv" in (trained / "report.html").read_text()
 
 
-def test_sample_takes_slides_of_the_data_set_and_files_from_elsewhere(trained, hinge, slides, tmp_path):
+def test_sample_takes_slides_of_the_data_set_and_files_from_elsewhere(trained, call_cli, slides, tmp_path):
     foreign = tmp_path / "foreign.h5ad"
     foreign.write_bytes((slides / "sim1.h5ad").read_bytes())
     (tmp_path / "foreign.jpg").write_bytes((slides / "sim1.jpg").read_bytes())
     slide = ad.read_h5ad(foreign)
     del slide.uns["hinge"]["image_path"]
     slide.write_h5ad(foreign)
-    code, out, err = hinge("sample", trained, "--slide", "sim1", "--slide", foreign, "--draws", "2")
+    code, out, err = call_cli("sample", trained, "--slide", "sim1", "--slide", foreign, "--draws", "2")
     samples = trained / "samples"
     assert (code, out) == (0, f"draws: {samples / 'sim1.h5ad'}\ndraws: {samples / 'foreign.h5ad'}\n"), err
     assert read_draws(samples / "foreign.h5ad").uns["hinge"]["image_path"] == str(tmp_path / "foreign.jpg")
 
 
-def test_run_does_all_stages_and_skips_finished_ones(trained, config, hinge):
+def test_run_does_all_stages_and_skips_finished_ones(trained, config, call_cli):
     model = trained / "model" / "diffusion_pytorch_model.safetensors"
     before = model.stat().st_mtime_ns
-    code, out, _ = hinge("run", "--config", config, "sampling.draws=2")
+    code, out, _ = call_cli("run", "--config", config, "sampling.draws=2")
     assert code == 0
     assert out.endswith(f"scores: {trained / 'scores.json'}\nreport: {trained / 'report.html'}\n")
     assert read_draws(trained / "samples" / "sim2.h5ad").uns["hinge"]["draws"] == 2
@@ -409,7 +383,7 @@ def test_damaged_files(fails, trained, tiny_slide, tmp_path):
     fails("panel", tiny_slide, "--output", tmp_path / "out.json", says="not a readable h5ad file")
 
 
-def test_an_image_that_breaks_off_while_patches_are_read(fails, hinge, tiny_slide, tmp_path, monkeypatch):
+def test_an_image_that_breaks_off_while_patches_are_read(fails, call_cli, tiny_slide, tmp_path, monkeypatch):
     import hinge.data.patches as patches
     from hinge.utils.errors import DataError
 
@@ -426,8 +400,8 @@ def test_an_image_that_breaks_off_while_patches_are_read(fails, hinge, tiny_slid
     assert len(calls) > 20
 
 
-def test_features_of_another_encoder(fails, hinge, trained, tiny_slide, slides, tmp_path):
-    assert hinge("features", tiny_slide, "--output", tmp_path)[0] == 0
+def test_features_of_another_encoder(fails, call_cli, trained, tiny_slide, slides, tmp_path):
+    assert call_cli("features", tiny_slide, "--output", tmp_path)[0] == 0
     with h5py.File(tmp_path / "tiny.stain-texture.h5", "a") as file:
         file.attrs["digest"] = "0" * 64
     fails("features", tiny_slide, "--output", tmp_path, says="was made by another encoder")

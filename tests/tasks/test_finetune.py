@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from typer.testing import CliRunner
+from helpers.commands import call_hinge
 
-from hinge.cli.app import app
 from hinge.data import Panel, load_spots, read_slide, simulate_slides
 from hinge.encoders import RECIPES, load_encoder, registry
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
@@ -159,8 +158,8 @@ def test_a_wrong_setting_is_named():
 def test_her2st(her2st, tmp_path):
     arguments = [her2st, *[f"--sample={name}" for name in ("C3", "C4", "C5")], "--encoder=stain-texture"]
     settings = ["--tune=linear", "--hold-out=C5", "--genes=50", "--patch-um=224", f"--output={tmp_path}"]
-    result = CliRunner().invoke(app, ["finetune-encoder", *map(str, arguments), *settings])
-    assert result.exit_code == 0, result.output
+    result = call_hinge("finetune-encoder", *map(str, arguments), *settings)
+    assert result.code == 0, result.err
     found = rows(tmp_path / "scores.json")
     assert found["linear"]["pcc_median"] > 0.25
     assert found["linear"]["mse"] < 0.97 * found["mean of training spots"]["mse"]

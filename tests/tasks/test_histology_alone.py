@@ -6,11 +6,10 @@ import shutil
 import anndata
 import numpy as np
 import pytest
-import typer.testing
 import yaml
+from helpers.commands import call_hinge
 from PIL import Image
 
-from hinge.cli.app import app
 from hinge.data import simulate_slides
 from hinge.data.layers import named_layers
 from hinge.run.run import Run
@@ -39,8 +38,8 @@ def trained(tmp_path_factory):
         "sampling": {"draws": 2, "steps": 3},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(content))
-    result = typer.testing.CliRunner().invoke(app, ["train", "--config", str(folder / "run.yaml")])
-    assert result.exit_code == 0, result.output
+    result = call_hinge("train", "--config", str(folder / "run.yaml"))
+    assert result.code == 0, result.err
     tissue = Image.open(folder / "slides" / "sim1.jpg")
     glass = Image.new("RGB", (tissue.width + 800, tissue.height + 600), (242, 240, 243))
     glass.paste(tissue, (500, 300))
@@ -51,8 +50,8 @@ def trained(tmp_path_factory):
 def test_an_image_is_sampled_at_the_training_pitch(trained, tmp_path):
     folder, (width, height) = trained
     arguments = ["sample", str(folder / "run"), "--slide", str(folder / "biopsy.png"), "--um-per-px", "2.0"]
-    result = typer.testing.CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
+    result = call_hinge(*arguments)
+    assert result.code == 0, result.err
     draws = anndata.read_h5ad(folder / "run" / "samples" / "biopsy.h5ad")
     facts = draws.uns["hinge"]
     assert (facts["spot_pitch_um"], facts["spot_diameter_um"]) == (200, 100) and draws.n_vars == 20
@@ -64,7 +63,7 @@ def test_an_image_is_sampled_at_the_training_pitch(trained, tmp_path):
     # a spot is known by its place in the grid, and its draws depend on nothing but itself
     path = folder / "run" / "samples" / "biopsy.h5ad"
     written = path.stat().st_mtime_ns
-    assert typer.testing.CliRunner().invoke(app, arguments).exit_code == 0 and path.stat().st_mtime_ns == written
+    assert call_hinge(*arguments).code == 0 and path.stat().st_mtime_ns == written
 
 
 def test_an_old_run_tells_the_pitch_through_its_slides(trained, tmp_path):
@@ -87,10 +86,8 @@ def test_exports_of_a_run(trained):
     folder, _ = trained
     run = Run.open(folder / "run")
     run.sample("sim1")
-    result = typer.testing.CliRunner().invoke(
-        app, ["export", str(folder / "run"), "--slide", "sim1", "--format", "geojson"]
-    )
-    assert result.exit_code == 0, result.output
+    result = call_hinge("export", str(folder / "run"), "--slide", "sim1", "--format", "geojson")
+    assert result.code == 0, result.err
     features = json.loads((folder / "run" / "exports" / "sim1.geojson").read_text())["features"]
     assert len(features) == 36 and len(features[0]["properties"]["measurements"]) == 40
     assert anndata.read_zarr(export_draws(run, "sim1", "zarr")).obsm["draws"].shape == (36, 20, 2)

@@ -7,10 +7,9 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.commands import call_hinge
 from PIL import Image
-from typer.testing import CliRunner
 
-from hinge.cli.app import app
 from hinge.data import read_slide, simulate_slides
 from hinge.report.clusters import ClusterMap, draw_clusters
 from hinge.tasks.cluster import agreement, cluster, cluster_slides, smooth_features
@@ -144,8 +143,8 @@ def test_few_spots_are_not_scored_where_they_were_shown():
 def test_probe_of_simulated_tumour(data, tmp_path):
     arguments = ["probe", "tumour", data, "--column", "region", "--positive", "tumour", "--output", tmp_path]
     encoders = ["--encoder", "stain-texture", "--encoder", "random:test_vit"]
-    result = CliRunner().invoke(app, [*map(str, arguments), *encoders])
-    assert result.exit_code == 0, result.output
+    result = call_hinge(*map(str, arguments), *encoders)
+    assert result.code == 0, result.err
     scores = read_json(tmp_path / "scores.json")
     assert scores["positive"] == "region tumour"
     table = pd.DataFrame(scores["rows"])
@@ -222,9 +221,9 @@ def test_agreement_leaves_unlabelled_spots_out():
 
 def test_clusters_of_simulated_tissue(data, tmp_path):
     call = ["cluster", data, "--sample", "sim0", "--sample", "sim1", "--column", "region", "--output", tmp_path]
-    result = CliRunner().invoke(app, [*map(str, call), "--encoder", "stain-texture", "--joint"])
-    assert result.exit_code == 0, result.output
-    assert result.output.endswith(f"scores: {tmp_path / 'scores.json'}\nreport: {tmp_path / 'report.html'}\n")
+    result = call_hinge(*map(str, call), "--encoder", "stain-texture", "--joint")
+    assert result.code == 0, result.err
+    assert result.out.endswith(f"scores: {tmp_path / 'scores.json'}\nreport: {tmp_path / 'report.html'}\n")
     rows = read_json(tmp_path / "scores.json")["rows"]
     assert [row["slide"] for row in rows] == ["sim0", "sim1", "mean"] and rows[2]["ari"] > 0.1
     written = anndata.read_h5ad(tmp_path / "sim0.h5ad")
@@ -270,7 +269,9 @@ def test_what_cannot_be_clustered(data, tmp_path, settings, error, says):
 
 def test_leiden_without_igraph(monkeypatch):
     monkeypatch.setitem(sys.modules, "igraph", None)
-    with pytest.raises(ConfigError, match=r'Leiden .*kmeans and gmm.* igraph: pip install "hinge-histology\[cluster\]"'):
+    with pytest.raises(
+        ConfigError, match=r'Leiden .*kmeans and gmm.* igraph: pip install "hinge-histology\[cluster\]"'
+    ):
         cluster(np.eye(9), "leiden", None, 1.0, 0)
 
 
@@ -281,15 +282,15 @@ def test_her2st(her2st, tmp_path):
     common = [str(her2st), *samples, "--encoder=stain-texture", "--patch-um=224", f"--features={tmp_path / 'features'}"]
     shares = f"--labels={her2st}/res/ST-deconv/props/major/{{slide}}-proportion.tsv"
     settings = [shares, "--column=Epithelial", "--above=median", f"--output={tmp_path / 'probe'}"]
-    result = CliRunner().invoke(app, ["probe", "tumour", *common, *settings])
-    assert result.exit_code == 0, result.output
+    result = call_hinge("probe", "tumour", *common, *settings)
+    assert result.code == 0, result.err
     rows = {row["method"]: row for row in read_json(tmp_path / "probe/scores.json")["rows"] if row["slide"] == "mean"}
     assert rows["linear"]["auroc"] > 0.75 and rows["linear"]["balanced_accuracy"] > 0.65
     assert rows["prototypes"]["auroc"] > 0.6
 
     regions = f"--labels={her2st}/res/ST-cluster/lbl/{{slide}}-cluster-annotation.tsv.gz"
     settings = [regions, "--column=label", f"--output={tmp_path / 'cluster'}"]
-    result = CliRunner().invoke(app, ["cluster", *common, *settings])
-    assert result.exit_code == 0, result.output
+    result = call_hinge("cluster", *common, *settings)
+    assert result.code == 0, result.err
     mean = read_json(tmp_path / "cluster/scores.json")["rows"][-1]
     assert mean["slide"] == "mean" and mean["clusters"] == 7 and mean["ari"] > 0.08 and mean["nmi"] > 0.2

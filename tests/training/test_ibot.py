@@ -11,10 +11,9 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT
+from helpers.commands import call_hinge
 from skimage.color import hed2rgb, rgb2hed
-from typer.testing import CliRunner
 
-from hinge.cli.app import app
 from hinge.data import read_slide, simulate_slides
 from hinge.data.tissue_patches import TissuePatches
 from hinge.encoders import extract_features, load_encoder
@@ -355,8 +354,8 @@ def test_command(tissue, tmp_path):
     }
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings))
-    done = CliRunner().invoke(app, ["pretrain-histology", "--config", str(path), "seed=1"], catch_exceptions=False)
-    assert done.exit_code == 0 and f"encoder: {tmp_path / 'vit'}" in done.output
+    done = call_hinge("pretrain-histology", "--config", str(path), "seed=1")
+    assert done.code == 0 and f"encoder: {tmp_path / 'vit'}" in done.out
     assert load_encoder(str(tmp_path / "vit"), device="cpu").dim == 24
     log = records(tmp_path / "vit-training")
     assert [record["step"] for record in log] == [0, 1, 2]
