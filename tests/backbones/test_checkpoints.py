@@ -253,7 +253,7 @@ def test_conversion(saved, tmp_path, dtype):
     assert int.from_bytes(first[:8], "little") % 8 == 0
     again = convert_cellfm(path, tmp_path / "again", dtype, num_attention_heads=heads)
     assert (again / "model.safetensors").read_bytes() == first
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         convert_cellfm(path, out, dtype, num_attention_heads=heads)
 
 
@@ -598,7 +598,7 @@ def test_convert_commands_refuse_in_one_sentence(call_cli, published, tmp_path):
         (("cellfm", tmp_path / "none.ckpt", out), "there is no file"),
         (("cellfm", checkpoint, out), "--heads"),
         (("cellfm", checkpoint, out, "--heads", 4, "--dtype", "fp8"), "not 'fp8'"),
-        (("cellfm", checkpoint, tmp_path, "--heads", 4), "is there already"),
+        (("cellfm", checkpoint, tmp_path, "--heads", 4), "exists already"),
         (("cellfm", checkpoint, out, "--heads", 4, "--vocabulary", checkpoint), "cannot read the gene vocabulary"),
         (("hinge", checkpoint, out, "--heads", 4), "holds a CellFM alone"),
         (("hinge", checkpoint, out, "--gate", "open"), "--gate must be sigmoid or linear"),
