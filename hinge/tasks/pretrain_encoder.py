@@ -14,7 +14,8 @@ from sklearn.cluster import KMeans
 from hinge.config import AbsolutePath, _Section, explain
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.simulate import simulate_slides
-from hinge.training.ibot import IbotConfig, VitConfig, pretrain_histology
+from hinge.training.ibot import pretrain_histology
+from hinge.training.ibot_config import IbotConfig, VitConfig
 from hinge.training.loop import make_accelerator
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.yaml import read_settings

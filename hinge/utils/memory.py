@@ -1,4 +1,8 @@
-"""Going on with less at a time when memory runs out."""
+"""Smaller batches when memory runs out.
+
+`accelerate.utils.find_executable_batch_size` does not fit here: it does not know the errors of numpy and oneDNN, does
+not return the batch size to continue with, and collects garbage before every call, even where memory suffices.
+"""
 
 import logging
 from collections.abc import Callable
@@ -12,39 +16,40 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# what oneDNN, torch's library on CPUs, says of memory that it did not get
+# messages of oneDNN, torch's library on CPUs, when an allocation fails
 _ONEDNN = ("could not create a primitive", "could not create a memory object")
 
 
 def with_less_memory(batch_size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
-    """Do something by batches, of half the size as often as memory runs out.
+    """Run work in batches, and halve the batch size each time that memory runs out.
 
     Parameters
     ----------
     batch_size
-        To begin with.
+        The first batch size.
     work
-        Takes a batch size. What it returns must not depend on it, and it is called again from its start.
+        Takes a batch size. Its result must not depend on the batch size; after an error it is called again from the
+        start.
 
     Returns
     -------
     tuple
-        What it returned, and the batch size with which it did.
+        The result of `work`, and the batch size that it was computed with.
 
     Raises
     ------
     HingeError
-        A batch of one is too much.
+        Memory does not suffice for a batch of one.
     """
     while True:
         try:
             return work(batch_size), batch_size
         except Exception as error:
-            # numpy has an error of its own; torch tells by the words alone on a CPU
+            # numpy raises MemoryError; on a CPU, torch raises RuntimeErrors that differ only in their message
             if not (isinstance(error, MemoryError) or should_reduce_batch_size(error) or str(error) in _ONEDNN):
                 raise
             reason = str(error).splitlines()[0] if str(error) else "out of memory"
-        # out of the except block: the error holds on to what its frames allocated
+        # outside of the except block, because the error keeps the memory of its frames
         if batch_size == 1:
             raise HingeError(f"memory runs out even with one at a time: {reason}")
         batch_size = (batch_size + 1) // 2

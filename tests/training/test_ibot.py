@@ -19,7 +19,9 @@ from hinge.data.tissue_patches import TissuePatches
 from hinge.encoders import extract_features, load_encoder
 from hinge.tasks.pretrain_encoder import expression_clusters, load_pretraining
 from hinge.training.augmentation import CROP_DRAWS, STAIN_DRAWS, Crops, jitter_stains, random_crops
-from hinge.training.ibot import Ibot, IbotConfig, VitConfig, block_masks, pretrain_histology
+from hinge.training.ibot import pretrain_histology
+from hinge.training.ibot_config import IbotConfig, VitConfig
+from hinge.training.ibot_model import Ibot, block_masks
 from hinge.utils.errors import ConfigError, DataError, HingeError
 
 VIT = {
@@ -375,7 +377,7 @@ def test_published_configurations_are_valid(name):
     config = load_pretraining(ROOT / "configs" / "pretrain" / f"{name}.yaml")
     assert config.training.num_steps(10_000) == config.training.steps
     with torch.device("meta"):
-        from hinge.training.ibot import build_vit
+        from hinge.training.ibot_model import build_vit
 
         network = build_vit(config.vit)
     size = sum(parameter.numel() for parameter in network.parameters())
