@@ -13,7 +13,8 @@ import hinge
 checkout, installed = Path(sys.argv[1]).resolve() / "hinge", Path(hinge.__file__).parent
 if installed == checkout:
     sys.exit("the checkout itself is imported, and the wheel is to be checked")
-wanted = {path.relative_to(checkout) for path in checkout.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+files = (path for path in checkout.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+wanted = {path.relative_to(checkout) for path in files}
 missing = sorted(str(path) for path in wanted if not (installed / path).is_file())
 if missing:
     sys.exit(f"the wheel lacks {', '.join(missing)}")

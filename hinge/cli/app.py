@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 
 import typer
 
@@ -54,7 +55,7 @@ def _register() -> None:
     download = _group("download", "Download slides and runs.")
     convert = _group("convert", "Published weights into ours, and a trained model into the authors' format.")
     probe = _group("probe", "What an encoder's features tell of spots, slides held out.")
-    commands = {
+    commands: dict[str, Callable[..., None]] = {
         "demo": experiments.demo,
         "run": training.run,
         "train": training.train,

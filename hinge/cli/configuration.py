@@ -37,7 +37,7 @@ def _lines(section: "type[BaseModel]", values: dict[str, Any] | None, indent: st
 
     for name, field in section.model_fields.items():
         annotation, description = field.annotation, field.description
-        if hasattr(annotation, "model_fields"):
+        if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
             yield f"{indent}{name}:"
             yield from _lines(annotation, None if values is None else values[name], indent + "  ")
             continue

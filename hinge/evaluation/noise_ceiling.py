@@ -60,8 +60,8 @@ def noise_ceiling(
     """Correlation that a prediction free of error would reach with the measured values of each gene.
 
     Every count falls into one of two halves by a fair coin, which makes two measurements of the same tissue
-    at half the library size. Both are transformed with the library sizes of their own half. The Pearson correlation r of
-    the halves, mean of `n_repeats` splits, is stepped up to full library size by Spearman-Brown [1]_, 2 r / (1 +
+    at half the library size. Both are transformed with the library sizes of their own half. The Pearson correlation r
+    of the halves, mean of `n_repeats` splits, is stepped up to full library size by Spearman-Brown [1]_, 2 r / (1 +
     r); its square root is the correlation of one measurement with the values without counting noise.
 
     Spearman-Brown holds for additive noise; after a logarithm of small counts the ceiling may be off by some

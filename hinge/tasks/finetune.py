@@ -270,7 +270,7 @@ def _score_fold(
         _write_prediction(task.output / "predictions" / f"{name}.h5ad", values, slide, panel.genes, task.transform)
         truth = load_spots(slide, panel, task.transform)
         features = _frozen(task, encoder, name, truth.barcodes)[:, 0]
-        predictions = {task.config.tune: values[slide.obs_names.get_indexer(truth.barcodes)]}
+        predictions: dict[str, np.ndarray] = {task.config.tune: values[slide.obs_names.get_indexer(truth.barcodes)]}
         predictions |= {method: predict(features) for method, predict in baselines.items()}
         for method, predicted in predictions.items():
             rows.append({"slide": name, "fold": fold.name, "method": method, **_scores(truth.values, predicted)})

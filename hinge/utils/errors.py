@@ -50,5 +50,5 @@ def require_whole_number(name: str, value: object, low: int, high: int) -> None:
     ConfigError
         It is not.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= high:
         raise ConfigError(f"{name} takes a whole number from {low} to {high}, not {value!r}")

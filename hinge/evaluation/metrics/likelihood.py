@@ -65,7 +65,8 @@ def oracle_log_likelihood(slide: AnnData, spots: SpotTable, n_samples: int = 400
     """Log-mass of each simulated spot's counts on the panel given the cells in it: no model of the image has more.
 
     Given the hidden activities of programs and library size, h ~ N(0, 1), genes are independent negative binomials (see
-    `hinge.data.simulate.counts`). h is integrated out spot by spot, by importance sampling around its most probable value.
+    `hinge.data.simulate.counts`). h is integrated out spot by spot, by importance sampling around its most
+    probable value.
 
     Parameters
     ----------
