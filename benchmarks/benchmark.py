@@ -35,7 +35,7 @@ import typer  # noqa: E402
 from plain import PlainHinge, plain_draws  # noqa: E402
 
 from hinge.backbones import CellFMConfig, CellFMModel  # noqa: E402
-from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler  # noqa: E402
+from hinge.diffusion import MaskedDiffusionScheduler, SamplingSettings, SlideInputs, draw_spots  # noqa: E402
 from hinge.models import HingeModel  # noqa: E402
 
 # width, layers, heads, genes
@@ -278,16 +278,14 @@ def sample(
     features = torch.randn(spots, FEATURES, generator=torch.Generator().manual_seed(0)).to(place)
     ids, names = torch.arange(1, genes + 1), [f"spot{number}" for number in range(spots)]
     plain = make_model(size, "plain float32").eval()
-    pipelines = {
-        kind: HingePipeline(make_model(size, kind).eval(), MaskedDiffusionScheduler(50, "cosine")) for kind in KINDS[1:]
-    }
+    models = {kind: make_model(size, kind).eval() for kind in KINDS[1:]}
+    settings = SamplingSettings(num_draws=draws, num_inference_steps=steps, spatially_correlated=False)
+    inputs = SlideInputs("slide", names, features.cpu().numpy())
 
     def fast(kind: str) -> None:
-        pipelines[kind](
-            features, ids, names, num_draws=draws, num_inference_steps=steps, progress=False, batch_size=256
-        )
+        draw_spots(models[kind], MaskedDiffusionScheduler(50, "cosine"), ids, inputs, settings)
 
-    functions = {kind: (lambda kind=kind: fast(kind)) for kind in pipelines}
+    functions = {kind: (lambda kind=kind: fast(kind)) for kind in models}
     functions["plain float32"] = lambda: plain_draws(
         plain, scheduler, features[:plain_spots], ids.to(place), 1, torch.Generator().manual_seed(0)
     )
@@ -416,21 +414,14 @@ def _sampling_cost(spots: int, genes: int, draws: int, connection) -> None:
     backbone = CellFMModel(config)
     model = HingeModel.from_backbone(backbone, FEATURES, genes, head="point", gene_factors=False).eval()
     backbone.to(torch.bfloat16)
-    pipeline = HingePipeline(model, MaskedDiffusionScheduler(50, "cosine"))
-    features, names = torch.randn(spots, FEATURES), [str(number) for number in range(spots)]
+    names = [str(number) for number in range(spots)]
+    inputs = SlideInputs("slide", names, torch.randn(spots, FEATURES).numpy())
     before = peak_resident()
     started = time.perf_counter()
     # as many tokens in a batch whatever the panel
     size = max(1, 51200 // genes)
-    pipeline(
-        features,
-        torch.arange(1, genes + 1),
-        names,
-        num_draws=draws,
-        num_inference_steps=8,
-        batch_size=size,
-        progress=False,
-    )
+    settings = SamplingSettings(num_draws=draws, batch_size=size, spatially_correlated=False)
+    draw_spots(model, MaskedDiffusionScheduler(50, "cosine"), torch.arange(1, genes + 1), inputs, settings)
     seconds = time.perf_counter() - started
     memory = (peak_resident() - before) / 1e6
     connection.send({"spots": spots, "genes": genes, "draws": draws, "seconds": seconds, "peak_memory_mb": memory})
@@ -499,13 +490,12 @@ def _shared_work(size: str, rank: int, world: int, port: int, spots: int, num_st
             train_hinge(model, scheduler, ids, table, config, Path(folder) / "training", accelerator=accelerator)
             accelerator.wait_for_everyone()
             seconds["train"] = time.perf_counter() - started
-    pipeline = HingePipeline(model, scheduler)
     for number in (4, spots):
         mine = np.array_split(np.arange(number), world)[rank]
         accelerator.wait_for_everyone()
         started = time.perf_counter()
-        names, features = [str(spot) for spot in mine], table.features[mine % 64, 0]
-        pipeline(features, ids, names, num_draws=20, num_inference_steps=8, progress=False)
+        inputs = SlideInputs("slide", [str(spot) for spot in mine], table.features[mine % 64, 0])
+        draw_spots(model, scheduler, ids, inputs, SamplingSettings(spatially_correlated=False))
         accelerator.wait_for_everyone()
         seconds["sample"] = time.perf_counter() - started
     sender.send(seconds)

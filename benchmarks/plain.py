@@ -139,11 +139,11 @@ def plain_draws(
             values, uniform = torch.zeros(len(part), genes), torch.rand(len(part), genes, generator=generator)
             total = scheduler.config.num_train_timesteps
             scheduler.set_timesteps(total)
-            visible = torch.zeros_like(values)
+            visible, mask_times = torch.zeros_like(values), scheduler.mask_times(uniform)
             for step in range(total, 0, -1):
                 predicted = model(values, visible, torch.full((len(part),), step), part, gene_ids)
-                result = scheduler.step(predicted, step, values, visible, uniform)
-                values, visible = result.values, result.visible
+                result = scheduler.step(predicted, step, values, visible, mask_times)
+                values, visible = result.prev_sample, result.visible
             parts.append(values)
         draws.append(torch.cat(parts))
     return torch.stack(draws)

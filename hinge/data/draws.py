@@ -14,18 +14,11 @@ from hinge.utils.safe_hdf5 import inside, read_h5ad
 MOST_BYTES_IN_LAYERS = 2 << 30  # draws; a Visium slide's 20 draws of 200 genes are 80 MB
 
 
-def write_draws(
-    path: str | Path, values: np.ndarray, expected: np.ndarray, slide: AnnData, genes: list[str], about: dict
-) -> None:
-    """Write draws as AnnData: X the mean, layers std, expected and draw_000 ….
-
-    Draws of more than `MOST_BYTES_IN_LAYERS` are written to a chunked array in `<slide>.draws.zarr` beside the file, so
-    that scanpy opens the file quickly. `read_draws` reads both.
+def draws_of_slide(values: np.ndarray, expected: np.ndarray, slide: AnnData, genes: list[str], about: dict) -> AnnData:
+    """Return draws as AnnData: X the mean, layers std, expected and draw_000 ….
 
     Parameters
     ----------
-    path
-        The h5ad file.
     values
         (K, n, G) draws, in memory or mapped from a file.
     expected
@@ -46,6 +39,18 @@ def write_draws(
     result.obsm["spatial"] = slide.obsm["spatial"]
     result.uns["spatial"] = slide.uns.get("spatial", {})
     result.uns["hinge"] = {**slide.uns["hinge"], **about}
+    return result
+
+
+def write_draws(
+    path: str | Path, values: np.ndarray, expected: np.ndarray, slide: AnnData, genes: list[str], about: dict
+) -> None:
+    """Write the AnnData of `draws_of_slide`, whose arguments these are, to the h5ad file `path`.
+
+    Draws of more than `MOST_BYTES_IN_LAYERS` are written to a chunked array in `<slide>.draws.zarr` beside the file, so
+    that scanpy opens the file quickly. `read_draws` reads both.
+    """
+    result = draws_of_slide(values, expected, slide, genes, about)
     if values.nbytes > MOST_BYTES_IN_LAYERS:
         store = write_draws_zarr(result, Path(path).with_suffix(".draws.zarr"))
         for number in range(len(values)):

@@ -10,22 +10,23 @@ from scipy.sparse import issparse
 from hinge.data.slide import slide_name
 from hinge.data.transforms import get_transform
 from hinge.utils.errors import DataError
+from hinge.utils.files import arrays_digest, file_digest
 from hinge.utils.safe_hdf5 import read_h5ad
 
 logger = logging.getLogger(__name__)
 
 
 def read_observed(
-    path: str | Path, slide: AnnData, genes: list[str], transform: str
+    observed: AnnData | str | Path, slide: AnnData, genes: list[str], transform: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Read measured counts and align them with the spots of a slide and the genes of a panel.
 
     Parameters
     ----------
-    path
-        h5ad with raw counts: barcodes of the slide (all or some), genes (those outside the panel are left out). A
-        NaN is a value that was not measured. `obs["total_counts"]` is each spot's count over all genes; without
-        it, log1p_cp10k cannot be computed, since the sum of a panel is not the library size.
+    observed
+        h5ad file, or its content, with raw counts: barcodes of the slide (all or some), genes (those outside the
+        panel are left out). A NaN is a value that was not measured. `obs["total_counts"]` is each spot's count over
+        all genes; without it, log1p_cp10k cannot be computed, since the sum of a panel is not the library size.
     slide
         Slide whose spots are drawn.
     genes
@@ -45,7 +46,8 @@ def read_observed(
         The file is unreadable, shares no spot or no gene with slide and panel, holds negative or infinite counts or
         repeated names, or lacks a library size that is needed.
     """
-    measured = read_h5ad(path)
+    path = "the observed AnnData" if isinstance(observed, AnnData) else observed
+    measured = observed if isinstance(observed, AnnData) else read_h5ad(observed)
     for names, what in ((measured.obs_names, "barcode"), (measured.var_names, "gene")):
         if not names.is_unique:
             raise DataError(f"{path} holds the {what} {names[names.duplicated()][0]} more than once")
@@ -81,3 +83,18 @@ def read_observed(
         "%s: %d of %d panel genes measured in %d of %d spots", path, len(there), len(genes), len(here), slide.n_obs
     )
     return values, library_size
+
+
+def observed_digest(observed: AnnData | str | Path) -> str:
+    """Return the SHA-256 of a file of measured genes, or of the counts and names in its content."""
+    if not isinstance(observed, AnnData):
+        return file_digest(observed)
+    counts = observed.X.toarray() if issparse(observed.X) else observed.X
+    arrays = {
+        "counts": np.asarray(counts, dtype=np.float64),
+        "spots": np.array(observed.obs_names, dtype=str),
+        "genes": np.array(observed.var_names, dtype=str),
+    }
+    if "total_counts" in observed.obs:
+        arrays["library_size"] = observed.obs["total_counts"].to_numpy(dtype=np.float64)
+    return arrays_digest(arrays)

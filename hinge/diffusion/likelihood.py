@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hinge.diffusion.randomness import spot_uniforms
+from hinge.diffusion.randomness import Stream, spot_uniforms
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.hinge import HingeModel
 
@@ -66,7 +66,9 @@ def chain_log_likelihood(
         rows = np.arange(start, min(start + batch_size, len(measured)))
         truth = measured[rows].to(device)
         for number in range(num_passes):
-            uniform = np.stack([spot_uniforms(seed, f"order of {spots[row]}", number, num_genes) for row in rows])
+            uniform = np.stack(
+                [spot_uniforms(seed, spots[row], number, num_genes, stream=Stream.LIKELIHOOD_ORDER) for row in rows]
+            )
             num_visible = np.floor((number + uniform[:, 1, 0]) / num_passes * num_genes).astype(np.int64)
             rank = torch.from_numpy(uniform[:, 0].argsort(1).argsort(1))
             visible = (rank < torch.from_numpy(num_visible)[:, None]).float().to(device)

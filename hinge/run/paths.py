@@ -11,6 +11,7 @@ training/          log and checkpoints
 model/             the trained HingeModel and its scheduler
 samples/           draws, one h5ad a slide
 baselines/         denoisers of the generative baselines, where evaluation.baselines names some
+model_index.json   what `HingePipeline.from_pretrained` needs: panel, encoder, sampling defaults
 scores.json, report.html
 """
 

@@ -12,6 +12,7 @@ from hinge.backbones.cellfm_config import read_config
 from hinge.data.readers import list_samples
 from hinge.data.spots import SpotTable
 from hinge.diffusion import MaskedDiffusionScheduler
+from hinge.diffusion.pipeline import write_model_index
 from hinge.models import HingeModel
 from hinge.models.heads import needs_library_size
 from hinge.run.paths import claim_folder, undone_on_error
@@ -158,6 +159,7 @@ def _train(inputs: Preparation, spots: SpotTable, backbone: CellFMModel, acceler
         with atomic_path(paths.model) as temporary:
             model.to("cpu").save_pretrained(temporary)
             scheduler.save_config(temporary)
+        write_model_index(paths.folder, model, scheduler, inputs.encoder.digest)
         logger.info("wrote %s (weights of step %s)", paths.model, result.best_step or result.step)
     accelerator.wait_for_everyone()
     return paths.model

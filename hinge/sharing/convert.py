@@ -22,7 +22,6 @@ from hinge.utils.files import atomic_path, read_json, write_json
 RELEASED_DIFFUSION = {
     "num_train_timesteps": 50,
     "schedule": "poly_auto",
-    "tail": 1,
     "reveal": "budget",
     "fill": "noise",
 }

@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,17 +32,19 @@ from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import slide_name
 from hinge.data.spots import spot_groups
 from hinge.data.tissue_detection import slide_from_image
+from hinge.diffusion import SlideInputs
+from hinge.diffusion.pipeline import PRECISIONS
 from hinge.encoders import Encoder, extract_features
 from hinge.evaluation.metrics.accuracy import gene_pcc
 from hinge.evaluation.ridge import fit_ridge
 from hinge.run.run import Run
+from hinge.run.sampling import sampling_settings
 from hinge.tasks.lattice import Lattice, neighbour_offsets, window_offsets
 from hinge.tasks.map_image import write_ome_tiff
 from hinge.tasks.regressor import load_regressor
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import HOST, arrays_digest, atomic_path, process_mark
 from hinge.utils.locks import lock_file
-from hinge.utils.memory import with_less_memory
 from hinge.utils.safe_hdf5 import check_hdf5
 
 logger = logging.getLogger(__name__)
@@ -124,17 +125,9 @@ class RunPredictor:
             groups = spot_groups(spots.slide, spots.coords, "fold")
             self.ridge = fit_ridge(spots.features[:, 0], spots.values, groups)
             return
-        self.pipeline, self.batch_size = run.pipeline(), sampling.batch_size
-        self.draws, self.steps = draws or sampling.draws, steps or sampling.steps
-        self.seed = sampling.seed if seed is None else seed
-        self.pipeline.model.to(self.encoder.device)
-        self.gene_ids = run.gene_ids(self.pipeline.model.backbone)
-        self.about |= {
-            "draws": self.draws,
-            "steps": self.steps,
-            "seed": self.seed,
-            "model_digest": self.pipeline.model.digest(),
-        }
+        self.sampling = sampling_settings(sampling, draws, steps, seed)
+        self.pipeline = run.pipeline().to(PRECISIONS[sampling.precision]).to(encoder.device)
+        self.about |= self.pipeline.provenance(self.sampling, encoder.name, encoder.digest)
 
     def slide(self, name: str, um_per_px: float | None) -> AnnData:
         data = self.run.config.data
@@ -144,23 +137,8 @@ class RunPredictor:
     def predict(self, conditions, names, slide, positions):
         if self.method == "regression":
             return {"X": self.ridge.predict(conditions).astype(np.float32)}
-        sampling = self.run.config.sampling
-        draw = partial(
-            self.pipeline,
-            conditions,
-            self.gene_ids,
-            [f"{slide}/{name}" for name in names],
-            num_draws=self.draws,
-            num_inference_steps=self.steps,
-            seed=self.seed,
-            slide=slide if sampling.spatially_correlated else None,
-            positions=positions if sampling.spatially_correlated else None,
-            order=sampling.order,
-            remasking=sampling.remasking,
-            temperature=sampling.temperature,
-            progress=False,
-        )
-        result, self.batch_size = with_less_memory(self.batch_size, lambda size: draw(batch_size=size))
+        inputs = SlideInputs(slide, names, conditions, positions)
+        [(_, result)] = self.pipeline.draw_parts(inputs, self.sampling, [slice(0, len(names))], progress=False)
         return {
             "X": result.values.mean(axis=0, dtype=np.float64).astype(np.float32),
             "expected": result.expected,

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+from helpers.draws import draw_features
 
 from hinge.backbones import CellFMConfig, CellFMModel
-from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
+from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.models import HingeModel
 from hinge.utils.errors import WeightsError
 
@@ -179,7 +180,7 @@ def test_saved_loaded_and_sampled(name, tmp_path):
     scheduler = MaskedDiffusionScheduler(8, "linear")
     features, spots = torch.randn(4, FEATURES), ["a", "b", "c", "d"]
     draws = [
-        HingePipeline(m, scheduler)(features, IDS, spots, num_draws=2, num_inference_steps=4, batch_size=size).values
+        draw_features(m, scheduler, features, IDS, spots, num_draws=2, num_inference_steps=4, batch_size=size).values
         for m, size in ((model, 8), (again, 3))
     ]
     torch.testing.assert_close(torch.from_numpy(draws[0]), torch.from_numpy(draws[1]), atol=1e-5, rtol=1e-5)

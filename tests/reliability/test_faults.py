@@ -24,7 +24,7 @@ from hinge.config import check_config
 from hinge.data import read_slide, simulate_slides
 from hinge.data.draws import read_draws
 from hinge.data.layers import named_layers
-from hinge.diffusion import HingePipeline
+from hinge.diffusion import sampler
 from hinge.encoders import Encoder, extract_features, load_encoder
 from hinge.run.run import Run
 from hinge.training.loop import LoopConfig, run_loop
@@ -342,15 +342,15 @@ def test_other_errors_are_not_taken_for_it():
 
 def test_sampling_goes_on_with_less(finished, tmp_path, monkeypatch, caplog):
     whole = finished.sample("sim2", seed=3, batch_size=32, output=tmp_path / "whole.h5ad")
-    draw, sizes = HingePipeline._draw, []
+    draw, sizes = sampler._Sampler.draw, []
 
-    def narrow(self, features, gene_ids, noise, spot_index, *arguments):
+    def narrow(self, spot_index, draw_index):
         sizes.append(len(spot_index))
         if len(spot_index) > 9:
             raise OUT_OF_MEMORY[0]
-        return draw(self, features, gene_ids, noise, spot_index, *arguments)
+        return draw(self, spot_index, draw_index)
 
-    monkeypatch.setattr(HingePipeline, "_draw", narrow)
+    monkeypatch.setattr(sampler._Sampler, "draw", narrow)
     with caplog.at_level(logging.WARNING):
         less = finished.sample("sim2", seed=3, batch_size=32, output=tmp_path / "less.h5ad")
     assert "memory ran out: going on with batches of 8" in caplog.text

@@ -122,7 +122,7 @@ def extract(slides: Path, path: Path, log: Path, seconds: float = 0.01) -> None:
 
 
 def sample(run: Path, path: Path, log: Path, seconds: float = 0.01) -> None:
-    import hinge.run.sampling as module
+    import hinge.diffusion.sampler as module
     from hinge.utils.resumable import ResumableArrays
 
     write = ResumableArrays.write
@@ -148,7 +148,7 @@ def ablate(grid: Path, output: Path) -> None:
 
 def small_parts() -> None:
     """Many parts, that take some time each."""
-    import hinge.run.sampling as module
+    import hinge.diffusion.sampler as module
     from hinge.utils.resumable import ResumableArrays
 
     write = ResumableArrays.write

@@ -14,7 +14,6 @@ import pytest
 from helpers.runs import finish
 from safetensors.torch import load_file, save_file
 
-import hinge.run.sampling as sampling
 from hinge.backbones import CellFMModel
 from hinge.config import check_config
 from hinge.data import list_samples, load_spots, read_slide, simulate_slides
@@ -138,6 +137,7 @@ def test_the_folder_holds_what_is_needed_to_understand_the_run(finished):
         "training/log.jsonl",
         "training/latest.safetensors",
         "training/best.safetensors",
+        "model_index.json",
         "model/config.json",
         "model/scheduler_config.json",
         "model/diffusion_pytorch_model.safetensors",
@@ -283,7 +283,7 @@ def test_draws_made_otherwise_are_replaced_and_other_slides_not_taken_for_the_sa
 
 @pytest.mark.full
 def test_sampling_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling, "BATCHES_IN_A_PART", 1)
+    monkeypatch.setattr("hinge.diffusion.sampler.BATCHES_IN_A_PART", 1)
     whole = finished.sample("sim2", output=tmp_path / "whole.h5ad", batch_size=16)
     drawn, write = [], ResumableArrays.write
 

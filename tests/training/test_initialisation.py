@@ -5,13 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.draws import draw_features
 from helpers.training import FEATURES, GENES, SETTINGS, make_model, table
 
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.data.spots import SpotTable, concatenate_spots, spot_groups
-from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
+from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.evaluation.baselines import fit_baselines
 from hinge.models import HingeModel
+from hinge.models.slide_effects import slide_effect_posterior
 from hinge.training import TrainingConfig, train_hinge
 from hinge.training.initialisation import initialise_gene_factors
 
@@ -84,7 +86,7 @@ def test_the_mean_of_what_a_trained_model_predicts_follows_its_regression(tmp_pa
 
     def error() -> float:
         names = [f"{name}/{code}" for name, code in zip(spots.slide, spots.barcodes, strict=True)]
-        draws = HingePipeline(model, scheduler)(features, ids, names, num_draws=1, num_inference_steps=1)
+        draws = draw_features(model, scheduler, features, ids, names, num_draws=1, num_inference_steps=1)
         condition = model.standardise(torch.from_numpy(features))
         if model.library_size_model is not None:
             condition = model.with_library_size(condition, model.library_size_model.typical(condition))
@@ -194,11 +196,10 @@ def test_the_closed_form_start_tells_slide_shifts_from_factors_and_finds_what_is
 
     # a slide drawn from it: smooth maps where spots of a draw agree, rough ones where they do not
     test = spots.subset(spots.slide == "s1")
-    pipeline = HingePipeline(model.eval(), scheduler)
-    arguments = {"num_draws": 6, "num_inference_steps": 3, "progress": False}
-    place = test.coords / 200
-    agree = pipeline(test.features[:, 0], ids, list(test.barcodes), slide="s1", positions=place, **arguments).values
-    alone = pipeline(test.features[:, 0], ids, list(test.barcodes), **arguments).values
+    arguments = (model.eval(), scheduler, test.features[:, 0], ids, test.barcodes, "s1")
+    place, settings = test.coords / 200, {"num_draws": 6, "num_inference_steps": 3}
+    agree = draw_features(*arguments, positions=place, **settings).values
+    alone = draw_features(*arguments, **settings).values
     near = np.linalg.norm(place[:, None] - place[None], axis=2)
     pairs = np.nonzero((near > 0) & (near < 1.1))
 
@@ -220,13 +221,13 @@ def test_measured_genes_tell_the_shift_of_their_slide():
     model.set_feature_statistics(torch.from_numpy(known.features[:, 0]))
     scheduler, ids = MaskedDiffusionScheduler(10, "linear"), torch.arange(1, GENES + 1)
     initialise_gene_factors(model, scheduler, ids, known, seed=0)
-    test, pipeline = spots.subset(last), HingePipeline(model.eval(), scheduler)
+    test, model = spots.subset(last), model.eval()
     features, names = test.features[:, 0], list(test.barcodes)
     arguments = {"num_draws": 8, "num_inference_steps": 2, "slide": "s5", "positions": test.coords / 200}
     half = test.values.copy()
     half[:, ::2] = np.nan
-    alone = pipeline(features, ids, names, **arguments)
-    given = pipeline(features, ids, names, observed=half, **arguments)
+    alone = draw_features(model, scheduler, features, ids, names, **arguments)
+    given = draw_features(model, scheduler, features, ids, names, observed=half, **arguments)
     np.testing.assert_array_equal(given.values[:, :, 1::2], np.broadcast_to(half[:, 1::2], (8, 144, GENES // 2)))
 
     def missed(draws):
@@ -240,11 +241,11 @@ def test_measured_genes_tell_the_shift_of_their_slide():
     assert spread[0] < 0.5 * spread[1]
     # a part of the spots, told of the whole slide's measurements, is drawn as within the whole
     part = slice(40, 60)
-    effect = pipeline.slide_effect(features, half)
-    arguments["positions"] = arguments["positions"][part]
-    some = pipeline(features[part], ids, names[part], observed=half[part], slide_effect=effect, **arguments)
+    effect = slide_effect_posterior(model, features, half)
+    arguments |= {"positions": arguments["positions"][part], "observed": half[part], "slide_effect": effect}
+    some = draw_features(model, scheduler, features[part], ids, names[part], **arguments)
     np.testing.assert_allclose(some.values, given.values[:, part], atol=1e-4)
-    assert pipeline.slide_effect(features, np.full_like(half, np.nan)) is None
+    assert slide_effect_posterior(model, features, np.full_like(half, np.nan)) is None
 
 
 def test_the_depth_is_regressed_on_the_features_and_drawn_first():

@@ -1,0 +1,401 @@
+"""Sampling: features of spots in, several draws of every spot's expression out.
+
+A draw of a spot goes through the reverse steps of masked diffusion: in each step the model predicts the distribution of
+every masked gene, and the scheduler reveals some genes, which take a value from it and keep it. Spot-draws are
+independent of each other given their random numbers, and are computed in batches of any size.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hinge.diffusion.inputs import SamplingSettings, SlideInputs
+from hinge.diffusion.randomness import DrawNoise, DrawNumbers
+from hinge.diffusion.scheduler import MaskedDiffusionScheduler
+from hinge.models.hinge import HingeModel
+from hinge.models.library_size import LibrarySizeModel
+from hinge.models.subset import GeneSubset
+from hinge.utils.memory import with_less_memory
+
+REMASKING_SHARE = 0.1
+"""Share of the drawn genes that a remasking pass masks and draws again."""
+
+BATCHES_IN_A_PART = 8
+"""Batches in a part of a slide's draws: what is drawn again if sampling is killed."""
+
+
+@dataclass
+class Draws:
+    """Draws of some spots.
+
+    Attributes
+    ----------
+    values
+        (K, n, G) float32 in the model's units, one slice a draw.
+    expected
+        (n, G) float32: mean of the predicted distribution in the first pass, in which only observed genes are visible.
+        It is E[expression | features] without the Monte-Carlo error of a mean of draws.
+    """
+
+    values: np.ndarray
+    expected: np.ndarray
+
+
+def slide_parts(num_spots: int, settings: SamplingSettings) -> list[slice]:
+    """Return the ranges of spots that are drawn together; draws of a slide are the same in any process."""
+    size = spots_per_part(settings)
+    return [slice(start, min(start + size, num_spots)) for start in range(0, num_spots, size)]
+
+
+def spots_per_part(settings: SamplingSettings) -> int:
+    """Return the number of spots in a part of a slide."""
+    return max(1, BATCHES_IN_A_PART * settings.batch_size // settings.num_draws)
+
+
+def draw_parts(
+    model: HingeModel,
+    scheduler: MaskedDiffusionScheduler,
+    gene_ids: Tensor,
+    inputs: SlideInputs,
+    settings: SamplingSettings,
+    parts: Iterable[slice] | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[slice, Draws]]:
+    """Draw a slide part by part, in smaller batches where memory runs out.
+
+    Parameters
+    ----------
+    model, scheduler, gene_ids, inputs, settings
+        As for `draw_spots`; `inputs` are of the whole slide.
+    parts
+        Ranges of spots; None: those of `slide_parts`.
+    progress
+        Whether to show a bar (only in a terminal).
+
+    Yields
+    ------
+    tuple
+        A range of spots and its draws.
+    """
+    parts = slide_parts(len(inputs), settings) if parts is None else list(parts)
+    if settings.spatially_correlated:
+        inputs = inputs.with_slide_effect(model)
+    total, batch_size = sum(part.stop - part.start for part in parts), settings.batch_size
+    with tqdm(total=total, desc=f"draws {inputs.slide}", unit="spot", disable=None if progress else True) as bar:
+        for part in parts:
+
+            def draw(size: int, part: slice) -> Draws:
+                return draw_spots(model, scheduler, gene_ids, inputs[part], replace(settings, batch_size=size))
+
+            draws, batch_size = with_less_memory(batch_size, partial(draw, part=part))
+            yield part, draws
+            bar.update(part.stop - part.start)
+
+
+@torch.inference_mode()
+def draw_spots(
+    model: HingeModel,
+    scheduler: MaskedDiffusionScheduler,
+    gene_ids: Tensor,
+    inputs: SlideInputs,
+    settings: SamplingSettings,
+    first_draw: int = 0,
+) -> Draws:
+    """Draw the expression of spots.
+
+    Parameters
+    ----------
+    model
+        With its backbone, on the device that is to compute.
+    scheduler
+        As used in training.
+    gene_ids
+        (G,) vocabulary ids of the panel.
+    inputs
+        The spots, with the slide effect where they are only a part of their slide's.
+    settings
+        Number of draws and of steps, seed, and how they are made.
+    first_draw
+        Number of the first draw, to add draws to earlier ones.
+
+    Returns
+    -------
+    Draws
+        A deterministic function of model, features, seed, slide, spot and number of the draw; batch size, device and
+        the other spots change it by rounding alone.
+
+    Raises
+    ------
+    DataError
+        Observed values of another shape, or infinite.
+    ValueError
+        Spatially correlated draws without positions, or more steps than the scheduler has.
+    """
+    num_spots, num_genes, num_draws = len(inputs), len(gene_ids), settings.num_draws
+    inputs.check(num_genes, settings)
+    if settings.spatially_correlated:
+        inputs = inputs.with_slide_effect(model)
+    scheduler.set_timesteps(settings.num_inference_steps)
+    sampler = _Sampler(model, scheduler, gene_ids, inputs, settings)
+    values = np.zeros((num_draws, num_spots, num_genes), dtype=np.float32)
+    expected = np.zeros((num_spots, num_genes))
+    # all draws of a spot are next to each other: the first pass is the same for them
+    for start in range(0, num_spots * num_draws, settings.batch_size):
+        flat = np.arange(start, min(start + settings.batch_size, num_spots * num_draws))
+        spot_index, draw_index = flat // num_draws, flat % num_draws
+        drawn, means = sampler.draw(spot_index, first_draw + draw_index)
+        values[draw_index, spot_index] = drawn
+        np.add.at(expected, spot_index, means / num_draws)
+    return Draws(values, expected.astype(np.float32))
+
+
+@dataclass
+class _Batch:
+    """Tensors of B spot-draws on the model's device, which do not change during the reverse steps.
+
+    Attributes
+    ----------
+    known
+        (B, G), 1 = measured.
+    mask_times
+        (B, G) of the scheduler.
+    condition, library_sizes
+        Standardised features (B, d), with the library size for a model that takes it, and library sizes (B,) or None.
+    typical_condition, typical_library_sizes
+        The same with the median library size where it is not known.
+    fill, shift
+        (B, G) in place of masked values, and the slide effect.
+    typical_shift
+        (G,) the posterior mean of the slide effect; None: 0.
+    numbers
+        The other random numbers, on the CPU.
+    """
+
+    known: Tensor
+    mask_times: Tensor
+    condition: Tensor
+    library_sizes: Tensor | None
+    typical_condition: Tensor
+    typical_library_sizes: Tensor | None
+    fill: Tensor
+    shift: Tensor
+    typical_shift: Tensor | None
+    numbers: DrawNumbers
+
+
+class _Sampler:
+    """The reverse steps of any spot-draws of one call of `draw_spots`."""
+
+    def __init__(
+        self,
+        model: HingeModel,
+        scheduler: MaskedDiffusionScheduler,
+        gene_ids: Tensor,
+        inputs: SlideInputs,
+        settings: SamplingSettings,
+    ) -> None:
+        self.model, self.scheduler, self.settings, self.inputs = model, scheduler, settings, inputs
+        self.device = model.feature_mean.device
+        self.gene_ids = gene_ids.to(self.device)
+        self.features = self._tensor(inputs.features)
+        together = settings.spatially_correlated
+        self.noise = DrawNoise(
+            model,
+            settings.seed,
+            inputs.spots,
+            inputs.slide if together else None,
+            inputs.positions if together else None,
+            len(gene_ids),
+            settings.num_inference_steps,
+            inputs.slide_effect if together else None,
+        )
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        # float32 before the device: not every accelerator has float64
+        return torch.from_numpy(np.asarray(array, dtype=np.float32)).to(self.device)
+
+    def draw(self, spot_index: np.ndarray, draw_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return values and first-pass means (B, G) of spot-draws."""
+        batch, values = self._prepare(spot_index, draw_index)
+        h, means = self._first_pass(batch, values, spot_index)
+        visible, subset = batch.known, None
+        for number, timestep in enumerate(self.scheduler.timesteps.tolist()):
+            following = self.scheduler.next_visible(timestep, visible, batch.mask_times)
+            if number == 0:
+                h, subset = self._conditioned_first_pass(batch, values, following, h)
+            elif torch.equal(following, visible):
+                continue
+            else:
+                subset = self._needed(following)
+                h = self._tokens(batch, values, visible, following, timestep, batch.condition, subset)
+            sample = self._sample(batch, h, values, visible, batch.numbers, number, subset)
+            step = self.scheduler.step(sample, timestep, values, visible, batch.mask_times)
+            values, visible = step.prev_sample, step.visible
+        for number in range(1, self.settings.remasking + 1):
+            values = self._remask(batch, values, self.noise.numbers(spot_index, draw_index, number))
+        return values.cpu().numpy(), means.cpu().numpy()
+
+    def _prepare(self, spot_index: np.ndarray, draw_index: np.ndarray) -> tuple[_Batch, Tensor]:
+        """Return the batch of spot-draws, and the values (B, G) that are measured, 0 elsewhere."""
+        model, inputs, tensor = self.model, self.inputs, self._tensor
+        numbers = self.noise.numbers(spot_index, draw_index)
+        order = numbers.order
+        values = torch.zeros(order.shape, device=self.device)
+        known = torch.zeros_like(values)
+        if inputs.observed is not None:
+            measured = inputs.observed[spot_index]
+            known, values = tensor(~np.isnan(measured)), tensor(np.nan_to_num(measured))
+            # measured genes come first in the order: the schedule then counts them as revealed
+            order = np.where(np.isnan(measured), order, order * 1e-9)
+        standardised = model.standardise(self.features[torch.from_numpy(spot_index).to(self.device)])
+        batch = _Batch(
+            known=known,
+            # the order keeps the precision of float64, on the CPU
+            mask_times=self.scheduler.mask_times(torch.from_numpy(order)).to(self.device),
+            condition=standardised,
+            library_sizes=None,
+            typical_condition=standardised,
+            typical_library_sizes=None,
+            fill=tensor(numbers.fill),
+            shift=tensor(numbers.shift),
+            typical_shift=None if self.noise.typical_shift is None else tensor(self.noise.typical_shift),
+            numbers=numbers,
+        )
+        if model.library_size_model is not None:
+            self._add_library_size(batch, spot_index, model.library_size_model)
+        return batch, values
+
+    def _add_library_size(self, batch: _Batch, spot_index: np.ndarray, library_size: LibrarySizeModel) -> None:
+        """Put drawn and typical library sizes, or the known ones, into the batch and its conditions."""
+        model, numbers, features = self.model, batch.numbers, batch.condition
+        drawn = library_size(features, self._tensor(numbers.library_size), self._tensor(numbers.slide_library_size))
+        typical = library_size.typical(features)
+        if self.inputs.library_size is not None:
+            given = self._tensor(self.inputs.library_size[spot_index])
+            drawn, typical = torch.where(given.isnan(), drawn, given), torch.where(given.isnan(), typical, given)
+        batch.library_sizes, batch.typical_library_sizes = drawn, typical
+        batch.condition = model.with_library_size(features, drawn)
+        batch.typical_condition = model.with_library_size(features, typical)
+
+    def _first_pass(self, batch: _Batch, values: Tensor, spot_index: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return tokens (B, P + G, D) and means (B, G) at the first timestep, with the typical library size."""
+        scheduler, model, visible = self.scheduler, self.model, batch.known
+        timestep = int(scheduler.timesteps[0])
+        following = scheduler.next_visible(timestep, visible, batch.mask_times)
+        # nothing that differs between a spot's draws enters this pass, but for noise in place of masked values and,
+        # where the condition looks ahead, what the step reveals
+        shared = scheduler.config.fill != "noise" and model.config.condition_on_visible != "next"
+        _, first, back = np.unique(spot_index, return_index=True, return_inverse=True)
+        rows = torch.from_numpy(first if shared else np.arange(len(spot_index))).to(self.device)
+        h = self._tokens(batch, values, visible, following, timestep, batch.typical_condition, rows=rows)
+        output, _ = model.read_out(
+            h,
+            scheduler.fill_masked(values, visible, batch.fill)[rows],
+            visible[rows],
+            batch.typical_condition[rows],
+            batch.typical_shift,
+            None if batch.typical_library_sizes is None else batch.typical_library_sizes[rows],
+        )
+        # some means are averages of quantiles, which need float64
+        mean = _on_cpu(output).mean.float().to(self.device)
+        means = torch.where(visible[rows] > 0, values[rows], mean)
+        if shared:
+            of_spot = torch.from_numpy(back).to(self.device)
+            h, means = h[of_spot], means[of_spot]
+        return h, means
+
+    def _conditioned_first_pass(
+        self, batch: _Batch, values: Tensor, following: Tensor, h: Tensor
+    ) -> tuple[Tensor, GeneSubset | None]:
+        """Return the tokens of the first step: those of the typical library size, or new ones where draws have others.
+
+        Whether tokens are those of all genes must not depend on which spots are in the batch.
+        """
+        sizes, typical = batch.library_sizes, batch.typical_library_sizes
+        if sizes is None or typical is None or (not self.model.drops_masked and torch.equal(sizes, typical)):
+            return h, None
+        timestep, subset = int(self.scheduler.timesteps[0]), self._needed(following)
+        return self._tokens(batch, values, batch.known, following, timestep, batch.condition, subset), subset
+
+    def _remask(self, batch: _Batch, values: Tensor, numbers: DrawNumbers) -> Tensor:
+        """Return values (B, G) after a pass that masks some drawn genes and draws them again."""
+        scheduler = self.scheduler
+        again = self._tensor(numbers.order < REMASKING_SHARE) * (1 - batch.known)
+        visible, everything = 1 - again, torch.ones_like(again)
+        # the last step ends at timestep 0 and reveals all genes, whatever the row's number of masked genes
+        last = int(scheduler.timesteps[-1])
+        timesteps = scheduler.timesteps_of(visible)
+        h = self._tokens(batch, values, visible, everything, timesteps, batch.condition)
+        sample = self._sample(batch, h, values, visible, numbers, 0, None)
+        return scheduler.step(sample, last, values, visible, batch.mask_times).prev_sample
+
+    def _needed(self, following: Tensor) -> GeneSubset | None:
+        """Return the genes that need tokens in a step: those visible after it, for a model that drops the others."""
+        return GeneSubset.of(following) if self.model.drops_masked else None
+
+    def _tokens(
+        self,
+        batch: _Batch,
+        values: Tensor,
+        visible: Tensor,
+        following: Tensor,
+        timestep: int | Tensor,
+        condition: Tensor,
+        subset: GeneSubset | None = None,
+        rows: Tensor | slice = slice(None),
+    ) -> Tensor:
+        """Return the backbone's tokens (B, P + n, D) of some rows, at a timestep or at timesteps (B,)."""
+        if isinstance(timestep, int):
+            # a spot with many measured genes is further than the schedule
+            timestep = self.scheduler.timesteps_of(batch.known, timestep)
+        filled = self.scheduler.fill_masked(values, visible, batch.fill)
+        return self.model.tokens(
+            filled[rows],
+            visible[rows],
+            timestep.to(self.device)[rows],
+            condition[rows],
+            self.gene_ids,
+            next_visible=following[rows],
+            subset=subset,
+        )
+
+    def _sample(
+        self,
+        batch: _Batch,
+        h: Tensor,
+        values: Tensor,
+        visible: Tensor,
+        numbers: DrawNumbers,
+        number: int,
+        subset: GeneSubset | None,
+    ) -> Tensor:
+        """Return the values (B, G) that genes take if they are revealed together in step `number`."""
+        filled = self.scheduler.fill_masked(values, visible, batch.fill)
+        output, left = self.model.read_out(
+            h, filled, visible, batch.condition, batch.shift, batch.library_sizes, subset
+        )
+        normal = self._tensor(numbers.value)
+        factors = self.model.gene_factor_model
+        if factors is not None and left is not None:
+            normal = factors.innovation(left, self._tensor(numbers.factors[:, number]), normal)
+        # quantiles need float64, which not every accelerator has
+        uniform = torch.special.ndtr(normal.cpu().double()).clamp(1e-12, 1 - 1e-12)
+        return _on_cpu(output).icdf(uniform).float().to(self.device)
+
+
+def _on_cpu(output: Any) -> Any:
+    """Return a distribution with its parameters on the CPU."""
+    moved = copy.copy(output)
+    for name, value in vars(output).items():
+        if isinstance(value, Tensor):
+            setattr(moved, name, value.cpu())
+        elif hasattr(value, "__dataclass_fields__"):
+            setattr(moved, name, _on_cpu(value))
+    return moved
