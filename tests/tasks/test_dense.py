@@ -6,6 +6,7 @@ import anndata
 import numpy as np
 import pytest
 import tifffile
+import torch
 import yaml
 from helpers.commands import call_hinge
 from PIL import Image
@@ -16,7 +17,7 @@ from hinge.data import read_slide, simulate_slides
 from hinge.data.slide import check_slide
 from hinge.evaluation.baselines import baseline_predictions
 from hinge.run.run import Run
-from hinge.tasks.dense import map_slide, open_predictor
+from hinge.tasks.dense import RunPredictor, map_slide, open_predictor
 from hinge.tasks.finetune import finetune_config, finetune_encoder
 from hinge.tasks.lattice import neighbour_offsets, window_offsets
 from hinge.tasks.regressor import load_regressor, predict_slide
@@ -175,6 +176,14 @@ def test_draws_on_a_grid(folder, tmp_path):
 
 
 @pytest.mark.full
+def test_draws_on_a_grid_use_the_precision_of_the_run(folder):
+    run = Run.open(folder / "run")
+    sampling = run.config.sampling.model_copy(update={"precision": "bf16"})
+    predictor = RunPredictor(Run(run.config.model_copy(update={"sampling": sampling})), "draws", draws=2, steps=2)
+    assert {parameter.dtype for parameter in predictor.pipeline.model.backbone.parameters()} == {torch.bfloat16}
+    assert predictor.about["precision"] == "bf16"
+
+
 def test_an_image_alone_and_a_tuned_encoder(folder, tmp_path):
     """A fold of finetune-encoder maps a biopsy that is an image on glass."""
     config = finetune_config(tune="all", epochs=1, batch_size=32)
