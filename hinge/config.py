@@ -184,8 +184,6 @@ class ModelConfig(_Section):
         "current", description="a condition on the visible share: current, next (after the step) or None"
     )
     gene_factors: bool = Field(True, description="whether a factor model predicts the masked genes from the features")
-    num_factors: int = Field(8, ge=1, description="the number of factors that vary between spots")
-    num_slide_factors: int = Field(4, ge=1, description="the number of factors that vary between slides")
     masked_decoding: float = Field(
         0.0, ge=0, le=1, description="the weight of the backbone's decoder where no gene is visible"
     )
@@ -327,6 +325,8 @@ RENAMED = {
 REMOVED: dict[str, Any] = {
     "model.feature_noise": 0.0,
     "model.drop_masked": None,
+    "model.num_factors": 8,
+    "model.num_slide_factors": 4,
     "diffusion.beta": 3.0,
     "diffusion.tail": 1,
     "sampling.order": "random",

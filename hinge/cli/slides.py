@@ -6,7 +6,10 @@ from typing import Annotated
 import typer
 
 from hinge.cli.options import existing
+from hinge.config import FeaturesConfig, PanelConfig
 from hinge.utils.errors import ConfigError
+
+_FEATURES, _PANEL = FeaturesConfig(), PanelConfig()
 
 
 def features(
@@ -15,10 +18,10 @@ def features(
     sample: Annotated[list[str] | None, typer.Option(help="Sample of the data set; repeat for several.")] = None,
     encoder: Annotated[
         str, typer.Option(help="timm or hf-hub: name, checkpoint, stain-texture; + joins.")
-    ] = "stain-texture",
+    ] = _FEATURES.encoder,
     patch_um: Annotated[float | None, typer.Option(help="Side of a patch in µm.  [default: the encoder's]")] = None,
-    views: Annotated[int, typer.Option(help="1, or 8 for all flips and quarter turns.")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Patches in one forward pass.")] = 64,
+    views: Annotated[int, typer.Option(help="1, or 8 for all flips and quarter turns.")] = _FEATURES.views,
+    batch_size: Annotated[int, typer.Option(help="Patches in one forward pass.")] = _FEATURES.batch_size,
     image: Annotated[Path | None, typer.Option(help="Image, where the slide does not name it.")] = None,
     um_per_px: Annotated[float | None, typer.Option(help="Resolution, where the slide does not say.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files made otherwise.")] = False,
@@ -55,8 +58,8 @@ def panel(
     path: Annotated[Path, typer.Argument(help="Data set.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="panel.json to write.", show_default=False)],
     sample: Annotated[list[str] | None, typer.Option(help="Training sample; repeat for several.")] = None,
-    method: Annotated[str, typer.Option(help="hmhvg or hvg.")] = "hmhvg",
-    genes: Annotated[int, typer.Option(help="Size of the panel.")] = 200,
+    method: Annotated[str, typer.Option(help="hmhvg or hvg.")] = _PANEL.method,
+    genes: Annotated[int, typer.Option(help="Size of the panel.")] = _PANEL.genes,
     from_list: Annotated[Path | None, typer.Option("--list", help="Text file, one gene symbol a line.")] = None,
 ) -> None:
     """Choose the genes to predict, from training slides only.

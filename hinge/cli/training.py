@@ -7,6 +7,9 @@ import typer
 
 from hinge.cli.console import print_scores
 from hinge.cli.options import ConfigFile, Overrides, open_run
+from hinge.config import BackboneConfig, PretrainConfig
+
+_BACKBONE, _PRETRAIN = BackboneConfig(), PretrainConfig()
 
 
 def pretrain_expression(
@@ -15,15 +18,17 @@ def pretrain_expression(
     sample: Annotated[list[str] | None, typer.Option(help="Only these samples; repeat for several.")] = None,
     panel: Annotated[Path | None, typer.Option(help="Genes of the vocabulary.  [default: all shared ones]")] = None,
     transform: Annotated[str, typer.Option(help="log2p1 or log1p_cp10k.")] = "log1p_cp10k",
-    hidden_size: Annotated[int, typer.Option()] = 128,
-    num_hidden_layers: Annotated[int, typer.Option()] = 4,
-    num_attention_heads: Annotated[int, typer.Option()] = 4,
-    num_value_bins: Annotated[int, typer.Option()] = 64,
-    steps: Annotated[int, typer.Option()] = 3000,
-    batch_size: Annotated[int, typer.Option()] = 64,
-    learning_rate: Annotated[float, typer.Option()] = 1e-3,
-    precision: Annotated[str, typer.Option(help="no (float32) or bf16.")] = "no",
-    seed: Annotated[int, typer.Option()] = 0,
+    hidden_size: Annotated[int, typer.Option(help="Width of a token.")] = _BACKBONE.hidden_size,
+    num_hidden_layers: Annotated[int, typer.Option(help="Layers.")] = _BACKBONE.num_hidden_layers,
+    num_attention_heads: Annotated[int, typer.Option(help="Attention heads.")] = _BACKBONE.num_attention_heads,
+    num_value_bins: Annotated[
+        int, typer.Option(help="Soft bins that expression is embedded by.")
+    ] = _BACKBONE.num_value_bins,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = _PRETRAIN.steps,
+    batch_size: Annotated[int, typer.Option(help="Spots of a step.")] = _PRETRAIN.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Largest learning rate.")] = _PRETRAIN.learning_rate,
+    precision: Annotated[str, typer.Option(help="no (float32) or bf16.")] = _PRETRAIN.precision,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and the masks.")] = 0,
 ) -> None:
     """Pre-train an expression backbone (CellFM's architecture) on counts, by filling in masked genes.
 
