@@ -2,5 +2,7 @@
 
 DEFAULT_DRAWS = 20
 DEFAULT_STEPS = 8
+DEFAULT_GAUSSIAN_STEPS = 25
+"""Steps of Gaussian diffusion and flow matching, which need more of them."""
 DEFAULT_BATCH_SIZE = 256
 """Spot-draws in one forward pass."""

@@ -1,10 +1,10 @@
-"""Diffusion that adds Gaussian noise to all genes at once: what masked diffusion is compared with.
+"""Gaussian diffusion and flow matching: objectives that add noise to all genes at once, as baselines.
 
-A `HingeModel` that is told that every gene is visible predicts a spot's expression x₀ from a noisy version
+A `HingeModel` with every gene visible predicts the expression x₀ of a spot from a noisy version
 
     x_t = a(t) x₀ + b(t) ε,  t = 0 … 1,
 
-in units of each gene's training deviation. Two paths from expression to noise:
+in units of each gene's standard deviation over the training spots. There are two noise schedules:
 
 - `"gaussian-diffusion"`: a² + b² = 1 with a² the product of the linear schedule's 1 − β over 1,000 steps (Ho et al.,
   NeurIPS 2020): Stem's objective. Errors of x₀ are weighted by the signal-to-noise ratio a²/b², kept between 1 and 5
@@ -12,13 +12,13 @@ in units of each gene's training deviation. Two paths from expression to noise:
 - `"flow-matching"`: a = 1 − t, b = t (Lipman et al., ICLR 2023), with the endpoint x₀ predicted and all errors weighted
   alike: STFlow's objective.
 
-Sampling keeps the noise that the prediction implies, ε = (x_t − a x₀)/b, and mixes it anew at the next time: DDIM (Song
-et al., ICLR 2021) for the first path, Euler's method on the flow for the second. x₀ is carried forward from its last
-two predictions (DPM-Solver++ of second order, Lu et al., 2022): by itself the first-order rule loses up to a quarter
-of a gene's spread in 25 steps. A draw is a function of its first noise.
+Sampling computes the noise from the prediction, ε = (x_t − a x₀)/b, and adds it again with the coefficients of the next
+time: DDIM (Song et al., ICLR 2021) for Gaussian diffusion, Euler's method for flow matching. x₀ is extrapolated from
+its last two predictions (DPM-Solver++ of second order, Lu et al., 2022): the first-order rule loses up to a quarter of
+a gene's standard deviation in 25 steps. A draw is a deterministic function of its first noise.
 
-What differs from the model is the objective alone: same backbone, same conditioning, same training spots, features,
-steps and seed. The networks of Stem (Zhu et al., ICLR 2025) and STFlow (Huang et al., ICML 2025) are not rebuilt.
+Only the objective differs from the model: backbone, conditioning, training spots, features, steps and seed are equal.
+The networks of Stem (Zhu et al., ICLR 2025) and STFlow (Huang et al., ICML 2025) are not rebuilt.
 """
 
 import itertools
@@ -32,15 +32,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hinge.backbones.cellfm import CellFMModel
+from hinge.diffusion.defaults import DEFAULT_BATCH_SIZE, DEFAULT_DRAWS, DEFAULT_GAUSSIAN_STEPS
 from hinge.diffusion.randomness import spot_normals
 from hinge.models.hinge import HingeModel
 from hinge.utils.errors import WeightsError
 from hinge.utils.files import atomic_path
 
 NUM_TIMES = 1000
-"""Times that training draws from, t = 1/1000 … 1; the denoiser is told t · 1000."""
+"""Number of times that training draws from, t = 1/1000 … 1; the denoiser takes t · 1000."""
 
-PATHS = ("gaussian-diffusion", "flow-matching")
+NOISE_SCHEDULES = ("gaussian-diffusion", "flow-matching")
 
 # β of the linear schedule, first and last
 _BETAS = (1e-4, 0.02)
@@ -48,17 +49,17 @@ _SNR_RANGE = (1.0, 5.0)
 
 
 class NoiseSchedule:
-    """Coefficients a and b of a path from expression to noise, and steps along it.
+    """Coefficients a and b of expression and noise at every time, and the reverse steps.
 
     Parameters
     ----------
     name
-        One of `PATHS`.
+        One of `NOISE_SCHEDULES`.
     """
 
     def __init__(self, name: str):
-        if name not in PATHS:
-            raise ValueError(f"path must be one of {', '.join(PATHS)}, not {name!r}")
+        if name not in NOISE_SCHEDULES:
+            raise ValueError(f"noise schedule must be one of {', '.join(NOISE_SCHEDULES)}, not {name!r}")
         self.name = name
         if name == "gaussian-diffusion":
             signal = torch.cumprod(1 - torch.linspace(*_BETAS, NUM_TIMES, dtype=torch.float64), dim=0)
@@ -78,7 +79,7 @@ class NoiseSchedule:
         return tuple(coefficient[times.cpu()].to(like)[:, None] for coefficient in (self.a, self.b))
 
     def weights(self, times: Tensor) -> Tensor:
-        """What squared errors of x₀ at times (B,), 1 … 1000, are multiplied with, (B,) float32."""
+        """Return the weights (B,) float32 of squared errors of x₀ at times (B,), 1 … 1000."""
         if self.name == "flow-matching":
             return torch.ones(len(times))
         ratio = (self.a[times.cpu()] / self.b[times.cpu()]) ** 2
@@ -93,7 +94,7 @@ class NoiseSchedule:
         return np.unique(np.abs(angle[:, None] - wanted).argmin(axis=0))[::-1].tolist()
 
     def ahead(self, predicted: Tensor, before: Tensor, times: tuple[int, int, int]) -> Tensor:
-        """x₀ for the step between the last two of three times, from predictions at the middle and the first one."""
+        """Return x₀ for the step between the last two of three times, from predictions at the second and the first."""
         log_ratio = torch.log(self.a[list(times)] / self.b[list(times)])
         last, coming = float(log_ratio[1] - log_ratio[0]), float(log_ratio[2] - log_ratio[1])
         if not np.isfinite([last, coming]).all():  # pure noise before, or no noise after
@@ -109,19 +110,19 @@ class NoiseSchedule:
 class Denoiser(nn.Module):
     """A HingeModel as denoiser of all genes at once.
 
-    A backbone that was pre-trained to fill in masked genes tells nothing of a gene it is shown, so the noisy value has
-    a way past it: with P what the model predicts, the prediction is
+    A backbone that was pre-trained to predict masked genes gives no information on visible ones, so the noisy value
+    also enters the output directly: with the model's prediction P, the prediction is
 
         x₀ = P + k(t)(x_t − a P),  k = a s² / (a² s² + b²),
 
-    which is the best there is if expression is Gaussian around P with the deviation s, and adds P's work on top else
-    (a preconditioning, as in Karras et al., NeurIPS 2022). s is trained, one number a gene.
+    which is the posterior mean if expression is Gaussian around P with the standard deviation s (a preconditioning, as
+    in Karras et al., NeurIPS 2022). s is trained, one number per gene.
 
     Parameters
     ----------
     model
         With the head `point` and no library size.
-    path
+    schedule
         Of the noise.
     gene_ids
         (G,) vocabulary ids.
@@ -173,7 +174,7 @@ class Denoiser(nn.Module):
         with atomic_path(folder) as temporary:
             self.model.save_pretrained(temporary)
             own = {name: getattr(self, name).detach().cpu() for name in ("gene_ids", "mean", "deviation", "log_spread")}
-            save_file(own, temporary / self.WEIGHTS_NAME, metadata={"path": self.schedule.name})
+            save_file(own, temporary / self.WEIGHTS_NAME, metadata={"schedule": self.schedule.name})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone: CellFMModel) -> "Denoiser":
@@ -181,7 +182,8 @@ class Denoiser(nn.Module):
         model, file = HingeModel.from_pretrained(folder, backbone), Path(folder) / cls.WEIGHTS_NAME
         try:
             with safe_open(file, "pt") as opened:
-                name = opened.metadata()["path"]
+                about = opened.metadata()
+                name = about.get("schedule") or about["path"]  # the key of version 0.1
                 own = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             denoiser = cls(model, NoiseSchedule(name), own["gene_ids"], own["mean"][None])
             for key, tensor in own.items():
@@ -198,10 +200,10 @@ def draw_gaussian(
     features: Tensor,
     spots: list[str],
     num_genes: int,
-    num_draws: int = 20,
-    num_inference_steps: int = 25,
+    num_draws: int = DEFAULT_DRAWS,
+    num_inference_steps: int = DEFAULT_GAUSSIAN_STEPS,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> np.ndarray:
     """Draw expression by removing noise.
 
@@ -209,7 +211,7 @@ def draw_gaussian(
     ----------
     denoise
         x_t (B, G), times (B,) and features (B, d) → predicted x₀ (B, G).
-    path
+    schedule
         As used in training.
     features
         (n, d).

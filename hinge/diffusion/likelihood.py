@@ -1,4 +1,4 @@
-"""How probable measured spots are under a model that reveals their genes one by one."""
+"""Log-likelihood of measured spots under a model that reveals their genes one by one."""
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ def chain_log_likelihood(
     library_size: np.ndarray | None = None,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """Log-likelihood of each spot's genes along random orders of revealing, in nats.
+    """Return the log-likelihood of each spot's genes along random orders of revealing, in nats.
 
     With σ an order of the genes, log p(x) is at least the mean over σ of Σ_k log p(x_σ(k) | x_σ(1) … x_σ(k−1)). Every
     gene that is still masked is as likely to be the next: the mean over orders is G times the mean over k of the mean
@@ -33,7 +33,7 @@ def chain_log_likelihood(
     ----------
     model, scheduler
         Trained together. The head gives log-masses of counts or log-densities: only likelihoods of the same kind can
-        be compared. A slide's own shift is taken as zero.
+        be compared. The slide effect is taken as zero.
     features
         (n, d).
     gene_ids
@@ -59,8 +59,7 @@ def chain_log_likelihood(
     device = model.feature_mean.device
     features = torch.as_tensor(np.asarray(features), dtype=torch.float32)
     measured = torch.from_numpy(np.asarray(values, dtype=np.float32))
-    num_genes, total = measured.shape[1], scheduler.config.num_train_timesteps
-    masked_at = scheduler.num_masked(np.arange(total + 1), num_genes)
+    num_genes = measured.shape[1]
     result = np.zeros(len(measured))
     for start in range(0, len(measured), batch_size):
         rows = np.arange(start, min(start + batch_size, len(measured)))
@@ -72,14 +71,13 @@ def chain_log_likelihood(
             num_visible = np.floor((number + uniform[:, 1, 0]) / num_passes * num_genes).astype(np.int64)
             rank = torch.from_numpy(uniform[:, 0].argsort(1).argsort(1))
             visible = (rank < torch.from_numpy(num_visible)[:, None]).float().to(device)
-            # the first timestep with as many masked genes
-            timesteps = np.clip(np.searchsorted(masked_at, num_genes - num_visible), 1, total)
-            coming = torch.from_numpy(num_genes - masked_at[timesteps - 1])[:, None]
+            timesteps = scheduler.timesteps_of(visible)
+            coming = torch.from_numpy(num_genes - scheduler.num_masked(timesteps - 1, num_genes))[:, None]
             noise = torch.special.ndtri(torch.from_numpy(uniform[:, 2])).float().to(device)
             output = model(
                 values=scheduler.fill_masked(truth, visible, noise),
                 visible=visible,
-                timestep=torch.from_numpy(timesteps).to(device),
+                timestep=timesteps.to(device),
                 features=features[rows].to(device),
                 gene_ids=gene_ids.to(device),
                 next_visible=torch.maximum(visible, (rank < coming).float().to(device)),
@@ -87,7 +85,7 @@ def chain_log_likelihood(
                 if library_size is None
                 else torch.as_tensor(np.asarray(library_size)[rows]).float().to(device),
             )
-            hidden = 1 - visible
-            mean = (output.log_prob(truth).double() * hidden).sum(dim=1) / hidden.sum(dim=1)
-            result[rows] += mean.cpu().numpy() * num_genes / num_passes
+            # to the CPU before float64: not every accelerator has it
+            hidden, log_prob = 1 - visible.cpu(), output.log_prob(truth).cpu().double()
+            result[rows] += ((log_prob * hidden).sum(dim=1) / hidden.sum(dim=1)).numpy() * num_genes / num_passes
     return result

@@ -1,4 +1,4 @@
-"""What is minimised: the loss on masked genes, at timesteps drawn with a warm start."""
+"""The training objective: which genes the loss counts, their weights, and how timesteps are drawn."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ def draw_timesteps(
     generator: torch.Generator,
     max_masked_share: float = 1.0,
 ) -> Tensor:
-    """Timesteps (B,), uniform over 1 … T, or in the warm start over those with few masked genes.
+    """Draw timesteps (B,) uniformly from 1 … T, or in the warm start from those with few masked genes.
 
     Parameters
     ----------
@@ -31,9 +31,9 @@ def draw_timesteps(
 def loss_mask(
     scheduler: MaskedDiffusionScheduler, timesteps: Tensor, visible: Tensor, uniform: Tensor, on: str
 ) -> Tensor:
-    """Which genes (B, G) the loss counts: `"masked"` all of them, `"revealed"` those of the coming step t → t − 1.
+    """Return the genes (B, G) that the loss counts: all masked ones, or with `"revealed"` those of step t → t − 1.
 
-    The paper's formula has the first, its released code the second.
+    The formula in the paper has the first, its released code the second.
     """
     if on == "masked":
         return 1 - visible
@@ -41,7 +41,7 @@ def loss_mask(
 
 
 def spot_weights(mask: Tensor, weighting: str) -> Tensor:
-    """Weights (B, G) of the losses in `mask` (B, G); they sum to the batch size (of spots with any such gene).
+    """Return the weights (B, G) of the losses in `mask` (B, G); they sum to the number of spots with any such gene.
 
     `"gene"` gives each gene in the mask the same weight over the whole batch, as the released code does;
     `"spot"` gives each spot the same weight whatever its share of masked genes: the likelihood bound of masked

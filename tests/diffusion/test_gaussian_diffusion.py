@@ -1,4 +1,4 @@
-"""Gaussian diffusion and flow matching: paths, draws of a known distribution, training, their place in a run."""
+"""Gaussian diffusion and flow matching: schedules, draws of a known distribution, training, a run."""
 
 import json
 
@@ -10,7 +10,7 @@ from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.config import check_config
 from hinge.data import simulate_slides
 from hinge.data.spots import SpotTable
-from hinge.diffusion.gaussian import NUM_TIMES, PATHS, Denoiser, NoiseSchedule, draw_gaussian
+from hinge.diffusion.gaussian import NOISE_SCHEDULES, NUM_TIMES, Denoiser, NoiseSchedule, draw_gaussian
 from hinge.evaluation.names import GENERATIVE_BASELINES
 from hinge.models import HingeModel
 from hinge.run.run import Run
@@ -20,42 +20,42 @@ from hinge.utils.errors import DataError, HingeError
 GENES, FEATURES = 6, 4
 
 
-# --- paths ---------------------------------------------------------------------------------------
+# --- schedules -----------------------------------------------------------------------------------
 
 
-def test_the_baselines_are_the_paths():
-    assert PATHS == GENERATIVE_BASELINES
+def test_the_baselines_are_the_noise_schedules():
+    assert NOISE_SCHEDULES == GENERATIVE_BASELINES
     with pytest.raises(ValueError, match="gaussian-diffusion, flow-matching"):
         NoiseSchedule("masked")
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_a_path_leads_from_expression_to_noise(name):
-    path = NoiseSchedule(name)
-    assert (path.a[0], path.b[0]) == (1, 0)
-    assert path.a[-1] < 0.01 and path.b[-1] > 0.999
-    assert (path.a.diff() < 0).all() and (path.b.diff() > 0).all()
+@pytest.mark.parametrize("name", NOISE_SCHEDULES)
+def test_a_schedule_leads_from_expression_to_noise(name):
+    schedule = NoiseSchedule(name)
+    assert (schedule.a[0], schedule.b[0]) == (1, 0)
+    assert schedule.a[-1] < 0.01 and schedule.b[-1] > 0.999
+    assert (schedule.a.diff() < 0).all() and (schedule.b.diff() > 0).all()
     x0, noise = torch.randn(3, GENES), torch.randn(3, GENES)
     times = torch.tensor([0, 400, NUM_TIMES])
-    xt = path.add_noise(x0, noise, times)
+    xt = schedule.add_noise(x0, noise, times)
     assert torch.equal(xt[0], x0[0])
-    torch.testing.assert_close(xt[1], path.a[400].float() * x0[1] + path.b[400].float() * noise[1])
-    # a step with the true x0 stays on the path
+    torch.testing.assert_close(xt[1], schedule.a[400].float() * x0[1] + schedule.b[400].float() * noise[1])
+    # a step with the true x0 is exact
     torch.testing.assert_close(
-        path.step(x0[1:2], 400, 100, xt[1:2]),
-        path.add_noise(x0, noise, torch.full((3,), 100))[1:2],
+        schedule.step(x0[1:2], 400, 100, xt[1:2]),
+        schedule.add_noise(x0, noise, torch.full((3,), 100))[1:2],
         atol=1e-5,
         rtol=1e-5,
     )
 
 
-def test_the_gaussian_path_keeps_the_variance_and_weighs_by_signal_to_noise():
-    path = NoiseSchedule("gaussian-diffusion")
-    torch.testing.assert_close(path.a**2 + path.b**2, torch.ones(NUM_TIMES + 1, dtype=torch.float64))
+def test_gaussian_diffusion_keeps_the_variance_and_weighs_by_signal_to_noise():
+    schedule = NoiseSchedule("gaussian-diffusion")
+    torch.testing.assert_close(schedule.a**2 + schedule.b**2, torch.ones(NUM_TIMES + 1, dtype=torch.float64))
     # by hand: the product of 1 − β over the first two of 1,000 steps
     beta = np.linspace(1e-4, 0.02, 1000)
-    assert float(path.a[2] ** 2) == pytest.approx((1 - beta[0]) * (1 - beta[1]), rel=1e-12)
-    weights = path.weights(torch.arange(1, NUM_TIMES + 1))
+    assert float(schedule.a[2] ** 2) == pytest.approx((1 - beta[0]) * (1 - beta[1]), rel=1e-12)
+    weights = schedule.weights(torch.arange(1, NUM_TIMES + 1))
     assert weights.max() == 5 and weights.min() == 1 and (weights.diff() <= 0).all() and len(weights.unique()) > 50
     assert torch.equal(NoiseSchedule("flow-matching").weights(torch.tensor([1, 900])), torch.ones(2))
 
@@ -66,23 +66,23 @@ def test_the_gaussian_path_keeps_the_variance_and_weighs_by_signal_to_noise():
 class Gaussian:
     """The best denoiser of x₀ ~ N(mean + features, diag(sd²))."""
 
-    def __init__(self, path: NoiseSchedule):
-        self.path = path
+    def __init__(self, schedule: NoiseSchedule):
+        self.schedule = schedule
         self.mean, self.sd = torch.linspace(-1, 2, GENES), torch.linspace(0.2, 1.5, GENES)
 
     def __call__(self, xt, times, features):
-        a, b = self.path.a[times].float()[:, None], self.path.b[times].float()[:, None]
+        a, b = self.schedule.a[times].float()[:, None], self.schedule.b[times].float()[:, None]
         mean = self.mean + features
         return mean + a * self.sd**2 / (a**2 * self.sd**2 + b**2) * (xt - a * mean)
 
 
 def draw(name, features, **options):
-    path = NoiseSchedule(name)
+    schedule = NoiseSchedule(name)
     spots = [f"s{number}" for number in range(len(features))]
-    return draw_gaussian(Gaussian(path), path, features, spots, GENES, **options)
+    return draw_gaussian(Gaussian(schedule), schedule, features, spots, GENES, **options)
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", NOISE_SCHEDULES)
 def test_draws_of_a_known_gaussian_have_its_mean_and_deviation(name):
     features = torch.tensor([[0.0], [5.0]])
     draws = draw(name, features, num_draws=4000, batch_size=4000)
@@ -97,7 +97,7 @@ def test_draws_of_a_known_gaussian_have_its_mean_and_deviation(name):
     assert np.abs(both - np.eye(2 * GENES)).max() < 0.08
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", NOISE_SCHEDULES)
 def test_draws_depend_on_seed_spot_and_draw_alone(name):
     features = torch.randn(7, 1)
     draws = draw(name, features, num_draws=3, seed=4)
@@ -107,7 +107,7 @@ def test_draws_depend_on_seed_spot_and_draw_alone(name):
     assert np.abs(draw(name, features, num_draws=3, seed=5) - draws).min() > 0
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", NOISE_SCHEDULES)
 def test_times_go_from_noise_to_none(name):
     for count in (1, 2, 25, 500):
         times = NoiseSchedule(name).times(count)
@@ -163,7 +163,7 @@ def train(folder, name="gaussian-diffusion", spots=None, options=None, **setting
     return denoiser, result
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", NOISE_SCHEDULES)
 def test_a_trained_denoiser_draws_what_was_measured(name, tmp_path):
     spots = table()
     denoiser, _ = train(tmp_path, name, spots, steps=250, ema_decay=0.98, validation_share=0.0)
