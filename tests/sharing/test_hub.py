@@ -148,11 +148,13 @@ def test_a_backbone_from_elsewhere_stays_there(run, hub, tmp_path):
     foreign = tmp_path / "foreign"
     (run.folder / "backbone").rename(foreign)
     config = run.config.model_copy(update={"backbone": run.config.backbone.model_copy(update={"path": foreign})})
-    push_run(Run(config), "lab/small", "other")
+    save_config(config, run.paths.config)
+    run = Run.open(run.folder)
+    push_run(run, "lab/small", "other")
     assert not (hub / "lab" / "small" / "backbone").exists()
     assert "backbone is not part of this repository; its licence: not recorded." in card_of(hub, "lab/small")
     fetched = Run.open(fetch_run("lab/small", tmp_path / "theirs", backbone=foreign))
-    assert fetched.pipeline().model.digest() == Run(config).pipeline().model.digest()
+    assert fetched.pipeline().model.digest() == run.pipeline().model.digest()
 
 
 def card_of(hub, repository) -> str:
