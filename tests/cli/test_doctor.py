@@ -97,7 +97,7 @@ def test_the_documentation_names_pages_that_are_there():
 
 
 def test_the_tutorial_runs(tmp_path):
-    notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())
+    notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())
     code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert notebook["nbformat"] == 4 and not any(cell.get("outputs") for cell in notebook["cells"])
     (tmp_path / "tutorial.py").write_text("\n\n".join(code))
