@@ -1,6 +1,6 @@
 """Impute the genes of a slide of which only half of the panel was measured.
 
-    python examples/impute_from_panel.py RUN SLIDES SAMPLE
+python examples/impute_from_panel.py RUN SLIDES SAMPLE
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Extract features with an encoder of your own: any timm model with weights in a local folder.
 
-    python examples/own_encoder.py SLIDES SAMPLE OUTPUT
+python examples/own_encoder.py SLIDES SAMPLE OUTPUT
 """
 
 import json

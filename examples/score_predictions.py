@@ -1,6 +1,6 @@
 """Score the predictions of any other method beside the noise ceiling, without a run.
 
-    python examples/score_predictions.py SLIDES SAMPLE OUTPUT
+python examples/score_predictions.py SLIDES SAMPLE OUTPUT
 """
 
 import json

@@ -1,6 +1,6 @@
 """Train on simulated slides, draw the expression of a held-out slide, and score the draws.
 
-    python examples/train_and_sample.py OUTPUT
+python examples/train_and_sample.py OUTPUT
 """
 
 import json

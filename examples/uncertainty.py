@@ -1,6 +1,6 @@
 """Questions that only draws answer: probabilities, intervals, co-expression with its uncertainty.
 
-    python examples/uncertainty.py DRAWS.h5ad
+python examples/uncertainty.py DRAWS.h5ad
 """
 
 import sys

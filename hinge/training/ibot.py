@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def pretrain_histology(
         No slide shows tissue.
     """
     folder = Path(folder)
-    settings = {"vit": vit.model_dump(mode="json"), "training": config.model_dump(mode="json"), "seed": seed}
+    settings: dict[str, Any] = {"vit": vit.model_dump(mode="json"), "training": config.model_dump(mode="json"), "seed": seed}
     if (folder / "config.json").exists():
         made = read_json(folder / "pretraining.json")
         # an earlier version had more settings
