@@ -1,16 +1,16 @@
-"""Reading MindSpore checkpoints (`.ckpt`) without MindSpore.
+"""Read MindSpore checkpoints (`.ckpt`) without MindSpore.
 
-A checkpoint is a row of protobuf messages, which joined are again one message::
+A checkpoint is a sequence of protobuf messages, which together form one message::
 
     Checkpoint  { repeated Value value = 1 }
     Value       { string tag = 1; TensorProto tensor = 2 }
     TensorProto { repeated int64 dims = 1; string tensor_type = 2; bytes tensor_content = 3 }
 
-and may end with the seven letters `crc_num` and ten big-endian bytes, the CRC-32 of all that stands before.
-A tensor above 512 MB is cut into several Values of the same tag, each with the dims of the whole.
+and may end with the seven letters `crc_num` and ten big-endian bytes, the CRC-32 of all bytes before.
+A tensor above 512 MB is split into several Values of the same tag, each with the dims of the whole tensor.
 
-The index is read through a memory map, which touches a few bytes a tensor. The contents are read from the
-file when asked for: protobuf aligns nothing, so most of them could not be used in place anyway.
+The index is read through a memory map, which touches a few bytes per tensor. The contents are read from the file
+on request, because protobuf does not align them and they cannot be used in place.
 """
 
 import math
@@ -42,10 +42,10 @@ _DTYPES = {
     "UInt64": torch.uint64,
     "Bool": torch.bool,
 }
-# notes and generator states that MindSpore stores among the parameters
+# strings and generator states that MindSpore stores beside the parameters
 _NOT_TENSORS = {"str", "random_op"}
 
-# what MindSpore's optimizers, loss scaling and checkpoint callback add to the weights
+# tensors that MindSpore's optimizers, loss scaling and checkpoint callback add to the weights
 _OPTIMIZER = re.compile(
     r"(optimizer\.)?("
     r"(moment1|moment2|moments|accum|vhat|adam_m|adam_v)\..+"
@@ -63,7 +63,7 @@ _MAX_TEXT_BYTES = 4096
 
 @dataclass
 class _Entry:
-    """One tensor and where in the file its pieces start and stop."""
+    """One tensor, and the start and stop of its pieces in the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -76,7 +76,7 @@ class _Entry:
 
 
 class _Wire:
-    """Walks protobuf's wire format; whatever does not fit is a `WeightsError` with the byte offset."""
+    """Parse protobuf's wire format; a violation raises a `WeightsError` with the byte offset."""
 
     def __init__(self, path: Path, view: mmap.mmap):
         self.path, self.view = path, view
@@ -84,10 +84,10 @@ class _Wire:
         self.end = len(view) - (_TRAILER_BYTES if self.has_trailer else 0)
 
     def damaged(self, offset: int, why: str) -> WeightsError:
-        return WeightsError(f"{self.path} is not a whole MindSpore checkpoint: at byte {offset:,} {why}")
+        return WeightsError(f"{self.path} is not a complete MindSpore checkpoint: at byte {offset:,} {why}")
 
     def varint(self, at: int, end: int) -> tuple[int, int]:
-        """The unsigned number at `at` and the offset after it."""
+        """Return the unsigned number at `at` and the offset after it."""
         value = 0
         for k in range(10):
             if at + k >= end:
@@ -99,7 +99,7 @@ class _Wire:
         raise self.damaged(at, "a number has more than ten bytes")
 
     def fields(self, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """Each field from `at` to `end` as (number, wire type, start and stop of its payload)."""
+        """Yield each field from `at` to `end` as (number, wire type, start and stop of its payload)."""
         while at < end:
             key, start = self.varint(at, end)
             number, kind = key >> 3, key & 7
@@ -130,7 +130,7 @@ class _Wire:
             raise self.damaged(start, f"{what} is not UTF-8 text") from None
 
     def dims(self, kind: int, start: int, stop: int) -> Iterator[int]:
-        """One dim (wire type 0) or a packed row of them (2)."""
+        """Yield one dim (wire type 0) or a packed sequence of dims (2)."""
         if kind not in (0, 2):
             raise self.damaged(start, "the dims of a tensor are not whole numbers")
         while start < stop:
@@ -141,10 +141,10 @@ class _Wire:
             yield dim
 
     def values(self) -> Iterator[tuple[int, str, str, list[int], tuple[int, int]]]:
-        """Each Value as (offset, tag, tensor type, dims, payload)."""
+        """Yield each Value as (offset, tag, tensor type, dims, payload)."""
         for number, kind, start, stop in self.fields(0, self.end):
             if (number, kind) != (1, 2):
-                raise self.damaged(start, f"field {number}, wire type {kind}, stands where a parameter should")
+                raise self.damaged(start, f"there is field {number} with wire type {kind} instead of a parameter")
             tag = tensor = None
             for number, kind, first, last in self.fields(start, stop):
                 if (number, kind) == (1, 2):
@@ -176,7 +176,7 @@ class _Wire:
             yield start, tag, tensor_type, dims, content or (tensor[1], tensor[1])
 
     def index(self, include_optimizer: bool) -> dict[str, _Entry]:
-        """Where each tensor lies; a name may come again only as the next piece of an unfinished tensor."""
+        """Return the pieces of each tensor; a name may be repeated only as the next piece of an incomplete tensor."""
         entries: dict[str, _Entry] = {}
         for offset, tag, tensor_type, dims, (start, stop) in self.values():
             if tensor_type in _NOT_TENSORS or (not include_optimizer and _OPTIMIZER.fullmatch(tag)):
@@ -193,7 +193,7 @@ class _Wire:
             if (entry.dtype, entry.shape) != (dtype, shape):
                 raise self.damaged(offset, f"a further piece of {name} has another type or other dims")
             if entry.pieces and entry.stored == entry.n_bytes:
-                raise self.damaged(offset, f"{name} comes a second time")
+                raise self.damaged(offset, f"{name} occurs a second time")
             entry.pieces.append((start, stop))
             entry.stored += stop - start
             if entry.stored > entry.n_bytes:
@@ -210,7 +210,7 @@ class _Wire:
 
 
 def is_mindspore(path: str | Path) -> bool:
-    """Whether a file starts as a MindSpore checkpoint does; reads its first few bytes only."""
+    """Return whether a file starts like a MindSpore checkpoint; only its first few bytes are read."""
     try:
         with _map(Path(path)) as view:
             return next(_Wire(Path(path), view).values(), None) is not None
@@ -219,21 +219,21 @@ def is_mindspore(path: str | Path) -> bool:
 
 
 class MindSporeCheckpoint:
-    """Index of a MindSpore checkpoint; tensors are read one by one when asked for.
+    """The index of a MindSpore checkpoint; tensors are read one by one on request.
 
     Parameters
     ----------
     path
         The `.ckpt` file.
     include_optimizer
-        Also list what training adds to the weights: moments, beta powers, learning rate, step counters.
+        Also list the tensors of the optimizer: moments, beta powers, learning rate, step counters.
         Strings and generator states are never listed.
 
     Raises
     ------
     WeightsError
-        The file is missing, cut off, damaged (its CRC does not match, where it has one) or of another format;
-        the sentence gives the byte offset.
+        The file is missing, truncated, damaged (its CRC, if it has one, does not match) or in another format; the
+        message gives the byte offset.
     """
 
     def __init__(self, path: str | Path, include_optimizer: bool = False):
@@ -258,24 +258,24 @@ class MindSporeCheckpoint:
                 bar.update(len(chunk))
         if crc != expected:
             raise WeightsError(
-                f"{self.path} is damaged: the CRC of its first {end:,} bytes is {crc} and not {expected} "
-                f"as byte {end:,} says; fetch it again"
+                f"{self.path} is damaged: the CRC of its first {end:,} bytes is {crc}, and byte {end:,} stores "
+                f"{expected}; download it again"
             )
 
     def keys(self) -> list[str]:
-        """Names of the tensors, in the order of the file."""
+        """Return the names of the tensors in the order of the file."""
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """Return the shape of a tensor."""
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor as stored."""
+        """Return the stored type of a tensor."""
         return self._entry(name).dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor, its pieces joined, into memory of its own."""
+        """Read one tensor into new memory; its pieces are concatenated."""
         entry = self._entry(name)
         buffer = torch.empty(entry.stored, dtype=torch.uint8)
         view, at = memoryview(buffer.numpy()), 0
@@ -304,7 +304,7 @@ def read_mindspore(path: str | Path, include_optimizer: bool = False) -> dict[st
     path
         The `.ckpt` file.
     include_optimizer
-        Also read what training adds to the weights: moments, beta powers, learning rate, step counters.
+        Also read the tensors of the optimizer: moments, beta powers, learning rate, step counters.
 
     Returns
     -------
@@ -322,7 +322,7 @@ def read_mindspore(path: str | Path, include_optimizer: bool = False) -> dict[st
 
 
 def _map(path: Path) -> mmap.mmap:
-    """Map a file read-only; a missing, unreadable or empty one is a `WeightsError`."""
+    """Map a file read-only; raise a `WeightsError` if it is missing, unreadable or empty."""
     try:
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -335,7 +335,7 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def _chunks(path: Path, file: BufferedReader, start: int, stop: int) -> Iterator[bytearray]:
-    """The bytes from `start` to `stop`, in parts of at most 4 MB."""
+    """Yield the bytes from `start` to `stop` in parts of at most 4 MB."""
     file.seek(start)
     while start < stop:
         chunk = bytearray(min(_CHUNK_BYTES, stop - start))
@@ -346,7 +346,7 @@ def _chunks(path: Path, file: BufferedReader, start: int, stop: int) -> Iterator
 
 
 def _as_dtype(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # a stored truth value may be any byte; torch's may not
+    # MindSpore stores True as any byte above 0, torch as 1 only
     return buffer != 0 if dtype == torch.bool else buffer.view(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Slides, images, patches, panels, transforms, spots and feature files. This package knows no model."""
+"""Slides, images, patches, panels, transforms, spots and feature files. This package imports no models."""
 
 from hinge.utils.lazy import lazy_names
 

@@ -35,7 +35,7 @@ def draws_of_slide(values: np.ndarray, expected: np.ndarray, slide: AnnData, gen
     result.layers["std"] = values.std(axis=0, dtype=np.float64).astype(np.float32)
     result.layers["expected"] = np.asarray(expected)
     for number, draw in enumerate(values):
-        result.layers[f"draw_{number:03d}"] = np.asarray(draw)  # of a mapped file: anndata knows no such class
+        result.layers[f"draw_{number:03d}"] = np.asarray(draw)  # anndata does not accept a memory map
     result.obsm["spatial"] = slide.obsm["spatial"]
     result.uns["spatial"] = slide.uns.get("spatial", {})
     result.uns["hinge"] = {**slide.uns["hinge"], **about}
@@ -61,11 +61,17 @@ def write_draws(
 
 
 def read_draws(path: str | Path) -> AnnData:
-    """Read draws that `write_draws` wrote."""
+    """Read draws that `write_draws` wrote, as an AnnData with layers `draw_000`, `draw_001`, ….
+
+    Raises
+    ------
+    DataError
+        The file or its store is missing or damaged, or holds no draws.
+    """
     draws = read_h5ad(path)
     about = draws.uns.get("hinge")
     if not isinstance(about, dict) or "draws" not in about:
-        raise DataError(f"{path} holds no draws: uns['hinge'] does not describe any")
+        raise DataError(f"{path} holds no draws: uns['hinge']['draws'] is missing; give a file that hinge sample wrote")
     if "draws_store" in about:
         attach_draws(draws, inside(Path(path).parent, str(about["draws_store"]), Path(path)))
     return draws

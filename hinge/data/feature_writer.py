@@ -29,7 +29,7 @@ class FeatureWriter:
     views, dim
         Views per spot and numbers per view.
     encoder, digest
-        What makes the features.
+        Name and digest of the encoder.
     patch_um, patch_px
         Side of a patch.
     dtype
@@ -93,14 +93,20 @@ class FeatureWriter:
         self._written[indices] = True
 
     def checked(self, indices: np.ndarray, features: np.ndarray) -> np.ndarray:
-        """Features (b, views, d) of the spots at `indices` (b,) as they will be stored; a DataError if they cannot."""
+        """Return features (b, views, d) of the spots at `indices` (b,) in the stored type.
+
+        Raises
+        ------
+        DataError
+            A value is not finite in that type.
+        """
         with np.errstate(over="ignore"):
             values = np.asarray(features).astype(self._dtype)
         wrong = ~np.isfinite(values).all(axis=(1, 2))
         if wrong.any():
             spot, encoder = self._barcodes[np.asarray(indices)[wrong][0]], self._attributes["encoder"]
             raise DataError(
-                f"{self.path} was not written: {encoder} gives spot {spot} a feature that is no finite "
+                f"{self.path} was not written: {encoder} gives spot {spot} a feature that is not a finite "
                 f"{self._dtype} ({int(wrong.sum())} such spots in this batch)"
             )
         return values

@@ -101,26 +101,29 @@ def read_features(path: str | Path, barcodes: Sequence[str] | None = None, diges
     path
         A feature file of this package, TRIDENT or CLAM; the latter two count as one view.
     barcodes
-        Spots wanted; None gives all, in the file's order.
+        Barcodes of the requested spots; None for all, in the file's order.
     digest
-        What the digest of the encoder has to be; None accepts any.
+        Required digest of the encoder; None accepts any.
 
     Returns
     -------
     Features
-        One row per spot wanted.
+        One row per requested spot.
 
     Raises
     ------
     DataError
         If the file is missing, damaged, points outside itself, lacks a dataset or holds one of another shape
-        or type, a feature is not finite, a spot is missing or there twice, or the digest is another.
+        or type, a feature is not finite, a spot is missing or repeated, or the digest differs.
     """
     with _open(path) as file:
         header = _header(file, path)
         if digest is not None and header.digest != digest:
             made_by = f"{header.encoder or 'an unnamed encoder'} (digest {(header.digest or 'none')[:12]})"
-            raise DataError(f"{path} was made by {made_by}, not by the encoder with digest {digest[:12]}")
+            raise DataError(
+                f"{path} was made by {made_by}, not by the encoder with digest {digest[:12]}; run hinge features with "
+                "--overwrite"
+            )
         values = file["features"][:]
     values = values.reshape(len(values), header.n_views, header.dim)
     wrong = ~np.isfinite(values).all(axis=(1, 2))
@@ -158,13 +161,15 @@ def read_features_at(path: str | Path, coords: np.ndarray) -> Features:
     Raises
     ------
     DataError
-        As `read_features`; and if the file does not tell how large its patches are and has too few to tell, or a
-        place lies in none of them.
+        As `read_features`; and if the file has no patch size and fewer than two patches, or a place is outside all
+        patches.
     """
     header, stored = read_feature_header(path), read_features(path)
     side = header.level0_px or _grid_step(stored.coords)
     if side is None:
-        raise DataError(f"{path} does not tell the size of its patches, and one patch alone does not either")
+        raise DataError(
+            f"{path} has no patch size: 'coords' needs the attribute patch_size_level0, or two different places"
+        )
     centres = stored.coords + side / 2
     coords = np.asarray(coords, dtype=np.float64)
     # Chebyshev's distance: a patch is a square
@@ -196,12 +201,12 @@ def _open(path: str | Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r") as file:
             yield file
-    except (OSError, RuntimeError, KeyError, ValueError, MemoryError) as error:  # h5py's ways to say damaged
+    except (OSError, RuntimeError, KeyError, ValueError, MemoryError) as error:  # raised by h5py for damaged files
         raise DataError(f"{path} is not a readable feature file: {error}") from error
 
 
 def _dataset(file: h5py.File, name: str, path: str | Path) -> h5py.Dataset:
-    """A dataset whose values all lie in this file."""
+    """Return a dataset whose values are all stored in this file."""
     link = file.get(name, getlink=True)
     if link is None:
         there = ", ".join(sorted(map(str, file))) or "nothing"

@@ -25,12 +25,12 @@ _logger = logging.getLogger(__name__)
 
 
 def read_sample_table(path: str | Path) -> pd.DataFrame:
-    """HEST-1k's table, one row a sample.
+    """Read HEST-1k's table, one row per sample.
 
     Raises
     ------
     DataError
-        If there is none at `path`, or it lacks a column that samples are chosen by.
+        The file is missing or damaged, or lacks a column that the selection needs.
     """
     try:
         table = pd.read_csv(path, encoding="utf-8-sig")
@@ -50,24 +50,24 @@ def select_samples(
     technology: Sequence[str] = (),
     species: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Rows of the samples that have one of the given values in each column where any are given.
+    """Return the rows of the samples that match all given conditions.
 
     Parameters
     ----------
     table
-        As `read_sample_table` gives it.
+        Result of `read_sample_table`.
     ids, organ, oncotree, technology, species
-        Values wanted, in upper or lower case.
+        Accepted values, in upper or lower case; empty for all.
 
     Raises
     ------
     ConfigError
-        If nothing is asked for, a value occurs in no sample, or no sample has all of them.
+        No condition is given, a value occurs in no sample, or no sample matches all conditions.
     """
     asked = {"ids": ids, "organ": organ, "oncotree": oncotree, "technology": technology, "species": species}
     asked = {_COLUMNS[key]: list(values) for key, values in asked.items() if values}
     if not asked:
-        raise ConfigError("say which samples of HEST-1k: by id, organ, oncotree code, technology or species")
+        raise ConfigError("no sample of HEST-1k is selected: give --id, --organ, --oncotree, --technology or --species")
     chosen = pd.Series(True, index=table.index)
     for column, values in asked.items():
         there = table[column].astype("string").str.lower().fillna("")
@@ -75,7 +75,7 @@ def select_samples(
             if not (there == value.lower()).any():
                 known = sorted(table[column].dropna().astype(str).unique())
                 shown = ", ".join(known[:30]) + (", ..." if len(known) > 30 else "")
-                raise ConfigError(f"no sample of HEST-1k has {column} {value!r}; there are {shown}")
+                raise ConfigError(f"no sample of HEST-1k has {column} {value!r}; its values are {shown}")
         chosen &= there.isin([value.lower() for value in values])
     if not chosen.any():
         conditions = " and ".join(f"{column} {' or '.join(values)}" for column, values in asked.items())
@@ -84,7 +84,7 @@ def select_samples(
 
 
 def download_sample_table(folder: str | Path) -> Path:
-    """Fetch HEST-1k's table into a folder, where it is not there yet.
+    """Download HEST-1k's table into a folder, unless it is there, and return its path.
 
     Raises
     ------
@@ -95,14 +95,14 @@ def download_sample_table(folder: str | Path) -> Path:
 
 
 def download_samples(ids: Sequence[str], folder: str | Path) -> Path:
-    """Fetch counts, whole-slide image and metadata of samples; files that are there are not fetched again.
+    """Download counts, whole-slide images and metadata of samples; existing files are kept.
 
     Parameters
     ----------
     ids
-        Samples by their id.
+        Ids of the samples.
     folder
-        Where they go, in the layout that `read_slide` knows.
+        Folder for the files, in a layout that `read_slide` reads.
 
     Returns
     -------
@@ -112,7 +112,7 @@ def download_samples(ids: Sequence[str], folder: str | Path) -> Path:
     Raises
     ------
     DataError
-        If the hub cannot be reached, access was not granted, or it has no such file: the sentence says what to do.
+        The hub cannot be reached, access was not granted, or the file does not exist.
     """
     folder = Path(folder)
     names = [part.format(sample) for sample in ids for part in PARTS]
@@ -126,7 +126,7 @@ def _fetch(name: str, folder: Path) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    # it tells of every retry; what matters comes as an exception
+    # the client logs every retry; failures are raised as exceptions
     huggingface_hub.utils.logging.set_verbosity_error()
     if (folder / name).is_file():  # the hub's client moves a file here when it is complete
         return folder / name
@@ -134,17 +134,17 @@ def _fetch(name: str, folder: Path) -> Path:
         return Path(huggingface_hub.hf_hub_download(REPOSITORY, name, repo_type="dataset", local_dir=folder))
     except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.LocalTokenNotFoundError) as error:
         raise DataError(
-            f"HEST-1k is only for those who accepted its terms: do so at {_PAGE} and log in with `hf auth login` "
-            "(or set HF_TOKEN)"
+            f"HEST-1k needs access: accept its terms at {_PAGE} and log in with `hf auth login` (or set HF_TOKEN)"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         why = (
             "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "huggingface.co cannot be reached"
         )
         raise DataError(
-            f"{name} cannot be fetched, {why}: go online, or copy st/, wsis/ and metadata/ of {_PAGE} to {folder}"
+            f"{name} cannot be downloaded because {why}: connect to the internet, or copy st/, wsis/ and metadata/ "
+            f"of {_PAGE} to {folder}"
         ) from error
     except errors.EntryNotFoundError as error:
         raise DataError(f"{_PAGE} has no file {name}") from error
-    except Exception as error:  # the hub's client passes on what its HTTP library of the day raises
-        raise DataError(f"{name} of {_PAGE} cannot be fetched: {' '.join(str(error).split())}") from error
+    except Exception as error:  # the hub's client also raises exceptions of its HTTP library
+        raise DataError(f"{name} of {_PAGE} cannot be downloaded: {' '.join(str(error).split())}") from error

@@ -47,7 +47,7 @@ class ArrayPyramid:
         self.um_per_px, self.close = um_per_px, close
         self._levels, self._axes = levels, axes.upper()
         if "Y" not in self._axes or "X" not in self._axes:
-            raise DataError(f"{name} is not a plane: its axes are {axes}")
+            raise DataError(f"{name} has the axes {axes}, and an image with the axes Y and X is needed")
         long = [axis for axis in "CS" if axis in self._axes and self._size(0, axis) > 1]
         self._channels = long[0] if long else None
         n = self._size(0, self._channels) if self._channels else 1
@@ -84,7 +84,7 @@ class ArrayPyramid:
         return int(self._levels[level].shape[self._axes.index(axis)])
 
     def _read(self, level: int, y: slice, x: slice) -> np.ndarray:
-        """RGB (h, w, 3) of a part that lies within the level."""
+        """Return RGB (h, w, 3) of a part within a level."""
         taken = {"Y": y, "X": x, self._channels: slice(0, 3)}
         pixels = np.asarray(self._levels[level][tuple(taken.get(axis, 0) for axis in self._axes)])
         if self._channels is None:
@@ -112,7 +112,7 @@ def reduce_by_bands(size: tuple[int, int], max_px: int, read: Callable[[int, int
 
 
 def open_arrays(path: Path) -> ArrayPyramid | None:
-    """Open an OME-TIFF or an OME-Zarr folder; None for anything else.
+    """Open an OME-TIFF or an OME-Zarr folder; return None for other files.
 
     Raises
     ------
@@ -164,7 +164,7 @@ def _open_ome_zarr(path: Path) -> ArrayPyramid | None:
 
 
 def _multiscales(path: Path) -> dict[str, Any] | None:
-    """The multiscales metadata of an OME-Zarr image folder (versions 0.4 and 0.5)."""
+    """Return the multiscales metadata of an OME-Zarr image (versions 0.4 and 0.5), None for other folders."""
     for name, keys in (("zarr.json", ("attributes", "ome")), (".zattrs", ())):
         if not (path / name).is_file():
             continue

@@ -29,8 +29,8 @@ def slide_features(features: np.ndarray, coords: np.ndarray, neighbours: bool, s
         Append the mean over the spot and its direct neighbours (view 0): d becomes 2d.
     standardise
         Subtract the slide's mean and divide by its standard deviation (view 0), feature by feature. Staining and
-        scanner differ between slides and shift all features; counts are not needed for it, so it may be done to a
-        slide that is to be predicted.
+        scanner differ between slides and shift all features. No counts are needed, so that slides without counts are
+        standardised too.
 
     Returns
     -------

@@ -29,7 +29,7 @@ class Panel(BaseModel):
     genes
         Gene symbols, unique; a selected panel has its best genes first.
     method
-        `hmhvg`, `hvg`, or `list` for genes that were given.
+        `hmhvg`, `hvg`, or `list` for a given list of genes.
     slides
         Names of the slides of the selection.
     hinge_version
@@ -48,9 +48,9 @@ class Panel(BaseModel):
     def _unique(cls, genes: list[str]) -> list[str]:
         index = pd.Index(genes)
         if index.has_duplicates:
-            raise ValueError(f"gene {index[index.duplicated()][0]} is there more than once")
+            raise ValueError(f"gene {index[index.duplicated()][0]} occurs more than once")
         if "" in genes:
-            raise ValueError("one gene has no name")
+            raise ValueError("a gene has an empty name")
         return genes
 
     @classmethod
@@ -60,9 +60,9 @@ class Panel(BaseModel):
         Raises
         ------
         DataError
-            If there are none, or one is repeated.
+            The list is empty, or a gene is repeated.
         """
-        return _checked(cls, {"genes": list(genes), "method": "list"}, "this list of genes is no panel")
+        return _checked(cls, {"genes": list(genes), "method": "list"}, "the list of genes is not a valid panel")
 
     @classmethod
     def load(cls, path: str | Path) -> "Panel":
@@ -81,18 +81,18 @@ class Panel(BaseModel):
 
 
 def select_panel(slides: Sequence[AnnData], method: str = "hmhvg", n_genes: int = 200) -> Panel:
-    """Choose a panel from slides: give the training slides only.
+    """Select a panel from the training slides.
 
     `hmhvg` (highly expressed and highly variable; HINGE, Fang et al. 2026, after Stem, Zhu et al. 2025): the
-    union over slides of each one's 2,000 highly variable genes (scanpy, flavour seurat, on log-normalised
-    counts), without MT*, RPS* and RPL* and without genes that some slide lacks, is ranked by mean and by
-    standard deviation of the raw counts of all spots together. The panel is the intersection of the two top-k
-    lists for the smallest k that gives `n_genes`. Each k can add two genes, so the last may be one too many:
-    genes are taken by the worse of their two ranks, then by the better one, then by name.
+    union over slides of the 2,000 most variable genes of each slide (variance of log-normalised counts), without MT*,
+    RPS* and RPL* and without genes that some slide lacks, is ranked by mean and by standard deviation of
+    the raw counts of all spots together. The panel is the intersection of the two top-k lists for the smallest k that
+    gives `n_genes`. Each k can add two genes, so the last may be one too many: genes are taken by the worse of their
+    two ranks, then by the better one, then by name.
 
     `hvg`: the most variable genes of scanpy (flavour seurat) with the slides as batches: first those that are
-    variable in most slides, then by normalised dispersion, then by name. Nothing is left out but genes that
-    some slide lacks.
+    variable in most slides, then by normalised dispersion, then by name. Only genes that some slide lacks are
+    left out.
 
     Both depend on the slides but not on their order.
 
@@ -101,7 +101,7 @@ def select_panel(slides: Sequence[AnnData], method: str = "hmhvg", n_genes: int 
     slides
         Slides with raw counts.
     method
-        How to choose.
+        `hmhvg` or `hvg`.
     n_genes
         Size of the panel.
 
@@ -113,9 +113,9 @@ def select_panel(slides: Sequence[AnnData], method: str = "hmhvg", n_genes: int 
     Raises
     ------
     ConfigError
-        If there is no such method, or `n_genes` is below 1.
+        The method is unknown, or `n_genes` is below 1.
     DataError
-        If no slides are given, or fewer than `n_genes` genes can be chosen from.
+        No slides are given, or the method finds fewer than `n_genes` genes.
     """
     if method not in _METHODS:
         raise ConfigError(f"there is no panel method {method!r}; choose one of {', '.join(_METHODS)}")
@@ -130,8 +130,8 @@ def select_panel(slides: Sequence[AnnData], method: str = "hmhvg", n_genes: int 
     genes = _METHODS[method](slides, shared, n_genes)
     if len(genes) < n_genes:
         raise DataError(
-            f"a panel of {n_genes} genes was asked for, and method {method} finds {len(genes)} in "
-            f"{', '.join(names)} ({len(shared)} genes are in all of them)"
+            f"a panel of {n_genes} genes is needed, and method {method} finds {len(genes)} in "
+            f"{', '.join(names)} ({len(shared)} genes are in all of them); give a smaller --genes"
         )
     return Panel(genes=genes, method=method, slides=names)
 
@@ -178,8 +178,8 @@ def _variable_genes(slide: AnnData) -> list[str]:
     if slide.n_vars <= _VARIABLE_GENES_PER_SLIDE:
         return list(slide.var_names)
     values = _log_normalised(slide)
-    # the variance itself: scanpy's flavours divide it by what the mean lets expect, and so lose the well expressed
-    # genes that the panel is to have (ERBB2 in HER2-positive tumours)
+    # the variance and not scanpy's dispersion, which is normalised by the mean and ranks highly expressed genes low
+    # (ERBB2 in HER2-positive tumours)
     matrix = values.X.astype(np.float64)
     mean = np.asarray(matrix.mean(axis=0)).ravel()
     variance = np.asarray(matrix.power(2).mean(axis=0)).ravel() - mean**2
@@ -191,7 +191,7 @@ def _hvg(slides: Sequence[AnnData], shared: list[str], n_genes: int) -> list[str
         return shared
     import scanpy
 
-    # scanpy averages over batches: in the order of names, so that the order given does not reach the last bit
+    # scanpy averages over batches: sorted by name, so that rounding does not depend on the given order
     values = {slide_name(slide): _log_normalised(slide)[:, shared] for slide in sorted(slides, key=slide_name)}
     together = anndata.concat(values, label="slide", index_unique="/")
     table = scanpy.pp.highly_variable_genes(together, n_top_genes=n_genes, batch_key="slide", inplace=False)
@@ -204,7 +204,7 @@ def _log_normalised(slide: AnnData) -> AnnData:
     import scanpy
 
     if not slide.X.count_nonzero():
-        raise DataError(f"slide {slide_name(slide)} has no counts at all")
+        raise DataError(f"slide {slide_name(slide)} has no count above 0")
     values = AnnData(X=slide.X.astype(np.float32), obs=slide.obs[[]], var=slide.var[[]])
     scanpy.pp.normalize_total(values)
     scanpy.pp.log1p(values)

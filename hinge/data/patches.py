@@ -15,12 +15,12 @@ from hinge.utils.errors import ConfigError, DataError
 
 
 class PatchReader:
-    """Batches of patches centred on a slide's spots.
+    """Read batches of patches centred on a slide's spots.
 
     Iterating gives pairs of `indices`, int (b,), the spots' places in the slide, and `patches`, RGB uint8
-    (b, H, W, 3) with H = W = `patch_px`. Every spot comes once, neighbours on the image together (a tile of
-    the image is decoded as few times as possible), so not in the slide's order. What lies outside the image
-    is white. At most `workers + 1` batches exist at any time, however large the slide.
+    (b, H, W, 3) with H = W = `patch_px`. Every spot is read once. Spots close to each other are read together, so that
+    a tile of the image is decoded few times; the order is not the slide's. Pixels outside the image are white. At most
+    `workers + 1` batches exist at any time, however large the slide.
 
     Parameters
     ----------
@@ -51,10 +51,13 @@ class PatchReader:
         name = slide_name(slide)
         facts = slide.uns["hinge"]
         if not facts.get("image_path"):
-            raise DataError(f"slide {name} has no image to cut patches from")
+            raise DataError(f"slide {name} has no image, and patches need one: give --image (image= in Python)")
         um_per_px = float(facts.get("um_per_px", math.nan))
         if not (math.isfinite(um_per_px) and um_per_px > 0):
-            raise DataError(f"slide {name} has {um_per_px} µm per pixel, so patches cannot be measured out")
+            raise DataError(
+                f"slide {name} has {um_per_px} µm per pixel, and patches need a positive number: give --um-per-px "
+                "(um_per_px= in Python)"
+            )
         self.image_path = facts["image_path"]
         self.um_per_px = um_per_px
         self.patch_um, self.patch_px = float(patch_um), int(patch_px)
@@ -64,7 +67,7 @@ class PatchReader:
         self.order = np.lexsort((self.coords[:, 0], band))
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         return math.ceil(len(self.order) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -57,7 +57,7 @@ def describe_slide(
     name
         The slide's name.
     image_path
-        Full-resolution image, None for a slide without.
+        Full-resolution image; None for a slide without an image.
     um_per_px, spot_pitch_um, spot_diameter_um
         Lengths in µm; NaN where unknown.
     source_format
@@ -91,7 +91,7 @@ def describe_slide(
     small = Image.fromarray(hires)
     small.thumbnail((LOWRES_PX, LOWRES_PX))
     lowres = np.asarray(small)
-    # scanpy draws with this size: where the diameter is unknown, half the pitch leaves spots apart
+    # scanpy plots spots with this diameter; half the pitch, where it is unknown, keeps them apart
     drawn_um = spot_diameter_um if math.isfinite(spot_diameter_um) else spot_pitch_um / 2
     slide.uns["spatial"] = {
         name: {
@@ -114,9 +114,9 @@ def check_slide(slide: AnnData, require_image: bool = True, require_counts: bool
     slide
         Slide as a reader returns it.
     require_image
-        Whether a slide without image, or with an unknown resolution, is refused.
+        Whether a slide without an image or without a resolution raises an error.
     require_counts
-        Whether a slide that is an image alone, and so has no genes, is refused.
+        Whether a slide that is an image without counts raises an error.
 
     Raises
     ------
@@ -129,7 +129,7 @@ def check_slide(slide: AnnData, require_image: bool = True, require_counts: bool
     if slide.n_vars == 0 and slide.uns["hinge"].get("source_format") == "image":
         if require_counts:
             raise DataError(
-                f"slide {name} is an image without counts: it can be sampled, but neither trained on nor scored"
+                f"slide {name} is an image without counts: training and evaluation need counts, hinge sample does not"
             )
     elif slide.n_vars == 0:
         raise DataError(f"slide {name} has no genes")
@@ -201,10 +201,13 @@ def _check_coordinates(slide: AnnData, name: str) -> None:
 def _check_image(slide: AnnData, name: str) -> None:
     facts: dict[str, Any] = slide.uns["hinge"]
     if not facts.get("image_path"):
-        raise DataError(f"slide {name} has no image; give one with image=")
+        raise DataError(f"slide {name} has no image: give one with --image (image= in Python)")
     um_per_px = facts.get("um_per_px", math.nan)
     if not (math.isfinite(um_per_px) and um_per_px > 0):
-        raise DataError(f"slide {name} has {um_per_px} µm per pixel; give its resolution with um_per_px=")
+        raise DataError(
+            f"slide {name} has {um_per_px} µm per pixel, and a positive number is needed: give --um-per-px "
+            "(um_per_px= in Python)"
+        )
     with SlideImage(facts["image_path"]) as image:
         width, height = image.dimensions
     x, y = np.asarray(slide.obsm["spatial"]).T

@@ -1,6 +1,6 @@
 """Whole-slide images: read any region at any resolution.
 
-Pyramidal scans (SVS, NDPI, MRXS, tiled TIFF and whatever else OpenSlide knows), OME-TIFF and OME-Zarr are read
+Pyramidal scans (SVS, NDPI, MRXS, tiled TIFF and the other formats of OpenSlide), OME-TIFF and OME-Zarr are read
 tile by tile; all other images (JPEG, PNG, striped TIFF) are decoded once by Pillow and cropped from memory.
 """
 
@@ -29,14 +29,14 @@ IMAGE_SUFFIXES = (
     *(".ome.tif", ".ome.tiff", ".tif", ".tiff", ".btf", ".png", ".jpg", ".jpeg"),
 )
 
-# Pillow warns from 89 megapixels on, for fear of web uploads; ordinary slides are larger. What has to be
-# decoded whole may have a gigapixel (4 GB in memory); images that are read by tile have no limit.
+# Pillow's limit of 89 megapixels is below the size of ordinary slides. An image that is decoded whole may have
+# a gigapixel (4 GB in memory); images that are read by tile have no limit.
 MAX_DECODED_PIXELS = 1_000_000_000
 
-# Longest side of a region in pixels of the level it is read from: more is a wrong µm/px, not a patch.
+# Longest side of a region in pixels of its level; a longer one means a wrong resolution.
 MAX_REGION_PX = 9_000
 
-# The resolution tags of a TIFF are often a printer's default (72 dpi is 353 µm/px): believed in this range.
+# The resolution tags of a TIFF are often a printer's default (72 dpi is 353 µm/px): used in this range only.
 PLAUSIBLE_UM_PER_PX = (0.05, 10.0)
 
 _TIFF_RESOLUTION_UNIT_UM = {2: 25_400.0, 3: 10_000.0}  # inch, centimetre
@@ -57,8 +57,8 @@ class SlideImage:
     Raises
     ------
     DataError
-        If the file is missing, damaged, no image, not 8 bits a channel, or has to be decoded whole and has
-        more than `MAX_DECODED_PIXELS`.
+        The file is missing, damaged or not an image, does not have 8 bits a channel, or is not tiled and has more
+        than `MAX_DECODED_PIXELS`.
     """
 
     def __init__(self, path: str | Path):
@@ -76,7 +76,7 @@ class SlideImage:
                 self._check_overview()
                 return
             if self.path.is_dir():
-                raise DataError(f"{self.path} is a folder and no OME-Zarr image")
+                raise DataError(f"{self.path} is a folder but not an OME-Zarr image")
             if openslide.OpenSlide.detect_format(self.path):
                 self._pyramid = openslide.OpenSlide(self.path)
                 self._check_overview()
@@ -104,11 +104,11 @@ class SlideImage:
     def read_region(
         self, center_xy_px: tuple[float, float] | np.ndarray, size_um: float, size_px: int, um_per_px: float
     ) -> np.ndarray:
-        """Cut out one square and bring it to a given number of pixels.
+        """Read a square region and resample it to a given number of pixels.
 
         The pyramid level at or just finer than the target resolution is read; the square's corner lies on a
         whole pixel of that level, so that a square at the level's own resolution is an exact crop. Everything
-        else is resampled bicubically with antialiasing. What lies outside the image is white.
+        else is resampled bicubically with antialiasing. Pixels outside the image are white.
 
         Parameters
         ----------
@@ -129,7 +129,7 @@ class SlideImage:
         Raises
         ------
         DataError
-            If the image is damaged where it is read, or the region is too large to be one.
+            The image is damaged in this region, or the region is wider than `MAX_REGION_PX`.
         """
         if not (size_um > 0 and size_px > 0 and um_per_px > 0):
             raise ValueError(f"sizes must be positive, not {size_um=}, {size_px=}, {um_per_px=}")
@@ -145,7 +145,7 @@ class SlideImage:
         if width > MAX_REGION_PX:
             raise DataError(
                 f"a region of {size_um:g} µm at {um_per_px:g} µm per pixel is {width} pixels wide "
-                f"in {self.path}, and at most {MAX_REGION_PX} can be read at once"
+                f"in {self.path}, and at most {MAX_REGION_PX} can be read at once; check --um-per-px"
             )
         with self._damage_named():
             crop = self._crop(left - margin, top - margin, width, width, level, downsample)
@@ -155,7 +155,7 @@ class SlideImage:
         return np.asarray(crop)
 
     def read_pixels(self, left: int, top: int, width: int, height: int) -> np.ndarray:
-        """A rectangle of full-resolution pixels as they are, white outside the image.
+        """Return a rectangle of full-resolution pixels, white outside the image.
 
         Returns
         -------
@@ -173,12 +173,12 @@ class SlideImage:
         return list(self._pyramid.level_dimensions) if self._pyramid else [self.dimensions]
 
     def read_level(self, left: int, top: int, width: int, height: int, level: int) -> Image.Image:
-        """A rectangle in pixels of one of `level_dimensions`, RGB, white outside the image."""
+        """Return a rectangle in pixels of a level, RGB, white outside the image."""
         with self._damage_named():
             return self._crop(left, top, width, height, level, self.dimensions[0] / self.level_dimensions[level][0])
 
     def thumbnail(self, max_px: int) -> np.ndarray:
-        """The whole image with its long side reduced to at most `max_px`.
+        """Return the whole image with its long side reduced to at most `max_px`.
 
         Returns
         -------
@@ -215,8 +215,8 @@ class SlideImage:
         self.close()
 
     def _choose_level(self, downsample: float) -> tuple[int, float]:
-        """Coarsest level that is not coarser than wanted, and its own downsample factor."""
-        # levels are seldom exact powers: 4.0003 serves a wanted 4
+        """Return the coarsest level that is not coarser than `downsample`, and its own downsample factor."""
+        # downsampling factors are seldom exact powers: accept 4.0003 for 4
         if self._arrays:
             level = self._arrays.choose_level(downsample * 1.01)
             return level, self._arrays.level_downsamples[level]
@@ -236,7 +236,7 @@ class SlideImage:
         return reduce_by_bands(size, max_px, read)
 
     def _crop(self, left: int, top: int, width: int, height: int, level: int, downsample: float) -> Image.Image:
-        """Rectangle in pixels of one level, white outside the image."""
+        """Return a rectangle in pixels of one level, white outside the image."""
         if self._arrays:
             return self._arrays.crop(left, top, width, height, level)
         if self._pyramid:
@@ -274,16 +274,16 @@ class SlideImage:
         return image
 
     def _check_overview(self) -> None:
-        """Refuse a coarsest level and tiles of sizes that no scanner writes: all of them are held at once."""
+        """Raise an error if the coarsest level or a tile is too large, since each is held in memory whole."""
         width, height = self.level_dimensions[-1]
         if 3 * width * height > UNPACKED_ANYWAY:
             files = [self.path] if self.path.is_file() else [file for file in self.path.rglob("*") if file.is_file()]
             check_size(self.path, sum(file.stat().st_size for file in files), 3 * width * height)
-        # OpenSlide ends the process where it gets no memory for a tile
+        # OpenSlide aborts the process if it cannot allocate a tile
         properties = self._pyramid.properties if self._pyramid else {}
         for name, side in properties.items():
             if re.fullmatch(r"openslide\.level\[\d+\]\.tile-(width|height)", name) and int(side) > MAX_REGION_PX:
-                raise DataError(f"{self.path} has tiles of {side} pixels, and no scanner writes such")
+                raise DataError(f"{self.path} has tiles of {side} pixels, and at most {MAX_REGION_PX} are supported")
 
     @contextlib.contextmanager
     def _damage_named(self) -> Iterator[None]:
@@ -291,18 +291,18 @@ class SlideImage:
             yield
         except DataError:
             raise
-        # imagecodecs raises RuntimeErrors, and damaged metadata lack keys or hold other things than numbers
+        # imagecodecs raises RuntimeErrors; damaged metadata lack keys or hold values of other types
         except (
             *(OSError, SyntaxError, ValueError, LookupError, RuntimeError, openslide.OpenSlideError),
             *(TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError, struct.error),
         ) as error:
-            if "'imagecodecs'" in str(error):  # tifffile's refusal of a compression it does not know by itself
+            if "'imagecodecs'" in str(error):  # tifffile needs it for this compression
                 require("imagecodecs", "ome-tiff", f"reading {self.path}")
             raise DataError(f"{self.path} is damaged or not an image that can be read: {error}") from error
 
 
 def image_name(path: Path) -> str:
-    """Name of an image without its ending, `.ome.tif` counting as one ending; "" for what is no image file."""
+    """Return the name of an image file without its ending (`.ome.tif` is one ending), "" for other files."""
     for suffix in sorted(IMAGE_SUFFIXES, key=len, reverse=True):
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
@@ -310,7 +310,7 @@ def image_name(path: Path) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; transparent pixels become white."""
+    """Return an image as RGB, white where it is transparent."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -14,7 +14,7 @@ from hinge.data.slide import slide_name
 from hinge.data.transforms import get_transform
 from hinge.utils.errors import DataError
 
-# Features and slide may round coordinates differently; another section's spots lie farther away.
+# Features and slide may round coordinates differently; spots of another section are farther away.
 _SAME_PLACE_PX = 2.0
 
 NUM_BANDS = 5
@@ -82,22 +82,22 @@ def load_spots(
     Parameters
     ----------
     slide
-        As `read_slide` gives it.
+        Result of `read_slide`.
     panel
-        Genes, in the order wanted.
+        Genes of the columns, in their order.
     transform_name
-        As `get_transform` takes it.
+        Name for `get_transform`.
     features_path
-        Feature file of this slide; without it the table has no features. In one without barcodes (TRIDENT's and
-        CLAM's) each spot has the patch that it lies in.
+        Feature file of this slide; without it the table has no features. If the file has no barcodes (TRIDENT,
+        CLAM), each spot gets the patch that contains it.
     drop_empty
         Leave out spots that have no count in the panel.
 
     Raises
     ------
     DataError
-        If the slide lacks a gene of the panel, no spot is left, or the features lack a spot or lie elsewhere
-        on the image.
+        The slide lacks a gene of the panel, no spot is left, or the features lack a spot or have other
+        coordinates.
     """
     name = slide_name(slide)
     columns = slide.var_names.get_indexer(panel.genes)
@@ -132,14 +132,13 @@ def concatenate_spots(tables: Sequence[SpotTable]) -> SpotTable:
     Raises
     ------
     DataError
-        If there are none, a spot is in two of them, or they differ in genes, transform or the shape of
-        features.
+        There are no tables, two of them share a spot, or they differ in genes, transform or shape of features.
     """
     if not tables:
-        raise DataError("no slides were given to put together")
+        raise DataError("no slides were given to concatenate")
     first = tables[0]
     for table in tables[1:]:
-        names = f"spots of {_slides(first)} and {_slides(table)} cannot be put together:"
+        names = f"spots of {_slides(first)} and {_slides(table)} cannot be concatenated:"
         if table.genes != first.genes:
             raise DataError(f"{names} they are on different panels")
         if table.transform != first.transform:
@@ -157,7 +156,7 @@ def concatenate_spots(tables: Sequence[SpotTable]) -> SpotTable:
     spots = pd.MultiIndex.from_arrays([arrays["slide"], arrays["barcodes"]])
     if spots.has_duplicates:
         slide, barcode = spots[spots.duplicated()][0]
-        raise DataError(f"spot {barcode} of slide {slide} is there more than once")
+        raise DataError(f"spot {barcode} of slide {slide} occurs more than once")
     return replace(first, **arrays)
 
 
@@ -212,7 +211,13 @@ def panel_values(slide: AnnData, genes: list[str], transform: str) -> np.ndarray
 
 
 def stack_values(values: list[np.ndarray], genes: list[str]) -> np.ndarray:
-    """Concatenate the `panel_values` of several slides; a gene that none of them has is a DataError."""
+    """Concatenate the `panel_values` of several slides.
+
+    Raises
+    ------
+    DataError
+        No slide has one of the genes.
+    """
     stacked = np.concatenate(values)
     missing = [gene for gene, known in zip(genes, np.isfinite(stacked).any(axis=0), strict=True) if not known]
     if missing:
@@ -232,11 +237,12 @@ def _features(path: str | Path, name: str, barcodes: np.ndarray, coords: np.ndar
     if read_feature_header(path).barcodes is None:
         return read_features_at(path, coords).features
     stored = read_features(path, barcodes=list(barcodes))
-    # sections of one study share their barcodes: only the place tells that a file belongs to another one
+    # sections of one study share their barcodes: only the coordinates distinguish their files
     away = np.abs(np.asarray(stored.coords, dtype=np.float64) - coords).max(axis=1)
     if away.max() > _SAME_PLACE_PX:
         worst = int(away.argmax())
         raise DataError(
-            f"features {path} are not of slide {name}: they place spot {barcodes[worst]} {away[worst]:.0f} px away"
+            f"features {path} belong to another slide than {name}: in them, spot {barcodes[worst]} is "
+            f"{away[worst]:.0f} px from its coordinates on the slide"
         )
     return stored.features

@@ -24,16 +24,17 @@ _MOST_SPOTS = 10_000_000  # on one image; a bin of 2 µm on a slide of 6.5 mm ma
 _SMALLEST_MM2 = 0.02  # smaller pieces are debris, smaller holes belong to the tissue
 _GLASS_DENSITY = 0.25  # glass absorbs less green than this (natural logarithm), the palest tissue more
 _LEAST_CONTRAST = 0.05  # in green density, between tissue and glass
-_LEAST_SATURATION = 0.04  # below it lie shadows, dust and black borders
+_LEAST_SATURATION = 0.04  # shadows, dust and black borders have less
 _INK_MARGIN = 8  # green above red by more: marker ink, no stain of H&E
 
 
 def find_tissue(image: SlideImage, um_per_px: float) -> np.ndarray:
     """Return the mask of tissue in an H&E image.
 
-    Both stains absorb green, so tissue is what is dense in green. Otsu's threshold on the blurred density finds
-    what surely is tissue; it grows into whatever adjoins it and is nearer to it than to the glass, so that pale
-    stroma and fat are kept. Grey things (shadows, dust, black borders) and marker ink count as glass.
+    Both stains absorb green, so that tissue has a high density in green. Otsu's threshold on the blurred density gives
+    the core of the mask. The mask grows by hysteresis into adjoining pixels whose density is nearer to the tissue than
+    to the glass, so that pale stroma and fat are kept. Grey pixels (shadows, dust, black borders) and marker ink count
+    as glass.
 
     Parameters
     ----------
@@ -45,8 +46,8 @@ def find_tissue(image: SlideImage, um_per_px: float) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        bool (h, w), the whole image at about 10 µm a pixel; all False where nothing is stained, all True where no
-        glass is in the picture.
+        bool (h, w), the whole image at about 10 µm a pixel; all False if nothing is stained, all True if the image
+        shows no glass.
     """
     width, height = image.dimensions
     small = image.thumbnail(max(16, math.ceil(max(width, height) * um_per_px / _MASK_UM)))
@@ -76,7 +77,7 @@ def lay_spots(mask: np.ndarray, dimensions: tuple[int, int], pitch_px: float, di
     Parameters
     ----------
     mask
-        bool (h, w) over the whole image, as `find_tissue` gives it.
+        bool (h, w) over the whole image, as returned by `find_tissue`.
     dimensions
         Width and height of the image in full-resolution pixels.
     pitch_px, diameter_px
@@ -90,7 +91,7 @@ def lay_spots(mask: np.ndarray, dimensions: tuple[int, int], pitch_px: float, di
     if not pitch_px > 0 or dimensions[0] * dimensions[1] > _MOST_SPOTS * pitch_px**2:
         raise DataError(
             f"spots {pitch_px:.3g} pixels apart on {dimensions[0]} x {dimensions[1]} pixels are more than "
-            f"{_MOST_SPOTS:,}: the distance or the resolution is wrong"
+            f"{_MOST_SPOTS:,}: check the distance between spots and --um-per-px"
         )
     shape = [max(1, math.floor(side / pitch_px)) for side in dimensions]
     scale = mask.shape[1] / dimensions[0]
@@ -116,11 +117,11 @@ def slide_from_image(
     image
         Whole-slide image.
     um_per_px
-        Microns per full-resolution pixel; None where the image itself tells.
+        Microns per full-resolution pixel; None to read it from the metadata of the image.
     spot_pitch_um, spot_diameter_um
-        Of the grid; a model is best asked at the spots' size and distance that it was trained on.
+        Distance and diameter of the spots; for a trained model, use those of its training slides.
     name
-        The slide's name; by default the image's.
+        Name of the slide; None for the name of the image.
 
     Returns
     -------
@@ -130,14 +131,15 @@ def slide_from_image(
     Raises
     ------
     DataError
-        If the image is missing or damaged, tells no resolution, or shows no tissue.
+        The image is missing or damaged, its resolution is unknown, or no tissue is found.
     """
     path = Path(image)
     with SlideImage(path) as opened:
         um_per_px = um_per_px or opened.um_per_px
         if um_per_px is None:
             raise DataError(
-                f"{path} does not tell its resolution: give microns per full-resolution pixel with um_per_px="
+                f"{path} has no resolution in its metadata: give --um-per-px, µm per full-resolution pixel "
+                "(um_per_px= in Python)"
             )
         dimensions = opened.dimensions
         mask = find_tissue(opened, um_per_px)
@@ -165,5 +167,5 @@ def slide_from_image(
 
 
 def _places(cells: np.ndarray, shape: list[int], dimensions: tuple[int, int], pitch_px: float) -> np.ndarray:
-    """Full-resolution pixel x, y (n, 2) of columns and rows (n, 2) of a grid centred on the image."""
+    """Return full-resolution pixel x, y (n, 2) of columns and rows (n, 2) of a grid centred on the image."""
     return (np.asarray(dimensions) + (2 * cells + 1 - np.asarray(shape)) * pitch_px) / 2

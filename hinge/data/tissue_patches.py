@@ -17,23 +17,22 @@ MAX_OPEN = 32  # images a process keeps open at a time
 
 
 class TissuePatches:
-    """Places on the tissue of slides, and the patches there.
+    """Read patches at places on the tissue of slides.
 
-    Places form a square grid over each slide; those with less than half of a patch on tissue are left out, so that
-    glass is never read. `read` may shift each place within its cell of the grid: over the epochs all of the tissue
-    is seen. Images are opened when they are first read, so that an object that no image was read from can be sent to
-    another process.
+    Places form a square grid over each slide; those with less than half of a patch on tissue are left out. `read` may
+    shift each place within its cell of the grid, so that all tissue is covered over the epochs. Images are opened when
+    they are first read, so that an object without open images can be sent to another process.
 
     Parameters
     ----------
     slides
-        Slides with image; counts are not looked at.
+        Slides with images; counts are not used.
     patch_um
         Side of a patch in µm.
     patch_px
         Side of a patch in pixels.
     pitch_um
-        Distance between places in µm; None: half a patch.
+        Distance between places in µm; None for half a patch.
 
     Raises
     ------
@@ -47,7 +46,7 @@ class TissuePatches:
     coords
         (n, 2) places in full-resolution pixels x, y.
     slide
-        (n,) number of the slide that each place lies on.
+        (n,) number of the slide of each place.
     """
 
     def __init__(self, slides: Sequence[AnnData], patch_um: float, patch_px: int, pitch_um: float | None = None):
@@ -61,7 +60,7 @@ class TissuePatches:
             facts = slide.uns["hinge"]
             path, resolution = facts.get("image_path"), float(facts.get("um_per_px", math.nan))
             if not path or not (math.isfinite(resolution) and resolution > 0):
-                raise DataError(f"slide {slide_name(slide)} has no image of known resolution to cut patches from")
+                raise DataError(f"slide {slide_name(slide)} has no image or no resolution, and patches need both")
             self.paths.append(path)
             self.um_per_px.append(resolution)
             with SlideImage(path) as image:
@@ -80,14 +79,14 @@ class TissuePatches:
         return len(self.coords)
 
     def read(self, rows: np.ndarray, shift: np.ndarray | None = None) -> np.ndarray:
-        """Cut patches.
+        """Return patches at some places.
 
         Parameters
         ----------
         rows
             (b,) numbers of places.
         shift
-            (b, 2) by which part of the grid's pitch each place is moved in x and y, -0.5…0.5; None: not at all.
+            (b, 2) shift of each place in x and y in units of the grid's pitch, -0.5…0.5; None for no shift.
 
         Returns
         -------

@@ -104,7 +104,7 @@ def test_no_feature_that_is_not_finite_is_written(tmp_path, value, dtype):
     values = VALUES.copy()
     values[4, 1, 2] = value
     with (
-        pytest.raises(DataError, match=f"tiny gives spot spot-4 a feature that is no finite {dtype}"),
+        pytest.raises(DataError, match=f"tiny gives spot spot-4 a feature that is not a finite {dtype}"),
         FeatureWriter(tmp_path / "f.h5", BARCODES, COORDS, VIEWS, DIM, dtype=dtype, **FACTS) as writer,
     ):
         writer.write(np.arange(N)[::-1], values[::-1])
@@ -235,7 +235,7 @@ def test_spots_outside_all_patches(tmp_path):
     ):
         read_features_at(path, [(300, 300), (20, 300)])
     path = write_trident(tmp_path / "single.h5", GRID[:1])
-    with pytest.raises(DataError, match=r"single\.h5 does not tell the size of its patches"):
+    with pytest.raises(DataError, match=r"single\.h5 has no patch size: 'coords' needs the attribute"):
         read_features_at(path, [(300, 300)])
     path = write_trident(tmp_path / "wrong.h5", GRID, side=-512)
     with pytest.raises(DataError, match=r"wrong\.h5: the patches' side must be above 0, not -512 px"):

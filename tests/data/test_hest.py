@@ -85,15 +85,15 @@ def test_repeated_symbols_get_a_suffix(copy_of_hest):
 
 def test_incomplete_copies(copy_of_hest):
     root = copy_of_hest({})
-    with pytest.raises(DataError, match=r"neither .*TENX1\.json nor the image tells the resolution: give .*um_per_px="):
+    with pytest.raises(DataError, match=r"neither .*TENX1\.json nor the image contains the resolution: give"):
         read_slide(root)
     assert read_slide(root, um_per_px=2.5).n_obs == 30
     (root / "metadata" / "TENX1.json").write_text("[]")
-    with pytest.raises(DataError, match=r"TENX1\.json must hold the sample's metadata by name"):
+    with pytest.raises(DataError, match=r"TENX1\.json must hold a JSON object with the sample's metadata"):
         read_slide(root)
     (root / "metadata" / "TENX1.json").unlink()
     (root / "wsis" / "TENX1.tif").unlink()
-    with pytest.raises(DataError, match=r"there is no image .*TENX1\.tif: download it, give one with image=, or read"):
+    with pytest.raises(DataError, match=r"there is no image .*TENX1\.tif: run hinge download hest, or give --image"):
         read_slide(root)
     assert "image_path" not in read_slide(root, require_image=False).uns["hinge"]
 
@@ -110,9 +110,9 @@ def test_samples_are_chosen_by_what_all_columns_say(table):
     assert chosen(organ=["breast"]) == ["TENX1", "TENX2"]
     assert chosen(organ=["Breast", "Bowel"], technology=["visium"], species=["Homo sapiens"]) == ["TENX1", "NCBI3"]
     assert chosen(oncotree=["coad"]) == ["NCBI3"] and chosen(ids=["NCBI4", "TENX2"]) == ["TENX2", "NCBI4"]
-    with pytest.raises(ConfigError, match="say which samples of HEST-1k: by id, organ, oncotree code"):
+    with pytest.raises(ConfigError, match="no sample of HEST-1k is selected: give --id, --organ"):
         chosen()
-    with pytest.raises(ConfigError, match=r"no sample of HEST-1k has organ 'Moon'; there are Bowel, Breast$"):
+    with pytest.raises(ConfigError, match=r"no sample of HEST-1k has organ 'Moon'; its values are Bowel, Breast$"):
         chosen(organ=["Moon"])
     with pytest.raises(ConfigError, match=r"no sample of HEST-1k has organ Bowel and st_technology Xenium"):
         chosen(organ=["Bowel"], technology=["Xenium"])
@@ -166,19 +166,19 @@ def refusal(kind, status=403):
     [
         (
             refusal(errors.GatedRepoError),
-            r"only for those who accepted its terms: do so at .* log in with `hf auth login`",
+            r"HEST-1k needs access: accept its terms at .* log in with `hf auth login`",
         ),
-        (refusal(errors.RepositoryNotFoundError, 401), r"only for those who accepted its terms"),
+        (refusal(errors.RepositoryNotFoundError, 401), r"accept its terms at"),
         (
             errors.LocalEntryNotFoundError("not there"),
-            r"st/TENX1\.h5ad cannot be fetched, huggingface\.co cannot be rea",
+            r"st/TENX1\.h5ad cannot be downloaded because huggingface\.co cannot",
         ),
         (
             httpx.ConnectError("no route"),
-            r"st/TENX1\.h5ad of https://.* cannot be fetched: no route",
+            r"st/TENX1\.h5ad of https://.* cannot be downloaded: no route",
         ),
         (refusal(errors.RemoteEntryNotFoundError, 404), r"datasets/MahmoodLab/hest has no file st/TENX1\.h5ad"),
-        (refusal(errors.HfHubHTTPError, 500), r"st/TENX1\.h5ad of .* cannot be fetched: refused"),
+        (refusal(errors.HfHubHTTPError, 500), r"st/TENX1\.h5ad of .* cannot be downloaded: refused"),
     ],
 )
 def test_what_is_said_when_nothing_comes(tmp_path, monkeypatch, error, sentence):
@@ -196,7 +196,7 @@ def test_offline_by_choice(tmp_path, monkeypatch, caplog):
     with (
         caplog.at_level(logging.WARNING),
         pytest.raises(
-            DataError, match=r"HEST_v1_1_0\.csv cannot be fetched, HF_HUB_OFFLINE is set: go online, or copy"
+            DataError, match=r"HEST_v1_1_0\.csv cannot be downloaded because HF_HUB_OFFLINE is set: connect to the"
         ),
     ):
         download_sample_table(tmp_path)

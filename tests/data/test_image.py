@@ -297,7 +297,7 @@ def test_array_pyramids_that_are_no_slide(tmp_path):
     with pytest.raises(DataError, match=r"five\.ome\.tif has 5 channels, and an RGB image is needed"):
         SlideImage(tmp_path / "five.ome.tif")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match=r"folder is a folder and no OME-Zarr image"):
+    with pytest.raises(DataError, match=r"folder is a folder but not an OME-Zarr image"):
         SlideImage(tmp_path / "folder")
     path = write_ome_zarr(tmp_path / "broken.zarr")
     shutil.rmtree(path / "1")

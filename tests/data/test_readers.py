@@ -109,7 +109,7 @@ def test_um_per_px_in_order_of_precedence(write_slide):
     assert read_slide(path).uns["hinge"]["um_per_px"] == pytest.approx(100 / 40)
 
     path = write_slide(name="bare", edit=without("um_per_px", "spot_pitch_um", "spot_diameter_um"))
-    with pytest.raises(DataError, match=r"neither .*bare\.h5ad nor its image tells the resolution: give .*um_per_px="):
+    with pytest.raises(DataError, match=r"neither .*bare\.h5ad nor its image contains the resolution: give"):
         read_slide(path)
     told = read_slide(path, um_per_px=0.5).uns
     assert told["hinge"]["spot_pitch_um"] == pytest.approx(20)
@@ -136,7 +136,7 @@ def test_which_image(write_slide, tmp_path):
     path = write_slide()
     moved = tmp_path / "elsewhere.png"
     shutil.move(path.with_suffix(".png"), moved)
-    with pytest.raises(DataError, match=r"tiny\.h5ad has no image: there is no tiny\{\.svs,.*give one with image="):
+    with pytest.raises(DataError, match=r"tiny\.h5ad has no image: there is no tiny\{\.svs,.*give --image"):
         read_slide(path)
     assert read_slide(path, image=moved).uns["hinge"]["image_path"] == str(moved)
 
@@ -160,7 +160,7 @@ def test_without_image(write_slide):
     slide = read_slide(path, require_image=False)
     assert "image_path" not in slide.uns["hinge"] and "spatial" not in slide.uns
     assert math.isnan(slide.uns["hinge"]["um_per_px"])
-    with pytest.raises(DataError, match="slide tiny has no image; give one with image="):
+    with pytest.raises(DataError, match="slide tiny has no image: give one with --image"):
         check_slide(slide)
     slide.write_h5ad(path)
     assert read_slide(path, require_image=False).shape == slide.shape
@@ -282,7 +282,7 @@ def test_validation_of_slides_made_in_memory(tiny_slide):
         check_slide(slide)
     slide = read_slide(tiny_slide)
     slide.uns["hinge"]["um_per_px"] = math.nan
-    with pytest.raises(DataError, match="has nan µm per pixel; give its resolution with um_per_px="):
+    with pytest.raises(DataError, match="has nan µm per pixel, and a positive number is needed: give --um-per-px"):
         check_slide(slide)
     slide.obsm["spatial"] = slide.obsm["spatial"][:, :1]
     with pytest.raises(DataError, match=r"needs numbers of shape \(30, 2\), pixel x and y, .* not float64 \(30, 1\)"):
@@ -354,11 +354,11 @@ def test_her2st_without_image(array_section):
     root = write()
     picture = root / "data/ST-imgs/Z/Z1/section.jpg"
     shutil.copy(picture, picture.with_name("second.jpg"))
-    with pytest.raises(DataError, match=r"Z1 has 2 images, and one is needed: give it with image="):
+    with pytest.raises(DataError, match=r"Z1 has 2 images, not one: give the image with --image"):
         read_slide(root)
     assert read_slide(root, image=picture).n_obs == 42
     shutil.rmtree(picture.parent)
-    with pytest.raises(DataError, match=r"there is no image in .*Z1: give one with image="):
+    with pytest.raises(DataError, match=r"there is no image in .*Z1: give --image"):
         read_slide(root)
     slide = read_slide(root, require_image=False)
     assert "image_path" not in slide.uns["hinge"] and slide.uns["hinge"]["um_per_px"] == pytest.approx(4, rel=0.01)

@@ -87,14 +87,14 @@ def test_stores_that_are_wrong(visium_store, tmp_path):
     data = spatialdata.read_zarr(store)
     del data.images["V1_full_image"], data.images["V1_hires_image"], data.images["V1_lowres_image"]
     data.write(tmp_path / "bare.zarr")
-    with pytest.raises(DataError, match=r"bare\.zarr has no RGB image in a coordinate system with 'V1': give one with"):
+    with pytest.raises(DataError, match=r"bare\.zarr has no RGB image in a coordinate system with 'V1': give --image"):
         read_slide(tmp_path / "bare.zarr")
     assert "image_path" not in read_slide(tmp_path / "bare.zarr", require_image=False).uns["hinge"]
     slide = read_slide(tmp_path / "bare.zarr", image=tmp_path / "V1" / "full.tif")
     assert slide.uns["hinge"]["um_per_px"] == pytest.approx(1.0, rel=0.005)
     del data.shapes["V1"]
     data.write(tmp_path / "shapeless.zarr")
-    with pytest.raises(DataError, match=r"shapeless\.zarr has no shapes 'V1', and spots are read from shapes only"):
+    with pytest.raises(DataError, match=r"shapeless\.zarr has no shapes 'V1', and the positions of spots are read"):
         read_slide(tmp_path / "shapeless.zarr")
     table = spatialdata.read_zarr(store).tables["table"]
     table.X = table.X * 0.5

@@ -97,7 +97,7 @@ def test_concatenation(write_slide):
     assert len(concatenate_spots([one])) == len(one)
     assert len(concatenate_spots([one, two.subset([])])) == len(one)
 
-    with pytest.raises(DataError, match=r"spot 0x0 of slide first is there more than once"):
+    with pytest.raises(DataError, match=r"spot 0x0 of slide first occurs more than once"):
         concatenate_spots([one, two, one])
     with pytest.raises(DataError, match="no slides were given"):
         concatenate_spots([])
@@ -134,7 +134,7 @@ def test_features_follow_the_spots(write_slide, tmp_path):
 def test_features_of_another_slide_with_the_same_barcodes(tiny_slide, tmp_path):
     slide = read_slide(tiny_slide)
     path = write_features(slide, tmp_path / "features.h5", shift=40.0)
-    with pytest.raises(DataError, match=r"features.h5 are not of slide tiny: they place spot 0x0 40 px away"):
+    with pytest.raises(DataError, match=r"features.h5 belong to another slide than tiny: in them, spot 0x0 is 40 px"):
         load_spots(slide, PANEL, "log2p1", path, drop_empty=False)
 
 

@@ -60,7 +60,7 @@ def test_an_image_beside_several_samples_serves_none(tmp_path):
     for name in ("A", "B"):
         write_visium(tmp_path / name / "outs", image=False)
     Image.new("RGB", (900, 900)).save(tmp_path / "he.tif")
-    with pytest.raises(DataError, match=r"A has no full-resolution image in .*A \(.*give the one it was run on with"):
+    with pytest.raises(DataError, match=r"A has no full-resolution image in .*A \(.*give the input image of Space"):
         read_slide(tmp_path, "A")
 
 
@@ -93,11 +93,11 @@ def test_an_image_beside_several_samples_serves_none(tmp_path):
         (lambda outs: (outs.parent / "full.tif").unlink(), r"V1 has no full-resolution image in .*V1 \("),
         (
             lambda outs: shutil.copy(outs.parent / "full.tif", outs.parent / "second.tif"),
-            r"V1 has 2 images, and one is needed: give it with image=",
+            r"V1 has 2 images, not one: give the image with --image",
         ),
         (
             lambda outs: shutil.copy(outs / "spatial" / "tissue_lowres_image.png", outs.parent / "full.tif"),
-            r"full\.tif has 600 x 600 pixels, and Space Ranger was run on an image of about \d+ x \d+: its coord",
+            r"full\.tif has 600 x 600 pixels, and Space Ranger was run on an image of about \d+ x \d+: give that",
         ),
         (lambda outs: rewrite(outs, lambda table: table.drop(columns="array_row")), r"csv has no column array_row"),
         (

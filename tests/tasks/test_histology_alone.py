@@ -77,7 +77,7 @@ def test_an_old_run_tells_the_pitch_through_its_slides(trained, tmp_path):
 
 def test_an_image_without_resolution_is_refused(trained):
     folder, _ = trained
-    with pytest.raises(DataError, match=r"biopsy\.png does not tell its resolution: give .* um_per_px="):
+    with pytest.raises(DataError, match=r"biopsy\.png has no resolution in its metadata: give --um-per-px"):
         Run.open(folder / "run").slide_at(folder / "biopsy.png")
 
 

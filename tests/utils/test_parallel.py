@@ -66,7 +66,7 @@ def test_a_slide_without_counts_gets_spots(cohort):
         ("slide,image,stain\na,b,c\n", "the column 'stain'"),
         ("image,counts\na,b\n", "no column slide"),
         ("slide,image,image\na,b,c\n", "one twice"),
-        ("slide,image\na,x.png\na,y.png\n", "line 3: slide a is there twice"),
+        ("slide,image\na,x.png\na,y.png\n", "line 3: slide a occurs twice"),
         ("slide,image\na,\n", "neither image nor counts"),
         ("slide,image\n../a,x.png\n", "cannot be the name"),
         ("slide,image\n.a,x.png\n", "cannot be the name"),
@@ -91,7 +91,7 @@ def test_files_that_are_not_there(tmp_path):
     for name, says in {
         "a": "there is no image",
         "b": "there are no counts",
-        "c": "a table of slides themselves",
+        "c": "another table of slides",
         "d": "not a number",
     }.items():
         with pytest.raises(DataError, match=says):

@@ -180,7 +180,7 @@ def test_the_folder_holds_what_the_server_serves(folder, viewer, tmp_path):
 
 def test_the_folder_is_no_other_one(folder, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(DataError, match="holds no viewer"):
+    with pytest.raises(DataError, match="is not a viewer"):
         write_viewer(Run.open(folder), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

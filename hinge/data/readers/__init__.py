@@ -1,7 +1,7 @@
 """Read slides: one module per source format, and recognition of the format of a path.
 
-A format's module has `LAYOUT` (what it looks like, in words), `recognises(path)`, `list_samples(path)` and
-`read(path, sample, *, image, um_per_px, require_image)`; adding it to `FORMATS` makes it known.
+The module of a format has `LAYOUT` (a description of its files), `recognises(path)`, `list_samples(path)` and
+`read(path, sample, *, image, um_per_px, require_image)`. `FORMATS` lists all formats in the order of recognition.
 """
 
 from pathlib import Path
@@ -25,12 +25,12 @@ FORMATS: dict[str, ModuleType] = {
 
 
 def recognise_format(path: str | Path) -> str:
-    """Name of the format that a file or folder is in.
+    """Return the name of the format of a file or folder.
 
     Raises
     ------
     DataError
-        If there is nothing at `path`, or nothing of a known format; the sentence lists what each looks like.
+        The path does not exist, or its format is unknown; the message describes all formats.
     """
     path = _existing(path)
     for name, reader in FORMATS.items():
@@ -41,14 +41,14 @@ def recognise_format(path: str | Path) -> str:
 
 
 def list_samples(path: str | Path, format: str | None = None) -> list[str]:
-    """Names of the slides at a path, sorted.
+    """Return the sorted names of the slides at a path.
 
     Parameters
     ----------
     path
         File or folder.
     format
-        Name of its format; recognised where not given.
+        Name of the format; None to recognise it.
     """
     path = _existing(path)
     return _reader(path, format).list_samples(path)
@@ -65,38 +65,36 @@ def read_slide(
     require_counts: bool = True,
     **grid: float,
 ) -> AnnData:
-    """Read one slide and make sure that it is sound.
+    """Read one slide and check it.
 
     Parameters
     ----------
     path
         File or folder in one of the `FORMATS`.
     sample
-        Which of the slides there; may be left out where there is only one.
+        Name of the slide; None if there is only one.
     format
-        Name of the format; recognised where not given.
+        Name of the format; None to recognise it.
     image
-        Full-resolution image, where it is not the one that the format provides for.
+        Full-resolution image; None for the image at the place that the format defines.
     um_per_px
-        Microns per full-resolution pixel, where it shall not be worked out from the spots or the image.
+        Microns per full-resolution pixel; None to take it from the metadata or compute it from the spots.
     require_image
-        False also reads slides that have no image, for what needs counts alone; their `um_per_px` may be NaN.
+        False also reads slides without an image; their `um_per_px` may be NaN.
     require_counts
-        False also reads images without counts: their tissue is found, a grid of spots laid over it, and the
-        slide has no genes.
+        False also reads images without counts: the slide has a grid of spots on the detected tissue and no genes.
     **grid
-        `spot_pitch_um` and `spot_diameter_um` of that grid; slides with counts know their own and take none.
+        `spot_pitch_um` and `spot_diameter_um` of that grid; ignored for slides with counts.
 
     Returns
     -------
     AnnData
-        A slide as `hinge.data.slide` describes it.
+        A slide as defined in `hinge.data.slide`.
 
     Raises
     ------
     DataError
-        If the path, the sample or its image is missing or damaged, or the slide does not pass
-        `check_slide`.
+        The path, the sample or its image is missing or damaged, or `check_slide` finds a fault.
     """
     path = _existing(path)
     reader = _reader(path, format)
@@ -110,7 +108,9 @@ def read_slide(
     if um_per_px is not None and not 0 < um_per_px < float("inf"):
         raise DataError(f"um_per_px must be a positive number of microns per pixel, not {um_per_px}")
     if reader is image_only and require_counts:
-        raise DataError(f"{path} is an image without counts: it can be sampled, but neither trained on nor scored")
+        raise DataError(
+            f"{path} is an image without counts: training and evaluation need counts, hinge sample does not"
+        )
     slide = reader.read(
         path,
         sample,

@@ -23,12 +23,12 @@ LAYOUT = (
 
 
 def recognises(path: Path) -> bool:
-    """Whether a path looks like this layout."""
+    """Return whether a path has this layout."""
     return bool(_files(path))
 
 
 def list_samples(path: Path) -> list[str]:
-    """Names of the files without their ending."""
+    """Return the names of the files without their ending."""
     return [file.stem for file in _files(path)]
 
 
@@ -51,8 +51,8 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
                 um_per_px = opened.um_per_px or math.nan
         if math.isnan(um_per_px) and require_image:
             raise DataError(
-                f"neither {file} nor its image tells the resolution: give microns per full-resolution pixel "
-                "with um_per_px="
+                f"neither {file} nor its image contains the resolution: give --um-per-px, µm per full-resolution "
+                "pixel (um_per_px= in Python)"
             )
     if math.isnan(pitch_um):
         pitch_um = pitch_px * um_per_px
@@ -98,7 +98,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def raw_counts(slide: AnnData, file: Path) -> Any:
-    """X where it holds integers, else the layer `counts`, which then is X and no layer any more."""
+    """Return X if it holds integers, else the layer `counts`, which is removed from the layers."""
     if slide.X is not None and _integral(slide.X):
         return slide.X
     if "counts" not in slide.layers:
@@ -114,7 +114,7 @@ def _integral(matrix: Any) -> bool:
 
 
 def _find_image(file: Path, facts: Mapping[str, Any], require_image: bool) -> Path | None:
-    """The image that the file names (absolute, or relative to it), else the one beside it."""
+    """Return the image in `uns["hinge"]["image_path"]` (absolute or relative to the file), else the one beside it."""
     named = facts.get("image_path")
     if named and (file.parent / str(named)).exists():
         return file.parent / str(named)
@@ -123,16 +123,16 @@ def _find_image(file: Path, facts: Mapping[str, Any], require_image: bool) -> Pa
             if other.name.lower() == file.stem.lower() + suffix:
                 return other
     if require_image:
-        told = f"its uns['hinge']['image_path'] {named} does not exist and " if named else ""
+        missing = f"its uns['hinge']['image_path'] {named} does not exist and " if named else ""
         raise DataError(
-            f"{file} has no image: {told}there is no {file.stem}{{{','.join(IMAGE_SUFFIXES)}}} beside it; "
-            "give one with image=, or read with require_image=False"
+            f"{file} has no image: {missing}there is no {file.stem}{{{','.join(IMAGE_SUFFIXES)}}} beside it; "
+            "give --image (image= in Python, or require_image=False for counts alone)"
         )
     return None
 
 
 def positive_length(facts: Mapping[str, Any], key: str) -> float:
-    """A positive length, or NaN where there is none."""
+    """Return a positive length, NaN if there is none."""
     try:
         value = float(facts[key])
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -141,7 +141,7 @@ def positive_length(facts: Mapping[str, Any], key: str) -> float:
 
 
 def pitch_in_px(coordinates: np.ndarray) -> float:
-    """Median distance from a spot to its nearest neighbour."""
+    """Return the median distance from a spot to its nearest neighbour, NaN for fewer than two spots."""
     coordinates = coordinates[np.isfinite(coordinates).all(axis=1)]
     if len(coordinates) < 2:
         return math.nan
@@ -150,7 +150,7 @@ def pitch_in_px(coordinates: np.ndarray) -> float:
 
 
 def _spot_diameter_px(slide: AnnData) -> float:
-    """Spot diameter as scanpy's scale factors tell it, NaN where they do not."""
+    """Return the spot diameter in scanpy's scale factors, NaN if there is none."""
     try:
         (library,) = slide.uns["spatial"].values()
         return positive_length(library["scalefactors"], "spot_diameter_fullres")

@@ -28,12 +28,12 @@ _logger = logging.getLogger(__name__)
 
 
 def recognises(path: Path) -> bool:
-    """Whether a path looks like this layout."""
+    """Return whether a path has this layout."""
     return (_root(path) / "ST-cnts").is_dir()
 
 
 def list_samples(path: Path) -> list[str]:
-    """Names of the sections with counts."""
+    """Return the names of the sections with counts."""
     files = (_root(path) / "ST-cnts").glob(f"[!.]*{_COUNTS_SUFFIX}")
     return sorted(file.name.removesuffix(_COUNTS_SUFFIX) for file in files)
 
@@ -81,7 +81,7 @@ def _root(path: Path) -> Path:
 
 
 def _read_counts(file: Path) -> tuple[pd.Index, pd.DataFrame]:
-    """Gene names and a table spots x genes."""
+    """Return gene names and a table spots x genes."""
     check_gzip(file)
     try:
         # pandas renames repeated columns, so the names come from the line itself
@@ -101,7 +101,7 @@ def _read_counts(file: Path) -> tuple[pd.Index, pd.DataFrame]:
 
 
 def _read_positions(file: Path) -> pd.DataFrame:
-    """Array and pixel coordinates of the selected spots, by barcode."""
+    """Return array and pixel coordinates of the selected spots by barcode."""
     try:
         positions = pd.read_csv(file, sep="\t")
     except (OSError, ValueError) as error:
@@ -126,11 +126,10 @@ def _unique_barcodes(barcodes: pd.Index, file: Path) -> pd.Index:
 
 
 def _um_per_px(array: np.ndarray, pixels: np.ndarray) -> float:
-    """Microns per pixel: pixel distance per array step, median over all pairs of spots.
+    """Return microns per pixel: the pitch over the median pixel distance per array step of all pairs of spots.
 
-    All pairs, because neighbours alone are dominated by the centring of each printed spot; the median,
-    because a wrongly clicked spot moves only its own pairs; distances, because they do not care how the array
-    is turned.
+    Distances between neighbours depend on the position of each printed spot, so all pairs are used. The median is
+    robust against misplaced spots, and distances do not depend on the rotation of the array.
     """
     if len(array) < 2:
         return math.nan
@@ -143,7 +142,9 @@ def _find_image(folder: Path, require_image: bool) -> Path | None:
     if len(images) == 1:
         return images[0]
     if len(images) > 1:
-        raise DataError(f"{folder} has {len(images)} images, and one is needed: give it with image=")
+        raise DataError(f"{folder} has {len(images)} images, not one: give the image with --image (image= in Python)")
     if require_image:
-        raise DataError(f"there is no image in {folder}: give one with image=, or read with require_image=False")
+        raise DataError(
+            f"there is no image in {folder}: give --image (image= in Python, or require_image=False for counts alone)"
+        )
     return None

@@ -15,29 +15,30 @@ LAYOUT = "a folder with st/<sample>.h5ad, wsis/<sample>.tif and metadata/<sample
 
 
 def recognises(path: Path) -> bool:
-    """Whether a path looks like this layout."""
+    """Return whether a path has this layout."""
     return path.is_dir() and (path / "st").is_dir() and any((path / part).is_dir() for part in ("wsis", "metadata"))
 
 
 def list_samples(path: Path) -> list[str]:
-    """Names of the samples with counts."""
+    """Return the names of the samples with counts."""
     return sorted(file.stem for file in (path / "st").glob("[!.]*.h5ad"))
 
 
 def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None, require_image: bool) -> AnnData:
-    """Read one sample; a symbol that stands for several genes gets a suffix from the second on, as in scanpy."""
+    """Read one sample; repeated gene symbols get a suffix from the second on, as in scanpy."""
     slide = open_h5ad(path / "st" / f"{sample}.h5ad")
     slide.var_names_make_unique()
     file = path / "metadata" / f"{sample}.json"
     facts = read_json(file) if file.is_file() else {}
     if not isinstance(facts, dict):
-        raise DataError(f"{file} must hold the sample's metadata by name")
+        raise DataError(f"{file} must hold a JSON object with the sample's metadata")
     if image is None:
         image = path / "wsis" / f"{sample}.tif"
         if not image.is_file():
             if require_image:
                 raise DataError(
-                    f"there is no image {image}: download it, give one with image=, or read with require_image=False"
+                    f"there is no image {image}: run hinge download hest, or give --image (image= in Python, or "
+                    "require_image=False for counts alone)"
                 )
             image = None
     if um_per_px is None:
@@ -47,8 +48,8 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
                 um_per_px = opened.um_per_px or math.nan
         if math.isnan(um_per_px) and require_image:
             raise DataError(
-                f"neither {file} nor the image tells the resolution: give microns per full-resolution pixel with "
-                "um_per_px="
+                f"neither {file} nor the image contains the resolution: give --um-per-px, µm per full-resolution pixel "
+                "(um_per_px= in Python)"
             )
     pitch_um = positive_length(facts, "inter_spot_dist")
     return describe_slide(

@@ -1,4 +1,4 @@
-"""H&E alone: whole-slide images without counts, over which a grid of spots is laid."""
+"""Whole-slide images without counts, with a grid of spots on their tissue."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ LAYOUT = f"an image without counts, or a folder of them ({', '.join(IMAGE_SUFFIX
 
 
 def recognises(path: Path) -> bool:
-    """Whether a path looks like this layout."""
+    """Return whether a path has this layout."""
     return bool(_files(path))
 
 
 def list_samples(path: Path) -> list[str]:
-    """Names of the images without their ending."""
+    """Return the names of the images without their ending."""
     return sorted({image_name(file) for file in _files(path)})
 
 
@@ -31,10 +31,12 @@ def read(
     spot_pitch_um: float = DEFAULT_PITCH_UM,
     spot_diameter_um: float = DEFAULT_DIAMETER_UM,
 ) -> AnnData:
-    """Find one image's tissue and lay spots over it; 0 genes."""
+    """Return a slide with a grid of spots on the tissue of one image, and 0 genes."""
     files = [file for file in _files(path) if image_name(file) == sample]
     if len(files) > 1 and image is None:
-        raise DataError(f"{path} has {len(files)} images of {sample}, and one is needed: give it with image=")
+        raise DataError(
+            f"{path} has {len(files)} images of {sample}, not one: give the image with --image (image= in Python)"
+        )
     return slide_from_image(image or files[0], um_per_px, spot_pitch_um, spot_diameter_um, name=sample)
 
 

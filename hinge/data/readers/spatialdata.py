@@ -26,17 +26,17 @@ LAYOUT = (
 
 
 def recognises(path: Path) -> bool:
-    """Whether a path looks like this layout."""
+    """Return whether a path has this layout."""
     return bool(_stores(path))
 
 
 def list_samples(path: Path) -> list[str]:
-    """Names of the stores; `<store>_<region>` where tables of a store annotate several regions."""
+    """Return the names of the stores, `<store>_<region>` if the tables of a store annotate several regions."""
     return sorted(_samples(path))
 
 
 def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None, require_image: bool) -> AnnData:
-    """Read one region. Pixels are those of its store's largest RGB image, or where `image` is given, its own units."""
+    """Read one region in pixels of the store's largest RGB image, or in its own units if `image` is given."""
     spatialdata = require("spatialdata", "spatialdata", f"reading {path}")
 
     store, table_name, region = _samples(path)[sample]
@@ -53,7 +53,7 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
     except Exception as error:  # a damaged store ends in almost any exception
         raise DataError(f"{store} is not a readable SpatialData store: {' '.join(str(error).split())}") from error
     if region not in data.shapes:
-        raise DataError(f"{store} has no shapes {region!r}, and spots are read from shapes only")
+        raise DataError(f"{store} has no shapes {region!r}, and the positions of spots are read from shapes")
     shapes = data.shapes[region]
     missing = ~slide.obs[keys["instance_key"]].isin(shapes.index)
     if missing.any():
@@ -70,8 +70,8 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
             image = store / "images" / name
         elif require_image:
             raise DataError(
-                f"{store} has no RGB image in a coordinate system with {region!r}: give one with image=, or read with "
-                "require_image=False"
+                f"{store} has no RGB image in a coordinate system with {region!r}: "
+                "give --image (image= in Python, or require_image=False for counts alone)"
             )
 
     slide.X = scipy.sparse.csr_matrix(raw_counts(slide, store), dtype=np.float32)
@@ -94,7 +94,8 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
             um_per_px = pitch_um / pitch_px
         if math.isnan(um_per_px) and require_image:
             raise DataError(
-                f"{store} does not tell its resolution: give microns per pixel of its image with um_per_px="
+                f"{store} does not contain the resolution: give --um-per-px, µm per pixel of its image (um_per_px= in "
+                "Python)"
             )
     if math.isnan(diameter_um) and "radius" in shapes:
         diameter_um = 2 * float(shapes["radius"].median()) * scale * um_per_px
@@ -123,7 +124,7 @@ def _is_store(path: Path) -> bool:
 
 
 def _samples(path: Path) -> dict[str, tuple[Path, str, str]]:
-    """Store, table and region by sample."""
+    """Return store, table and region by sample."""
     found = {}
     for store in _stores(path):
         annotated = []
@@ -145,7 +146,7 @@ def _samples(path: Path) -> dict[str, tuple[Path, str, str]]:
 
 
 def _image_beside(data: Any, region: str) -> str | None:
-    """The largest image with three or four channels of 8 bits that shares a coordinate system with a region."""
+    """Return the largest image with 3 or 4 channels of 8 bits in a coordinate system of a region, or None."""
     from spatialdata.models import get_axes_names
     from spatialdata.transformations import get_transformation
 
@@ -161,7 +162,7 @@ def _image_beside(data: Any, region: str) -> str | None:
 
 
 def _to_pixels(data: Any, region: str, image: str) -> np.ndarray:
-    """Matrix (3, 3) from a region's own units to an image's pixels."""
+    """Return the matrix (3, 3) from a region's own units to an image's pixels."""
     from spatialdata.transformations import get_transformation
 
     shapes = get_transformation(data.shapes[region], get_all=True)

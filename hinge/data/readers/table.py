@@ -22,7 +22,7 @@ _MOST_BYTES = 20 << 20
 
 
 def recognises(path: Path) -> bool:
-    """Whether a path looks like this layout."""
+    """Return whether a path has this layout."""
     if path.suffix.lower() != ".csv" or not path.is_file():
         return False
     try:
@@ -34,13 +34,13 @@ def recognises(path: Path) -> bool:
 
 
 def read_table(path: str | Path) -> dict[str, dict[str, str]]:
-    """The rows of a table by the name of their slide; every one of `COLUMNS` is there, "" where it was empty.
+    """Return the rows of a table by the name of their slide, with all `COLUMNS`; "" for an empty field.
 
     Raises
     ------
     DataError
-        The table is missing or damaged, a column is not known, a slide has no name, a name that is no file's, a name
-        twice, or neither image nor counts.
+        The table is missing or damaged, a column is unknown, or a slide has no name, a name that is not a file name,
+        the name of another slide, or neither image nor counts.
     """
     path = Path(path)
     try:
@@ -66,9 +66,11 @@ def read_table(path: str | Path) -> dict[str, dict[str, str]]:
         if not any(fields.values()):
             continue
         if not name or name.startswith(".") or set(name) & set('/\\\0\n\r:*?"<>|'):
-            raise DataError(f"{path}, line {line}: {name!r} cannot be the name of a slide, which files are named after")
+            raise DataError(
+                f"{path}, line {line}: {name!r} cannot be the name of a slide, because it is not a valid file name"
+            )
         if name in found:
-            raise DataError(f"{path}, line {line}: slide {name} is there twice")
+            raise DataError(f"{path}, line {line}: slide {name} occurs twice")
         if not fields["image"] and not fields["counts"]:
             raise DataError(f"{path}, line {line}: slide {name} has neither image nor counts")
         found[name] = fields
@@ -131,7 +133,7 @@ def read(
         if not counts.exists():
             raise DataError(f"{path}: there are no counts {counts} of slide {sample}")
         if recognise_format(counts) == "table":
-            raise DataError(f"{path}: the counts of slide {sample} are a table of slides themselves")
+            raise DataError(f"{path}: the counts of slide {sample} are another table of slides")
         others = list_others(counts)
         inside = fields["sample"] or (sample if sample in others and len(others) > 1 else None)
         slide = read_slide(counts, inside, image=image, um_per_px=um_per_px, require_image=require_image)
@@ -139,7 +141,7 @@ def read(
 
 
 def _renamed(slide: AnnData, name: str, facts: dict[str, str]) -> AnnData:
-    """The slide under its name in the table, with what the table tells of it; changed in place."""
+    """Return the slide with its name and metadata of the table; changed in place."""
     library = next(iter(slide.uns.get("spatial", {}).values()), None)
     if library is not None:
         slide.uns["spatial"] = {name: library}

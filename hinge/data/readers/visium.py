@@ -22,7 +22,7 @@ from hinge.utils.safe_hdf5 import check_gzip, check_hdf5, check_size
 
 LAYOUT = (
     "Space Ranger's outs folder, or a folder of such, with filtered_feature_bc_matrix.h5 and spatial/ (Visium) or "
-    "binned_outputs/square_008um/ and its like (Visium HD), and the full-resolution image beside them"
+    "binned_outputs/square_008um/ and similar (Visium HD), and the full-resolution image beside them"
 )
 SPOT_PITCH_UM, SPOT_DIAMETER_UM = 100.0, 55.0
 # array_row and array_col of a hexagonal array count half rows: one step is √3/2 pitches down, half a pitch right
@@ -38,12 +38,12 @@ _logger = logging.getLogger(__name__)
 
 
 def recognises(path: Path) -> bool:
-    """Whether a path looks like this layout."""
+    """Return whether a path has this layout."""
     return path.is_dir() and bool(_samples(path))
 
 
 def list_samples(path: Path) -> list[str]:
-    """Names of the samples; `<sample>_square_008um` and its like for the bin sizes of Visium HD."""
+    """Return the names of the samples, `<sample>_square_008um` and similar for the bin sizes of Visium HD."""
     return sorted(_samples(path))
 
 
@@ -54,7 +54,7 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
     positions = _read_positions(folder / "spatial")
     shared = slide.obs_names.intersection(positions.index, sort=False)
     if not len(shared):
-        raise DataError(f"{folder}: the counts and spatial/ share no barcode; they are of different samples")
+        raise DataError(f"{folder}: the counts and spatial/ share no barcode; they belong to different samples")
     positions = positions.loc[shared]
     positions = positions[positions["in_tissue"] == 1]
     if positions.empty:
@@ -93,7 +93,7 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
 
 
 def _samples(path: Path) -> dict[str, Path]:
-    """Folder with counts and spatial/ of each sample at a path: an outs folder, its parent, or a folder of such."""
+    """Return the folder with counts and spatial/ of each sample: in an outs folder, its parent, or a folder of such."""
     here = _outs(path)
     if here:
         return here
@@ -114,7 +114,7 @@ def _outs(path: Path) -> dict[str, Path]:
     if bins.is_dir():
         return {f"{name}_{folder.name}": folder for folder in sorted(bins.glob("square_*/"))}
     matrix = _matrix(outs) is not None
-    # either half tells that this is meant to be one: reading then says what is missing
+    # counts or spatial/ alone suffice to recognise the format; reading reports the missing part
     if (outs / "spatial").is_dir() and (matrix or _positions_file(outs / "spatial")):
         return {name: outs}
     if matrix and not any(outs.glob("*.h5ad")):
@@ -123,7 +123,7 @@ def _outs(path: Path) -> dict[str, Path]:
 
 
 def _matrix(folder: Path) -> Path | None:
-    """The filtered counts: h5, which 10x's web site prefixes with the sample's name, or a folder with matrix.mtx.gz."""
+    """Return the filtered counts: h5 (10x's web site adds the sample's name as prefix) or a folder of matrix.mtx.gz."""
     files = sorted(folder.glob(f"*{_MATRIX}.h5"))
     if files:
         return files[0]
@@ -131,7 +131,7 @@ def _matrix(folder: Path) -> Path | None:
 
 
 def _read_counts(folder: Path) -> AnnData:
-    """Genes only, CSR; a symbol that stands for several genes gets a suffix from the second on, as in scanpy."""
+    """Return the counts of genes, CSR; repeated gene symbols get a suffix from the second on, as in scanpy."""
     matrix = _matrix(folder)
     if matrix is None:
         raise DataError(f"{folder} has no counts: {_MATRIX}.h5 is missing")
@@ -141,7 +141,7 @@ def _read_counts(folder: Path) -> AnnData:
         for file in sorted(matrix.glob("*.gz")):
             check_gzip(file)
     try:
-        with warnings.catch_warnings():  # of symbols that are there twice, which is put right below
+        with warnings.catch_warnings():  # on repeated symbols, which are made unique below
             warnings.filterwarnings("ignore", "Variable names are not unique")
             if matrix.is_file():
                 _check_indices(matrix)
@@ -150,7 +150,7 @@ def _read_counts(folder: Path) -> AnnData:
         raise DataError(f"{matrix} is not readable as Space Ranger's counts: {error}") from error
     if not slide.obs_names.is_unique:
         twice = slide.obs_names[slide.obs_names.duplicated()][0]
-        raise DataError(f"{matrix} has counts of the barcode {twice!r} twice")
+        raise DataError(f"{matrix} has the barcode {twice!r} more than once")
     slide.var.index.name = None
     slide.var["symbol"] = slide.var_names
     slide.var_names_make_unique()
@@ -159,7 +159,7 @@ def _read_counts(folder: Path) -> AnnData:
 
 
 def _check_indices(file: Path) -> None:
-    """Make sure that the indices lie within the matrix: scanpy cuts it before anyone can look."""
+    """Check that the indices are within the matrix: scanpy truncates it without a check."""
     with h5py.File(file) as content:
         for group in content.values():
             if isinstance(group, h5py.Group) and {"data", "indices", "indptr", "shape"} <= set(group):
@@ -172,7 +172,7 @@ def _positions_file(spatial: Path) -> Path | None:
 
 
 def _read_positions(spatial: Path) -> pd.DataFrame:
-    """Array and pixel coordinates by barcode."""
+    """Return array and pixel coordinates by barcode."""
     file = _positions_file(spatial)
     if file is None:
         raise DataError(f"{spatial} has no spot positions: one of {', '.join(_POSITION_FILES)} is needed")
@@ -204,7 +204,7 @@ def _read_positions(spatial: Path) -> pd.DataFrame:
 def _read_scalefactors(spatial: Path) -> dict[str, float]:
     file = spatial / "scalefactors_json.json"
     if not file.is_file():
-        raise DataError(f"{spatial} has no scalefactors_json.json, which tells how its images relate to the spots")
+        raise DataError(f"{spatial} has no scalefactors_json.json, which holds the scale of its images")
     try:
         return {key: float(value) for key, value in json.loads(file.read_text()).items() if value is not None}
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -212,7 +212,7 @@ def _read_scalefactors(spatial: Path) -> dict[str, float]:
 
 
 def um_per_px_of_array(array: np.ndarray, pixels: np.ndarray) -> float:
-    """Microns per pixel from a hexagonal array's geometry: median over all pairs of spots; NaN for one spot.
+    """Return microns per pixel by a hexagonal array's geometry: the median over all pairs of spots; NaN for one spot.
 
     Parameters
     ----------
@@ -228,7 +228,7 @@ def um_per_px_of_array(array: np.ndarray, pixels: np.ndarray) -> float:
 
 
 def _find_image(folder: Path, sample: str, require_image: bool) -> Path | None:
-    """The one whole-slide image in the folder, or in one above it up to the sample's own."""
+    """Return the only whole-slide image in the folder, or in one above it up to the sample's own."""
     places = [folder]
     while places[-1].name in ("outs", "binned_outputs") or places[-1].name.startswith("square_"):
         places.append(places[-1].parent)
@@ -237,17 +237,17 @@ def _find_image(folder: Path, sample: str, require_image: bool) -> Path | None:
         if len(files) == 1:
             return files[0]
         if files and require_image:
-            raise DataError(f"{place} has {len(files)} images, and one is needed: give it with image=")
+            raise DataError(f"{place} has {len(files)} images, not one: give the image with --image (image= in Python)")
     if require_image:
         raise DataError(
-            f"{sample} has no full-resolution image in {places[-1]} ({', '.join(IMAGE_SUFFIXES[:3])}, .tif, ...), and "
-            "Space Ranger keeps none: give the one it was run on with image=, or read with require_image=False"
+            f"{sample} has no full-resolution image in {places[-1]} ({', '.join(IMAGE_SUFFIXES[:3])}, .tif, ...): give "
+            "the input image of Space Ranger with --image (image= in Python, or require_image=False for counts alone)"
         )
     return None
 
 
 def _check_image(image: Path, folder: Path, scales: dict[str, float]) -> None:
-    """Make sure that an image is the one Space Ranger was run on, by its size."""
+    """Check by its size that an image is the one Space Ranger was run on."""
     thumbnail, scale = folder / "spatial" / "tissue_hires_image.png", scales.get("tissue_hires_scalef")
     if not scale or not thumbnail.is_file():
         return
@@ -257,7 +257,7 @@ def _check_image(image: Path, folder: Path, scales: dict[str, float]) -> None:
     if any(abs(one - other) > 1.5 / scale for one, other in zip(size, expected, strict=True)):
         raise DataError(
             f"{image} has {size[0]} x {size[1]} pixels, and Space Ranger was run on an image of about "
-            f"{expected[0]:.0f} x {expected[1]:.0f}: its coordinates do not fit this one"
+            f"{expected[0]:.0f} x {expected[1]:.0f}: give that image with --image (image= in Python)"
         )
 
 

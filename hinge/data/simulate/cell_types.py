@@ -13,7 +13,7 @@ LIBRARY_SIZE_SD, SMOOTH_SHARE, SMOOTH_LENGTH_UM = 0.3, 0.5, 500.0  # τ, ρ, ℓ
 
 @dataclass(frozen=True)
 class CellType:
-    """How the nuclei of a cell type look, and how much RNA a cell holds beside the others."""
+    """The appearance of the nuclei of a cell type, and the relative amount of RNA in a cell."""
 
     name: str
     radius_um: float  # of the circle with the nucleus's area
@@ -26,7 +26,7 @@ class CellType:
 
 @dataclass(frozen=True)
 class Domain:
-    """What fills a region of the tissue, and the ground between its nuclei."""
+    """The cell types of a region of the tissue, and the appearance of the ground between nuclei."""
 
     name: str
     prevalence: float  # added to the domain's random field
@@ -55,5 +55,5 @@ DOMAINS = (
 
 
 def image_size_um(grid: tuple[int, int]) -> np.ndarray:
-    """Width and height of the image around a grid of (rows, columns) spots."""
+    """Return width and height of the image around a grid of (rows, columns) spots."""
     return 2 * MARGIN_UM + SPOT_PITCH_UM * (np.array(grid)[::-1] - 1)

@@ -63,7 +63,7 @@ def oracle_draws(slide: ad.AnnData, n_draws: int, seed: int = 0) -> np.ndarray:
 
 
 def draw_gene_parameters(rng: np.random.Generator, types: Sequence[CellType], n_genes: int) -> dict[str, np.ndarray]:
-    """Parameters that all slides share: M (G, K), L (G, K·P), b (G,), θ (G,)."""
+    """Draw the parameters that all slides share: M (G, K), L (G, K·P), b (G,), θ (G,)."""
     level = rng.normal(0, 0.6, (n_genes, 1))
     fold = rng.normal(0, 0.4, (n_genes, len(types)))
     marker = np.where(rng.random(n_genes) < 0.7, rng.uniform(1.2, 3.0, n_genes), 0)
@@ -71,7 +71,7 @@ def draw_gene_parameters(rng: np.random.Generator, types: Sequence[CellType], n_
     profile = np.exp(level + fold)
     # a fifth of a count per gene and cell: a few thousand counts a spot over 300 genes
     profile *= 0.2 * np.array([kind.rna for kind in types]) / profile.mean(0)
-    # a program moves a gene alike in all cell types, and in some of them more or the other way
+    # a program has one effect on a gene in all cell types, and an additional one in some of them
     shape = (n_genes, len(types), N_PROGRAMS)
     loadings = rng.normal(0, 0.22, (n_genes, 1, N_PROGRAMS))
     loadings = loadings + rng.normal(0, 0.3, shape) * (rng.random(shape) < 0.5)
@@ -84,7 +84,7 @@ def draw_gene_parameters(rng: np.random.Generator, types: Sequence[CellType], n_
 
 
 def activity_root(slide: ad.AnnData) -> np.ndarray:
-    """Cholesky root (n, n) of the hidden activities' correlation over the spots."""
+    """Return the Cholesky root (n, n) of the correlation of the hidden activities over spots."""
     truth = slide.uns["hinge_truth"]
     spots_um = np.asarray(slide.obsm["spatial"]) * truth["um_per_px"]
     correlation = truth["smooth_share"] * np.exp(-cdist(spots_um, spots_um) / truth["smooth_length_um"])
@@ -92,7 +92,7 @@ def activity_root(slide: ad.AnnData) -> np.ndarray:
 
 
 def draw_counts(rng: np.random.Generator, slide: ad.AnnData, root: np.ndarray) -> np.ndarray:
-    """One draw (n, G) float32 of all spots' counts; the formulas are the module's."""
+    """Draw the counts (n, G), float32, of all spots by the formulas of the module."""
     cells, profile = slide.obsm["cells"], slide.varm["profile"]
     loadings = np.asarray(slide.varm["loadings"]).reshape(slide.n_vars, cells.shape[1], -1)
     hidden = root @ rng.standard_normal((slide.n_obs, loadings.shape[2] + 1))

@@ -15,7 +15,7 @@ from hinge.data.simulate.tissue import Tissue, raster_index, smooth_field
 
 
 def render_image(rng: np.random.Generator, tissue: Tissue, types: Sequence[CellType], um_per_px: float) -> np.ndarray:
-    """Paint the tissue: (height, width, 3) uint8."""
+    """Return the H&E image of a tissue, (height, width, 3) uint8."""
     raster = tissue.depth_um.shape
     shape = tuple(round(side * RASTER_UM / um_per_px) for side in raster)
     grain = _tile(rng, 0.7, 0.7)
@@ -26,7 +26,8 @@ def render_image(rng: np.random.Generator, tissue: Tissue, types: Sequence[CellT
     n_cells, n_holes = len(tissue.kinds), len(tissue.holes_um)
     at = raster_index(tissue.cells_um, raster)
     down, right = (slope[at] for slope in np.gradient(tissue.fibres_um[1]))
-    turn = np.where(looks("elongation") > 2, 0.3, np.pi)  # long nuclei lie along the fibres, others anyhow
+    # long nuclei are parallel to the fibres, others have random angles
+    turn = np.where(looks("elongation") > 2, 0.3, np.pi)
     nuclei = _stamp(
         shape,
         tissue.cells_um / um_per_px,
@@ -81,13 +82,13 @@ def render_image(rng: np.random.Generator, tissue: Tissue, types: Sequence[CellT
 
 
 def _tile(rng: np.random.Generator, down: float, right: float) -> np.ndarray:
-    """Noise (512, 512) of mean 0 and variance 1, blurred by so many pixels, whose edges meet."""
+    """Return periodic noise (512, 512) of mean 0 and variance 1, blurred by `down` and `right` pixels."""
     tile = gaussian_filter(rng.standard_normal((512, 512), np.float32), (down, right), mode="wrap")
     return tile / tile.std()
 
 
 def _interpolation(n_pixels: int, n_raster: int) -> np.ndarray:
-    """Weights (n_pixels, n_raster) of linear interpolation from raster cells to pixels along one axis."""
+    """Return weights (n_pixels, n_raster) of linear interpolation from raster cells to pixels along one axis."""
     place = ((np.arange(n_pixels) + 0.5) * n_raster / n_pixels - 0.5).clip(0, n_raster - 1)
     return (1 - np.abs(place[:, None] - np.arange(n_raster))).clip(0).astype(np.float32)
 

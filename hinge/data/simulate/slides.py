@@ -50,8 +50,8 @@ def simulate_slides(
     """Write simulated slides `sim<first>.h5ad`, `sim<first + 1>.h5ad`, …, each with a `.jpg` image beside it.
 
     A slide depends on `seed` and on its own number, not on the number of slides. Slides of one seed share cell types
-    and gene programs. Slides for pre-training take other numbers than the test slides (`first`): they then share
-    nothing with them but the cell types and programs.
+    and gene programs. Give slides for pre-training other numbers than the test slides (`first`): they then share only
+    the cell types and programs.
 
     Parameters
     ----------
@@ -137,9 +137,9 @@ def _check_arguments(
     width, height = image_size_um(grid) / um_per_px
     if with_image and width * height > MAX_PIXELS:
         raise ConfigError(
-            f"a grid of {grid[0]} x {grid[1]} spots at um_per_px={um_per_px} makes an image of "
-            f"{width * height / 1e6:.0f} megapixels; take fewer spots or more µm per pixel (at most "
-            f"{MAX_PIXELS // 1_000_000} megapixels)"
+            f"a grid of {grid[0]} x {grid[1]} spots at um_per_px={um_per_px} needs an image of "
+            f"{width * height / 1e6:.0f} megapixels, and at most {MAX_PIXELS // 1_000_000} are possible; "
+            "take fewer spots or more µm per pixel"
         )
 
 
@@ -152,7 +152,7 @@ def _make_slide(
     grid: tuple[int, int],
     um_per_px: float,
 ) -> ad.AnnData:
-    """Lay the grid of spots on a tissue, count the cells in each and draw the counts."""
+    """Place a grid of spots on a tissue, count the cells in each spot and draw the counts."""
     row, column = (index.ravel() for index in np.indices(grid))
     spots_um = MARGIN_UM + SPOT_PITCH_UM * np.column_stack([column, row])
     distance, spot = KDTree(spots_um).query(tissue.cells_um)

@@ -18,7 +18,7 @@ from hinge.data.simulate.cell_types import DOMAINS, RASTER_UM, CellType, image_s
 
 @dataclass(frozen=True)
 class Tissue:
-    """What is on the glass; fields (h, w) lie on the raster."""
+    """The layout of a tissue; fields (h, w) are on the raster."""
 
     domains: np.ndarray  # (D, h, w) weights, sum 1
     depth_um: np.ndarray  # (h, w) distance to the tissue's edge, negative outside
@@ -37,9 +37,9 @@ def lay_out_tissue(rng: np.random.Generator, types: Sequence[CellType], grid: tu
 
     fields = [smooth_field(rng, shape, 350) + 0.5 * smooth_field(rng, shape, 80) for _ in DOMAINS]
     prevalence = np.array([kind.prevalence for kind in DOMAINS]) + rng.normal(0, 0.25, len(DOMAINS))
-    # the factor makes mostly one domain at a place, with soft borders
+    # with this factor, one domain dominates at most places and borders are soft
     domains = _softmax(5 * (np.stack(fields) + prevalence[:, None, None]))
-    # the edge winds through the margin and spares the discs of all spots
+    # the edge is within the margin, outside the discs of all spots
     beyond = (np.abs(at - side / 2) - side / 2 + 150 for at, side in zip((x, y), size_um, strict=True))
     depth_um = (
         150
@@ -66,7 +66,7 @@ def lay_out_tissue(rng: np.random.Generator, types: Sequence[CellType], grid: tu
     kinds = (rng.random(len(cells)) > shares[:-1]).sum(0)
     radii = np.array([kind.radius_um for kind in types])[kinds] * np.exp(rng.normal(0, 0.12, len(cells)))
 
-    # Matérn II: of two nuclei that overlap by more than a third, the later in a random order goes
+    # Matérn II: of two nuclei that overlap by more than a third, the later in a random order is removed
     alive = np.ones(len(cells), bool)
     if len(cells):
         pairs = KDTree(cells).query_pairs(1.3 * radii.max(), output_type="ndarray")
@@ -78,7 +78,7 @@ def lay_out_tissue(rng: np.random.Generator, types: Sequence[CellType], grid: tu
 
 
 def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], length_um: float) -> np.ndarray:
-    """Gaussian random field (h, w) of mean 0 and variance 1: white noise blurred by `length_um` / 2."""
+    """Return a Gaussian random field (h, w) of mean 0 and variance 1: white noise blurred by `length_um` / 2."""
     sigma = length_um / 2 / RASTER_UM
     pad = int(np.ceil(3 * sigma))  # so that the edges vary as much as the middle
     noise = rng.standard_normal([side + 2 * pad for side in shape], np.float32)
@@ -89,7 +89,7 @@ def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], length_um: fl
 def _scatter(
     rng: np.random.Generator, size_um: np.ndarray, spacing_um: float, jitter: float, density: np.ndarray
 ) -> np.ndarray:
-    """Points (N, 2) of a jittered lattice, each kept with the raster's probability at its place."""
+    """Return points (N, 2) of a jittered lattice, each kept with the raster's probability at its place."""
     x, y = np.meshgrid(*(np.arange(spacing_um / 2, side, spacing_um) for side in size_um))
     x[::2] += spacing_um / 2
     points = np.column_stack([x.ravel(), y.ravel()])
@@ -103,6 +103,6 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def raster_index(points_um: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of the raster's cell in which each point (x, y) lies."""
+    """Return row and column of the raster's cell that contains each point (x, y)."""
     column, row = (points_um / RASTER_UM).astype(int).T
     return row.clip(0, shape[0] - 1), column.clip(0, shape[1] - 1)

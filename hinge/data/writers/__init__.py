@@ -1,7 +1,7 @@
-"""Writing draws for other tools: one module per target format.
+"""Write draws for other tools: one module per target format.
 
-Each takes an AnnData as `hinge.data.draws.write_draws` writes it: X the mean of the draws, layers `std`, `expected` and
-`draw_000`…, full-resolution pixels in `obsm["spatial"]`, image and scale factors in `uns["spatial"]`.
+Each takes an AnnData in the format of `hinge.data.draws.write_draws`: X the mean of the draws, layers `std`,
+`expected` and `draw_000`…, full-resolution pixels in `obsm["spatial"]`, image and scale factors in `uns["spatial"]`.
 """
 
 from hinge.data.writers.cellxgene import write_cellxgene

@@ -1,4 +1,4 @@
-"""AnnData in CELLxGENE's schema: the prediction in X, the measured counts as raw."""
+"""Write an AnnData in CELLxGENE's schema: the prediction in X, the measured counts as raw."""
 
 import re
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ from hinge.utils.files import atomic_path
 SCHEMA_VERSION = "7.1.0"
 VISIUM_ASSAYS = ("EFO:0010961", "EFO:0022857", "EFO:0022858", "EFO:0022859", "EFO:0022860")
 
-# what only the user can know
+# fields that only the user can give, with examples
 REQUIRED = {
     "organism_ontology_term_id": "NCBITaxon:9606",
     "tissue_ontology_term_id": "UBERON:0000310",
     "disease_ontology_term_id": "MONDO:0007254",
     "assay_ontology_term_id": "EFO:0022857",
 }
-# what the schema has a word for where it is unknown
+# values of the schema for unknown fields
 _DEFAULTS = {
     "cell_type_ontology_term_id": "unknown",
     "development_stage_ontology_term_id": "unknown",
@@ -38,12 +38,12 @@ _ENSEMBL = re.compile(r"ENS[A-Z]*G\d+")
 def write_cellxgene(
     draws: AnnData, slide: AnnData, path: str | Path, metadata: Mapping[str, Any], gene_ids: str | Path | None = None
 ) -> Path:
-    """Write one slide's prediction beside its measured counts, with the fields that CELLxGENE's schema asks for.
+    """Write the prediction and the measured counts of one slide with the fields of CELLxGENE's schema.
 
-    `X` is the mean of the draws and `layers["std"]` their deviation, 0 and `feature_is_filtered` for genes that were
-    measured and not predicted; `raw` holds the measured counts. Nothing is claimed to be primary data, and a Visium
-    slide not to be a whole capture area (`is_single` false): the schema wants all 4,992 spots of one. Genes without
-    an Ensembl id and spots without a count are left out.
+    `X` is the mean of the draws and `layers["std"]` their deviation. Genes that were measured and not predicted have 0
+    and `feature_is_filtered`. `raw` holds the measured counts. `is_primary_data` is false, and so is `is_single` of a
+    Visium slide, because the schema requires all 4,992 spots of a single capture area. Genes without an Ensembl id and
+    spots without a count are left out.
 
     Parameters
     ----------
@@ -54,12 +54,12 @@ def write_cellxgene(
     path
         h5ad file to write.
     metadata
-        Ontology terms of the whole slide: those of `REQUIRED`, and where known `donor_id`, `sex_ontology_term_id`,
+        Ontology terms of the slide: those of `REQUIRED`, and optionally `donor_id`, `sex_ontology_term_id`,
         `development_stage_ontology_term_id`, `self_reported_ethnicity_ontology_term_id`,
         `cell_type_ontology_term_id`, `suspension_type`, `tissue_type`, `title`.
     gene_ids
-        Table of symbols and Ensembl ids, such as Space Ranger's features.tsv.gz; None where the slide has them as
-        `var["gene_ids"]`.
+        Table of symbols and Ensembl ids, such as Space Ranger's features.tsv.gz; None to read
+        them from `var["gene_ids"]`.
 
     Returns
     -------
@@ -69,21 +69,21 @@ def write_cellxgene(
     Raises
     ------
     ConfigError
-        If `metadata` lacks a field or has one that is unknown, or there are no gene ids.
+        `metadata` lacks a field or has an unknown one, or there are no gene ids.
     DataError
         If the slide has no counts, or lacks a spot or gene of the draws.
     """
     name = slide_name(draws)
     fields = _fields(metadata, name)
     if slide.n_vars == 0:
-        raise DataError(f"slide {name} has no measured counts, and CELLxGENE's schema asks for raw counts")
+        raise DataError(f"slide {name} has no measured counts, and CELLxGENE's schema needs raw counts")
     for what, wanted, there in (
         ("spots", draws.obs_names, slide.obs_names),
         ("genes", draws.var_names, slide.var_names),
     ):
         missing = wanted.difference(there)
         if len(missing):
-            raise DataError(f"slide {name} lacks {len(missing)} {what} of its draws, such as {missing[0]}")
+            raise DataError(f"slide {name} lacks {len(missing)} {what} of its draws, for example {missing[0]}")
     ids = _ensembl_ids(slide, gene_ids, name)
     known = ids.notna().to_numpy()
     if not ids[draws.var_names].notna().any():
@@ -107,7 +107,7 @@ def write_cellxgene(
     result.layers["std"] = _spread(chosen.layers["std"], places, result.shape)
     result.var["feature_is_filtered"] = ~genes.isin(predicted)
     result.uns = {"title": title, "organism_ontology_term_id": organism, "hinge": dict(draws.uns["hinge"])}
-    # the schema keeps the word spatial for the assays that it knows as such
+    # the schema allows the key spatial for spatial assays only
     place = "spatial" if fields["assay_ontology_term_id"] in VISIUM_ASSAYS else "X_pixels"
     result.obsm[place] = np.asarray(chosen.obsm["spatial"], dtype=np.float64)
     result.uns["default_embedding"] = place
@@ -119,7 +119,7 @@ def write_cellxgene(
 
 
 def _fields(metadata: Mapping[str, Any], name: str) -> dict[str, str]:
-    """All fields of a slide, the unknown ones filled as the schema says."""
+    """Return all fields of a slide; missing ones have the values of the schema for unknown fields."""
     human = metadata.get("organism_ontology_term_id") == "NCBITaxon:9606"
     fields = {
         **_DEFAULTS,
@@ -130,25 +130,25 @@ def _fields(metadata: Mapping[str, Any], name: str) -> dict[str, str]:
     known = {*fields, *REQUIRED}
     for key, value in metadata.items():
         if key not in known:
-            raise ConfigError(f"CELLxGENE's metadata have no field {key!r}; there are {', '.join(sorted(known))}")
+            raise ConfigError(f"CELLxGENE's metadata have no field {key!r}; the fields are {', '.join(sorted(known))}")
         fields[key] = str(value)
     missing = [key for key in REQUIRED if key not in fields]
     if missing:
         raise ConfigError(
-            f"CELLxGENE's schema needs {', '.join(missing)} of the slide: give them as metadata, e.g. "
+            f"CELLxGENE's schema needs {', '.join(missing)} of the slide: give them with --metadata, e.g. "
             f"{missing[0]}: {REQUIRED[missing[0]]}"
         )
     return fields
 
 
 def _spread(values: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> scipy.sparse.csr_matrix:
-    """Columns of a dense matrix at their places in a sparse one."""
+    """Return a sparse matrix with the columns of a dense one at their places."""
     columns = scipy.sparse.csr_matrix(np.asarray(values, dtype=np.float32)).tocoo()
     return scipy.sparse.csr_matrix((columns.data, (columns.row, places[columns.col])), shape=shape)
 
 
 def _ensembl_ids(slide: AnnData, table: str | Path | None, name: str) -> pd.Series:
-    """Ensembl id of each gene without its version, missing where there is none or it is an earlier gene's."""
+    """Return the Ensembl id of each gene without version; missing if there is none or an earlier gene has it."""
     if table is not None:
         try:
             columns = pd.read_csv(table, sep=None, engine="python", header=None, dtype=str)
@@ -164,8 +164,8 @@ def _ensembl_ids(slide: AnnData, table: str | Path | None, name: str) -> pd.Seri
         known = slide.var["gene_ids"].astype(str)
     else:
         raise ConfigError(
-            f"slide {name} has no Ensembl ids in var['gene_ids']: give a table of symbols and ids, such as Space "
-            "Ranger's features.tsv.gz"
+            f"slide {name} has no Ensembl ids in var['gene_ids']: give a table of symbols and ids with "
+            "--gene-ids, for example Space Ranger's features.tsv.gz"
         )
     ids = known.reindex(slide.var_names).str.split(".").str[0]
     ids = ids.where(ids.str.fullmatch(_ENSEMBL.pattern).fillna(False).astype(bool))

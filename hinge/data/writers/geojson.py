@@ -1,4 +1,4 @@
-"""GeoJSON for QuPath: spots as detections with measurements."""
+"""Write GeoJSON for QuPath: spots as detections with measurements."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from hinge.data.slide import slide_name
 from hinge.utils.errors import DataError
 from hinge.utils.files import atomic_path
 
-_CORNERS = 24  # of the polygon that stands for a round spot
+_CORNERS = 24  # of the polygon of a round spot
 _COLOUR = [96, 96, 160]
 _DIGITS = 5  # significant ones of a measurement
 
@@ -32,7 +32,7 @@ def write_geojson(draws: AnnData, path: str | Path, genes: Sequence[str] | None 
     path
         File to write, e.g. `C5.geojson`.
     genes
-        Which of the genes become measurements; None for all.
+        Genes that become measurements; None for all.
 
     Returns
     -------
@@ -42,7 +42,7 @@ def write_geojson(draws: AnnData, path: str | Path, genes: Sequence[str] | None 
     Raises
     ------
     DataError
-        If the draws lack a gene, or do not tell their spots' size.
+        The draws lack a gene or the size of the spots.
     """
     name, facts = slide_name(draws), draws.uns["hinge"]
     genes = list(draws.var_names) if genes is None else list(genes)
@@ -54,7 +54,7 @@ def write_geojson(draws: AnnData, path: str | Path, genes: Sequence[str] | None 
     mean, deviation = np.asarray(draws.X)[:, columns], np.asarray(draws.layers["std"])[:, columns]
     namespace = uuid.uuid5(uuid.NAMESPACE_URL, f"hinge/{name}")
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        # spot by spot: a whole-slide file as one object would be held twice in memory
+        # spot by spot, so that the whole file is not held in memory
         file.write('{"type": "FeatureCollection", "features": [\n')
         spots = zip(draws.obs_names, np.asarray(draws.obsm["spatial"]), mean, deviation, strict=True)
         for number, (barcode, place, values, spread) in enumerate(
@@ -80,13 +80,15 @@ def write_geojson(draws: AnnData, path: str | Path, genes: Sequence[str] | None 
 
 
 def _outline(facts: dict, name: str) -> np.ndarray:
-    """A closed ring around a spot's centre, pixels (corners + 1, 2)."""
+    """Return a closed ring around a spot's centre, pixels (corners + 1, 2)."""
     diameter = facts.get("spot_diameter_um", math.nan)
     if not math.isfinite(diameter):
         diameter = facts.get("spot_pitch_um", math.nan) / 2
     radius = diameter / facts.get("um_per_px", math.nan) / 2
     if not (math.isfinite(radius) and radius > 0):
-        raise DataError(f"the draws of {name} do not tell how large a spot is")
+        raise DataError(
+            f"the draws of {name} lack the size of a spot: uns['hinge'] needs spot_diameter_um and um_per_px"
+        )
     if facts.get("source_format") == "visium_hd":
         return radius * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1)], dtype=float)
     angles = np.arange(_CORNERS + 1) % _CORNERS * 2 * math.pi / _CORNERS

@@ -1,4 +1,4 @@
-"""SpatialData stores, for napari-spatialdata, squidpy and spatialdata-plot."""
+"""Write SpatialData stores, for napari-spatialdata, squidpy and spatialdata-plot."""
 
 import math
 from pathlib import Path
@@ -28,7 +28,7 @@ def write_spatialdata(draws: AnnData, path: str | Path, full_image: bool = False
     path
         Folder to write, e.g. `C5.zarr`; an existing one is replaced.
     full_image
-        Write the image at full resolution as a pyramid (about 3 bytes a pixel) and not its thumbnail.
+        Write the image at full resolution as a pyramid (about 3 bytes a pixel) instead of its thumbnail.
 
     Returns
     -------
@@ -38,8 +38,7 @@ def write_spatialdata(draws: AnnData, path: str | Path, full_image: bool = False
     Raises
     ------
     DataError
-        If the package spatialdata is missing, the draws do not tell their spots' size, or the full image is not
-        where it was.
+        The package spatialdata is missing, the draws lack the size of the spots, or the full image is missing.
     """
     spatialdata = require("spatialdata", "spatialdata", f"writing {path}")
     from spatialdata.models import Image2DModel, ShapesModel, TableModel
@@ -49,7 +48,7 @@ def write_spatialdata(draws: AnnData, path: str | Path, full_image: bool = False
     library = next(iter(draws.uns.get("spatial", {}).values()), None)
     diameter = library["scalefactors"]["spot_diameter_fullres"] if library else math.nan
     if not diameter > 0:
-        raise DataError(f"the draws of {name} do not tell how large a spot is")
+        raise DataError(f"the draws of {name} lack the size of a spot: uns['spatial'] needs spot_diameter_fullres")
     images = {}
     if full_image:
         pixels, factors = _full_resolution(facts.get("image_path", ""))
@@ -89,12 +88,12 @@ def write_spatialdata(draws: AnnData, path: str | Path, full_image: bool = False
 
 
 def _full_resolution(image_path: str) -> tuple[Any, list[int]]:
-    """An image as a lazy array (3, h, w), read by tile, and the steps of its pyramid."""
+    """Return an image as a lazy array (3, h, w), read by tile, and the steps of its pyramid."""
     import dask
     import dask.array
 
     if not image_path or not Path(image_path).exists():
-        raise DataError(f"there is no image file {image_path or '(the draws name none)'} to write at full resolution")
+        raise DataError(f"there is no image file {image_path or '(none in the draws)'} for --full-image")
     with SlideImage(image_path) as opened:
         width, height = opened.dimensions
     image = SlideImage(image_path)

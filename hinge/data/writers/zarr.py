@@ -1,4 +1,4 @@
-"""Draws as a chunked Zarr array, for when they are too many to be layers."""
+"""Write and read draws as a chunked Zarr array, for draws that are too large for layers."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ _CHUNK_SPOTS, _CHUNK_GENES = 1024, 32
 def write_draws_zarr(draws: AnnData, path: str | Path) -> Path:
     """Write an AnnData Zarr store whose `obsm["draws"]` (spots, genes, draws) is chunked over spots and genes.
 
-    One gene's draws over a region, or one spot's over some genes, are read without the rest:
+    The draws of some spots and genes can be read without the rest:
     `zarr.open_group(path)["obsm/draws"][rows, columns]`.
 
     Parameters
@@ -57,12 +57,12 @@ def write_draws_zarr(draws: AnnData, path: str | Path) -> Path:
 
 
 def attach_draws(draws: AnnData, path: str | Path) -> AnnData:
-    """Give an AnnData the draws of a store as layers `draw_000`…; changed in place.
+    """Add the draws of a store to an AnnData as layers `draw_000`…; changed in place.
 
     Raises
     ------
     DataError
-        If the store is missing or damaged, or of other spots or genes.
+        The store is missing or damaged, or has other numbers of spots or genes.
     """
     try:
         group = zarr.open_group(path, mode="r")
