@@ -136,7 +136,7 @@ border-bottom:1px solid #ddd}}img{{max-width:100%}}figure{{margin:1.5em 0}}</sty
 
 
 def _cluster_map(result: AnnData, encoders: list[str]) -> ClusterMap:
-    """Return what the report shows of a slide; clusters have the colour of the label that they overlap most."""
+    """Return the map of a slide; clusters have the colour of the label that they overlap most."""
     panels: dict[str, Any] = {}
     if "label" in result.obs:
         panels["labels"] = result.obs["label"].cat.codes.to_numpy()

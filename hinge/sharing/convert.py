@@ -125,7 +125,7 @@ def convert_hinge(
     Raises
     ------
     WeightsError, ConfigError
-        The file is not such a checkpoint, is incomplete, or leaves its heads or gates open.
+        The file is not such a checkpoint or is incomplete, or the number of heads or the gate cannot be inferred.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be {', '.join(DTYPES)}, not {dtype!r}")
@@ -142,7 +142,9 @@ def convert_hinge(
         write_json(folder / _GENE_IDS_NAME, imported.gene_ids.tolist())
         if genes is not None:
             if not 1 <= imported.gene_ids.min() <= imported.gene_ids.max() <= len(genes):
-                raise WeightsError(f"{path} uses gene ids that {vocabulary} does not hold")
+                raise WeightsError(
+                    f"{path} has gene ids that are not in {vocabulary}; give its own table with --vocabulary"
+                )
             Panel.from_list([genes[number - 1] for number in imported.gene_ids.tolist()]).save(folder / "panel.json")
     return Path(out)
 

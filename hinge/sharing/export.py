@@ -1,4 +1,4 @@
-"""A run's draws in the formats of other tools, and its denoiser as a program: what `hinge export` does."""
+"""Export the draws of a run to formats of other tools, and its denoiser as a program."""
 
 import io
 import logging
@@ -36,7 +36,7 @@ def export_draws(
     Parameters
     ----------
     run
-        Where the draws are.
+        A run with draws.
     name
         The slide's name.
     format
@@ -44,7 +44,7 @@ def export_draws(
     output
         File or folder to write; by default `exports/<slide>` in the run's folder, with the format's ending.
     genes
-        For geojson: only these.
+        For geojson: genes to write; None for all.
     full_image
         For spatialdata: the image at full resolution.
     metadata, gene_ids
@@ -53,7 +53,7 @@ def export_draws(
     Returns
     -------
     Path
-        What was written.
+        The file or folder that was written.
     """
     if format not in SUFFIXES:
         raise ConfigError(f"there is no format {format!r} to export to; choose one of {', '.join(SUFFIXES)}")
@@ -94,7 +94,7 @@ class DenoiserStep(nn.Module):
         self.next = model.config.condition_on_visible == "next"
 
     def inputs(self, batch: int) -> dict[str, Tensor]:
-        """Inputs of the right names, shapes and types, all zero but library size and timestep."""
+        """Return inputs with the right names, shapes and types; all but library size and timestep are zero."""
         config = self.model.config
         given = {
             "values": torch.zeros(batch, config.num_genes),
@@ -126,7 +126,7 @@ class DenoiserStep(nn.Module):
 def export_denoiser(run: Run, output: Path | None = None) -> Path:
     """Write one step of a run's denoiser as a program that `torch.export.load` opens without this package.
 
-    The batch size is free. Beside it, `.json` names inputs, outputs, genes and units.
+    The batch size is dynamic. A `.json` file beside it lists inputs, outputs, genes and units.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def export_denoiser(run: Run, output: Path | None = None) -> Path:
     """
     output = output or run.folder / "exports" / "denoiser.pt2"
     if output.suffix != ".pt2":
-        raise ConfigError(f"a program of torch.export ends in .pt2, and {output.name} does not")
+        raise ConfigError(f"--output must name a file that ends in .pt2, not {output.name}")
     model = run.pipeline().model.eval()
     step = DenoiserStep(model, run.gene_ids(model.backbone)).eval()
     given = step.inputs(3)
@@ -150,7 +150,7 @@ def export_denoiser(run: Run, output: Path | None = None) -> Path:
     with torch.no_grad():
         program = torch.export.export(step, (), given, dynamic_shapes={name: {0: batch} for name in given})
         outputs = {name: list(value.shape[1:]) for name, value in step(**given).items()}
-    # torch's own writer ends the process where the disk is full
+    # torch's own writer aborts the process if the disk is full
     archive = io.BytesIO()
     torch.export.save(program, archive)
     with atomic_path(output) as temporary:

@@ -17,7 +17,7 @@ _UNKNOWN = "see its model card"
 
 
 def forbids_sharing(licence: str | None) -> bool:
-    """Return whether a licence, e.g. "CC BY-NC-ND 4.0", forbids to share adapted or converted weights."""
+    """Return whether a licence, e.g. "CC BY-NC-ND 4.0", forbids sharing adapted or converted weights."""
     return licence is not None and "nd" in re.split(r"[\s-]+", licence.lower())
 
 
@@ -37,12 +37,12 @@ def backbone_licence(folder: Path) -> str | None:
 
 
 def encoder_licence(name: str) -> str | None:
-    """Return the licence of an encoder, or of those that are joined by `+`; None for weights of no licence.
+    """Return the licence of an encoder, or of those that are joined by `+`; None for weights without a licence.
 
     Parameters
     ----------
     name
-        As `load_encoder` takes it.
+        Name for `load_encoder`.
     """
     licences = []
     for part in name.split("+"):
@@ -63,7 +63,7 @@ def run_backbone_licence(run: Run) -> str | None:
 
 
 def check_licence(what: str, licence: str | None, allowed: bool) -> None:
-    """Refuse the upload of weights whose licence forbids it, unless the user states to have permission.
+    """Raise an error if a licence forbids the upload of weights, unless the user states to have permission.
 
     Raises
     ------
@@ -72,6 +72,6 @@ def check_licence(what: str, licence: str | None, allowed: bool) -> None:
     """
     if forbids_sharing(licence) and not allowed:
         raise ConfigError(
-            f"{what} may not be uploaded: it is made from weights under {licence}, which forbids to share adapted or "
-            "converted weights; give --allow-licence if you have the permission of their authors"
+            f"{what} may not be uploaded: it is made from weights under {licence}, which forbids sharing adapted or "
+            "converted weights; give --allow-licence if their authors gave permission"
         )

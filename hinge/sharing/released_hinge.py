@@ -1,7 +1,7 @@
-"""Checkpoints of the authors' HINGE code, `{"model": state dict}`: into our two parts and back.
+"""Read and write checkpoints of the authors' HINGE code, `{"model": state dict}`.
 
-Their file holds the frozen backbone and the trained conditioning in one; we keep them apart, the backbone as in
-`hinge.backbones` and the rest as a HingeModel. Both ways every number stays as it is.
+Such a file holds the frozen backbone and the trained conditioning together. This package keeps them apart: the backbone
+as in `hinge.backbones`, the rest as a HingeModel. Values do not change in either direction.
 """
 
 import logging
@@ -19,7 +19,7 @@ from hinge.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
-# what the released code trains and samples with
+# settings of the released code
 RELEASED_MODEL = {
     "head": "point",
     "modulation_rank": None,
@@ -28,14 +28,14 @@ RELEASED_MODEL = {
     "standardise_features": False,
     "dropout": 0.1,
 }
-# what else it has no place for
+# further settings that the released code does not vary
 _RELEASED_ELSE = {"injection": "soft_adaln", "norm": "soft", "library_size": False}
 _GENE_IDS = "gg"
 
 
 @dataclass(frozen=True)
 class ImportedHinge:
-    """A checkpoint of the authors' code, read.
+    """The content of a checkpoint of the authors' code.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class ImportedHinge:
 
 
 def conditioning_names(num_layers: int) -> dict[str, tuple[str, ...]]:
-    """For each of our trained tensors the names in the authors' code; several are joined along the first axis."""
+    """Return the names in the authors' code for each trained tensor; several are concatenated along the first axis."""
     names: dict[str, tuple[str, ...]] = {}
     for ours, theirs in (("time", "time"), ("features", "label"), ("visible", "mask")):
         for k in "02":
@@ -75,18 +75,19 @@ def import_hinge(
     Parameters
     ----------
     path
-        The `.pth` file, read with `weights_only=True`; safetensors with the same names will do.
+        The `.pth` file, read with `weights_only=True`; or safetensors with the same names.
     gate
-        `"sigmoid"` or `"linear"`; None: judged by the gates' biases, which start at 6 and at 1 and stay near.
+        `"sigmoid"` or `"linear"`; None to infer it from the biases of the gates, which start at 6 and
+        at 1 and stay close to it.
     num_attention_heads
         Needed unless the width is 1536.
     backbone
-        The backbone of the same file, where it has been read already.
+        The backbone of the same file, if it has been read already.
 
     Raises
     ------
     WeightsError
-        The file is no such checkpoint, or not whole.
+        The file is not such a checkpoint, or is incomplete.
     ConfigError
         `num_attention_heads` or `gate` is needed.
     """
@@ -99,7 +100,7 @@ def import_hinge(
     missing = [name for theirs in [*names.values(), (_GENE_IDS,)] for name in theirs if name not in state]
     if missing:
         raise WeightsError(
-            f"{path} is not a whole checkpoint of the HINGE code: {len(missing):,} tensors are missing, the first of "
+            f"{path} is an incomplete checkpoint of the HINGE code: {len(missing):,} tensors are missing, the first of "
             f"them {missing[0]}"
         )
     used = {name for theirs in names.values() for name in theirs} | {_GENE_IDS}
@@ -134,25 +135,27 @@ def import_hinge(
 
 
 def export_hinge(model: HingeModel, gene_ids: Tensor) -> dict[str, Tensor]:
-    """The state dict that the authors' code has for a model, backbone included.
+    """Return the state dict of a model, backbone included, in the format of the authors' code.
 
     Raises
     ------
     ConfigError
-        The model has something that their code has no place for.
+        The authors' code does not support a setting of the model.
     """
     config = model.config
     allowed = {key: RELEASED_MODEL[key] for key in ("head", "modulation_rank", "gene_factors", "standardise_features")}
     for option, value in (allowed | _RELEASED_ELSE).items():
         if config[option] != value:
             raise ConfigError(
-                f"the authors' code has no place for model.{option} {config[option]}; only models with {value} there "
-                "can be exported"
+                f"a model with model.{option} {config[option]} cannot be exported: the authors' code supports "
+                f"{value} only"
             )
     if config.tuning == "lora":
-        raise ConfigError("the authors' code has no place for adapters of backbone.tuning lora")
+        raise ConfigError("a model with backbone.tuning lora cannot be exported: the authors' code has no adapters")
     if config.condition_on_visible == "current":
-        raise ConfigError("the authors' code has no place for model.condition_on_visible current, only for next")
+        raise ConfigError(
+            "a model with model.condition_on_visible current cannot be exported: the authors' code supports next only"
+        )
     state, exported = model.state_dict(), export_cellfm(model.backbone, "hinge")
     for ours, theirs in conditioning_names(config.num_layers).items():
         if ours not in state:
@@ -172,19 +175,19 @@ def export_hinge(model: HingeModel, gene_ids: Tensor) -> dict[str, Tensor]:
 def write_hinge(model: HingeModel, gene_ids: Tensor, out: str | Path) -> Path:
     """Write `export_hinge` as the file that the authors' code loads."""
     state = export_hinge(model, gene_ids)
-    # a file of Python's: torch's own writer ends the process where the disk is full
+    # a Python file object: torch's own writer aborts the process if the disk is full
     with atomic_path(out) as temporary, temporary.open("wb") as file:
         torch.save({"model": state}, file)
     return Path(out)
 
 
 def read_hinge(path: str | Path, num_attention_heads: int | None = None) -> PublishedCellFM:
-    """Recognise a checkpoint of the authors' code; reads no contents.
+    """Recognise a checkpoint of the authors' code; the values are not read.
 
     Raises
     ------
     WeightsError
-        The file is of another kind.
+        The file holds other weights.
     """
     published = read_published(path, num_attention_heads)
     if published.dialect != "hinge":
@@ -199,6 +202,6 @@ def _judge_gate(biases: Tensor, path: str | Path) -> str:
             logger.info("%s: the gates are %s, judged by the median %.2f of their biases", path, gate, median)
             return gate
     raise ConfigError(
-        f"{path} does not tell whether its gates are sigmoid or linear (their biases have the median {median:.2f}, "
-        "where 6 and 1 are the starts); give the gate (--gate on the command line)"
+        f"the gate of {path} cannot be inferred: the median of its biases is {median:.2f}, sigmoid gates start at 6 "
+        "and linear gates at 1; give --gate sigmoid or --gate linear (gate= in Python)"
     )

@@ -37,7 +37,7 @@ def push(
     Parameters
     ----------
     path
-        The folder; its files tell what it holds.
+        The folder; its kind is recognised by its files.
     repository, licence, encoder, private, title, allow_licence
         As for `push_run`.
 
@@ -46,7 +46,7 @@ def push(
     DataError
         The folder is none of the three.
     ConfigError
-        The weights are made from weights whose licence forbids to share them.
+        The weights derive from weights whose licence forbids sharing.
     """
     if (path / "config.yaml").is_file():
         return push_run(
@@ -113,8 +113,8 @@ def push_run(
     DataError
         The run has not been trained.
     ConfigError
-        The encoder is a local file and no other name was given; the model holds adapted weights of a backbone whose
-        licence forbids to share them; or the hub refuses.
+        The encoder is a local file and no other name was given, the licence of the backbone forbids sharing the
+        adapted weights in the model, or the hub rejects the upload.
     """
     if run.config.backbone.tuning != "frozen":
         check_licence(f"the model of {run.folder}", run_backbone_licence(run), allow_licence)
@@ -135,8 +135,8 @@ def prepare(
     encoder = encoder or run.config.features.encoder
     if any("@" in part or Path(part).expanduser().exists() for part in encoder.split("+")):
         raise ConfigError(
-            f"the run's encoder {encoder} is a file of this machine: push it too, and give the name that others load "
-            "it by with --encoder hf-hub:owner/name"
+            f"the run's encoder {encoder} is a local file: upload it with hinge push and give its name with "
+            "--encoder hf-hub:owner/name"
         )
     folder.mkdir(parents=True)
     shutil.copytree(run.paths.model, folder / "model")
@@ -173,7 +173,7 @@ def fetch_run(repository: str, output: Path, backbone: Path | None = None, vocab
         The folder exists already, or the repository holds no run.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"{output} is there already; choose another folder")
+        raise DataError(f"{output} exists already; choose another folder with --output")
     hub.fetch(repository, output)
     path = output / "config.yaml"
     if not path.is_file():

@@ -57,22 +57,22 @@ DEFAULT_GENES = 10
 
 
 class Predictor(Protocol):
-    """What a map is made with.
+    """The interface of a predictor of maps.
 
     Attributes
     ----------
     encoder
-        Gives the features of every point.
+        Encoder of the features.
     patch_um
         Side of a patch.
     genes, transform
-        Of the values.
+        Genes and units of the values.
     pitch_um, diameter_um
-        Of the spots it was trained on.
+        Distance and diameter of the training spots.
     neighbours, standardise
-        Whether features of the neighbourhood are appended, and put in units of their slide's deviation.
+        Whether features of the neighbourhood are appended, and whether features are standardised per slide.
     about
-        What decides the result, for the file's `uns["hinge"]`.
+        Settings that determine the result, for `uns["hinge"]` of the file.
     """
 
     encoder: Encoder
@@ -86,23 +86,23 @@ class Predictor(Protocol):
     about: dict[str, Any]
 
     def slide(self, name: str, um_per_px: float | None) -> AnnData:
-        """A slide by name or path; an image alone gets spots as in training."""
+        """Return a slide by name or path; an image without counts gets spots as in training."""
 
     def predict(self, conditions: np.ndarray, names: list[str], slide: str, positions: np.ndarray) -> dict:
-        """Layers of values (n, G) by name, `X` among them; conditions (n, d), positions (n, 2) in spot pitches."""
+        """Return layers (n, G) by name, `X` among them, of conditions (n, d) at positions (n, 2) in spot pitches."""
 
 
 class RunPredictor:
-    """Ridge regression on the features of a run's training slides, or draws of its model.
+    """Predict by ridge regression on the features of a run's training slides, or by draws of its model.
 
     Parameters
     ----------
     run
-        Need not be trained for the regression.
+        A run; the regression needs no trained model.
     method
         `regression` or `draws`.
     draws, steps, seed
-        Of the draws; None for the run's own.
+        Settings of the draws; None for those of the run.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class RunPredictor:
 
 
 class TunedPredictor:
-    """An encoder and head of `hinge finetune-encoder`: their predictions are the features.
+    """Predict by an encoder and head of `hinge finetune-encoder`, whose predictions are the features.
 
     Parameters
     ----------
@@ -191,10 +191,12 @@ class TunedPredictor:
 
 
 def open_predictor(folder: Path, method: str, draws: int | None, steps: int | None, seed: int | None) -> Predictor:
-    """The predictor in a run's folder, or in a fold's of `hinge finetune-encoder`."""
+    """Return the predictor in the folder of a run, or of a fold of `hinge finetune-encoder`."""
     if (folder / "model.json").is_file():
         if method != "regression":
-            raise ConfigError(f"{folder} is a fine-tuned encoder with a regression: it has no draws")
+            raise ConfigError(
+                f"{folder} is a fine-tuned encoder with a regression, which has no draws: use --method regression"
+            )
         return TunedPredictor(folder)
     return RunPredictor(Run.open(folder), method, draws, steps, seed)
 
@@ -213,15 +215,15 @@ def map_slide(
     Parameters
     ----------
     predictor
-        As `open_predictor` gives it.
+        Result of `open_predictor`.
     slide
-        With image; its spots tell how features are standardised, and whether the map agrees with them.
+        A slide with an image. Features are standardised and the agreement is computed on its spots.
     output
         Folder for `<slide>.<pitch>um.h5ad` and `.ome.tif`.
     pitch_um
         Distance between points of the grid.
     genes
-        Channels of the image; None: the first `DEFAULT_GENES` of the panel.
+        Channels of the image; None for the first `DEFAULT_GENES` of the panel.
     batch_size
         Patches in one forward pass.
     block_points
@@ -232,8 +234,8 @@ def map_slide(
     tuple of Path
         AnnData: grid points × genes in units of the transform, full-resolution pixels in `obsm["spatial"]`, cells in
         `obs["array_x"]`, `obs["array_y"]`; with draws also layers `std` (of a spot's draws) and `expected`. And an
-        OME-TIFF of one pixel a cell, its first channel 1 on tissue and 0 elsewhere. `uns["hinge"]["agreement"]` says
-        how well the map averaged over spots agrees with the prediction of the spots themselves.
+        OME-TIFF of one pixel a cell, its first channel 1 on tissue and 0 elsewhere. `uns["hinge"]["agreement"]`
+        compares the map averaged over spots with the prediction of the spots.
 
     Raises
     ------
@@ -246,7 +248,7 @@ def map_slide(
     genes = list(predictor.genes[:DEFAULT_GENES]) if genes is None else genes
     missing = [gene for gene in genes if gene not in predictor.genes]
     if missing:
-        raise ConfigError(f"{', '.join(missing[:5])} cannot be mapped: the panel has no such gene")
+        raise ConfigError(f"the panel lacks {', '.join(missing[:5])}: give --gene for genes of the panel")
     stem = f"{name}.{pitch_um:g}um"
     path, image_path = output / f"{stem}.h5ad", output / f"{stem}.ome.tif"
     facts = slide.uns["hinge"]
@@ -290,7 +292,7 @@ def _same_map(path: Path, slide: AnnData, genes: list[str], about: dict[str, Any
     check_hdf5(path, "a readable h5ad file")
     try:
         there = anndata.read_h5ad(path, backed="r")
-    except Exception as error:  # a damaged HDF5 file ends in almost any exception
+    except Exception as error:  # a damaged HDF5 file can raise almost any exception
         raise DataError(f"{path} is not a readable h5ad file: {error}") from error
     facts = {**about, "image_path": slide.uns["hinge"]["image_path"]}
     try:
@@ -326,13 +328,13 @@ class _SpotPrediction:
         self.count = np.zeros(len(self.coords))
 
     def add(self, coords: np.ndarray, values: np.ndarray) -> None:
-        """Take up some points of the map (m, 2) and their values (m, G)."""
+        """Add points of the map (m, 2) and their values (m, G) to the means over spots."""
         for point, spots in zip(values, KDTree(self.coords).query_ball_point(coords, self.radius), strict=True):
             self.total[spots] += point
             self.count[spots] += 1
 
     def agreement(self) -> dict[str, float]:
-        """Mean over genes of the correlation over spots, and the root mean squared difference."""
+        """Return the mean over genes of the correlation over spots, and the root mean squared difference."""
         covered = self.count > 0
         if covered.sum() < 2:
             return {"spots": int(covered.sum()), "pcc": math.nan, "rmse": math.nan}
@@ -353,11 +355,11 @@ class _SpotPrediction:
 
 
 def _predict_points(predictor, grid, lattice, features, raw, at_spots, pitch_um, block_points) -> None:
-    """Predictions of all points, before they are blended, into datasets of `raw`."""
+    """Write the predictions of all points, before blending, to datasets of `raw`."""
     coords, names = np.asarray(grid.obsm["spatial"]), list(grid.obs_names)
     um_per_px = float(grid.uns["hinge"]["um_per_px"])
     spots = at_spots.coords
-    # as Run.sample measures positions, so that draws of the map and of the spots share their smooth noise
+    # positions as in Run.sample, so that draws of the map and of the spots share their smooth noise
     pitch_px = predictor.pitch_um / um_per_px
     if len(spots) > 1:
         pitch_px = float(np.median(KDTree(spots).query(spots, k=2)[0][:, 1]))

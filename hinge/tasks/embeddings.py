@@ -20,7 +20,7 @@ def read_slides(data: Path, samples: Iterable[str] | None, require_counts: bool 
     Parameters
     ----------
     data
-        File or folder that `read_slide` knows.
+        File or folder that `read_slide` reads.
     samples
         Names; None for all.
     require_counts

@@ -185,7 +185,7 @@ def finetune_encoder(
         for fold in made:
             folder = output / "folds" / fold.name
             if not (folder / "scores.json").exists():
-                # a fold starts from the weights as they were loaded
+                # each fold starts from the original weights
                 fresh = start if config.tune == "linear" else load_encoder(encoder, device=accelerator.device)
                 _run_fold(fold, fresh, task)
             accelerator.wait_for_everyone()
@@ -395,13 +395,16 @@ def _check_tunable(encoder: Encoder, tune: str) -> None:
     if tune == "linear":
         return
     if isinstance(encoder.module, Joined):
-        raise ConfigError(f"joined encoders ({encoder.name}) can be tuned linear only")
+        raise ConfigError(f"encoder {encoder.name} is joined of several and supports --tune linear only")
     if not any(True for _ in encoder.module.parameters()):
-        raise ConfigError(f"encoder {encoder.name} has no weights to tune; only tune linear goes with it")
+        raise ConfigError(f"encoder {encoder.name} has no weights and supports --tune linear only")
     if tune == "lora":
         names = [name for name, part in encoder.module.named_modules() if isinstance(part, nn.Linear)]
         if not any(name.endswith(f".{end}") for name in names for end in ADAPTED):
-            raise ConfigError(f"encoder {encoder.name} has no layers named {', '.join(ADAPTED)} to put adapters on")
+            raise ConfigError(
+                f"encoder {encoder.name} has no layers named {', '.join(ADAPTED)} for adapters; "
+                "use --tune all or linear"
+            )
 
 
 def _with_adapters(module: nn.Module, rank: int) -> nn.Module:
@@ -430,6 +433,6 @@ def _claim(output: Path, asked: dict[str, Any], main: bool) -> None:
         there = read_json(path)
         differing = [key for key, value in asked.items() if there.get(key) != value]
         if differing:
-            raise ConfigError(f"{output} was made with another {differing[0]}; choose another output folder")
+            raise ConfigError(f"{output} was made with another {differing[0]}; choose another folder with --output")
     elif main:
         write_json(path, asked)

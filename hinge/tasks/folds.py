@@ -36,7 +36,7 @@ def make_folds(groups: Mapping[str, str], hold_out: list[str] | None = None) -> 
     """
     names = sorted(set(groups.values()))
     if len(names) < 2:
-        raise ConfigError(f"nothing is left to train on: all slides ({', '.join(groups)}) are of one group, {names[0]}")
+        raise ConfigError(f"all slides ({', '.join(groups)}) are in one group, {names[0]}, and --folds needs two")
     unknown = [name for name in hold_out or [] if name not in names]
     if unknown:
         raise ConfigError(f"there is no group {unknown[0]!r} to hold out; choose from {', '.join(names)}")
@@ -56,7 +56,7 @@ def slide_groups(slides: Mapping[str, AnnData], folds: str) -> dict[str, str]:
     slides
         By name.
     folds
-        `slide`; `patient`, from obs["patient"], or the letter that HER2ST's sections begin with; or a CSV or TSV file
+        `slide`; `patient`, from obs["patient"] or, in HER2ST, the first letter of the section; or a CSV or TSV file
         with slides in its first column and their groups in the second.
     """
     if folds == "slide":
@@ -65,7 +65,7 @@ def slide_groups(slides: Mapping[str, AnnData], folds: str) -> dict[str, str]:
         return {name: _patient(name, slide) for name, slide in slides.items()}
     path = Path(folds)
     if path.suffix not in (".csv", ".tsv"):
-        raise ConfigError(f"folds are by slide, by patient, or as a .csv or .tsv file says, not {folds!r}")
+        raise ConfigError(f"--folds must be slide, patient, or a .csv or .tsv file, not {folds!r}")
     try:
         table = pd.read_csv(path, sep="," if path.suffix == ".csv" else "\t", index_col=0, dtype=str)
         groups = table.iloc[:, 0].to_dict()
@@ -73,7 +73,7 @@ def slide_groups(slides: Mapping[str, AnnData], folds: str) -> dict[str, str]:
         raise DataError(f"{path} is not a table of slides and their groups: {error}") from error
     missing = [name for name in slides if not isinstance(groups.get(name), str)]
     if missing:
-        raise DataError(f"{path} does not name the group of slide {missing[0]}")
+        raise DataError(f"{path} has no group for slide {missing[0]}")
     return {name: groups[name] for name in slides}
 
 

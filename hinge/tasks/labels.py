@@ -33,10 +33,12 @@ def read_labels(slides: Mapping[str, AnnData], column: str, table: str | None = 
     Raises
     ------
     DataError
-        A file or column is missing, or a table names no spot, or one twice.
+        A file or column is missing, or a table names no spot or repeats one.
     """
     if table is not None and "{slide}" not in table and len(slides) > 1:
-        raise ConfigError(f"{table} is one table for {len(slides)} slides: put {{slide}} in place of their names")
+        raise ConfigError(
+            f"--labels {table} is one table for {len(slides)} slides: write {{slide}} for the slide's name"
+        )
     found = {}
     for name, slide in slides.items():
         if table is None:
@@ -82,7 +84,7 @@ def binary_labels(
     """
     if (positive is None or not len(positive)) == (above is None):
         raise ConfigError(
-            "name the positive labels: --positive LABEL (repeat for several), or --above NUMBER or median"
+            "give the positive labels by one option: --positive LABEL (repeat for several), or --above NUMBER or median"
         )
     together = pd.concat(labels.values())
     if above is None:
@@ -126,7 +128,7 @@ def _of_table(path: Path, column: str, slide: AnnData, name: str) -> pd.Series:
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     try:
         table = pd.read_csv(path, sep="," if suffix == ".csv" else "\t", index_col=0)
-    except Exception as error:  # a damaged file ends in almost any exception
+    except Exception as error:  # a damaged file can raise almost any exception
         raise DataError(f"{path} is not a readable table: {error}") from error
     if column not in table:
         raise DataError(f"{path} has no column {column!r}; it has {', '.join(map(str, table.columns))}")

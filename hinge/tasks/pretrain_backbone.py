@@ -1,4 +1,4 @@
-"""Pre-training of an expression backbone on count files, without a run."""
+"""Pre-train an expression backbone on count files, without a run."""
 
 from pathlib import Path
 
@@ -28,19 +28,19 @@ def pretrain_on_files(
     Parameters
     ----------
     paths
-        h5ad files, or folders that `read_slide` knows.
+        h5ad files, or folders that `read_slide` reads.
     output
         Folder for the backbone.
     samples
-        Only these; None for all.
+        Names of the samples; None for all.
     panel
-        File with the genes of the vocabulary; None for the genes all files share.
+        File with the genes of the vocabulary; None for the genes that all files share.
     transform
         Units of the values.
     architecture, settings
         Keys of `BackboneConfig` and of its `pretrain`.
     seed
-        Of the weights and the masks.
+        Seed of the weights and the masks.
     """
     try:
         config = BackboneConfig.model_validate({**architecture, "pretrain": settings})

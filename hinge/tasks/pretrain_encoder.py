@@ -1,4 +1,4 @@
-"""Pre-training a histology encoder as one YAML file says: `hinge pretrain-histology`."""
+"""Pre-train a histology encoder from a YAML configuration: `hinge pretrain-histology`."""
 
 import os
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.yaml import read_settings
 
 CLUSTERS = 6
-"""Expression clusters that the probes tell apart."""
+"""Number of expression clusters that the probes classify."""
 
 _COMPONENTS = 20
 _PATHS = (("output",), ("data", "path"))
 
 
 class PretrainingSlides(_Section):
-    """What an encoder is pre-trained on, and what it is watched by."""
+    """The slides of the pre-training and of the probes."""
 
     path: AbsolutePath | None = Field(None, description="a data set: file or folder with slides")
     samples: list[str] | None = Field(None, description="a list of samples of it; None: all")
@@ -47,7 +47,7 @@ class PretrainingSlides(_Section):
 
 
 class PretrainHistologyConfig(_Section):
-    """Everything that pre-training needs."""
+    """The configuration of a pre-training."""
 
     output: AbsolutePath = Field(description="the folder of the encoder")
     seed: int = Field(0, ge=0)
@@ -63,7 +63,7 @@ class PretrainHistologyConfig(_Section):
 
 
 def load_pretraining(path: str | Path, overrides: list[str] | None = None) -> PretrainHistologyConfig:
-    """Read the YAML file of a pre-training and apply overrides; paths and errors as of `load_config`."""
+    """Return the configuration in a YAML file with overrides; paths and errors as in `load_config`."""
     try:
         return PretrainHistologyConfig.model_validate(read_settings(path, overrides, _PATHS))
     except ValidationError as error:
@@ -71,10 +71,10 @@ def load_pretraining(path: str | Path, overrides: list[str] | None = None) -> Pr
 
 
 def pretrain(config: PretrainHistologyConfig, continue_with: str = "the same command") -> Path:
-    """Pre-train an encoder, on as many processes as were launched.
+    """Pre-train an encoder on all launched processes.
 
     The probes' classes are expression clusters of `data.probe` (see `expression_clusters`) or, without it, the regions
-    that simulated tissue was made of. The last slide of the probe is asked about, the others are known.
+    of the simulated tissue. The probes are tested on the last slide and trained on the others.
 
     Returns
     -------
@@ -120,16 +120,16 @@ def pretrain(config: PretrainHistologyConfig, continue_with: str = "the same com
 
 
 def expression_clusters(slides: Sequence[AnnData], seed: int = 0, clusters: int = CLUSTERS) -> list[np.ndarray]:
-    """Classes of spots by their expression: k-means on 20 principal components of log1p(count / total · 10⁴).
+    """Return classes of spots by expression: k-means on 20 principal components of log1p(count / total · 10⁴).
 
     Parameters
     ----------
     slides
-        With counts; the genes they share are used, and they are clustered together.
+        Slides with counts; they are clustered together on their common genes.
     seed
-        Of PCA and k-means.
+        Seed of PCA and k-means.
     clusters
-        How many classes.
+        Number of classes.
 
     Returns
     -------

@@ -117,7 +117,7 @@ def probe_labels(
             others = [other for other in slides if other != name]
             y = labels[name][kept[name]].astype(int)
             if len(np.unique(y)) < 2:
-                continue  # nothing to tell apart on this slide
+                continue  # this slide has one class only
             train_x = np.concatenate([features[other] for other in others])
             train_y = np.concatenate([labels[other][kept[other]] for other in others]).astype(int)
             if len(np.unique(train_y)) < 2:

@@ -28,7 +28,7 @@ class GeneRegressor(nn.Module):
     Parameters
     ----------
     encoder
-        As `load_encoder` gives it.
+        Result of `load_encoder`.
     num_genes
         Number of genes G.
     """
@@ -156,7 +156,7 @@ def _timm_config(module: nn.Module, encoder: Encoder) -> dict[str, Any] | None:
         if recipe is not None:
             return None
         raise ConfigError(
-            f"encoder {encoder.name} can be tuned with linear only: timm cannot build its network from a config.json"
+            f"encoder {encoder.name} supports --tune linear only: timm cannot build its network from a config.json"
         )
     transform: Preprocess = encoder.transform
     return {

@@ -108,7 +108,7 @@ def test_other_files_are_refused(parity, tmp_path):
     state = export_hinge(imported.model, imported.gene_ids)
     del state["final_layer.proj.bias"], state["cond_embed.time.0.weight"]
     torch.save({"model": state}, tmp_path / "part.pth")
-    with pytest.raises(WeightsError, match=r"not a whole checkpoint.*2 tensors are missing"):
+    with pytest.raises(WeightsError, match=r"an incomplete checkpoint.*2 tensors are missing"):
         import_hinge(tmp_path / "part.pth", num_attention_heads=4)
 
 

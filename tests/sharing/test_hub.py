@@ -110,7 +110,7 @@ def test_a_run_goes_up_and_comes_down(run, hub, tmp_path, monkeypatch):
     model, theirs = run.pipeline().model, fetched.pipeline().model
     assert theirs.digest() == model.digest() and fetched.panel().genes == GENES
     assert fetched.folder == (tmp_path / "theirs").resolve()
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="exists already"):
         fetch_run("lab/small", tmp_path / "theirs")
 
 
@@ -162,7 +162,7 @@ def card_of(hub, repository) -> str:
 
 
 def test_weights_under_a_forbidding_licence_stay_here(run, hub, tmp_path):
-    """CellFM's licence forbids to share converted or adapted weights; the user may have permission."""
+    """CellFM's licence forbids sharing converted or adapted weights; the user may have permission."""
     converted = tmp_path / "converted"
     torch.save(export_cellfm(run.backbone()), tmp_path / "cellfm.pth")
     convert_cellfm(tmp_path / "cellfm.pth", converted, num_attention_heads=2)
@@ -301,5 +301,5 @@ def test_the_denoiser_as_a_program(run, tmp_path):
         assert found.keys() == expected.keys() >= {"mean", "location", "scale"}
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
-    with pytest.raises(ConfigError, match=r"ends in \.pt2"):
+    with pytest.raises(ConfigError, match=r"must name a file that ends in \.pt2"):
         export_denoiser(run, tmp_path / "denoiser.onnx")

@@ -205,7 +205,7 @@ def test_an_image_alone_and_a_tuned_encoder(folder, tmp_path):
     model, encoder, about = load_regressor(fold)
     few = dense[:40].copy()
     np.testing.assert_allclose(dense.X[:40], predict_slide(model, few, encoder, about["patch_um"]), atol=1e-3)
-    with pytest.raises(ConfigError, match="is a fine-tuned encoder with a regression: it has no draws"):
+    with pytest.raises(ConfigError, match="is a fine-tuned encoder with a regression, which has no draws"):
         open_predictor(fold, "draws", None, None, None)
 
 
@@ -227,7 +227,7 @@ def test_windows_and_neighbours():
     ("arguments", "says"),
     [
         (["--pitch-um", "300"], r"must be above 0 and at most the spots' 200, not 300"),
-        (["--gene", "NONE"], "NONE cannot be mapped: the panel has no such gene"),
+        (["--gene", "NONE"], "the panel lacks NONE: give --gene"),
         (["--method", "guess"], "there is no method 'guess'; choose regression or draws"),
     ],
 )

@@ -75,7 +75,7 @@ def test_training_lowers_the_error_and_goes_on_where_it_stopped(slides, tmp_path
     for file in ("scores.json", "folds/sim2/scores.json", "predictions/sim2.h5ad"):
         (tmp_path / "again" / file).unlink()
     assert read_json(finetune(slides, tmp_path / "again", epochs=12, **settings)) == read_json(path)
-    with pytest.raises(ConfigError, match="was made with another training; choose another output folder"):
+    with pytest.raises(ConfigError, match="was made with another training; choose another folder"):
         finetune(slides, tmp_path / "once", epochs=13, **settings)
 
 
@@ -119,7 +119,7 @@ def test_folds(slides, tmp_path):
     assert [fold.name for fold in make_folds(groups, ["b"])] == ["b"]
     with pytest.raises(ConfigError, match="no group 'c' to hold out; choose from a, b"):
         make_folds(groups, ["c"])
-    with pytest.raises(ConfigError, match=r"nothing is left to train on: all slides \(sim0, sim1\) are of one group"):
+    with pytest.raises(ConfigError, match=r"all slides \(sim0, sim1\) are in one group"):
         make_folds({"sim0": "a", "sim1": "a"})
     with pytest.raises(DataError, match=r"sim0 has no obs\['patient'\]"):
         slide_groups(loaded, "patient")
@@ -127,18 +127,18 @@ def test_folds(slides, tmp_path):
         slide.obs["patient"] = name[-1]
     assert slide_groups(loaded, "patient") == {"sim0": "0", "sim1": "1", "sim2": "2"}
     (tmp_path / "few.csv").write_text("slide,patient\nsim0,a\n")
-    with pytest.raises(DataError, match="does not name the group of slide sim1"):
+    with pytest.raises(DataError, match="has no group for slide sim1"):
         slide_groups(loaded, str(tmp_path / "few.csv"))
-    with pytest.raises(ConfigError, match=r"by slide, by patient, or as a \.csv or \.tsv file says, not 'random'"):
+    with pytest.raises(ConfigError, match=r"--folds must be slide, patient, or a \.csv or \.tsv file, not 'random'"):
         slide_groups(loaded, "random")
 
 
 @pytest.mark.parametrize(
     ("encoder", "tune", "says"),
     [
-        ("stain-texture", "all", "has no weights to tune; only tune linear goes with it"),
-        (f"stain-texture+{ENCODER}", "lora", "can be tuned linear only"),
-        ("random:test_resnet", "lora", "has no layers named qkv, attn.proj, fc1, fc2 to put adapters on"),
+        ("stain-texture", "all", "has no weights and supports --tune linear only"),
+        (f"stain-texture+{ENCODER}", "lora", "supports --tune linear only"),
+        ("random:test_resnet", "lora", "has no layers named qkv, attn.proj, fc1, fc2 for adapters"),
     ],
 )
 def test_what_cannot_be_tuned(slides, tmp_path, encoder, tune, says):

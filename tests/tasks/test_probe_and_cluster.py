@@ -75,7 +75,7 @@ def test_labels_that_are_not_there(data, tmp_path):
     slides = read_slides(data, ["sim0", "sim1"])
     with pytest.raises(DataError, match=r"slide sim0 has no column 'grade' in obs, which has .*; give --labels"):
         read_labels(slides, "grade")
-    with pytest.raises(ConfigError, match=r"one.csv is one table for 2 slides: put \{slide\} in"):
+    with pytest.raises(ConfigError, match=r"one.csv is one table for 2 slides: write \{slide\} for"):
         read_labels(slides, "kind", "one.csv")
     with pytest.raises(DataError, match=r"there is no file .*sim0.csv"):
         read_labels(slides, "kind", str(tmp_path / "{slide}.csv"))
@@ -101,8 +101,8 @@ def test_binary_labels():
     assert binary_labels(labels, above="3.5")[0]["b"].tolist() == [0, 1]
     words = {"a": pd.Series(["x", "y"])}
     for given, says in (
-        ({}, "name the positive labels"),
-        ({"positive": ["x"], "above": "1"}, "name the positive labels"),
+        ({}, "give the positive labels by one option"),
+        ({"positive": ["x"], "above": "1"}, "give the positive labels by one option"),
         ({"positive": ["z"]}, "no spot is labelled 'z'; the labels are x, y"),
         ({"above": "median"}, "needs labels that are numbers"),
     ):
