@@ -4,7 +4,6 @@ import logging
 from functools import cached_property
 from pathlib import Path
 
-from hinge.backbones.cellfm_config import read_config
 from hinge.backbones.gene_matching import GeneMapping
 from hinge.backbones.hgnc import GeneNames
 from hinge.backbones.vocabulary import GeneVocabulary, OnMissing, vocabulary_for
@@ -40,6 +39,8 @@ class GeneMatcher:
         """
         # a random backbone has the vocabulary of the weights whose architecture it copies
         source = self.settings.path or self.weights
+        from hinge.backbones.cellfm_config import read_config  # imports transformers
+
         file, backbone = self.settings.vocabulary, read_config(source)
         if file is not None:
             return vocabulary_for(file, backbone.num_embeddings)

@@ -1,17 +1,20 @@
-"""What the stages of a run share: its slides, panel, features, spots and backbone."""
+"""What the stages of a run share: its slides, panel, features, spots and backbone.
+
+What needs torch is imported where it is used: reports and viewers read slides alone.
+"""
+
+from __future__ import annotations
 
 import logging
 import math
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from anndata import AnnData
 
-from hinge.backbones import CellFMModel
-from hinge.backbones.vocabulary import OnMissing
 from hinge.config import RunConfig
 from hinge.data.features import read_features
 from hinge.data.neighbourhood import slide_features
@@ -21,12 +24,18 @@ from hinge.data.readers.h5ad import positive_length
 from hinge.data.readers.table import images_alone
 from hinge.data.slide import slide_name
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots, panel_values, stack_values
-from hinge.encoders import Encoder, extract_features, load_encoder
 from hinge.run.genes import GeneMatcher
 from hinge.run.paths import RunPaths
 from hinge.utils.errors import DataError, WeightsError
 from hinge.utils.files import read_json
 from hinge.utils.locks import lock_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from hinge.backbones import CellFMModel
+    from hinge.backbones.vocabulary import OnMissing
+    from hinge.encoders import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +127,14 @@ class Preparation:
     @cached_property
     def encoder(self) -> Encoder:
         """The histology encoder."""
+        from hinge.encoders import load_encoder
+
         return load_encoder(self.config.features.encoder)
 
     def features(self, slide: AnnData) -> Path:
         """Return the feature file of a slide; extract it if it is not there yet."""
+        from hinge.encoders import extract_features
+
         settings, path = self.config.features, self.paths.features(slide_name(slide))
         # runs may share a folder of features: wait for what another one is extracting
         with lock_file(path, wait=True):
@@ -167,6 +180,8 @@ class Preparation:
         WeightsError
             It is missing or damaged.
         """
+        from hinge.backbones import CellFMModel
+
         settings = self.config.backbone
         model = CellFMModel.from_pretrained(self.paths.backbone, **settings.constants())
         if settings.unknown_genes == "new":
@@ -177,6 +192,8 @@ class Preparation:
 
     def gene_ids(self, backbone: CellFMModel) -> torch.Tensor:
         """Return the vocabulary ids (G,) of the panel."""
+        import torch
+
         on_missing: OnMissing = "new" if self.config.backbone.unknown_genes == "new" else "error"
         ids = torch.from_numpy(self.matcher.match(self.panel().genes, on_missing).ids)
         if ids.max() >= backbone.gene_embedding.num_embeddings:

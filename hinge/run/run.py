@@ -1,29 +1,31 @@
 """A run: its folder, and the stages that fill it.
 
 Each stage reads what the one before wrote, recognises what is finished and can be run again. The files are listed in
-`hinge.run.paths`.
+`hinge.run.paths`. A stage is imported when it starts: who only reads a run needs no torch.
 """
+
+from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from anndata import AnnData
 
-from hinge.backbones import CellFMModel
 from hinge.config import RunConfig, load_config
 from hinge.data.panel import Panel
 from hinge.data.spots import SpotTable
-from hinge.diffusion import HingePipeline
-from hinge.encoders import Encoder
-from hinge.evaluation.predictions import PredictionFiles
-from hinge.run.evaluation import evaluate_run, log_likelihoods
 from hinge.run.paths import read_run_config
 from hinge.run.preparation import Preparation
-from hinge.run.sampling import load_pipeline, sample_slide
-from hinge.run.training import pretrain_backbone, train_model
+
+if TYPE_CHECKING:
+    import torch
+
+    from hinge.backbones import CellFMModel
+    from hinge.diffusion import HingePipeline
+    from hinge.encoders import Encoder
+    from hinge.evaluation.predictions import PredictionFiles
 
 
 class Run:
@@ -54,7 +56,7 @@ class Run:
         return getattr(self.paths, file)
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Run":
+    def open(cls, folder: str | Path) -> Run:
         """Return the run in a folder, finished or not.
 
         Raises
@@ -68,6 +70,8 @@ class Run:
 
     def pretrain(self) -> Path:
         """Pre-train the backbone, where this run has one of its own; return its folder."""
+        from hinge.run.training import pretrain_backbone
+
         return pretrain_backbone(self._inputs)
 
     def train(self) -> Path:
@@ -78,6 +82,8 @@ class Run:
         ConfigError
             The folder holds a run with other settings.
         """
+        from hinge.run.training import train_model
+
         return train_model(self._inputs)
 
     def sample(
@@ -114,6 +120,8 @@ class Run:
         """
         if slide is None:
             slide = self._inputs.slide_to_sample(name)
+        from hinge.run.sampling import sample_slide
+
         return sample_slide(self._inputs, slide, output, draws, steps, seed, batch_size, observed)
 
     def evaluate(
@@ -138,6 +146,8 @@ class Run:
         Path
             The file of scores.
         """
+        from hinge.run.evaluation import evaluate_run
+
         return evaluate_run(self._inputs, slides, predictions, output)
 
     def log_likelihoods(self, name: str) -> dict[str, float] | None:
@@ -149,6 +159,8 @@ class Run:
             `model` (see `chain_log_likelihood`), `marginal`, and on simulated tissue `oracle` and `share`, the model's
             gain over the marginal as a share of the oracle's. None for a head whose values are no counts.
         """
+        from hinge.run.evaluation import log_likelihoods
+
         return log_likelihoods(self._inputs, name)
 
     # --- what the folder holds -------------------------------------------------------------------
@@ -200,6 +212,8 @@ class Run:
 
     def pipeline(self) -> HingePipeline:
         """Return the trained model and its scheduler, ready to sample."""
+        from hinge.run.sampling import load_pipeline
+
         return load_pipeline(self._inputs)
 
 

@@ -53,3 +53,7 @@ def test_a_wrong_key_imports_nothing_heavy(tmp_path):
     (tmp_path / "run.yaml").write_text("output: o\ndata: {path: d, train: [a]}\nmodel: {hed: point}\n")
     found, text = imported(command("run", "--config", str(tmp_path / "run.yaml")))
     assert found == [] and "model.hed" in text and "there is no such key" in text, text
+
+
+def test_reading_a_run_needs_no_model():
+    assert imported("from hinge.run.run import Run")[0] == []

@@ -9,7 +9,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
-import scanpy as sc
 import scipy.sparse
 from anndata import AnnData
 from scipy.spatial.distance import pdist
@@ -140,6 +139,8 @@ def _read_counts(folder: Path) -> AnnData:
     else:
         for file in sorted(matrix.glob("*.gz")):
             check_gzip(file)
+    import scanpy as sc  # takes seconds
+
     try:
         with warnings.catch_warnings():  # on repeated symbols, which are made unique below
             warnings.filterwarnings("ignore", "Variable names are not unique")
