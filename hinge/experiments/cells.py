@@ -49,6 +49,7 @@ def _run_cell(cell: Cell, trained: Cell | None) -> None:
     if trained is not None and not (run.paths.model / HingeModel.config_name).exists():
         _take_over(trained.config.output, run.folder)
     run.train()
+    run.panel()  # a cell that took over its model has not written it yet
     seconds_path = run.folder / "seconds.json"
     for slide in cell.config.data.test:
         before = read_json(seconds_path) if seconds_path.exists() else {}
