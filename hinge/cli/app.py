@@ -106,7 +106,7 @@ def main() -> None:
         app()
     except Interrupted as error:
         if int(os.environ.get("RANK", 0)) == 0:
-            launcher = "accelerate launch … -m hinge.cli.app" if "WORLD_SIZE" in os.environ else "hinge"
+            launcher = "accelerate launch … -m hinge.cli" if "WORLD_SIZE" in os.environ else "hinge"
             print("hinge:", error, file=sys.stderr)
             print("hinge: continue with:", launcher, shlex.join(sys.argv[1:]), file=sys.stderr)
         sys.exit(128 + error.signal_number)

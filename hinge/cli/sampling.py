@@ -32,7 +32,7 @@ def sample(
     """Draw the expression of every spot of a slide, several times.
 
     A slide from elsewhere may be an H&E image alone: its tissue is found, and spots are laid over it at the distance
-    of the training slides. Several processes share the slides: accelerate launch -m hinge.cli.app sample …
+    of the training slides. Several processes share the slides: accelerate launch -m hinge.cli sample …
 
     Example: hinge sample runs/her2st --slide C5 --draws 20 --steps 20 --seed 0, or: hinge sample runs/her2st --slide
     biopsy.svs

@@ -28,7 +28,7 @@ def features(
 ) -> None:
     """Extract histology features, one patch a spot, into one HDF5 file a slide.
 
-    DATA may be a table of slides. Several processes share the slides: accelerate launch -m hinge.cli.app features …
+    DATA may be a table of slides. Several processes share the slides: accelerate launch -m hinge.cli features …
 
     Example: hinge features her2st --sample C5 --encoder stain-texture --output features
     """
