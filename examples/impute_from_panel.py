@@ -4,8 +4,6 @@ python examples/impute_from_panel.py RUN SLIDES SAMPLE
 """
 
 import sys
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
@@ -15,15 +13,11 @@ import hinge
 def main(run: str, slides: str, sample: str) -> None:
     pipe = hinge.HingePipeline.from_pretrained(run)
     slide = hinge.read_slide(slides, sample)
-    genes = list(pipe.genes)
-    known, unknown = genes[::2], genes[1::2]
+    known, unknown = pipe.genes[::2], pipe.genes[1::2]
     measured = slide[:, known].copy()
     # the sum over a panel is not the library size: it has to be given
     measured.obs["total_counts"] = np.asarray(slide.X.sum(axis=1)).ravel()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "panel.h5ad"
-        measured.write_h5ad(file)
-        imputed = pipe(slide, observed=file, num_draws=10, seed=0)
+    imputed = pipe(slide, observed=measured, num_draws=10, seed=0)  # or the path of an h5ad file
     alone = pipe(slide, num_draws=10, seed=0)
     for name, draws in (("image alone", alone), ("image and measured genes", imputed)):
         spread = draws[:, unknown].layers["std"].mean()

@@ -97,6 +97,11 @@ class HingePipeline(DiffusionPipeline):
         return PipelineSettings.from_dict(json.loads(json.dumps(self.config.settings)))
 
     @property
+    def genes(self) -> list[str]:
+        """The symbols of the panel, in the order of the draws."""
+        return list(self.settings.genes)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type that the backbone computes in; what was trained stays in float32."""
         return self.model.backbone.dtype
