@@ -79,7 +79,11 @@ def pretrain_histology(
         No slide shows tissue.
     """
     folder = Path(folder)
-    settings: dict[str, Any] = {"vit": vit.model_dump(mode="json"), "training": config.model_dump(mode="json"), "seed": seed}
+    settings: dict[str, Any] = {
+        "vit": vit.model_dump(mode="json"),
+        "training": config.model_dump(mode="json"),
+        "seed": seed,
+    }
     if (folder / "config.json").exists():
         made = read_json(folder / "pretraining.json")
         # an earlier version had more settings
