@@ -313,8 +313,8 @@ def steps(
 ) -> None:
     """Quality against the number of reveal steps, on a run's test slides."""
     from hinge.data.draws import read_draws
+    from hinge.evaluation import prediction_from_draws, score
     from hinge.evaluation.metrics.coexpression import correlation_matrix, matrix_scores
-    from hinge.evaluation.scores import prediction_from_draws, score
     from hinge.run.run import Run
 
     opened, rows = Run.open(run), []

@@ -17,7 +17,7 @@ import numpy as np  # noqa: E402
 import typer  # noqa: E402
 
 from hinge.data.draws import read_draws  # noqa: E402
-from hinge.evaluation.scores import prediction_from_draws  # noqa: E402
+from hinge.evaluation.predictions import prediction_from_draws  # noqa: E402
 from hinge.run.run import Run  # noqa: E402
 
 

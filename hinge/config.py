@@ -11,7 +11,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hinge.diffusion.defaults import DEFAULT_BATCH_SIZE, DEFAULT_DRAWS, DEFAULT_STEPS
-from hinge.evaluation.names import BASELINES, DEFAULT_BASELINES, GENERATIVE_BASELINES
+from hinge.evaluation.names import BASELINES, DEFAULT_BASELINES, DEFAULT_RESAMPLES, GENERATIVE_BASELINES
 from hinge.models.options import HEADS, needs_library_size
 from hinge.training.settings import PretrainConfig, TrainingConfig
 from hinge.utils.errors import ConfigError, DataError
@@ -229,7 +229,7 @@ class EvaluationConfig(_Section):
     gene_sets: AbsolutePath | None = Field(
         None, description="a GMT or JSON file of gene sets; None: well-known markers of breast tumours"
     )
-    bootstrap: int = Field(300, ge=0, description="resamples of the spots for intervals")
+    bootstrap: int = Field(DEFAULT_RESAMPLES, ge=0, description="resamples of the spots for intervals")
 
 
 class RunConfig(_Section):

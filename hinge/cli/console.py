@@ -5,7 +5,7 @@ from pathlib import Path
 
 def print_scores(path: Path) -> None:
     """Print a file of scores, one line a method."""
-    from hinge.evaluation.scores import scores_table
+    from hinge.evaluation.tables import scores_table
     from hinge.utils.files import read_json
 
     console = wide_console()

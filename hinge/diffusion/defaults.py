@@ -1,6 +1,9 @@
 """Defaults of sampling, in one place: the configuration, the command line and the pipeline take them from here."""
 
-DEFAULT_DRAWS = 20
+from hinge.evaluation.names import DEFAULT_DRAWS
+
+__all__ = ["DEFAULT_BATCH_SIZE", "DEFAULT_DRAWS", "DEFAULT_STEPS"]
+
 DEFAULT_STEPS = 8
 DEFAULT_GAUSSIAN_STEPS = 25
 """Steps of Gaussian diffusion and flow matching, which need more of them."""

@@ -6,9 +6,6 @@ __getattr__, __all__ = lazy_names(
     __name__,
     {
         "baselines": (
-            "BASELINES",
-            "DEFAULT_BASELINES",
-            "Prediction",
             "baseline_predictions",
             "fit_baselines",
             "fit_mlp",
@@ -29,17 +26,11 @@ __getattr__, __all__ = lazy_names(
         "metrics.multivariate": ("energy_score", "variogram_score"),
         "metrics.spatial": ("moran_scores", "morans_i", "neighbour_weights", "spot_structure", "ssim_of_maps"),
         "metrics.two_sample": ("round_to_counts", "two_sample_auc"),
-        "noise_ceiling": ("CEILING", "attained_shares", "noise_ceiling"),
-        "predictions": ("PredictionFiles", "read_prediction"),
-        "scores": (
-            "Evaluation",
-            "evaluate_slide",
-            "prediction_from_draws",
-            "score",
-            "score_draws",
-            "scores_table",
-            "write_scores",
-        ),
+        "ceiling": ("CEILING", "attained_shares", "noise_ceiling"),
+        "names": ("BASELINES", "DEFAULT_BASELINES", "GENERATIVE_BASELINES"),
+        "predictions": ("Prediction", "PredictionFiles", "prediction_from_draws", "read_prediction"),
+        "scores": ("Evaluation", "evaluate_slide", "score", "score_draws"),
         "statistics": ("bootstrap_intervals", "paired_wilcoxon", "summarise_rows"),
+        "tables": ("scores_table", "write_scores"),
     },
 )

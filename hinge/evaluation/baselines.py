@@ -1,59 +1,40 @@
-"""What simple methods make of the same features: the lines a model has to be read beside."""
+"""Baselines: simple methods on the same features, which a model is compared with."""
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.covariance import LedoitWolf
-from sklearn.decomposition import PCA
-from sklearn.linear_model import Ridge
-from sklearn.model_selection import GridSearchCV, GroupKFold, GroupShuffleSplit
-from sklearn.neighbors import KNeighborsRegressor
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 
-from hinge.data.spots import SpotTable, spot_groups
 from hinge.evaluation.metrics.accuracy import as_matrix
 from hinge.evaluation.metrics.coexpression import correlation_matrix
-from hinge.evaluation.names import BASELINES, DEFAULT_BASELINES
-from hinge.evaluation.ridge import MAX_FOLDS, RidgeFit, fit_ridge
+from hinge.evaluation.names import BASELINES, DEFAULT_BASELINES, DEFAULT_DRAWS
+from hinge.evaluation.predictions import Prediction
+from hinge.evaluation.ridge import MAXMAX_FOLDS
 from hinge.utils.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from sklearn.model_selection import GridSearchCV
+
+    from hinge.data.spots import SpotTable
+    from hinge.evaluation.ridge import RidgeFit
+
+BASELINES_VERSION = 1
+"""Version of the baselines: kept predictions of another one are not used. Raise it with every change of a baseline."""
 
 NEIGHBOURS = (5, 10, 20, 40, 80)
 """Numbers of neighbours that cross-validation chooses from."""
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """What one method says of one slide. What it says nothing of is None.
-
-    Attributes
-    ----------
-    method
-        Name, as in the rows of scores.
-    mean
-        One value for each spot and gene (n, G), in transform units.
-    draws
-        Several possible slides (K, n, G), in transform units.
-    correlation
-        Gene-gene correlation matrix (G, G), from a method that predicts nothing else.
-    """
-
-    method: str
-    mean: NDArray | None = None
-    draws: NDArray | None = None
-    correlation: NDArray | None = None
+_MLP_WEIGHT_DECAY = 10.0  # of scikit-learn's loss, in which a batch divides it by its size
 
 
 def baseline_predictions(
-    train: SpotTable,
-    test: SpotTable,
+    train: "SpotTable",
+    test: "SpotTable",
     methods: Sequence[str] = DEFAULT_BASELINES,
     *,
-    n_draws: int = 20,
+    n_draws: int = DEFAULT_DRAWS,
     seed: int = 0,
 ) -> list[Prediction]:
     """Predict one slide from others by the methods of `fit_baselines`.
@@ -71,6 +52,8 @@ def baseline_predictions(
     DataError
         If the two tables do not fit each other, share a spot, or lack features.
     """
+    from hinge.data.spots import spot_groups
+
     if train.genes != test.genes:
         raise DataError("training spots and test spots are on different panels")
     if train.transform != test.transform:
@@ -99,7 +82,7 @@ def fit_baselines(
     test_features: ArrayLike,
     methods: Sequence[str] = DEFAULT_BASELINES,
     *,
-    n_draws: int = 20,
+    n_draws: int = DEFAULT_DRAWS,
     seed: int = 0,
 ) -> list[Prediction]:
     """Fit the simple methods on training spots and predict the test spots.
@@ -203,8 +186,12 @@ class _Fit:
         self.features, self.values, self.groups, self.test = features, values, groups, test_features
         self.n_draws, self.seed, self.n_genes = n_draws, seed, values.shape[1]
 
-    def search(self, regression, grid: dict) -> GridSearchCV:
+    def search(self, regression, grid: dict) -> "GridSearchCV":
         """Choose a regression's setting by squared error over groups, on standardised features."""
+        from sklearn.model_selection import GridSearchCV, GroupKFold
+        from sklearn.pipeline import Pipeline
+        from sklearn.preprocessing import StandardScaler
+
         return GridSearchCV(
             Pipeline([("standardise", StandardScaler()), ("regression", regression)]),
             {f"regression__{name}": values for name, values in grid.items()},
@@ -217,7 +204,7 @@ class _Fit:
         return model.predict(self.test).reshape(len(self.test), self.n_genes)
 
     @cached_property
-    def ridge_fit(self) -> RidgeFit:
+    def ridge_fit(self) -> "RidgeFit":
         return fit_ridge(self.features, self.values, self.groups)
 
     @cached_property
@@ -225,12 +212,19 @@ class _Fit:
         return self.ridge_fit.predict(self.test)
 
     def ridge_hest(self) -> Prediction:
+        from sklearn.decomposition import PCA
+        from sklearn.linear_model import Ridge
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
         n_components = min(256, *self.features.shape)
         pca = PCA(n_components, random_state=self.seed)
         model = make_pipeline(StandardScaler(), pca, Ridge(100 / (n_components * self.n_genes)))
         return Prediction("ridge-hest", mean=self.predict(model.fit(self.features, self.values)))
 
     def ridge_with_residual(self) -> Prediction:
+        from sklearn.covariance import LedoitWolf
+
         covariance = LedoitWolf().fit(self.values - self.ridge_fit.held_out).covariance_
         noise = np.random.default_rng(self.seed).multivariate_normal(
             np.zeros(self.n_genes), covariance, size=(self.n_draws, len(self.test)), method="eigh"
@@ -239,6 +233,8 @@ class _Fit:
         return Prediction("ridge-cv+residual", mean=self.ridge, draws=draws)
 
     def neighbours(self) -> Prediction:
+        from sklearn.neighbors import KNeighborsRegressor
+
         # a fold of the search has fewer spots than all together
         _, sizes = np.unique(self.groups, return_counts=True)
         most = max(1, len(self.values) - sizes.max() * -(-len(sizes) // MAX_FOLDS))
@@ -264,56 +260,47 @@ def fit_mlp(
     max_epochs: int = 200,
     patience: int = 15,
 ) -> NDArray[np.float32]:
-    """Predict with a network of one hidden layer, trained by squared error until a held-out group gets no better.
+    """Predict with a network of one hidden layer, trained until the error in held-out groups stops decreasing.
 
-    Features and values are standardised over the training spots; dropout 0.2, AdamW. About a fifth of the groups
-    (at least one) decides when to stop; the best weights are kept. The same seed gives the same network.
+    Features and values are standardised over the training spots. About a fifth of the groups (at least one) is held
+    out, and the weights of the epoch with the least error there are used. (`MLPRegressor` itself can hold out random
+    spots only, which are neighbours of training spots, so its epochs are run one at a time.)
 
     Parameters
     ----------
     train_features, train_values, train_groups, test_features
         As in `fit_baselines`.
     seed
-        Of weights, dropout, batches and the held-out groups.
+        Seed of weights, batches and held-out groups.
     width
         Hidden units.
     max_epochs, patience
-        Most epochs, and epochs without gain before it stops.
+        Maximum of epochs, and epochs without improvement before training stops.
 
     Returns
     -------
     ndarray
         (n_test, G) in transform units.
     """
-    import torch
-    from torch import nn
+    from sklearn.model_selection import GroupShuffleSplit
+    from sklearn.neural_network import MLPRegressor
+    from sklearn.preprocessing import StandardScaler
 
     x_scale, y_scale = StandardScaler().fit(train_features), StandardScaler().fit(train_values)
-    x = torch.from_numpy(x_scale.transform(train_features).astype(np.float32))
-    y = torch.from_numpy(y_scale.transform(train_values).astype(np.float32))
+    x, y = x_scale.transform(train_features), y_scale.transform(train_values)
     held = next(GroupShuffleSplit(1, test_size=0.2, random_state=seed).split(x, groups=train_groups))
-    training, validation = (torch.from_numpy(rows) for rows in held)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = nn.Sequential(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, y.shape[1]))
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2)
-        best, weights, waited = np.inf, copy.deepcopy(network.state_dict()), 0
-        for _ in range(max_epochs):
-            network.train()
-            for rows in training[torch.randperm(len(training))].split(64):
-                loss = nn.functional.mse_loss(network(x[rows]), y[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            network.eval()
-            with torch.no_grad():
-                error = nn.functional.mse_loss(network(x[validation]), y[validation]).item()
-            waited += 1
-            if error < best:
-                best, weights, waited = error, copy.deepcopy(network.state_dict()), 0
-            if waited == patience:
-                break
-        network.load_state_dict(weights)
-        with torch.no_grad():
-            predicted = network.eval()(torch.from_numpy(x_scale.transform(test_features).astype(np.float32)))
-    return y_scale.inverse_transform(predicted.numpy()).astype(np.float32)
+    (x_train, x_held), (y_train, y_held) = ([values[rows] for rows in held] for values in (x, y))
+    network = MLPRegressor(
+        hidden_layer_sizes=(width,), batch_size=min(64, len(x_train)), alpha=_MLP_WEIGHT_DECAY, random_state=seed
+    )
+    x_test = x_scale.transform(test_features)
+    best, predicted, waited = np.inf, np.zeros((len(x_test), y.shape[1])), 0
+    for _ in range(max_epochs):
+        network.partial_fit(x_train, y_train)
+        error = np.mean((network.predict(x_held).reshape(y_held.shape) - y_held) ** 2)
+        waited += 1
+        if error < best:
+            best, predicted, waited = error, network.predict(x_test).reshape(predicted.shape), 0
+        if waited == patience:
+            break
+    return y_scale.inverse_transform(predicted).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Names of the baselines; importing this module imports nothing else."""
+"""Names of the baselines, and defaults that several packages share; importing this module imports nothing else."""
 
 DEFAULT_BASELINES = ("mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", "knn", "training-correlation")
 BASELINES = (*DEFAULT_BASELINES[:-1], "mlp", DEFAULT_BASELINES[-1])
@@ -6,3 +6,9 @@ BASELINES = (*DEFAULT_BASELINES[:-1], "mlp", DEFAULT_BASELINES[-1])
 
 GENERATIVE_BASELINES = ("gaussian-diffusion", "flow-matching")
 """Methods of `hinge.diffusion.gaussian`, which train the run's denoiser by another objective."""
+
+DEFAULT_DRAWS = 20
+"""Number of draws of a slide."""
+
+DEFAULT_RESAMPLES = 300
+"""Number of resamples of the spots for intervals of scores."""

@@ -1,20 +1,23 @@
-"""The best possible prediction, which simulated tissue knows."""
+"""The best possible prediction, known for simulated tissue only."""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
-from anndata import AnnData
 
-from hinge.data.simulate import oracle_draws
-from hinge.data.spots import SpotTable
-from hinge.data.transforms import get_transform
-from hinge.evaluation.baselines import Prediction
+from hinge.evaluation.names import DEFAULT_DRAWS
+from hinge.evaluation.predictions import Prediction
 
-# enough that the mean's own Monte-Carlo error is small beside the spread of expression
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from hinge.data.spots import SpotTable
+
+# enough that the Monte-Carlo error of the mean is small against the spread of expression
 DRAWS_OF_THE_MEAN = 200
 
 
-def oracle_prediction(slide: AnnData, spots: SpotTable, n_draws: int = 20, seed: int = 0) -> Prediction:
-    """Draw simulated spots from the distribution they were drawn from, given what the image shows.
+def oracle_prediction(slide: "AnnData", spots: "SpotTable", n_draws: int = DEFAULT_DRAWS, seed: int = 0) -> Prediction:
+    """Return draws of simulated spots from the distribution that generated them, given the cells in the image.
 
     Parameters
     ----------
@@ -23,21 +26,24 @@ def oracle_prediction(slide: AnnData, spots: SpotTable, n_draws: int = 20, seed:
     spots
         Its spots on the panel.
     n_draws
-        Draws that are kept, K.
+        Draws to return, K.
     seed
-        Of the draws.
+        Seed of the draws.
 
     Returns
     -------
     Prediction
         Method `oracle`; in the units of `spots`.
     """
-    rows = pd.Index(slide.obs_names).get_indexer(spots.barcodes)
+    from hinge.data.simulate import oracle_draws
+    from hinge.data.transforms import get_transform
+
+    rows = slide.obs_names.get_indexer(spots.barcodes)
     columns = slide.var_names.get_indexer(spots.genes)
     transform = get_transform(spots.transform)
     mean = np.zeros(spots.values.shape)
     kept = []
-    # one at a time: the counts of all genes of all draws would not fit into memory for a large slide
+    # one draw at a time: the counts of all genes in all draws of a large slide would not fit into memory
     for number in range(DRAWS_OF_THE_MEAN):
         counts = oracle_draws(slide, 1, seed=seed * DRAWS_OF_THE_MEAN + number)[0][rows]
         values = transform.forward(counts[:, columns], counts.sum(axis=1))

@@ -1,31 +1,102 @@
-"""Predictions of other programs, read so that they can be scored on equal terms."""
+"""Predictions of one slide: of a model's draws, and of other programs, read from their files."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
-from anndata import AnnData
 from numpy.typing import NDArray
 
-from hinge.data.layers import draw_names
-from hinge.data.spots import SpotTable
-from hinge.data.transforms import get_transform
-from hinge.evaluation.baselines import Prediction
 from hinge.utils.errors import ConfigError, DataError
-from hinge.utils.safe_hdf5 import check_gzip, inside, read_h5ad
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+    from hinge.data.spots import SpotTable
 
 UNITS = ("counts", "log2p1", "log1p_cp10k")
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
-# predicted values may overshoot; but nothing right is several times the largest value that was measured
+# predictions may exceed the largest measured value, but not several times in the right units
 _FAR = 3.0
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """Prediction of one slide by one method; parts that the method does not give are None.
+
+    Attributes
+    ----------
+    method
+        Name, as in the rows of scores.
+    mean
+        One value for each spot and gene (n, G), in transform units.
+    draws
+        Several possible slides (K, n, G), in transform units.
+    correlation
+        Gene-gene correlation matrix (G, G), from a method that predicts nothing else.
+    """
+
+    method: str
+    mean: NDArray | None = None
+    draws: NDArray | None = None
+    correlation: NDArray | None = None
+
+
+def prediction_from_draws(draws: "AnnData", spots: "SpotTable", method: str = "hinge") -> Prediction:
+    """Return the draws that sampling wrote as a prediction, for the spots and genes of a table and in their order.
+
+    The mean is `layers["expected"]` where there is one, the expectation of the model's distributions averaged over
+    draws: it estimates the same as `X`, the average of the draws, with less noise.
+
+    Parameters
+    ----------
+    draws
+        One slide's draws: `layers["draw_000"]`, `layers["draw_001"]` ... in the transform that
+        `uns["hinge"]["transform"]` names. Spots and genes that the table lacks are ignored.
+    spots
+        Spots of that slide.
+    method
+        Name for the rows of scores.
+
+    Raises
+    ------
+    DataError
+        If a spot or gene of the table is missing, or the draws are of another slide or transform.
+    """
+    from hinge.data.layers import draw_names
+
+    about = draws.uns.get("hinge", {})
+    if about.get("transform") != spots.transform:
+        raise DataError(f"the draws are in units of {about.get('transform')}, the measured values of {spots.transform}")
+    slides = np.unique(spots.slide)
+    if len(slides) != 1 or about.get("name") != slides[0]:
+        raise DataError(
+            f"the draws are of slide {about.get('name')}, the measured spots of {', '.join(slides) or 'no slide'}"
+        )
+    rows, columns = draws.obs_names.get_indexer(spots.barcodes), draws.var_names.get_indexer(spots.genes)
+    for what, index, names in (("spots", rows, spots.barcodes), ("genes", columns, spots.genes)):
+        missing = [str(name) for name, position in zip(names, index, strict=True) if position < 0]
+        if missing:
+            raise DataError(
+                f"the draws lack {len(missing)} of the {len(names)} measured {what}: {', '.join(missing[:5])}"
+                f"{', ...' if len(missing) > 5 else ''}"
+            )
+    chosen = np.ix_(rows, columns)
+    names = draw_names(draws)
+    mean = draws.layers.get("expected", draws.X)
+    return Prediction(
+        method,
+        mean=np.asarray(mean)[chosen],
+        draws=np.stack([np.asarray(draws.layers[name])[chosen] for name in names]) if names else None,
+    )
+
+
+@dataclass(frozen=True)
 class PredictionFiles:
-    """Where one program's predictions lie: `NAME[:UNITS]=FILE[,FILE...]`.
+    """Files with the predictions of one program: `NAME[:UNITS]=FILE[,FILE...]`.
 
     Attributes
     ----------
@@ -44,7 +115,7 @@ class PredictionFiles:
 
     @classmethod
     def parse(cls, text: str) -> "PredictionFiles":
-        """Take `NAME[:UNITS]=FILE[,FILE...]` apart.
+        """Parse `NAME[:UNITS]=FILE[,FILE...]`.
 
         Raises
         ------
@@ -60,14 +131,14 @@ class PredictionFiles:
         return cls(match[1], paths, match[2])
 
 
-def read_prediction(files: PredictionFiles, spots: SpotTable) -> Prediction:
+def read_prediction(files: PredictionFiles, spots: "SpotTable") -> Prediction:
     """Read a prediction of one slide, for the spots and genes of a table and in their order.
 
     Parameters
     ----------
     files
         h5ad (spots in `obs`, genes in `var`), or CSV and TSV, also gzipped, with a header of gene symbols and the
-        spots' barcodes in the first column. Spots and genes that the table lacks are left aside.
+        spots' barcodes in the first column. Spots and genes that the table lacks are ignored.
     spots
         Spots of the slide.
 
@@ -100,8 +171,8 @@ def read_prediction(files: PredictionFiles, spots: SpotTable) -> Prediction:
     return Prediction(files.method, mean=stacked.mean(axis=0, dtype=np.float64), draws=stacked)
 
 
-def _read(path: Path) -> tuple[pd.DataFrame, list[pd.DataFrame], str | None]:
-    """The mean, the draws and the units that a file tells of itself."""
+def _read(path: Path) -> "tuple[pd.DataFrame, list[pd.DataFrame], str | None]":
+    """Return the mean, the draws and the units that a file names."""
     if not path.is_file():
         raise DataError(f"there is no file {path}")
     if path.suffix == ".h5ad":
@@ -109,6 +180,10 @@ def _read(path: Path) -> tuple[pd.DataFrame, list[pd.DataFrame], str | None]:
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if suffix not in _SEPARATORS:
         raise DataError(f"{path} is not a table of predictions: give .h5ad, .csv, .tsv or one of the latter gzipped")
+    import pandas as pd
+
+    from hinge.utils.safe_hdf5 import check_gzip
+
     if path.suffix == ".gz":
         check_gzip(path)
     try:
@@ -120,7 +195,10 @@ def _read(path: Path) -> tuple[pd.DataFrame, list[pd.DataFrame], str | None]:
         raise DataError(f"{path} is not a table of numbers with a header: {error}") from error
 
 
-def _read_h5ad(path: Path) -> tuple[pd.DataFrame, list[pd.DataFrame], str | None]:
+def _read_h5ad(path: Path) -> "tuple[pd.DataFrame, list[pd.DataFrame], str | None]":
+    from hinge.data.layers import draw_names
+    from hinge.utils.safe_hdf5 import inside, read_h5ad
+
     content = read_h5ad(path)
     about = content.uns.get("hinge", {})
     units = about.get("transform") if isinstance(about, dict) else None
@@ -139,13 +217,15 @@ def _read_h5ad(path: Path) -> tuple[pd.DataFrame, list[pd.DataFrame], str | None
     return sum(drawn) / len(drawn), drawn, units
 
 
-def _frame(content: AnnData, values) -> pd.DataFrame:
+def _frame(content: "AnnData", values) -> "pd.DataFrame":
+    import pandas as pd
+
     dense = values.toarray() if hasattr(values, "toarray") else np.asarray(values)
     return pd.DataFrame(dense, index=content.obs_names.astype(str), columns=content.var_names.astype(str))
 
 
-def _in_order(table: pd.DataFrame, spots: SpotTable, path: Path, units: str) -> NDArray[np.float32]:
-    """Values (n, G) in the order and units of `spots`."""
+def _in_order(table: "pd.DataFrame", spots: "SpotTable", path: Path, units: str) -> NDArray[np.float32]:
+    """Return values (n, G) in the order and units of `spots`."""
     barcodes, genes = [str(barcode) for barcode in spots.barcodes], list(spots.genes)
     if not table.index.isin(barcodes).any() and table.columns.isin(barcodes).any():
         raise DataError(f"{path} has spots as columns; it must have one row a spot and one column a gene")
@@ -162,6 +242,8 @@ def _in_order(table: pd.DataFrame, spots: SpotTable, path: Path, units: str) -> 
         spot, gene = np.argwhere(~np.isfinite(values))[0]
         raise DataError(f"{path} has no finite number for spot {barcodes[spot]}, gene {genes[gene]}")
     if units != spots.transform:
+        from hinge.data.transforms import get_transform
+
         if units == "counts" and (values < 0).any():
             raise DataError(f"{path} is said to hold counts, but some of its values are below 0")
         counts = values if units == "counts" else get_transform(units).inverse(values, spots.library_size)

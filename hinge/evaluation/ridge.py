@@ -4,10 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.linear_model import Ridge
-from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
-from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import StandardScaler
 
 from hinge.utils.errors import DataError
 
@@ -61,6 +57,11 @@ def fit_ridge(features: ArrayLike, values: ArrayLike, groups: ArrayLike) -> Ridg
     DataError
         There is only one group.
     """
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
+    from sklearn.pipeline import Pipeline
+    from sklearn.preprocessing import StandardScaler
+
     x, y = np.asarray(features, dtype=np.float64), np.asarray(values, dtype=np.float64)
     y = y.reshape(len(x), -1)
     num_groups = len(np.unique(groups))

@@ -1,17 +1,17 @@
-"""How certain scores are: over spots, over slides and seeds, and between methods."""
+"""Uncertainty of scores: over spots, over slides and seeds, and between methods."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import wilcoxon
 
 from hinge.evaluation.metrics.accuracy import as_matrix, constant_genes
+from hinge.evaluation.names import DEFAULT_RESAMPLES
 
 
 def bootstrap_spots(n_spots: int, n_resamples: int, seed: int) -> NDArray[np.int64]:
-    """How often each spot is in each resample: (B, n), every row summing to n."""
+    """Return how often each spot is in each resample: (B, n), the sum of every row is n."""
     return np.random.default_rng(seed).multinomial(n_spots, np.full(n_spots, 1 / n_spots), size=n_resamples)
 
 
@@ -20,14 +20,14 @@ def bootstrap_intervals(
     mean: ArrayLike | None,
     of_spots: Mapping[str, NDArray],
     *,
-    n_resamples: int = 300,
+    n_resamples: int = DEFAULT_RESAMPLES,
     level: float = 0.9,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Percentile intervals of scores under resampling of spots.
+    """Return percentile intervals of scores under resampling of spots.
 
-    They tell how much a score owes to which spots were measured. Spots of one slide are not independent, so that
-    the intervals are too narrow for another slide: for that, look at several.
+    They measure how much a score depends on which spots were measured. Spots of one slide are not independent, so
+    the intervals are too narrow for another slide; that variation is seen over several slides only.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def bootstrap_intervals(
     mean
         Predicted mean (n, G), or None: no intervals of correlations.
     of_spots
-        Score → each spot's share in it (n,): the score is their mean.
+        Score → its value in each spot (n,): the score is their mean.
     n_resamples, level, seed
         Resamples, nominal level of the intervals, and seed of the resamples.
 
@@ -61,22 +61,21 @@ def bootstrap_intervals(
 
 
 def _weighted_pcc(measured: NDArray, mean: NDArray, weights: NDArray) -> NDArray[np.float64]:
-    """Pearson correlation (B, G) over spots with weights (B, n); NaN for genes that the resample leaves constant."""
-    nothing = constant_genes(measured)
-    predicted_nothing = constant_genes(mean)
-    # about the whole slide's mean: sums of squares then cancel no digits
+    """Return Pearson correlations (B, G) over spots with weights (B, n); NaN for genes constant in the resample."""
+    constant, predicted_constant = constant_genes(measured), constant_genes(mean)
+    # centred at the mean of the slide, so that differences of sums of squares lose no digits
     measured, mean = measured - measured.mean(axis=0), mean - mean.mean(axis=0)
     first, second = weights @ measured, weights @ mean
     covariance = weights @ (measured * mean) - first * second
     spread = [weights @ values**2 - centre**2 for values, centre in ((measured, first), (mean, second))]
     size = np.sqrt(np.maximum(spread[0], 0.0) * np.maximum(spread[1], 0.0))
     pcc = np.divide(covariance, size, out=np.zeros_like(size), where=size > 1e-12)
-    pcc[:, predicted_nothing] = 0.0
-    return np.where(nothing | (spread[0] <= 1e-12), np.nan, pcc)
+    pcc[:, predicted_constant] = 0.0
+    return np.where(constant | (spread[0] <= 1e-12), np.nan, pcc)
 
 
 def summarise_rows(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Mean and standard deviation of scores over the rows (slides, seeds) of each method.
+    """Return mean and standard deviation of scores over the rows (slides, seeds) of each method.
 
     Parameters
     ----------
@@ -112,10 +111,10 @@ def summarise_rows(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str]) ->
 def paired_wilcoxon(
     rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], reference: str = "hinge"
 ) -> list[dict[str, Any]]:
-    """Wilcoxon signed-rank tests between one method and each other, paired by slide.
+    """Return Wilcoxon signed-rank tests between one method and each other, paired by slide.
 
-    Several rows of one slide and method (seeds) are averaged first: the slide is what varies. With n slides no p
-    can be below 2 / 2^n: four slides cannot give less than 0.125, six are needed for 0.05.
+    Several rows of one slide and method (seeds) are averaged first, because the slide is the unit of replication. With
+    n slides no p can be below 2 / 2^n: four slides cannot give less than 0.125, six are needed for 0.05.
 
     Parameters
     ----------
@@ -133,6 +132,8 @@ def paired_wilcoxon(
         method) and `p` (two-sided, exact where scipy has it; 1 where all differences are 0). Pairs with fewer
         than two common slides are left out.
     """
+    from scipy.stats import wilcoxon
+
     values: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for row in rows:
         for name in metrics:

@@ -10,7 +10,8 @@ split.json         slides and validation spots
 training/          log and checkpoints
 model/             the trained HingeModel and its scheduler
 samples/           draws, one h5ad a slide
-baselines/         denoisers of the generative baselines, where evaluation.baselines names some
+baselines/         what the baselines predict, one npz a slide; models of the generative ones
+scores/            scores of each slide, kept for the next evaluation
 model_index.json   what `HingePipeline.from_pretrained` needs: panel, encoder, sampling defaults
 scores.json, report.html
 """
@@ -70,6 +71,14 @@ class RunPaths:
     def samples(self, slide: str) -> Path:
         """The draws of a slide."""
         return self.folder / "samples" / f"{slide}.h5ad"
+
+    def baseline_predictions(self, slide: str) -> Path:
+        """What the baselines predict of a slide."""
+        return self.folder / "baselines" / f"{slide}.npz"
+
+    def kept_scores(self, slide: str) -> Path:
+        """Scores of a slide's predictions, kept for the next evaluation."""
+        return self.folder / "scores" / f"{slide}.json"
 
     def baseline(self, method: str) -> Path:
         """The folder of a trained generative baseline."""

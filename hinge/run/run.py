@@ -124,13 +124,30 @@ class Run:
 
         return sample_slide(self._inputs, slide, output, draws, steps, seed, batch_size, observed)
 
+    def fit_baselines(self, slides: list[str] | None = None) -> dict[str, Path]:
+        """Fit the baselines on the training slides and predict slides by them; finished predictions are kept.
+
+        Parameters
+        ----------
+        slides
+            Names; None for the test slides.
+
+        Returns
+        -------
+        dict
+            Name of each slide → the file of the predictions.
+        """
+        from hinge.run.baselines import fit_baselines
+
+        return fit_baselines(self._inputs, slides or self.config.data.test)
+
     def evaluate(
         self,
         slides: list[str] | None = None,
         predictions: list[PredictionFiles] | None = None,
         output: Path | None = None,
     ) -> Path:
-        """Score the draws of the test slides, and predictions of other programs, beside the baselines.
+        """Score the draws of the test slides, predictions of other programs and the baselines, which are fitted first.
 
         Parameters
         ----------
@@ -146,9 +163,10 @@ class Run:
         Path
             The file of scores.
         """
-        from hinge.run.evaluation import evaluate_run
+        from hinge.run.evaluation import evaluate_run, slides_to_evaluate
 
-        return evaluate_run(self._inputs, slides, predictions, output)
+        names = slides_to_evaluate(self._inputs, slides, predictions)
+        return evaluate_run(self._inputs, names, self.fit_baselines(names), predictions, output)
 
     def log_likelihoods(self, name: str) -> dict[str, float] | None:
         """Return the log-likelihood of a slide's measured counts on the panel, mean over spots in nats.

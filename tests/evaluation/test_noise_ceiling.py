@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from hinge.data.transforms import get_transform
+from hinge.evaluation.ceiling import noise_ceiling
 from hinge.evaluation.metrics.accuracy import gene_pcc
-from hinge.evaluation.noise_ceiling import noise_ceiling
 from hinge.utils.errors import DataError
 
 

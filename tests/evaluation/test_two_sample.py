@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from hinge.data.transforms import get_transform
+from hinge.evaluation.metrics import two_sample
 from hinge.evaluation.metrics.two_sample import round_to_counts, two_sample_auc
 from hinge.utils.errors import DataError
 
@@ -65,6 +66,13 @@ def test_rounded_draws_are_whole_counts(transform):
     )
     assert (rounded >= 0).all() and np.abs(rounded - measured).mean() < 0.05
     assert two_sample_auc(measured, rounded) < 0.6
+
+
+def test_large_slides_are_tested_on_a_subset(spots, monkeypatch):
+    features, values = spots
+    monkeypatch.setattr(two_sample, "MOST_SPOTS", 100)
+    one, same, other = (two_sample_auc(values[0], values[1:] + 3, features, seed=seed) for seed in (1, 1, 2))
+    assert one == same != other and one > 0.8
 
 
 def test_edges(spots):

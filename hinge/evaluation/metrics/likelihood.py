@@ -1,4 +1,4 @@
-"""Log-likelihoods of measured counts to read a model's beside: the marginal distribution's and the oracle's."""
+"""Reference log-likelihoods of measured counts: of the marginal distribution and of the oracle."""
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ _DEGREES = 5.0  # of freedom of the proposal: heavier tails than the posterior's
 
 
 def marginal_log_likelihood(train_counts: ArrayLike, test_counts: ArrayLike) -> NDArray[np.float64]:
-    """Log-mass of each test spot's counts when every gene has its distribution over the training spots.
+    """Return the log-probability of each test spot's counts if every gene has its distribution over the training spots.
 
-    Genes are independent, and the image is not looked at: what a method adds to this is what it learned. The
+    Genes are independent and the image is not used: the gain of a method over this is what it has learned. The
     distribution of a gene is a Gaussian kernel around its log2(count + 1) in each training spot, rounded to counts; the
     kernel's width is the one with the highest leave-one-out likelihood.
 
@@ -62,11 +62,11 @@ def marginal_log_likelihood(train_counts: ArrayLike, test_counts: ArrayLike) -> 
 
 
 def oracle_log_likelihood(slide: AnnData, spots: SpotTable, n_samples: int = 400, seed: int = 0) -> NDArray[np.float64]:
-    """Log-mass of each simulated spot's counts on the panel given the cells in it: no model of the image has more.
+    """Return the log-probability of each simulated spot's counts given its cells: the bound of models of the image.
 
     Given the hidden activities of programs and library size, h ~ N(0, 1), genes are independent negative binomials (see
-    `hinge.data.simulate.counts`). h is integrated out spot by spot, by importance sampling around its most
-    probable value.
+    `hinge.data.simulate.counts`). h is integrated out by importance sampling around its most
+    probable value in each spot.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def oracle_log_likelihood(slide: AnnData, spots: SpotTable, n_samples: int = 400
     n_samples
         Samples of h for each spot.
     seed
-        Of the samples.
+        Seed of the samples.
 
     Returns
     -------

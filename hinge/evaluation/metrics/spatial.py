@@ -1,23 +1,26 @@
-"""Whether drawn maps are as smooth, and spots as alike, as those of measured tissue."""
+"""Spatial structure of drawn maps against that of the measured ones."""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.sparse import csr_matrix
-from scipy.spatial import KDTree
 
 from hinge.evaluation.metrics.accuracy import as_matrix, constant_genes, gene_pcc
 from hinge.evaluation.metrics.calibration import check_draws
 from hinge.utils.errors import DataError
 
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
 # neighbours lie within this many pitches: the 4 of a square lattice (the next are at 1.41) and the 6 of a
-# hexagonal one (the next are at 1.73), with room for spots that sit a little off their place
+# hexagonal one (the next are at 1.73), with a tolerance for spots that are a little off the lattice
 _REACH = 1.25
 _PIXELS_PER_PITCH = 2  # of the raster that maps are compared on; rows of a hexagonal lattice interleave
 _WINDOW = 7  # pixels a side of the SSIM's window, 3.5 spots
 
 
 def lattice_pitch(coordinates: ArrayLike) -> float:
-    """Distance between neighbouring spots: the median distance to the nearest one, NaN for a single spot.
+    """Return the median distance of a spot to the nearest other one, NaN for a single spot.
 
     Parameters
     ----------
@@ -27,6 +30,8 @@ def lattice_pitch(coordinates: ArrayLike) -> float:
     coordinates = as_matrix(coordinates, "the coordinates")
     if len(coordinates) < 2:
         return float("nan")
+    from scipy.spatial import KDTree
+
     distance = KDTree(coordinates).query(coordinates, k=2)[0][:, 1]
     pitch = float(np.median(distance))
     if pitch <= 0:
@@ -34,8 +39,8 @@ def lattice_pitch(coordinates: ArrayLike) -> float:
     return pitch
 
 
-def neighbour_weights(coordinates: ArrayLike) -> csr_matrix:
-    """Weights between neighbours on the spot lattice, each spot's summing to 1.
+def neighbour_weights(coordinates: ArrayLike) -> "csr_matrix":
+    """Return weights between neighbours on the spot lattice; those of each spot sum to 1.
 
     Parameters
     ----------
@@ -47,6 +52,9 @@ def neighbour_weights(coordinates: ArrayLike) -> csr_matrix:
     csr_matrix
         (n, n): 1 / (number of neighbours) for the spots within 1.25 pitches; an isolated spot's row is empty.
     """
+    from scipy.sparse import csr_matrix
+    from scipy.spatial import KDTree
+
     coordinates = as_matrix(coordinates, "the coordinates")
     n = len(coordinates)
     if n < 2:
@@ -57,8 +65,8 @@ def neighbour_weights(coordinates: ArrayLike) -> csr_matrix:
     return csr_matrix((1.0 / count[rows], (rows, columns)), shape=(n, n))
 
 
-def morans_i(values: ArrayLike, weights: csr_matrix) -> NDArray[np.float64]:
-    """Moran's I of each gene's map: about 0 without spatial pattern, towards 1 for a smooth one.
+def morans_i(values: ArrayLike, weights: "csr_matrix") -> NDArray[np.float64]:
+    """Return Moran's I of each gene's map: about 0 without spatial pattern, towards 1 for a smooth one.
 
     Parameters
     ----------
@@ -75,17 +83,16 @@ def morans_i(values: ArrayLike, weights: csr_matrix) -> NDArray[np.float64]:
     values = as_matrix(values, "the expression")
     if weights.shape != (len(values), len(values)):
         raise DataError(f"weights between {weights.shape[0]} spots do not fit the expression of {len(values)}")
-    constant, total = constant_genes(values), weights.sum()
-    if total == 0:
-        return np.full(values.shape[1], np.nan)
-    values = values - values.mean(axis=0)
-    square = (values**2).sum(axis=0)
-    square[constant] = np.nan
-    return len(values) / total * (values * (weights @ values)).sum(axis=0) / square
+    result, varies = np.full(values.shape[1], np.nan), ~constant_genes(values)
+    if weights.nnz and varies.any():
+        from scanpy.metrics import morans_i as scanpy_morans_i  # scanpy takes seconds to import
+
+        result[varies] = scanpy_morans_i(weights, np.ascontiguousarray(values[:, varies].T))
+    return result
 
 
 def moran_scores(measured: ArrayLike, draws: ArrayLike, coordinates: ArrayLike) -> dict[str, float]:
-    """Compare the spatial autocorrelation of drawn maps with that of the measured ones.
+    """Return the spatial autocorrelation of drawn maps against that of the measured ones.
 
     Parameters
     ----------
@@ -111,7 +118,7 @@ def moran_scores(measured: ArrayLike, draws: ArrayLike, coordinates: ArrayLike) 
         return dict.fromkeys(("measured", "draw", "ratio", "r"), float("nan"))
     drawn = np.mean([np.nan_to_num(morans_i(draw, weights), nan=0.0) for draw in draws], axis=0)
     truth, drawn = truth[known], drawn[known]
-    # of a map without pattern, nothing is a share
+    # a ratio to a map without pattern is not defined
     patterned = truth.mean() > 0
     return {
         "measured": float(truth.mean()),
@@ -122,11 +129,11 @@ def moran_scores(measured: ArrayLike, draws: ArrayLike, coordinates: ArrayLike) 
 
 
 def spot_structure(measured: ArrayLike, draws: ArrayLike) -> float:
-    """Spot-spot structural correlation: are the same spots alike in a draw as on the measured slide?
+    """Return the spot-spot structural correlation (SSC) of draws.
 
-    Pearson correlation, over pairs of different spots, between the spot-spot correlation matrices of the
-    measured slide and of a draw; mean over draws. Each gene's mean over the spots is taken off before spots are
-    correlated over genes, else all spots would be alike in what genes are abundant anywhere.
+    It is the Pearson correlation, over pairs of different spots, between the spot-spot correlation matrices of the
+    measured slide and of a draw, mean over draws. Each gene's mean over the spots is subtracted before spots are
+    correlated over genes; otherwise genes that are abundant everywhere would make all spots similar.
 
     Parameters
     ----------
@@ -139,7 +146,7 @@ def spot_structure(measured: ArrayLike, draws: ArrayLike) -> float:
     -------
     float
         NaN with fewer than three spots or two genes, or where all measured spots are the same. A spot without
-        any variation in a draw goes with none (correlation 0).
+        variation in a draw has correlation 0 with every other spot.
     """
     measured, draws = check_draws(measured, draws)
     n_spots, n_genes = measured.shape
@@ -160,9 +167,9 @@ def spot_structure(measured: ArrayLike, draws: ArrayLike) -> float:
 
 
 def ssim_of_maps(measured: ArrayLike, predicted: ArrayLike, coordinates: ArrayLike) -> float:
-    """Structural similarity (SSIM) of each gene's predicted map to its measured one, mean over genes.
+    """Return the structural similarity (SSIM) of predicted and measured maps, mean over genes.
 
-    Maps are drawn on a raster of half the pitch, each pixel with the value of the nearest spot; the SSIM of a
+    Maps are rasterised at half the pitch, each pixel with the value of the nearest spot; the SSIM of a
     7 x 7 window is averaged over the pixels within the tissue. The data range is the gene's measured one.
 
     Parameters
@@ -180,6 +187,7 @@ def ssim_of_maps(measured: ArrayLike, predicted: ArrayLike, coordinates: ArrayLi
         At most 1. NaN where every gene is constant in the measured slide, or the slide is smaller than the
         window.
     """
+    from scipy.spatial import KDTree
     from skimage.metrics import structural_similarity
 
     measured, predicted = as_matrix(measured, "the measured slide"), np.asarray(predicted, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""How well a slide could be predicted at all, given that its counts are few."""
+"""The noise ceiling: the correlation that counting noise leaves attainable, and the share of it that methods reach."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hinge.data.transforms import get_transform
 from hinge.evaluation.metrics.accuracy import as_matrix, constant_genes, gene_pcc
 from hinge.utils.errors import DataError
 
@@ -17,23 +16,23 @@ _ATTAINABLE = (*_CORRELATIONS, "mse", "mae", "crps", "energy", "variogram")
 
 
 def attained_shares(rows: Sequence[Mapping[str, Any]], training_mean: Mapping[str, float]) -> list[dict[str, Any]]:
-    """How far each method comes on the way from the training mean to what is attainable.
+    """Return the share of the way from the training mean to the attainable score that each method reaches.
 
     Parameters
     ----------
     rows
-        Rows of scores of one slide. Attainable is the score of the row `oracle`, which simulated tissue has; else,
-        for correlations alone, that of the row `noise-ceiling`.
+        Rows of scores of one slide. The attainable scores are those of the row `oracle`, which simulated tissue has;
+        elsewhere, for correlations only, those of the row `noise-ceiling`.
     training_mean
-        Scores of the training mean, taken as a forecast without spread where a score looks at draws. Empty if it
-        was not predicted: then only correlations, which are 0 for it, have a share.
+        Scores of the training mean, as a forecast without spread for scores of draws. Empty if it was not predicted:
+        then only correlations, which are 0 for it, have a share.
 
     Returns
     -------
     list of dict
         One for each row that has such a score, with `slide`, `method`, `transform`, `of` (`oracle` or
         `noise-ceiling`), and score → (score - training mean's) / (attainable - training mean's): 0 for the training
-        mean, 1 at best, but for chance.
+        mean and 1 for the attainable score.
     """
     best = next((row for row in rows if row["method"] == "oracle"), None)
     best = best or next((row for row in rows if row["method"] == CEILING), None)
@@ -57,30 +56,30 @@ def attained_shares(rows: Sequence[Mapping[str, Any]], training_mean: Mapping[st
 def noise_ceiling(
     counts: ArrayLike, library_size: ArrayLike, transform_name: str, *, n_repeats: int = 10, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Correlation that a prediction free of error would reach with the measured values of each gene.
+    """Return the correlation that a prediction without error would have with the measured values of each gene.
 
-    Every count falls into one of two halves by a fair coin, which makes two measurements of the same tissue
-    at half the library size. Both are transformed with the library sizes of their own half. The Pearson correlation r
-    of the halves, mean of `n_repeats` splits, is stepped up to full library size by Spearman-Brown [1]_, 2 r / (1 +
+    Every count goes to one of two halves with probability 1/2, which gives two measurements of the same tissue at half
+    the library size. Both are transformed with the library sizes of their own half. The Pearson correlation r of
+    the halves, mean of `n_repeats` splits, is stepped up to full library size by Spearman-Brown [1]_, 2 r / (1 +
     r); its square root is the correlation of one measurement with the values without counting noise.
 
     Spearman-Brown holds for additive noise; after a logarithm of small counts the ceiling may be off by some
-    hundredths. Only counting noise is taken into account. A spot's own library size is in both halves and so counts
-    as signal: it makes up much of the ceiling of `log2p1`.
+    hundredths. Only counting noise is considered. The library size of a spot is the same in both halves and therefore
+    counts as signal: it accounts for much of the ceiling of `log2p1`.
 
     Parameters
     ----------
     counts
         Raw counts (n, G) of the panel.
     library_size
-        Counts (n,) over all genes of the slide. What is not in the panel is split too, so that the halves'
-        library sizes are as noisy as they would be.
+        Counts (n,) over all genes of the slide. Counts outside the panel are split too, so that the library sizes of
+        the halves have counting noise.
     transform_name
         As `hinge.data.get_transform` takes it.
     n_repeats
-        Splits to average.
+        Number of splits to average.
     seed
-        Of the splits.
+        Seed of the splits.
 
     Returns
     -------
@@ -96,6 +95,8 @@ def noise_ceiling(
     ----------
     .. [1] Spearman, "Correlation calculated from faulty data", British Journal of Psychology 3, 1910.
     """
+    from hinge.data.transforms import get_transform
+
     counts = as_matrix(counts, "the counts")
     library_size = as_matrix(np.atleast_2d(np.asarray(library_size)), "the library sizes")[0]
     if library_size.shape != counts.shape[:1]:
@@ -116,7 +117,7 @@ def noise_ceiling(
         half_library_size = half.sum(axis=1) + generator.binomial(rest, 0.5)
         first = transform.forward(half, half_library_size)
         second = transform.forward(counts - half, library_size - half_library_size)
-        # a gene so rare that one half has none of it: that half says nothing of the other
+        # a gene without counts in one half has correlation 0
         correlation += np.nan_to_num(gene_pcc(first, second), nan=0.0)
     correlation = np.clip(correlation / n_repeats, 0.0, 1.0)
     ceiling = np.sqrt(2.0 * correlation / (1.0 + correlation))

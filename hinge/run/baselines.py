@@ -1,0 +1,151 @@
+"""The baseline stage: fit what a model is compared with, and keep its predictions with the run."""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from hinge.data.draws import read_draws
+from hinge.data.spots import SpotTable
+from hinge.evaluation.baselines import BASELINES_VERSION, baseline_predictions
+from hinge.evaluation.kept import PredictionStore, digest_of
+from hinge.evaluation.names import BASELINES, GENERATIVE_BASELINES
+from hinge.evaluation.predictions import Prediction
+from hinge.run.preparation import Preparation, spot_names
+from hinge.utils.errors import DataError
+from hinge.utils.files import file_digest
+from hinge.utils.locks import lock_folder
+from hinge.utils.memory import with_less_memory
+
+logger = logging.getLogger(__name__)
+
+
+def fit_baselines(inputs: Preparation, slides: Sequence[str]) -> dict[str, Path]:
+    """Fit the baselines of the configuration and write what they predict of slides; what is finished is kept.
+
+    A prediction is kept with a digest of everything it was made from, and made again if that has changed.
+
+    Parameters
+    ----------
+    inputs
+        The run.
+    slides
+        Names of the slides to predict.
+
+    Returns
+    -------
+    dict
+        Name of each slide → its file, see `hinge.evaluation.kept.PredictionStore`. A slide that cannot be read has
+        none, unless it is the only one, which is an error.
+    """
+    methods = inputs.config.evaluation.baselines
+    train = inputs.spots(inputs.config.data.train) if methods else None
+    files = {}
+    for name in slides:
+        try:
+            test = inputs.spots([name])
+        except DataError:
+            if len(slides) == 1:
+                raise
+            continue  # the evaluation reports it
+        files[name] = inputs.paths.baseline_predictions(name)
+        if train is not None:
+            _fit_of_slide(inputs, name, train, test, PredictionStore(files[name]))
+    return files
+
+
+def _fit_of_slide(inputs: Preparation, name: str, train: SpotTable, test: SpotTable, store: PredictionStore) -> None:
+    """Add to `store` the predictions of a slide that are missing or outdated."""
+    config, path = inputs.config, inputs.paths.samples(name)
+    methods, num_draws = config.evaluation.baselines, config.sampling.draws
+    if path.exists():
+        num_draws = int(read_draws(path).uns["hinge"]["draws"])
+    arrays = {
+        "train_slide": np.asarray(train.slide, dtype=np.str_),
+        "train_coords": train.coords,
+        "train_features": train.features[:, 0],
+        "train_values": train.values,
+        "test_features": test.features[:, 0],
+    }
+    made_from = digest_of(arrays, BASELINES_VERSION, num_draws, config.seed)
+    digests = {method: made_from for method in BASELINES if method in methods}
+    missing = [method for method in digests if store.digest(method) != made_from]
+    if missing:
+        logger.info("fitting baselines: %s (%s)", ", ".join(missing), name)
+        for prediction in baseline_predictions(train, test, missing, n_draws=num_draws, seed=config.seed):
+            store.put(prediction, made_from)
+    for method in (method for method in methods if method in GENERATIVE_BASELINES):
+        model = _train_generative(inputs, method, train)
+        of_model = [(file.name, file_digest(file)) for file in sorted(model.glob("*.*"))]
+        settings = (num_draws, config.sampling.seed, config.sampling.precision, spot_names(test))
+        digest = digest_of({"features": test.features[:, 0]}, BASELINES_VERSION, of_model, *settings)
+        if store.digest(method) != digest:
+            logger.info("drawing from baseline: %s (%s)", method, name)
+            store.put(_draw_generative(inputs, method, model, test, num_draws), digest)
+            missing.append(method)
+    if missing:
+        store.save()
+        logger.info("wrote %s", store.path)
+
+
+def _train_generative(inputs: Preparation, method: str, train: SpotTable) -> Path:
+    """Train the model of a generative baseline, unless it is finished; return its folder."""
+    from hinge.models import HingeModel
+
+    folder, config, settings = inputs.paths.baseline(method), inputs.config, inputs.config.backbone
+    if (folder / "model" / HingeModel.config_name).exists():
+        return folder / "model"
+    import torch
+
+    from hinge.diffusion.gaussian import Denoiser, NoiseSchedule
+    from hinge.training import train_denoiser
+
+    logger.info("fitting baselines: %s (trains a model)", method)
+    backbone = inputs.backbone()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = HingeModel.from_backbone(
+            backbone,
+            train.features.shape[2],
+            train.values.shape[1],
+            head="point",
+            tuning=settings.tuning,
+            lora_rank=settings.lora_rank,
+            **config.model.model_dump(exclude={"head", "library_size"}),
+        )
+    model.cast_backbone(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
+    denoiser = Denoiser(model, NoiseSchedule(method), inputs.gene_ids(backbone), torch.from_numpy(train.values))
+    with lock_folder(folder):
+        train_denoiser(denoiser, train, config.training, folder / "training", seed=config.seed)
+        denoiser.save_pretrained(folder / "model")
+    logger.info("wrote %s", folder / "model")
+    return folder / "model"
+
+
+def _draw_generative(inputs: Preparation, method: str, model: Path, test: SpotTable, num_draws: int) -> Prediction:
+    """Return the draws of a generative baseline, and as its mean theirs."""
+    import torch
+
+    from hinge.diffusion.gaussian import Denoiser, draw_gaussian
+    from hinge.training.loop import make_accelerator
+
+    config, settings = inputs.config, inputs.config.sampling
+    denoiser = Denoiser.from_pretrained(model, inputs.backbone())
+    denoiser.model.backbone.to(torch.bfloat16 if settings.precision == "bf16" else torch.float32)
+    denoiser = denoiser.to(make_accelerator(config.training).device).eval()
+    device = denoiser.mean.device
+    draw = partial(
+        draw_gaussian,
+        denoiser,
+        denoiser.schedule,
+        torch.from_numpy(np.asarray(test.features[:, 0], dtype=np.float32)).to(device),
+        spot_names(test),
+        test.values.shape[1],
+        num_draws=num_draws,
+        seed=settings.seed,
+    )
+    draws, _ = with_less_memory(settings.batch_size, lambda size: draw(batch_size=size))
+    values = denoiser.expression(torch.from_numpy(draws).to(device)).clamp_min(0).cpu().numpy()
+    return Prediction(method, mean=values.mean(axis=0, dtype=np.float64), draws=values)
