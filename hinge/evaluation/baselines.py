@@ -11,7 +11,7 @@ from hinge.evaluation.metrics.accuracy import as_matrix
 from hinge.evaluation.metrics.coexpression import correlation_matrix
 from hinge.evaluation.names import BASELINES, DEFAULT_BASELINES, DEFAULT_DRAWS
 from hinge.evaluation.predictions import Prediction
-from hinge.evaluation.ridge import MAXMAX_FOLDS
+from hinge.evaluation.ridge import MAX_FOLDS, fit_ridge
 from hinge.utils.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
