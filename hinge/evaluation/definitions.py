@@ -1,11 +1,11 @@
-"""What each score means: the columns of a table of scores."""
+"""Definitions of the scores: the columns of a table of scores."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a score means. `better` is "higher", "lower" or "nearest <x>"."""
+    """Definition of a score. `better` is "higher", "lower" or "nearest <x>"."""
 
     label: str
     definition: str
@@ -13,40 +13,40 @@ class Metric:
     better: str
 
 
-_OF_GENE = "Pearson correlation over spots between measured values and predicted mean,"
-_BEST = (
-    _OF_GENE + " mean of the {0} genes where it is highest (of all genes where there are fewer). Genes constant in "
+_GENE_PCC = "Pearson correlation over spots between measured values and predicted mean,"
+_TOP_GENES = (
+    _GENE_PCC + " mean of the {0} genes where it is highest (of all genes where there are fewer). Genes constant in "
     "the measured slide are left out; genes predicted constant count 0."
 )
 _PAIRS = (
     "over pairs of different genes that vary in the measured slide; pairs with a gene predicted constant "
     "count as correlation 0"
 )
-_EACH_DRAW = "scored for each draw by itself, mean over draws; for a method that gives only a matrix, of it"
+_EACH_DRAW = "mean over the scores of the single draws; for a method that gives only a matrix, the score of the matrix"
 _COVERED = (
     "Share of measured values within the central {0} % of the draws: by rank among the draws, with ties and "
     "the gaps between neighbouring draws split evenly, so that calibrated draws of any number get {1}. Null "
     "with fewer than {2} draws."
 )
-_TOLD = (
-    "Area under the ROC curve of gradient boosting that tells drawn from measured spots by {0} in five-fold "
-    "cross-validation, both versions of a spot in the same fold; mean over the first two draws. Null with fewer "
-    "than 10 spots."
+_CLASSIFIER = (
+    "Area under the ROC curve of gradient boosting that classifies spots as drawn or measured by {0} in five-fold "
+    "cross-validation, both versions of a spot in the same fold; mean over the first two draws. Of more than 2,000 "
+    "spots a random 2,000 are used. Null with fewer than 10 spots."
 )
 
 METRICS: dict[str, Metric] = {
-    "pcc_10": Metric("PCC-10", _BEST.format(10), "correlation", "higher"),
-    "pcc_50": Metric("PCC-50", _BEST.format(50), "correlation", "higher"),
-    "pcc_200": Metric("PCC-200", _BEST.format(200), "correlation", "higher"),
+    "pcc_10": Metric("PCC-10", _TOP_GENES.format(10), "correlation", "higher"),
+    "pcc_50": Metric("PCC-50", _TOP_GENES.format(50), "correlation", "higher"),
+    "pcc_200": Metric("PCC-200", _TOP_GENES.format(200), "correlation", "higher"),
     "pcc_mean": Metric(
         "mean PCC",
-        f"{_OF_GENE} mean of all genes that vary in the measured slide.",
+        f"{_GENE_PCC} mean of all genes that vary in the measured slide.",
         "correlation",
         "higher",
     ),
     "pcc_hvg50": Metric(
         "PCC HVG-50",
-        f"{_OF_GENE} mean of the 50 genes of largest measured variance.",
+        f"{_GENE_PCC} mean of the 50 genes of largest measured variance.",
         "correlation",
         "higher",
     ),
@@ -135,17 +135,17 @@ METRICS: dict[str, Metric] = {
         "share",
         "lower",
     ),
-    "c2st_auc": Metric("C2ST AUC", _TOLD.format("expression"), "AUC", "nearest 0.5"),
+    "c2st_auc": Metric("C2ST AUC", _CLASSIFIER.format("expression"), "AUC", "nearest 0.5"),
     "c2st_counts_auc": Metric(
         "C2ST AUC (counts)",
-        _TOLD.format(
+        _CLASSIFIER.format(
             "expression, drawn values rounded to the nearest whole count at the spot's measured library size,"
         ),
         "AUC",
         "nearest 0.5",
     ),
     "c2st_features_auc": Metric(
-        "C2ST AUC (features)", _TOLD.format("expression and histology features"), "AUC", "nearest 0.5"
+        "C2ST AUC (features)", _CLASSIFIER.format("expression and histology features"), "AUC", "nearest 0.5"
     ),
     "modules_within_rmse": Metric(
         "modules within",
@@ -194,4 +194,4 @@ METRICS: dict[str, Metric] = {
         "higher",
     ),
 }
-"""What each score of a row means, in the order of the columns."""
+"""Definition of each score of a row, in the order of the columns."""

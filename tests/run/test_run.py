@@ -142,9 +142,26 @@ def test_the_folder_holds_what_is_needed_to_understand_the_run(finished):
         "model/scheduler_config.json",
         "model/diffusion_pytorch_model.safetensors",
         "samples/sim2.h5ad",
+        "baselines/sim2.npz",
+        "scores/sim2.json",
         "scores.json",
         "report.html",
     }
+
+
+def test_evaluating_again_fits_no_baseline(copied, caplog):
+    before, scores = files(copied.folder), copied.paths.scores.read_bytes()
+    caplog.set_level("INFO", logger="hinge")
+    copied.evaluate()
+    assert "fitting baselines" not in caplog.text
+    kept = {"baselines/sim2.npz", "scores/sim2.json"}
+    assert {name: files(copied.folder)[name] for name in kept} == {name: before[name] for name in kept}
+    assert copied.paths.scores.read_bytes() == scores
+    # draws of another number are compared with as many of the baselines
+    copied.sample("sim2", draws=2)
+    copied.evaluate()
+    assert "fitting baselines: " in caplog.text
+    assert {row["n_draws"] for row in json.loads(copied.paths.scores.read_text())["rows"]} == {0, 2}
 
 
 def test_the_records_say_what_was_done(finished, slides):
