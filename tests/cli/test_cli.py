@@ -249,6 +249,7 @@ def test_the_training_script_from_inside_its_folder(trained, config):
     assert (done.returncode, done.stdout) == (0, f"model: {trained / 'model'}\n"), done.stderr
 
 
+@pytest.mark.full
 def test_training_on_two_processes_does_what_one_process_does(trained, config, call_cli, tmp_path):
     code, out, _ = call_cli("train", "--config", config, f"output={tmp_path / 'one'}")
     assert (code, out) == (0, f"model: {tmp_path / 'one' / 'model'}\n")

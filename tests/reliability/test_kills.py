@@ -402,7 +402,6 @@ def check_features(server, slides: Path, tmp_path: Path, kills: int, seed: int) 
     return {"kills": kills, "encoded_again": encoded - 36}
 
 
-@pytest.mark.full
 def test_feature_extraction_is_killed(server, slides, tmp_path):
     assert check_features(server, slides, tmp_path, kills=5, seed=3)["kills"] == 5
 
@@ -426,6 +425,7 @@ def check_sampling(server, trained: Path, tmp_path: Path, kills: int, seed: int)
     return {"kills": kills, "parts": len(parts)}
 
 
+@pytest.mark.full
 def test_sampling_is_killed(server, trained, tmp_path):
     assert check_sampling(server, trained, tmp_path, kills=5, seed=4)["parts"] == 18
 

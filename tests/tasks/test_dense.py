@@ -184,6 +184,7 @@ def test_draws_on_a_grid_use_the_precision_of_the_run(folder):
     assert predictor.about["precision"] == "bf16"
 
 
+@pytest.mark.full
 def test_an_image_alone_and_a_tuned_encoder(folder, tmp_path):
     """A fold of finetune-encoder maps a biopsy that is an image on glass."""
     config = finetune_config(tune="all", epochs=1, batch_size=32)

@@ -275,6 +275,7 @@ def test_leiden_without_igraph(monkeypatch):
         cluster(np.eye(9), "leiden", None, 1.0, 0)
 
 
+@pytest.mark.full
 @pytest.mark.real
 def test_her2st(her2st, tmp_path):
     """Epithelial cells and expression clusters are in the stain: sane, not best."""

@@ -106,6 +106,7 @@ def test_every_row_comes_once_an_epoch():
     assert not np.array_equal(rows, np.concatenate([batch_rows(0, step, 23, 5) for step in range(5, 10)]))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_trackers_write_into_the_folder(tmp_path, monkeypatch, tracker):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -220,6 +221,7 @@ def launch(script, processes: int, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.full
 def test_two_processes_equal_one(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
