@@ -11,7 +11,9 @@ import numpy as np
 
 def main(path: str) -> None:
     draws = anndata.read_h5ad(path)
-    values = np.stack([draws.layers[name] for name in draws.layers if name.startswith("draw_")])  # draws, spots, genes
+    values = np.stack(
+        [draws.layers[name] for name in draws.layers if name and name.startswith("draw_")]
+    )  # draws, spots, genes
     variable = np.argsort(values.mean(axis=0).std(axis=0))[::-1]
     first, second = (draws.var_names[i] for i in variable[:2])
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
@@ -40,12 +41,30 @@ app = typer.Typer(
     help="Spatial gene expression from histology: draws of every spot's expression from an H&E slide.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # as markup, the "[default: …]" of a help text would be lost
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from hinge import __version__
+
+        print(f"hinge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 def _group(name: str, help: str) -> typer.Typer:
-    group = typer.Typer(help=help, no_args_is_help=True)
+    group = typer.Typer(help=help, no_args_is_help=True, rich_markup_mode=None)
     app.add_typer(group, name=name)
     return group
 
@@ -53,8 +72,8 @@ def _group(name: str, help: str) -> typer.Typer:
 def _register() -> None:
     """Name the commands, in the order in which the help lists them."""
     download = _group("download", "Download slides and runs.")
-    convert = _group("convert", "Published weights into ours, and a trained model into the authors' format.")
-    probe = _group("probe", "What an encoder's features tell of spots, slides held out.")
+    convert = _group("convert", "Convert published weights to hinge's format, and a trained model to the authors'.")
+    probe = _group("probe", "Test what an encoder's features predict, on held-out slides.")
     commands: dict[str, Callable[..., None]] = {
         "demo": experiments.demo,
         "run": training.run,

@@ -54,7 +54,7 @@ def doctor(
         Path | None, typer.Argument(help="A run, or where backbones may lie.  [default: here]", show_default=False)
     ] = None,
 ) -> None:
-    """Tell versions, devices, memory, network, which encoders and backbones are at hand, and batch sizes that fit.
+    """Show versions, devices, memory, network, available encoders and backbones, and batch sizes that fit.
 
     Example: hinge doctor runs/her2st
     """

@@ -117,13 +117,13 @@ def _network() -> list[tuple[str, str]]:
 
 
 def _encoders() -> list[tuple[str, str]]:
-    found = [("stain-texture", "at hand, needs no weights")]
+    found = [("stain-texture", "available, needs no weights")]
     for name, recipe in RECIPES.items():
         cached = recipe.repo and huggingface_hub.try_to_load_from_cache(recipe.repo, recipe.file)
         if recipe.packaged is not None:
-            found.append((name, "at hand, its weights lie in the package"))
+            found.append((name, "available, its weights are part of the package"))
         elif isinstance(cached, str):
-            found.append((name, "at hand, in the hub cache"))
+            found.append((name, "available, in the hub cache"))
         elif recipe.repo is None:
             found.append((name, f"give the file: {name}@{recipe.file} of {recipe.page}"))
         else:

@@ -93,7 +93,7 @@ def probe_tumour(
     raw: RawFeatures = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Tell tumour from the rest by linear probe, nearest neighbours and prototypes, each slide held out in turn.
+    """Classify tumour spots by linear probe, nearest neighbours and prototypes, each slide held out in turn.
 
     Example: hinge probe tumour her2st --sample C2 --sample C3 --labels 'annotations/{slide}.tsv' --column label
     --positive 'invasive cancer' --encoder stain-texture --output probe

@@ -71,7 +71,7 @@ def pretrain_histology(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Train HINGE: panel, features, backbone (pre-trained if need be) and the conditioning path.
+    """Train HINGE: panel, features, backbone (pre-trained if need be) and the conditioning layers.
 
     Example: hinge train --config configs/her2st.yaml training.epochs=10. On several devices:
     accelerate launch scripts/train.py --config configs/her2st.yaml

@@ -92,7 +92,7 @@ class Preparation:
             facts = self.training_grid()
         pitch, diameter = (positive_length(facts, key) for key in _GRID)
         if math.isnan(pitch):
-            raise DataError(f"the training slides of {self.paths.folder} do not tell the distance between their spots")
+            raise DataError(f"the training slides of {self.paths.folder} have no spot pitch")
         return pitch, pitch / 2 if math.isnan(diameter) else diameter
 
     def training_grid(self) -> dict[str, float]:

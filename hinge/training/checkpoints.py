@@ -78,7 +78,7 @@ def save_checkpoint(path: Path, trained: TrainedState, progress: Progress) -> No
         metadata["ema_step"] = trained.ema.optimization_step
     if trained.carried is not None:
         tensors |= {f"carried.{name}": tensor for name, tensor in trained.carried.state_dict().items()}
-    _write(path, tensors, metadata)
+    write_tensors(path, tensors, metadata)
 
 
 def load_checkpoint(path: Path, trained: TrainedState, total: int) -> Progress:
@@ -98,7 +98,7 @@ def load_checkpoint(path: Path, trained: TrainedState, total: int) -> Progress:
     DataError
         The checkpoint is damaged, or of another model.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_tensors(path)
     parameters, optimizer = trained.parameters, trained.optimizer
     if {f"model.{name}" for name in parameters} != {name for name in tensors if name.startswith("model.")}:
         raise DataError(f"{path} is the checkpoint of another model; choose another output folder")
@@ -134,24 +134,26 @@ def save_best(path: Path, trained: TrainedState, progress: Progress) -> None:
     """Write the current weights, those of the moving average where there is one."""
     values = trained.ema.shadow_params if trained.ema is not None else trained.parameters.values()
     tensors = {f"model.{name}": value.detach() for name, value in zip(trained.parameters, values, strict=True)}
-    _write(path, tensors, {"best_step": progress.best_step, "best_score": progress.best_score})
+    write_tensors(path, tensors, {"best_step": progress.best_step, "best_score": progress.best_score})
 
 
 def load_best(path: Path, trained: TrainedState) -> None:
     """Set the parameters to what `save_best` wrote."""
-    tensors, _ = _read(path)
+    tensors, _ = read_tensors(path)
     with torch.no_grad():
         for name, parameter in trained.parameters.items():
             parameter.copy_(tensors[f"model.{name}"])
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors and metadata as one safetensors file."""
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"state": json.dumps(metadata)})
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the metadata that `write_tensors` wrote; a DataError if the file is another."""
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118

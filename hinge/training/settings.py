@@ -54,7 +54,7 @@ class LoopConfig(BaseModel):
 
 
 class TrainingConfig(LoopConfig):
-    """Training of the conditioning path and the value head."""
+    """Training of the conditioning layers and the value head."""
 
     epochs: int | None = Field(40, ge=1, description="a number of passes over the training rows; null with steps")
     learning_rate: float = Field(1e-3, gt=0, description="the largest learning rate, a number above 0")

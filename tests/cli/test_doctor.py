@@ -37,7 +37,7 @@ def test_what_is_told(tmp_path, monkeypatch):
     )
     told = {section: dict(facts) for section, facts in doctor.diagnose(tmp_path).items()}
     assert told["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert told["encoders"]["uni"] == "at hand, in the hub cache" and "hf download" in told["encoders"]["virchow2"]
+    assert told["encoders"]["uni"] == "available, in the hub cache" and "hf download" in told["encoders"]["virchow2"]
     assert told["encoders"].keys() == {"stain-texture", *RECIPES}
     assert told["backbones"] == {str(tmp_path / "mine" / "backbone"): "16 wide, 2 layers, 10 genes"}
     assert "cannot be reached" in told["network"]["Hugging Face Hub"]

@@ -97,7 +97,7 @@ def test_gates_are_judged_by_their_biases(parity, tmp_path):
         if gate:
             assert import_hinge(changed, num_attention_heads=4).model.config.gate == gate
         else:
-            with pytest.raises(ConfigError, match=r"median 2\.00"):
+            with pytest.raises(ConfigError, match=r"median of its biases is 2\.00"):
                 import_hinge(changed, num_attention_heads=4)
 
 

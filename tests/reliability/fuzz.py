@@ -82,7 +82,7 @@ from hinge.run.run import Run
 from hinge.sharing.export import _read_metadata
 from hinge.tasks.folds import slide_groups
 from hinge.tasks.labels import read_labels
-from hinge.training.loop import _read_tensors, _write_tensors
+from hinge.training.checkpoints import read_tensors, write_tensors
 from hinge.utils.errors import HingeError
 from hinge.utils.files import read_json, write_json
 
@@ -311,7 +311,7 @@ def make_published(folder: Path) -> None:
 
 
 def make_checkpoint(folder: Path) -> None:
-    _write_tensors(folder / "step.safetensors", state(), {"step": 3, "best_score": 0.5})
+    write_tensors(folder / "step.safetensors", state(), {"step": 3, "best_score": 0.5})
 
 
 def make_timm(folder: Path) -> None:
@@ -591,7 +591,7 @@ TARGETS: dict[str, Target] = {
     "backbone": Target(make_backbone, lambda f: CellFMModel.from_pretrained(f / "backbone"), ("backbone/*",)),
     "model": Target(make_model, lambda f: HingeModel.from_pretrained(f / "model"), ("model/*",)),
     "timm": Target(make_timm, lambda f: load_encoder(str(f)), ("*",), 0.5),
-    "checkpoint": Target(make_checkpoint, lambda f: _read_tensors(f / "step.safetensors"), ("step.safetensors",)),
+    "checkpoint": Target(make_checkpoint, lambda f: read_tensors(f / "step.safetensors"), ("step.safetensors",)),
     "config": Target(make_config, lambda f: load_config(f / "run.yaml"), ("run.yaml",), 2),
     "grid": Target(make_grid, lambda f: load_grid(f / "grid.yaml"), ("grid.yaml",)),
     "terms": Target(make_terms, lambda f: _read_metadata(f / "terms.yaml"), ("terms.yaml",)),
