@@ -345,7 +345,9 @@ def _of_training_mean(measured: NDArray, predictions: Sequence[Prediction]) -> d
     """Return the scores of the training mean, also as a forecast without spread; empty if it was not predicted."""
     for prediction in predictions:
         if prediction.method == "mean":
-            draws = np.stack([prediction.mean] * 2)
-            drawn = {key: float(values.mean()) for key, values in _draws_of_spots(measured, draws).items()}
-            return mean_scores(measured, prediction.mean) | {key: drawn[key] for key in ("crps", "energy", "variogram")}
+            scores = mean_scores(measured, prediction.mean)
+            # without spread, the energy score is the norm of the error and the CRPS its absolute value
+            energy = np.linalg.norm(np.asarray(prediction.mean, dtype=np.float64) - measured, axis=1).mean()
+            variogram = variogram_score(measured, np.stack([prediction.mean] * 2)).mean()
+            return scores | {"crps": scores["mae"], "energy": float(energy), "variogram": float(variogram)}
     return {}

@@ -17,7 +17,6 @@ from hinge.run.preparation import Preparation, spot_names
 from hinge.utils.errors import DataError
 from hinge.utils.files import file_digest
 from hinge.utils.locks import lock_folder
-from hinge.utils.memory import with_less_memory
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +91,13 @@ def _fit_of_slide(inputs: Preparation, name: str, train: SpotTable, test: SpotTa
 
 def _train_generative(inputs: Preparation, method: str, train: SpotTable) -> Path:
     """Train the model of a generative baseline, unless it is finished; return its folder."""
-    from hinge.models import HingeModel
-
     folder, config, settings = inputs.paths.baseline(method), inputs.config, inputs.config.backbone
-    if (folder / "model" / HingeModel.config_name).exists():
+    if (folder / "model" / "config.json").exists():
         return folder / "model"
     import torch
 
     from hinge.diffusion.gaussian import Denoiser, NoiseSchedule
+    from hinge.models import HingeModel
     from hinge.training import train_denoiser
 
     logger.info("fitting baselines: %s (trains a model)", method)
@@ -130,6 +128,7 @@ def _draw_generative(inputs: Preparation, method: str, model: Path, test: SpotTa
 
     from hinge.diffusion.gaussian import Denoiser, draw_gaussian
     from hinge.training.loop import make_accelerator
+    from hinge.utils.memory import with_less_memory
 
     config, settings = inputs.config, inputs.config.sampling
     denoiser = Denoiser.from_pretrained(model, inputs.backbone())

@@ -8,19 +8,14 @@ from hinge.data.draws import read_draws
 from hinge.data.panel import read_panel
 from hinge.data.readers import read_slide
 from hinge.data.spots import SpotTable, load_spots
-from hinge.diffusion.likelihood import chain_log_likelihood
 from hinge.evaluation.kept import PredictionStore
 from hinge.evaluation.metrics.gene_sets import read_gene_sets
-from hinge.evaluation.metrics.likelihood import marginal_log_likelihood, oracle_log_likelihood
 from hinge.evaluation.names import BASELINES, GENERATIVE_BASELINES
 from hinge.evaluation.oracle import oracle_prediction
 from hinge.evaluation.predictions import Prediction, PredictionFiles, prediction_from_draws, read_prediction
 from hinge.evaluation.scores import evaluate_slide
 from hinge.evaluation.tables import write_scores
-from hinge.models.heads import COUNT_HEADS
 from hinge.run.preparation import Preparation, spot_names
-from hinge.run.sampling import load_pipeline
-from hinge.training.loop import make_accelerator
 from hinge.utils.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -108,6 +103,12 @@ def _predictions(
 
 def log_likelihoods(inputs: Preparation, name: str) -> dict[str, float] | None:
     """Return mean log-likelihoods of a slide's counts; see `Run.log_likelihoods`."""
+    from hinge.diffusion.likelihood import chain_log_likelihood
+    from hinge.evaluation.metrics.likelihood import marginal_log_likelihood, oracle_log_likelihood
+    from hinge.models.options import COUNT_HEADS
+    from hinge.run.sampling import load_pipeline
+    from hinge.training.loop import make_accelerator
+
     config = inputs.config
     if config.model.head not in COUNT_HEADS:
         return None
