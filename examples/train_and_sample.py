@@ -33,9 +33,8 @@ def main(output: Path) -> None:
     pipe = hinge.HingePipeline.from_pretrained(run.folder)
     slide = hinge.read_slide(output / "slides", "sim2")
     draws = pipe(slide, num_draws=10, seed=0)
-    print(
-        f"{draws.n_obs} spots, {draws.n_vars} genes; layers: {', '.join([name for name in draws.layers if name][:4])}, …"
-    )
+    layers = [name for name in draws.layers if name]
+    print(f"{draws.n_obs} spots, {draws.n_vars} genes; layers: {', '.join(layers[:4])}, …")
 
     run.sample("sim2")  # the same draws, as a file of the run
     scores = json.loads(Path(hinge.evaluate(run)).read_text())

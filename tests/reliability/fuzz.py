@@ -78,6 +78,7 @@ from hinge.evaluation.metrics.gene_sets import read_gene_sets
 from hinge.evaluation.predictions import PredictionFiles, read_prediction
 from hinge.experiments.grid import load_grid
 from hinge.models import HingeModel
+from hinge.run.genes import GeneMatcher
 from hinge.run.run import Run
 from hinge.sharing.export import _read_metadata
 from hinge.tasks.folds import slide_groups
@@ -541,7 +542,8 @@ def read_all_features(folder: Path) -> None:
 
 def read_a_run(folder: Path) -> None:
     run = Run.open(folder / "run")
-    each(run.panel, run.spot_grid, run.pipeline, lambda: run.vocabulary)
+    matcher = GeneMatcher(run.config.backbone, run.paths.backbone)
+    each(run.panel, run.spot_grid, run.pipeline, lambda: matcher.vocabulary)
 
 
 @dataclasses.dataclass(frozen=True)
