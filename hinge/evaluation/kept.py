@@ -91,7 +91,7 @@ class PredictionStore:
     def save(self) -> None:
         """Write the file."""
         with atomic_path(self.path) as temporary:
-            np.savez(temporary, **self._arrays)
+            np.savez(temporary, **self._arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
 
 
 class ScoreStore:

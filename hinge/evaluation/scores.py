@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -299,9 +300,7 @@ def evaluate_slide(
     store = ScoreStore(kept, truth_digest(test, sets, n_resamples, seed))
     rows, details = [], []
     for prediction in tqdm(everything, desc=f"scoring {name}", disable=None):
-        scores, detail = store.get(
-            prediction, lambda one=prediction: _scores_and_detail(test, one, sets, n_resamples, seed)
-        )
+        scores, detail = store.get(prediction, partial(_scores_and_detail, test, prediction, sets, n_resamples, seed))
         drawn = 0 if prediction.draws is None else len(prediction.draws)
         rows.append({"slide": name, "method": prediction.method, **about, "n_draws": drawn, **scores})
         if detail:
