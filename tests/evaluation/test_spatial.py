@@ -50,6 +50,15 @@ def test_morans_i_is_that_of_squidpy():
     np.testing.assert_allclose(morans_i(values, neighbour_weights(SQUARE)), expected, rtol=1e-6)
 
 
+def test_morans_i_is_that_of_scanpy():
+    from scanpy.metrics import morans_i as expected
+
+    coordinates = np.concatenate([HEXAGONAL, [[9000.0, 9000.0]]])  # one spot without neighbours
+    values = np.random.default_rng(0).normal(size=(121, 4)) + np.arange(121)[:, None] / 40
+    weights = neighbour_weights(coordinates)
+    np.testing.assert_allclose(morans_i(values, weights), expected(weights, np.ascontiguousarray(values.T)), rtol=1e-6)
+
+
 def test_morans_i_is_the_formula_where_spots_are_alone():
     coordinates = np.concatenate([SQUARE, [[9000.0, 9000.0]]])
     values = np.random.default_rng(0).normal(size=(121, 2))
