@@ -138,7 +138,3 @@ def main() -> None:
     except OSError as error:  # a full disk, a folder in place of a file, no permission
         print("hinge:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers import ROOT
+from helpers.runs import tiny_settings
 from safetensors.torch import load_file
 
 from hinge.backbones import CellFMModel
@@ -60,25 +61,7 @@ def slides(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def config(slides, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "tiny.yaml"
-    content = {
-        "output": "tiny",
-        "data": {
-            "path": str(slides),
-            "train": ["sim0", "sim1"],
-            "test": ["sim2"],
-            "pretrain": ["sim10", "sim11"],
-        },
-        "panel": {"genes": 20},
-        "backbone": {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_value_bins": 8,
-            "pretrain": {"steps": 6, "batch_size": 16},
-        },
-        "training": {"epochs": None, "steps": 6, "batch_size": 16},
-        "sampling": {"draws": 3, "steps": 4},
-    }
+    content = tiny_settings(slides, Path("tiny"))
     path.write_text(yaml.safe_dump(content))
     return path
 

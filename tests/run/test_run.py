@@ -11,7 +11,7 @@ import anndata as ad
 import h5py
 import numpy as np
 import pytest
-from helpers.runs import finish
+from helpers.runs import finish, tiny_settings
 from safetensors.torch import load_file, save_file
 
 from hinge.backbones import CellFMModel
@@ -58,34 +58,8 @@ def slides(tmp_path_factory) -> Path:
     return folder
 
 
-def settings(slides: Path, output: Path, **changes) -> dict:
-    content = {
-        "output": str(output),
-        "data": {
-            "path": str(slides),
-            "train": ["sim0", "sim1"],
-            "test": ["sim2"],
-            "pretrain": ["sim10", "sim11"],
-        },
-        "panel": {"genes": 20},
-        "backbone": {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_value_bins": 8,
-            "pretrain": {"steps": 6, "batch_size": 16},
-        },
-        "training": {"epochs": None, "steps": 6, "batch_size": 16},
-        "sampling": {"draws": 3, "steps": 4},
-    }
-    for key, value in changes.items():
-        section, _, name = key.rpartition("__")
-        (content[section] if section else content)[name] = value
-    return content
-
-
 def make_run(*arguments, **changes) -> Run:
-    return Run(check_config(settings(*arguments, **changes), "test"))
+    return Run(check_config(tiny_settings(*arguments, **changes), "test"))
 
 
 @pytest.fixture(scope="module")
