@@ -26,9 +26,8 @@ def _absolute(path: str | Path) -> Path:
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
-
-# where the published implementations of CellFM differ from each other
-PUBLISHED_CONSTANTS = ("masked_input", "negative_slope", "layer_norm_eps")
+# where the published implementations of a backbone differ from each other
+PUBLISHED_CONSTANTS = ("masked_input", "negative_slope", "layer_norm_eps", "attention")
 
 
 class _Section(BaseModel):
@@ -111,7 +110,7 @@ class BackboneConfig(_Section):
 
     path: AbsolutePath | None = Field(
         None,
-        description="a pre-trained CellFM, published file or folder of hinge's; None: pre-train one on data.pretrain",
+        description="a CellFM, scGPT or Tahoe-x1, published or a folder of hinge's; None: pre-train on data.pretrain",
     )
     vocabulary: AbsolutePath | None = Field(None, description="a table of the genes that the weights at path know")
     gene_names: AbsolutePath | None = Field(None, description="HGNC's table, to find genes under previous names")
@@ -125,6 +124,9 @@ class BackboneConfig(_Section):
         None, ge=0, lt=1, description="the slope of its leaky ReLU, from 0 to 1; None: the weights' own"
     )
     layer_norm_eps: float | None = Field(None, gt=0, description="a number above 0; None: the weights' own")
+    attention: Literal["generative", "full"] | None = Field(
+        None, description="generative (a masked gene sees visible ones) or full (all); None: the weights' own"
+    )
     hidden_size: int = Field(128, ge=8, description="the width of a token")
     num_hidden_layers: int = Field(4, ge=2, description="the number of layers")
     num_attention_heads: int = Field(4, ge=1, description="the number of attention heads")
@@ -158,8 +160,8 @@ class BackboneConfig(_Section):
         return self.model_dump(include={"hidden_size", "num_hidden_layers", "num_attention_heads", "num_value_bins"})
 
     def constants(self) -> dict[str, Any]:
-        """What shall be other than the weights say; arguments of `CellFMModel.from_pretrained`."""
-        return self.model_dump(include=set(PUBLISHED_CONSTANTS))
+        """What shall be other than the weights say; arguments of `load_backbone`."""
+        return self.model_dump(include=set(PUBLISHED_CONSTANTS), exclude_none=True)
 
 
 class ModelConfig(_Section):

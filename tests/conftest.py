@@ -65,6 +65,12 @@ def parity() -> Path:
 
 
 @pytest.fixture(scope="session")
+def backbones() -> Path:
+    """Recordings of scGPT, scGPT-spatial and Tahoe-x1, and their files at tiny dimensions."""
+    return _folder("HINGE_BACKBONES", "backbones")
+
+
+@pytest.fixture(scope="session")
 def visium_tiny() -> Path:
     """A small Space Ranger folder."""
     return _folder("HINGE_VISIUM_TINY", "visium_tiny")

@@ -7,10 +7,16 @@ from typing import Any
 _HOME = {
     "CellFMConfig": "hinge.backbones.cellfm_config",
     "CellFMModel": "hinge.backbones.cellfm",
+    "ExpressionBackbone": "hinge.backbones.base",
+    "ScGPTConfig": "hinge.backbones.transformer_config",
+    "ScGPTModel": "hinge.backbones.scgpt",
+    "TahoeConfig": "hinge.backbones.transformer_config",
+    "TahoeModel": "hinge.backbones.tahoe",
     "load_backbone": "hinge.backbones.loading",
+    "read_config": "hinge.backbones.loading",
 }
 
-__all__ = ["CellFMConfig", "CellFMModel", "load_backbone"]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,30 +9,20 @@ Communications 2025.
 """
 
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from hinge.backbones.cellfm_config import CellFMConfig, is_folder, read_our_config
+from hinge.backbones.base import ExpressionBackbone
+from hinge.backbones.cellfm_config import CellFMConfig
 from hinge.backbones.cellfm_layers import GeneDecoder, RetentionBlock, ValueEncoder
-from hinge.backbones.published_cellfm import read_published
-from hinge.backbones.state_files import fill_parameters, open_state
+from hinge.backbones.published_cellfm import read_cellfm
+from hinge.backbones.weights import build, find_weights
 from hinge.data.transforms import get_transform
-from hinge.utils import hub
-from hinge.utils.errors import ConfigError, WeightsError, one_line
-from hinge.utils.files import arrays_digest
-
-_DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
-class CellFMModel(PreTrainedModel):
+class CellFMModel(ExpressionBackbone):
     """CellFM with its value encoder, both decoders and the mask token of pre-training.
-
-    The contract of a backbone: `encode_values` and `decode_values` define its value space; `embed` makes tokens of
-    values; `key_masks` and `value_scale` are what each of `layers` takes beside the tokens; `decode` maps tokens to
-    values. Without modulation `forward` computes what the published model computes.
 
     Parameters
     ----------
@@ -46,8 +36,7 @@ class CellFMModel(PreTrainedModel):
 
     config_class = CellFMConfig
     base_model_prefix = "cellfm"
-    main_input_name = "values"
-    supports_gradient_checkpointing = True
+    lora_targets = ("qkvu", "uv", "out")
     _no_split_modules = ["RetentionBlock"]  # noqa: RUF012 (as transformers declares it)
 
     def __init__(self, config: CellFMConfig):
@@ -135,12 +124,6 @@ class CellFMModel(PreTrainedModel):
         ConfigError
             An argument is missing or does not fit the file.
         """
-        if hub.is_repository(path):
-            path = hub.find(path, "backbone")
-        if isinstance(dtype, str):
-            if dtype not in _DTYPES:
-                raise ConfigError(f"dtype must be {', '.join(_DTYPES)}, not {dtype!r}")
-            dtype = _DTYPES[dtype]
         options = {
             "technical_tokens": technical_tokens,
             "zero_input": zero_input,
@@ -148,78 +131,13 @@ class CellFMModel(PreTrainedModel):
             "negative_slope": negative_slope,
             "layer_norm_eps": layer_norm_eps,
         }
-        try:
-            if is_folder(path):
-                given = {name: value for name, value in options.items() if value is not None}
-                config = CellFMConfig.from_dict({**read_our_config(path), **given})
-                try:
-                    state = open_state(path)
-                except WeightsError as error:
-                    raise WeightsError(f"the backbone in {path} cannot be read: {error}") from error
-                sources: dict[str, tuple[str, ...]] = {name: (name,) for name in state.shapes}
-            else:
-                published = read_published(path, num_attention_heads, **options)
-                config, state, sources = CellFMConfig(**published.config), published.state, published.sources
-            if not 0 < config.num_hidden_layers <= len(state.shapes):
-                raise ValueError(f"{len(state.shapes)} tensors cannot hold {config.num_hidden_layers:,} layers")
-            with torch.device("meta"):
-                model = cls(config)
-        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-            raise WeightsError(f"the backbone in {path} cannot be built: {one_line(error)}") from error
-        fill_parameters(model, state, sources, dtype)
-        return model.eval()
-
-    def push_to_hub(self, repository: str, private: bool = True) -> str:
-        """Upload weights and config to `owner/name` on the Hugging Face Hub and return its address."""
-        return hub.upload_saved(self.save_pretrained, repository, private)
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """Return the gene embedding."""
-        return self.gene_embedding
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the gene embedding."""
-        self.gene_embedding = value
-
-    def resize_token_embeddings(self, *args: object, **options: object) -> NoReturn:
-        """Not offered: a new row needs a gene, so use `add_genes`."""
-        raise NotImplementedError("a CellFM has one embedding per gene of its vocabulary; use add_genes to add genes")
+        path = find_weights(path)
+        return build(cls, read_cellfm(path, num_attention_heads, **options), path, dtype)
 
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the genes: CLS, and two technical tokens if the model has them."""
         return 3 if self.config.technical_tokens else 1
-
-    @torch.no_grad()
-    def add_genes(self, ids: dict[str, int], seed: int) -> None:
-        """Add embeddings of new genes, drawn from the normal distribution of the trained embeddings.
-
-        Parameters
-        ----------
-        ids
-            Gene → id after the last one of the vocabulary. A row of this id may exist as padding, since the number
-            of rows is a multiple of 8; it is overwritten.
-        seed
-            Seed of the draw.
-        """
-        if not ids:
-            return
-        config, table = self.config, self.gene_embedding.weight
-        first = min(ids.values())
-        trained = table[1:first].float()
-        drawn = torch.randn(len(ids), table.shape[1], generator=torch.Generator().manual_seed(seed))
-        drawn = trained.mean(dim=0) + trained.std(dim=0) * drawn
-        config.num_genes = max(config.num_genes, *ids.values())
-        if config.gene_names:
-            config.gene_names = [*config.gene_names, *sorted(ids, key=ids.get)]
-        grown = table.new_zeros(max(config.num_embeddings, len(table)), table.shape[1])
-        grown[: len(table)] = table
-        grown[list(ids.values())] = drawn.to(table)
-        self.gene_embedding = nn.Embedding.from_pretrained(grown, freeze=not table.requires_grad)
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the weights, by which a trained model refers to its backbone."""
-        return arrays_digest(dict(self.state_dict()))
 
     def encode_values(self, counts: Tensor, library_size: Tensor) -> Tensor:
         """Transform counts to the values that the model takes.
@@ -312,6 +230,25 @@ class CellFMModel(PreTrainedModel):
         scale = count**-0.5
         return scale if isinstance(scale, float) else scale.to(self.cls_token.dtype)
 
+    def layer_inputs(
+        self, visible: Tensor, present: Tensor | None = None, nonzero: Tensor | None = None
+    ) -> list[tuple]:
+        """Return key mask and value scale of each layer; `nonzero` as in `embed`, see `ExpressionBackbone`."""
+        early, late = self.key_masks(visible, nonzero, present)
+        scale = self.value_scale(visible.shape[1], nonzero)
+        half = len(self.layers) // 2
+        return [(early, scale)] * half + [(late, scale)] * (len(self.layers) - half)
+
+    def with_prefix(self, seen: tuple, count: int) -> tuple:
+        """Return a key mask with `count` more keys in front, and the value scale."""
+        key_mask, scale = seen
+        return key_mask if key_mask is None else nn.functional.pad(key_mask, (count, 0), value=1.0), scale
+
+    def unused_parameters(self) -> tuple[str, ...]:
+        """Return prefixes of the parameters that neither `embed` nor the layers nor `decode` use."""
+        token = "zero_token" if self.config.masked_input == "mask_token" else "mask_token"
+        return (token, "cell_decoder", "technical_encoder")
+
     def decode(self, tokens: Tensor) -> Tensor:
         """Return values (B, G) of tokens (B, P + G, D) by the gene-wise decoder."""
         return self.gene_decoder(tokens[:, self.num_prefix_tokens :])
@@ -324,8 +261,6 @@ class CellFMModel(PreTrainedModel):
     def forward(self, values: Tensor, visible: Tensor, gene_ids: Tensor, nonzero: Tensor | None = None) -> Tensor:
         """Return the tokens after the last layer, (B, P + G, D); see `embed` for the arguments."""
         h = self.embed(values, visible, gene_ids, nonzero)
-        early, late = self.key_masks(visible, nonzero)
-        scale = self.value_scale(values.shape[1], nonzero)
-        for number, layer in enumerate(self.layers):
-            h = layer(h, early if number < len(self.layers) // 2 else late, scale)
+        for layer, seen in zip(self.layers, self.layer_inputs(visible, nonzero=nonzero), strict=True):
+            h = layer(h, *seen)
         return h

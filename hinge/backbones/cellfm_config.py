@@ -1,14 +1,11 @@
-"""The configuration of CellFM, and reading it from a folder or a published file."""
+"""The configuration of CellFM."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from transformers import PretrainedConfig
 
-from hinge.backbones.published_cellfm import read_published
+from hinge.backbones.vocabulary import GeneVocabulary, vocabulary_for
 from hinge.data.transforms import get_transform
-from hinge.utils.errors import WeightsError, one_line
 
 
 class CellFMConfig(PretrainedConfig):
@@ -88,42 +85,14 @@ class CellFMConfig(PretrainedConfig):
         """Rows of the gene embedding."""
         return (self.num_genes + 1 + 7) // 8 * 8
 
+    def read_vocabulary(self, file: str | Path | None = None) -> GeneVocabulary | None:
+        """Return the genes that the weights know, of a file or stored with them; None if there are none."""
+        if file is not None:
+            return vocabulary_for(file, self.num_embeddings)
+        return GeneVocabulary.from_genes(self.gene_names) if self.gene_names else None
 
-def read_config(path: str | Path) -> CellFMConfig:
-    """Return size and variant of a backbone in a folder or a published file without reading its weights.
-
-    Raises
-    ------
-    WeightsError, ConfigError
-        As `CellFMModel.from_pretrained`.
-    """
-    if is_folder(path):
-        try:
-            return CellFMConfig.from_dict(read_our_config(path))
-        except (ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
-            raise WeightsError(f"the backbone in {path} cannot be built: {one_line(error)}") from error
-    return CellFMConfig(**read_published(path).config)
-
-
-def is_folder(path: str | Path) -> bool:
-    """Return whether a path is a backbone folder (existing or not) rather than a published file."""
-    return Path(path).is_dir() or not (Path(path).exists() or Path(path).suffix)
-
-
-def read_our_config(folder: str | Path) -> dict[str, Any]:
-    """Return the content of `config.json` in the folder of a backbone.
-
-    Raises
-    ------
-    WeightsError
-        It is missing, damaged, or describes another model.
-    """
-    try:
-        content = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(f"{folder} holds no backbone: config.json is missing") from None
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"the backbone in {folder} cannot be read: config.json: {one_line(error)}") from None
-    if not isinstance(content, dict) or content.get("model_type") != "cellfm":
-        raise WeightsError(f"the backbone in {folder} cannot be read: its config.json is not that of a CellFM")
-    return content
+    def add_genes(self, genes: list[str], last: int) -> None:
+        """Append genes, of which the last one has the id `last`, to the vocabulary."""
+        self.num_genes = max(self.num_genes, last)
+        if self.gene_names:
+            self.gene_names = [*self.gene_names, *genes]

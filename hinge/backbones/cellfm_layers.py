@@ -1,11 +1,13 @@
 """The layers of CellFM."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hinge.backbones.base import ResidualBlock
 from hinge.backbones.cellfm_config import CellFMConfig
 
 
@@ -67,11 +69,10 @@ class GatedLinearUnit(nn.Module):
         return self.out(u * v)
 
 
-class RetentionBlock(GradientCheckpointingLayer):
-    """One layer: LN(λh + retention(h)), LN(λh + glu(h)), λ = (2L)^¼.
+class RetentionBlock(ResidualBlock):
+    """One layer: LN(λh + retention(h)), LN(λh + glu(h)), λ = (2L)^¼."""
 
-    The sublayers are public: a conditioned model modulates their inputs and outputs.
-    """
+    fused = True
 
     def __init__(self, config: CellFMConfig):
         super().__init__()
@@ -81,8 +82,21 @@ class RetentionBlock(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.residual_scale = (2 * config.num_hidden_layers) ** 0.25
 
+    def enter(self, number: int, h: Tensor) -> Tensor:
+        """Return the tokens as they are: norms follow the residuals."""
+        return h
+
+    def sublayer(self, number: int, x: Tensor, *seen: Any) -> Tensor:
+        """Return retention (0) or the gated linear unit (1) of x (B, N, D); `seen` as of `forward`."""
+        return self.retention(x, *seen) if number == 0 else self.feed_forward(x)
+
+    def leave(self, number: int, h: Tensor, update: Tensor) -> Tensor:
+        """Return LN(λh + update)."""
+        return (self.norm1, self.norm2)[number](torch.add(update, h, alpha=self.residual_scale))
+
     def forward(self, h: Tensor, key_mask: Tensor | None, value_scale: Tensor | float) -> Tensor:
         """h (B, N, D) → (B, N, D)."""
+        # as the published code computes it, bit for bit; `leave` fuses the product and the sum
         h = self.norm1(h * self.residual_scale + self.retention(h, key_mask, value_scale))
         return self.norm2(h * self.residual_scale + self.feed_forward(h))
 

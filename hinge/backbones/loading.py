@@ -1,29 +1,56 @@
-"""Load an expression backbone by path."""
+"""Load an expression backbone by path, whatever model it is."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hinge.backbones.base import ExpressionBackbone
 from hinge.backbones.cellfm import CellFMModel
+from hinge.backbones.published_cellfm import read_cellfm
+from hinge.backbones.published_scgpt import is_scgpt, read_scgpt
+from hinge.backbones.published_tahoe import is_tahoe, read_tahoe
+from hinge.backbones.scgpt import ScGPTModel
+from hinge.backbones.tahoe import TahoeModel
+from hinge.backbones.weights import Weights, build, find_weights, holds_our_config, is_folder, read_our_config
+from hinge.utils.errors import ConfigError
+
+MODELS: dict[str, type[ExpressionBackbone]] = {"cellfm": CellFMModel, "scgpt": ScGPTModel, "tahoe": TahoeModel}
+_READERS: dict[str, Callable[..., Weights]] = {"cellfm": read_cellfm, "scgpt": read_scgpt, "tahoe": read_tahoe}
+_OPTIONS = {
+    "cellfm": (
+        "num_attention_heads",
+        "technical_tokens",
+        "zero_input",
+        "masked_input",
+        "negative_slope",
+        "layer_norm_eps",
+    ),
+    "scgpt": ("attention",),
+    "tahoe": ("attention",),
+}
 
 
-def load_backbone(path: str | Path, dtype: torch.dtype | str | None = None, **options: Any) -> CellFMModel:
+def load_backbone(path: str | Path, dtype: torch.dtype | str | None = None, **options: Any) -> ExpressionBackbone:
     """Load an expression backbone, frozen and in eval mode, on the CPU.
 
     Parameters
     ----------
     path
-        A folder that `save_pretrained` or `hinge convert` wrote, `owner/name` on the Hugging Face Hub, or a file of
-        published weights; see `CellFMModel.from_pretrained`.
+        A folder that `save_pretrained` or `hinge convert` wrote, `owner/name` on the Hugging Face Hub, or published
+        weights: a file of CellFM (see `CellFMModel.from_pretrained`), a folder of scGPT or scGPT-spatial
+        (`best_model.pt`, `args.json`, `vocab.json`), or a folder of Tahoe-x1 (`model.safetensors`,
+        `model_config.yml`, `vocab.json`).
     dtype
         Type of the weights; None: the stored type.
     options
-        Further arguments of `CellFMModel.from_pretrained`.
+        For CellFM further arguments of `CellFMModel.from_pretrained`; for scGPT and Tahoe-x1 `attention`,
+        `"generative"` or `"full"`. None does not count.
 
     Returns
     -------
-    CellFMModel
+    ExpressionBackbone
         A `transformers.PreTrainedModel` whose parameters take no gradient.
 
     Raises
@@ -33,4 +60,40 @@ def load_backbone(path: str | Path, dtype: torch.dtype | str | None = None, **op
     ConfigError
         An option is missing or does not fit the file.
     """
-    return CellFMModel.from_pretrained(path, dtype=dtype, **options).requires_grad_(False)
+    path = find_weights(path)
+    kind, weights = read_weights(path, **options)
+    return build(MODELS[kind], weights, path, dtype).requires_grad_(False)
+
+
+def read_config(path: str | Path, **options: Any) -> Any:
+    """Return size and variant of a backbone without reading its weights; arguments and errors as `load_backbone`."""
+    return read_weights(path, **options)[1].config
+
+
+def recognise(path: str | Path) -> str:
+    """Return which model a folder or file holds: `cellfm`, `scgpt` or `tahoe`.
+
+    Raises
+    ------
+    WeightsError
+        The folder holds none.
+    """
+    if not holds_our_config(path):
+        if is_scgpt(path):
+            return "scgpt"
+        if is_tahoe(path):
+            return "tahoe"
+    return str(read_our_config(path, *MODELS)["model_type"]) if is_folder(path) else "cellfm"
+
+
+def read_weights(path: str | Path, **options: Any) -> tuple[str, Weights]:
+    """Return which model a folder or file holds, and its weights, of which none is read yet.
+
+    Arguments and errors are those of `load_backbone`.
+    """
+    kind = recognise(path)
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in _OPTIONS[kind]:
+            raise ConfigError(f"{path} holds a {kind}, which has no {name}; it takes {', '.join(_OPTIONS[kind])}")
+    return kind, _READERS[kind](path, **given)

@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from hinge.backbones.cellfm_config import CellFMConfig
 from hinge.backbones.state_files import StateFile, open_state
+from hinge.backbones.weights import Weights, built_from, is_folder, read_own
 from hinge.utils.errors import ConfigError, WeightsError
 
 logger = logging.getLogger(__name__)
@@ -165,6 +167,16 @@ def read_published(path: str | Path, num_attention_heads: int | None = None, **o
         if unused:
             logger.info("%s: %d tensors are no part of the backbone, e.g. %s", path, len(unused), unused[0])
     return PublishedCellFM(state, dialect, prefix, config, sources)
+
+
+def read_cellfm(path: str | Path, num_attention_heads: int | None = None, **options: Any) -> Weights:
+    """Return the weights of a CellFM in a folder or a published file; see `CellFMModel.from_pretrained`."""
+    if is_folder(path):
+        return read_own(path, CellFMConfig, **options)
+    published = read_published(path, num_attention_heads, **options)
+    with built_from(path):
+        config = CellFMConfig(**published.config)
+    return Weights(published.state, config, published.sources)
 
 
 def _recognise_dialect(names: Iterable[str]) -> Dialect:

@@ -160,7 +160,7 @@ def fill_parameters(model, state: StateFile, sources: dict[str, tuple[str, ...]]
     Parameters
     ----------
     model
-        A CellFMModel, its parameters without storage.
+        An `ExpressionBackbone`, its parameters without storage.
     state, sources
         The file, and for each parameter the tensors of the file that form it; without any it becomes zeros.
     dtype
@@ -175,7 +175,7 @@ def fill_parameters(model, state: StateFile, sources: dict[str, tuple[str, ...]]
     wrong = sorted(parameters.keys() ^ sources.keys())
     if wrong:
         raise WeightsError(f"the weights in {state.path} do not fit its config.json: {wrong[0]}")
-    stored = state.dtypes[sources["cls_token"][0]]
+    stored = next(state.dtypes[theirs[0]] for theirs in sources.values() if theirs)
     check_shapes(parameters, state, sources)
     for name, parameter in tqdm(parameters.items(), desc=state.path.name, delay=2, disable=None):
         own = torch.zeros(parameter.shape, dtype=dtype or stored)

@@ -24,31 +24,37 @@ _MAX_ID = 2**31 - 1
 
 @dataclass(frozen=True)
 class GeneVocabulary:
-    """Gene symbols and their rows in the embedding table; row 0 is padding.
+    """Gene symbols and their rows in the embedding table.
 
     Parameters
     ----------
     id_of
-        Id of each symbol, at least 1. Several symbols of one gene may share an id.
+        Id of each symbol. Several symbols of one gene may share an id.
     ensembl
         Id of Ensembl gene ids without version, where known.
+    first
+        The smallest id that a gene may have: 1 for CellFM, whose row 0 is padding.
+    last
+        The last id in use, special tokens included; None: that of the last gene.
 
     Raises
     ------
     WeightsError
-        There is no symbol, or an id is not a whole number of at least 1.
+        There is no symbol, or an id is not a whole number of at least `first`.
     """
 
     id_of: dict[str, int]
     ensembl: dict[str, int] = field(default_factory=dict)
+    first: int = 1
+    last: int | None = None
 
     def __post_init__(self):
         if not self.id_of:
             raise WeightsError("a gene vocabulary must have at least one gene")
         for symbol, number in [*self.id_of.items(), *self.ensembl.items()]:
-            if type(number) is not int or not 1 <= number <= _MAX_ID:
+            if type(number) is not int or not self.first <= number <= _MAX_ID:
                 raise WeightsError(
-                    f"gene {symbol!r} needs a whole number from 1 to {_MAX_ID:,} as its id, not {number!r}"
+                    f"gene {symbol!r} needs a whole number from {self.first} to {_MAX_ID:,} as its id, not {number!r}"
                 )
 
     @classmethod
@@ -57,6 +63,12 @@ class GeneVocabulary:
         genes = list(genes)
         _refuse_repeats(genes, "the list of genes", WeightsError)
         return cls({gene: k for k, gene in enumerate(genes, 1)})
+
+    @classmethod
+    def from_tokens(cls, id_of: dict[str, int], num_rows: int) -> "GeneVocabulary":
+        """Return the genes of a vocabulary with special tokens, `<...>`, for a table of `num_rows` embeddings."""
+        genes = {token: number for token, number in id_of.items() if not is_special(token)}
+        return cls(genes, first=0, last=num_rows - 1)
 
     @classmethod
     def load(cls, path: str | Path) -> "GeneVocabulary":
@@ -144,6 +156,11 @@ class GeneVocabulary:
         return max(self.id_of.values())
 
     @property
+    def last_id(self) -> int:
+        """The last id in use; new genes are numbered after it."""
+        return self.n_genes if self.last is None else self.last
+
+    @property
     def n_embeddings(self) -> int:
         """Rows of the embedding table: one per gene and one for padding, rounded up to a multiple of 8."""
         return -(-(self.n_genes + 1) // 8) * 8
@@ -193,11 +210,12 @@ class GeneVocabulary:
 
     def extended(self, genes: Iterable[str]) -> "GeneVocabulary":
         """Return this vocabulary with further genes after its last id, numbered as by `match(on_missing="new")`."""
-        further = {gene: self.n_genes + k for k, gene in enumerate(genes, 1)}
+        further = {gene: self.last_id + k for k, gene in enumerate(genes, 1)}
         known = [gene for gene in further if gene in self.id_of]
         if known:
             raise DataError(f"the vocabulary has {listed(known)} already")
-        return GeneVocabulary({**self.id_of, **further}, self.ensembl)
+        last = None if self.last is None else self.last + len(further)
+        return GeneVocabulary({**self.id_of, **further}, self.ensembl, self.first, last)
 
     def match(
         self,
@@ -250,7 +268,7 @@ class GeneVocabulary:
         missing = [gene for gene in genes if gene not in found]
         new = [gene for gene in genes if gene not in kept] if on_missing == "new" else []
         number_of = {gene: self.id_of[symbol] for gene, (symbol, _) in kept.items()}
-        number_of |= {gene: self.n_genes + k for k, gene in enumerate(new, 1)}
+        number_of |= {gene: self.last_id + k for k, gene in enumerate(new, 1)}
         index = [k for k, gene in enumerate(genes) if gene in number_of]
         mapping = GeneMapping(
             genes=[genes[k] for k in index],
@@ -267,6 +285,11 @@ class GeneVocabulary:
         if not number_of:
             raise DataError(f"no gene is in the vocabulary: {mapping.summary()}")
         return mapping
+
+
+def is_special(token: str) -> bool:
+    """Return whether an entry of a vocabulary is a special token, such as `<cls>`, and no gene."""
+    return token.startswith("<") and token.endswith(">")
 
 
 def _is_number(cell: str) -> bool:

@@ -101,6 +101,8 @@ def _register() -> None:
     download.command("run")(sharing.download_run)
     probe.command("tumour")(histology.probe_tumour)
     convert.command("cellfm")(sharing.convert_cellfm)
+    convert.command("scgpt")(sharing.convert_scgpt)
+    convert.command("tahoe")(sharing.convert_tahoe)
     convert.command("hinge")(sharing.convert_hinge)
     convert.command("to-authors")(sharing.convert_to_authors)
 

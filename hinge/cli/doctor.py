@@ -10,7 +10,8 @@ from pathlib import Path
 import huggingface_hub
 import torch
 
-from hinge.backbones.cellfm_config import read_our_config
+from hinge.backbones.loading import MODELS
+from hinge.backbones.weights import read_our_config
 from hinge.encoders.recipes import RECIPES
 from hinge.utils.errors import HingeError
 from hinge.utils.files import read_json
@@ -136,10 +137,11 @@ def _backbones(folder: Path) -> list[tuple[str, str]]:
     for pattern in ("config.json", "*/config.json", "*/*/config.json"):
         for path in sorted(folder.glob(pattern)):
             try:
-                config = read_our_config(path.parent)
+                config = read_our_config(path.parent, *MODELS)
             except HingeError:
                 continue  # some other model's
-            size = f"{config['hidden_size']} wide, {config['num_hidden_layers']} layers, {config['num_genes']} genes"
+            rows = config.get("num_genes") or config.get("vocab_size")
+            size = f"{config['hidden_size']} wide, {config['num_hidden_layers']} layers, {rows} genes"
             found.append((str(path.parent), size))
     for pattern in ("*.ckpt", "*/*.ckpt"):
         found += [

@@ -8,8 +8,12 @@ import typer
 from hinge.utils.errors import ConfigError
 
 Checkpoint = Annotated[Path, typer.Argument(help="Published file.", show_default=False)]
+PublishedFolder = Annotated[
+    Path, typer.Argument(help="Published folder, or the file of the weights in it.", show_default=False)
+]
 OutFolder = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the backbone's weights.")]
+Attention = Annotated[str | None, typer.Option(help="generative or full.  [default: as published]")]
 Vocabulary = Annotated[
     Path | None, typer.Option(help="Table of the genes that the weights know, to store their names with them.")
 ]
@@ -76,6 +80,30 @@ def convert_cellfm(
 
     written = conversion.convert_cellfm(checkpoint, out, dtype, vocabulary, heads)
     print(f"backbone: {written}")
+
+
+def convert_scgpt(
+    checkpoint: PublishedFolder, out: OutFolder, dtype: Dtype = "fp32", attention: Attention = None
+) -> None:
+    """Rewrite scGPT's or scGPT-spatial's weights (best_model.pt, args.json, vocab.json) as a folder for backbone.path.
+
+    Example: hinge convert scgpt scGPT_human scgpt-human --dtype bf16
+    """
+    from hinge.sharing import convert as conversion
+
+    print(f"backbone: {conversion.convert_transformer('scgpt', checkpoint, out, dtype, attention)}")
+
+
+def convert_tahoe(
+    checkpoint: PublishedFolder, out: OutFolder, dtype: Dtype = "fp32", attention: Attention = None
+) -> None:
+    """Rewrite Tahoe-x1's weights (model.safetensors, model_config.yml, vocab.json) as a folder for backbone.path.
+
+    Example: hinge convert tahoe Tahoe-x1/70m-model tahoe-70m --dtype bf16
+    """
+    from hinge.sharing import convert as conversion
+
+    print(f"backbone: {conversion.convert_transformer('tahoe', checkpoint, out, dtype, attention)}")
 
 
 def convert_hinge(

@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hinge.backbones.cellfm import CellFMModel
+from hinge.backbones import ExpressionBackbone
 from hinge.diffusion.defaults import DEFAULT_BATCH_SIZE, DEFAULT_DRAWS, DEFAULT_GAUSSIAN_STEPS
 from hinge.diffusion.randomness import spot_normals
 from hinge.models.hinge import HingeModel
@@ -177,7 +177,7 @@ class Denoiser(nn.Module):
             save_file(own, temporary / self.WEIGHTS_NAME, metadata={"schedule": self.schedule.name})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, backbone: CellFMModel) -> "Denoiser":
+    def from_pretrained(cls, folder: str | Path, backbone: ExpressionBackbone) -> "Denoiser":
         """Load what `save_pretrained` wrote; `backbone` as in `HingeModel.from_pretrained`."""
         model, file = HingeModel.from_pretrained(folder, backbone), Path(folder) / cls.WEIGHTS_NAME
         try:

@@ -13,7 +13,7 @@ import torch
 from anndata import AnnData
 from diffusers import DiffusionPipeline
 
-from hinge.backbones import CellFMModel
+from hinge.backbones import ExpressionBackbone
 from hinge.data.draws import draws_of_slide
 from hinge.data.features import read_features
 from hinge.data.neighbourhood import slide_features
@@ -51,7 +51,7 @@ def _not_offered(name: str, instead: str) -> Callable[..., NoReturn]:
 
 
 _WHOLE = "it is one small model that computes as a whole; use pipe.to(device) and a smaller batch_size"
-_NO_ATTENTION = "the backbone has no softmax attention"
+_NO_ATTENTION = "the backbone computes its attention itself"
 
 
 class HingePipeline(DiffusionPipeline):
@@ -76,7 +76,7 @@ class HingePipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(model=model, scheduler=scheduler)
         self.register_to_config(settings=settings)
-        self._load_backbone: Callable[[], CellFMModel] | None = None
+        self._load_backbone: Callable[[], ExpressionBackbone] | None = None
         self._model_digest: str | None = None
         self._encoder: Encoder | None = None
 
@@ -204,7 +204,7 @@ class HingePipeline(DiffusionPipeline):
             self.scheduler.save_pretrained(folder / "scheduler")
             self._original_backbone().save_pretrained(folder / BACKBONE_FOLDER)
 
-    def _original_backbone(self) -> CellFMModel:
+    def _original_backbone(self) -> ExpressionBackbone:
         """Return the backbone as it was before it was cast or tuned: the one that the model's digest names."""
         digest, attached = self.model.config.backbone_digest, self.model.backbone
         if self._load_backbone is not None:

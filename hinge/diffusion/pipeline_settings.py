@@ -7,10 +7,9 @@ from typing import Any
 
 import yaml
 
-from hinge.backbones import CellFMModel
-from hinge.backbones.cellfm_config import read_config
+from hinge.backbones import ExpressionBackbone, load_backbone, read_config
 from hinge.backbones.hgnc import GeneNames
-from hinge.backbones.vocabulary import GeneVocabulary, OnMissing, vocabulary_for
+from hinge.backbones.vocabulary import OnMissing
 from hinge.data.panel import Panel
 from hinge.diffusion.inputs import SamplingSettings
 from hinge.utils.errors import DataError, WeightsError, one_line
@@ -43,9 +42,9 @@ class BackboneSource:
     Attributes
     ----------
     path
-        A folder of `CellFMModel.save_pretrained`, or a published file; relative to the pipeline's folder.
+        A folder of `ExpressionBackbone.save_pretrained`, or a published file; relative to the pipeline's folder.
     constants
-        `masked_input`, `negative_slope` and `layer_norm_eps` where they differ from those of the weights.
+        `masked_input`, `negative_slope`, `layer_norm_eps` and `attention` where they differ from those of the weights.
     new_genes
         Gene → id of genes that get a new embedding.
     seed
@@ -57,9 +56,9 @@ class BackboneSource:
     new_genes: dict[str, int] = field(default_factory=dict)
     seed: int = 0
 
-    def load(self, folder: Path) -> CellFMModel:
+    def load(self, folder: Path) -> ExpressionBackbone:
         """Return the backbone, in the type its weights are stored in, of a pipeline in `folder`."""
-        backbone = CellFMModel.from_pretrained(folder / self.path, **self.constants)
+        backbone = load_backbone(folder / self.path, **self.constants)
         backbone.add_genes(self.new_genes, self.seed)
         return backbone
 
@@ -140,7 +139,7 @@ def settings_of_run(folder: Path) -> PipelineSettings:
         own = backbone.get("path") is None or backbone.get("weights") == "random"
         genes = Panel.load(folder / "panel.json").genes
         gene_ids, new_genes = _gene_ids(genes, folder, backbone)
-        constants = ("masked_input", "negative_slope", "layer_norm_eps")
+        constants = ("masked_input", "negative_slope", "layer_norm_eps", "attention")
         grid = read_json(folder / "split.json") if (folder / "split.json").exists() else {}
         return PipelineSettings(
             genes=genes,
@@ -196,11 +195,9 @@ def _gene_ids(genes: list[str], folder: Path, backbone: dict[str, Any]) -> tuple
     """Return the vocabulary ids of a panel, and those of them that are new to the backbone."""
     own = folder / BACKBONE_FOLDER
     config = read_config(folder / backbone["path"] if backbone.get("path") is not None else own)
-    if backbone.get("vocabulary") is not None:
-        vocabulary = vocabulary_for(folder / backbone["vocabulary"], config.num_embeddings)
-    elif config.gene_names:
-        vocabulary = GeneVocabulary.from_genes(config.gene_names)
-    else:
+    file = backbone.get("vocabulary")
+    vocabulary = config.read_vocabulary(None if file is None else folder / file)
+    if vocabulary is None:
         raise WeightsError(f"the backbone of {folder} has no gene vocabulary; name its file as backbone.vocabulary")
     on_missing: OnMissing = "new" if backbone.get("unknown_genes") == "new" else "error"
     table = backbone.get("gene_names")

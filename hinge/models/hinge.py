@@ -8,7 +8,7 @@ The alternatives of the paper are options: AdaLN-Zero, the condition as further 
 that is trained too, whole or by low-rank adapters.
 """
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from hinge.backbones.cellfm import CellFMModel
+from hinge.backbones.base import ExpressionBackbone
 from hinge.models import pretrained
 from hinge.models.distributions import CountGrid, ExpressionDistribution
 from hinge.models.gene_factors import GeneFactorModel
@@ -29,7 +28,8 @@ from hinge.models.options import check_options
 from hinge.models.precision import at_least_float32, keep_float32
 from hinge.models.soft_adaln import ConditionEmbedding, SoftAdaLN
 from hinge.models.subset import GeneSubset
-from hinge.models.tuning import cast_frozen, check_backbone, prepare_backbone
+from hinge.models.tuning import cast_frozen, check_backbone, frozen_names, prepare_backbone, run_layer
+from hinge.models.value_bins import ValueBins
 from hinge.utils import hub
 from hinge.utils.errors import WeightsError
 from hinge.utils.files import arrays_digest
@@ -76,6 +76,8 @@ class HingeModel(ModelMixin, ConfigMixin):
         Whether features are divided by the training spots' deviations; the released code takes them as they are.
     feature_dropout, dropout
         Shares dropped in training: of the features, and of the output of every modulated sublayer.
+    num_bins
+        Bins of a backbone that ranks expression, see `hinge.models.value_bins`; None for one that takes values.
     backbone_digest
         SHA-256 of the frozen weights this model belongs to.
     """
@@ -83,12 +85,12 @@ class HingeModel(ModelMixin, ConfigMixin):
     config_name = "config.json"
     _supports_gradient_checkpointing = True
     # `_apply` leaves these in float32 where the model is cast to half precision; `dtype` is that of the others
-    _keep_in_fp32_modules = ("library_size_model", "gene_factor_model", "value_head")
+    _keep_in_fp32_modules = ("library_size_model", "gene_factor_model", "value_head", "value_bins")
 
     feature_mean: Tensor
     feature_std: Tensor
-    tuned_backbone: CellFMModel | None
-    _backbone: CellFMModel | None
+    tuned_backbone: ExpressionBackbone | None
+    _backbone: ExpressionBackbone | None
 
     @register_to_config
     def __init__(
@@ -115,6 +117,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         standardise_features: bool = True,
         feature_dropout: float = 0.0,
         dropout: float = 0.0,
+        num_bins: int | None = None,
         backbone_digest: str | None = None,
         drop_masked: bool | None = None,  # only in models of version 0.1: overrides the rule of `drops_masked`
     ):
@@ -135,6 +138,7 @@ class HingeModel(ModelMixin, ConfigMixin):
                 gate, norm, start = "linear", "layer", "closed"
             self.modulation = SoftAdaLN(hidden_size, num_layers, modulation_rank, gate, norm, start, dropout)
         self.value_head = HEADS[head](hidden_size, num_genes)
+        self.value_bins = None if num_bins is None else ValueBins(num_genes, transform, num_bins)
         # features are standardised with the training spots' statistics (`set_feature_statistics`)
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
         self.register_buffer("feature_std", torch.ones(feature_dim))
@@ -152,7 +156,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         self.register_module("tuned_backbone", None)
 
     @property
-    def backbone(self) -> CellFMModel:
+    def backbone(self) -> ExpressionBackbone:
         if self.tuned_backbone is not None:
             return self.tuned_backbone
         if self._backbone is None:
@@ -161,23 +165,25 @@ class HingeModel(ModelMixin, ConfigMixin):
 
     @property
     def drops_masked(self) -> bool:
-        """Whether a step of sampling has no tokens of genes that stay masked: where the gene factors predict them."""
-        return self.config.gene_factors if self.config.drop_masked is None else self.config.drop_masked
+        """Whether a step of sampling has no tokens of genes that stay masked: where nothing needs them."""
+        exact = self.config.gene_factors or self.backbone.masked_give_no_keys
+        return exact if self.config.drop_masked is None else self.config.drop_masked
 
     @classmethod
-    def from_backbone(cls, backbone: CellFMModel, feature_dim: int, num_genes: int, **options) -> "HingeModel":
+    def from_backbone(cls, backbone: ExpressionBackbone, feature_dim: int, num_genes: int, **options) -> "HingeModel":
         """Return a new model that equals the backbone for every input; `options` as in the class's parameters."""
         model = cls(
             feature_dim=feature_dim,
             num_genes=num_genes,
             hidden_size=backbone.config.hidden_size,
             num_layers=backbone.config.num_hidden_layers,
+            num_bins=backbone.config.num_bins if backbone.value_space == "bins" else None,
             backbone_digest=backbone.digest(),
             **options,
         )
         return model.attach_backbone(backbone)
 
-    def attach_backbone(self, backbone: CellFMModel, check: bool = False) -> "HingeModel":
+    def attach_backbone(self, backbone: ExpressionBackbone, check: bool = False) -> "HingeModel":
         """Make this model modulate `backbone`, which is frozen, or becomes part of the model where it is trained.
 
         A backbone of another size raises a WeightsError; with `check`, one of another digest does too.
@@ -304,7 +310,7 @@ class HingeModel(ModelMixin, ConfigMixin):
             Distribution over (B, G), and W (B, K, G) for `GeneFactorModel.innovation`, None without gene factors.
         """
         factors, log_scale, left = self.gene_factor_model, None, None
-        location = at_least_float32(self.backbone.decode(h))  # (B, n)
+        location = self.decode(h, subset)  # (B, n)
         h = h[:, self.backbone.num_prefix_tokens :]  # (B, n, D)
         if subset is not None and subset.index is not None:
             # a gene without a token gets the offset, which the gene factor model takes as no prediction
@@ -340,24 +346,21 @@ class HingeModel(ModelMixin, ConfigMixin):
             shown = next_visible
         parts = self.condition(timestep, features, shown)  # (B, C, D)
 
+        if self.value_bins is not None:
+            values = self.value_bins.encode(values)
         present = None
         if subset is not None:
             values, visible, present = subset.gather(values), subset.gather(visible), subset.present
             gene_ids = gene_ids if subset.index is None else gene_ids[subset.index]
         h = backbone.embed(values, visible, gene_ids)  # (B, P + n, D)
-        early, late = backbone.key_masks(visible, present=present)
-        value_scale = backbone.value_scale(values.shape[1])
-        half = config.num_layers // 2
-        key_masks = [early] * half + [late] * (config.num_layers - half)
-        return self.modulation(backbone.layers, h, parts, key_masks, value_scale, self._run)
+        return self.modulation(backbone, h, parts, backbone.layer_inputs(visible, present), partial(run_layer, self))
 
-    def _run(self, function: Callable[..., Tensor], *arguments) -> Tensor:
-        """Return function(*arguments); with gradient checkpointing its inner results are computed again backwards."""
-        if not self.gradient_checkpointing or not torch.is_grad_enabled():
-            return function(*arguments)
-        if self._gradient_checkpointing_func is None:
-            return checkpoint(function, *arguments, use_reentrant=False)
-        return self._gradient_checkpointing_func(function, *arguments)
+    def decode(self, h: Tensor, subset: GeneSubset | None = None) -> Tensor:
+        """Return the backbone's prediction (B, n), in units of values, of tokens (B, P + n, D)."""
+        decoded = at_least_float32(self.backbone.decode(h))
+        if self.value_bins is None:
+            return decoded
+        return self.value_bins.decode(decoded, None if subset is None else subset.index)
 
     def digest(self) -> str:
         """Return the SHA-256 over the trained weights."""
@@ -365,10 +368,7 @@ class HingeModel(ModelMixin, ConfigMixin):
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return the state dict without what is frozen: weights of a backbone that has adapters."""
-        frozen = set()
-        if self.tuned_backbone is not None:
-            named = self.tuned_backbone.named_parameters()
-            frozen = {f"tuned_backbone.{name}" for name, parameter in named if not parameter.requires_grad}
+        frozen = frozen_names(self)
         return {name: tensor for name, tensor in self.state_dict().items() if name not in frozen}
 
     def num_trainable(self) -> int:
@@ -416,7 +416,7 @@ class HingeModel(ModelMixin, ConfigMixin):
     def from_pretrained(
         cls,
         folder: str | Path,
-        backbone: CellFMModel | None = None,
+        backbone: ExpressionBackbone | None = None,
         *,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,

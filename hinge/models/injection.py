@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hinge.backbones.cellfm_layers import RetentionBlock
+from hinge.backbones.base import ExpressionBackbone
 
 
 class Concatenation(nn.Module):
@@ -31,27 +31,24 @@ class Concatenation(nn.Module):
 
     def forward(
         self,
-        blocks: Sequence[RetentionBlock],
+        backbone: ExpressionBackbone,
         h: Tensor,
         parts: Tensor,
-        key_masks: Sequence[Tensor | None],
-        value_scale: Tensor | float,
+        seen: Sequence[tuple],
         run: Callable[..., Tensor],
     ) -> Tensor:
         """Take tokens through the layers.
 
         Parameters
         ----------
-        blocks
-            L layers.
+        backbone
+            Its layers are computed.
         h
             (B, N, D) tokens, CLS in front.
         parts
             (B, C, D) of the condition.
-        key_masks
-            For each layer (B, N) or None for all.
-        value_scale
-            As the layers take it.
+        seen
+            What each layer takes beside the tokens.
         run
             run(function, *arguments) computes a layer.
 
@@ -63,11 +60,9 @@ class Concatenation(nn.Module):
         tokens = h[:, :1] + (parts + self.position).to(h.dtype)
         h = torch.cat([tokens, h], dim=1)
         count = parts.shape[1]
-        for block, key_mask in zip(blocks, key_masks, strict=True):
-            if key_mask is not None:
-                key_mask = F.pad(key_mask, (count, 0), value=1.0)
-            h = run(block, h, key_mask, value_scale)
-        return h[:, count:]
+        for block, inputs in zip(backbone.layers, seen, strict=True):
+            h = run(block, h, *backbone.with_prefix(inputs, count))
+        return backbone.finish(h[:, count:])
 
 
 class CrossAttention(nn.Module):
@@ -97,22 +92,21 @@ class CrossAttention(nn.Module):
 
     def forward(
         self,
-        blocks: Sequence[RetentionBlock],
+        backbone: ExpressionBackbone,
         h: Tensor,
         parts: Tensor,
-        key_masks: Sequence[Tensor | None],
-        value_scale: Tensor | float,
+        seen: Sequence[tuple],
         run: Callable[..., Tensor],
     ) -> Tensor:
         """Arguments and result as those of `Concatenation`."""
         context = self.norm(parts + self.position)
 
-        def layer(block, attention, h, key_mask):
-            h = block(h, key_mask, value_scale)
+        def layer(block, attention, h, *inputs):
+            h = block(h, *inputs)
             tokens = h.to(context.dtype)
             added, _ = attention(tokens, context, context, need_weights=False)
             return h + F.dropout(added, self.dropout, self.training).to(h.dtype)
 
-        for block, attention, key_mask in zip(blocks, self.attention, key_masks, strict=True):
-            h = run(layer, block, attention, h, key_mask)
-        return h
+        for block, attention, inputs in zip(backbone.layers, self.attention, seen, strict=True):
+            h = run(layer, block, attention, h, *inputs)
+        return backbone.finish(h)

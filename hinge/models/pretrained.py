@@ -11,7 +11,7 @@ from accelerate.utils import convert_file_size_to_int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hinge.backbones.cellfm import CellFMModel
+from hinge.backbones import ExpressionBackbone, load_backbone
 from hinge.utils import hub
 from hinge.utils.errors import WeightsError, one_line
 from hinge.utils.files import atomic_path
@@ -38,7 +38,7 @@ NOT_OFFERED = {
             "set_use_xla_flash_attention",
             "set_use_memory_efficient_attention_xformers",
         ),
-        "it has linear attention only",
+        "its attention is that of its backbone",
     ),
 }
 # names of version 0.1
@@ -105,7 +105,7 @@ def _with_new_names(config: dict[str, Any], weights: dict[str, Tensor]) -> tuple
     return config, weights
 
 
-def load(cls: type["HingeModel"], folder: str | Path, backbone: CellFMModel | None = None) -> "HingeModel":
+def load(cls: type["HingeModel"], folder: str | Path, backbone: ExpressionBackbone | None = None) -> "HingeModel":
     """Return the model that `save` wrote; arguments and errors as those of `HingeModel.from_pretrained`."""
     folder = hub.find(folder, "model")
     try:
@@ -120,7 +120,7 @@ def load(cls: type["HingeModel"], folder: str | Path, backbone: CellFMModel | No
         beside = next((each / "backbone" for each in (folder, folder.parent) if (each / "backbone").is_dir()), None)
         if beside is None:
             raise WeightsError(f"there is no backbone beside the model in {folder}; give the one it was trained on")
-        backbone = CellFMModel.from_pretrained(beside)
+        backbone = load_backbone(beside)
     try:
         config, weights = _with_new_names(config, weights)
         model = _build(cls, config, sum(tensor.numel() for tensor in weights.values()))

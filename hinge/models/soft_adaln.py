@@ -1,13 +1,14 @@
 """SoftAdaLN: shifts, scales and gates of every layer of a frozen backbone from one condition vector."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from hinge.backbones.cellfm_layers import RetentionBlock
+from hinge.backbones.base import ExpressionBackbone, ResidualBlock
 from hinge.models import kernels
 
 TIME_WIDTH = 256
@@ -115,27 +116,24 @@ class SoftAdaLN(nn.Module):
 
     def forward(
         self,
-        blocks: Sequence[RetentionBlock],
+        backbone: ExpressionBackbone,
         h: Tensor,
         parts: Tensor,
-        key_masks: Sequence[Tensor | None],
-        value_scale: Tensor | float,
+        seen: Sequence[tuple],
         run: Callable[..., Tensor],
     ) -> Tensor:
         """Take tokens through the modulated layers, up to the decoder.
 
         Parameters
         ----------
-        blocks
-            L layers.
+        backbone
+            Its layers are modulated.
         h
             (B, N, D) tokens.
         parts
             (B, C, D) terms of the condition, of which z is the sum.
-        key_masks
-            For each layer (B, N) or None for all.
-        value_scale
-            As the layers take it.
+        seen
+            What each layer takes beside the tokens.
         run
             run(function, *arguments) computes a layer.
 
@@ -145,9 +143,9 @@ class SoftAdaLN(nn.Module):
             (B, N, D).
         """
         layers, decoder = self.vectors(sum(parts.unbind(dim=1)))  # (L, 6, B, 1, D), (2, B, 1, D)
-        for number, (block, vectors) in enumerate(zip(blocks, layers.to(h.dtype), strict=True)):
-            h = run(self._layer, number, block, h, vectors, key_masks[number], value_scale)
-        return self.modulate(h, *decoder.to(h.dtype))
+        for number, (block, vectors) in enumerate(zip(backbone.layers, layers.to(h.dtype), strict=True)):
+            h = run(self._layer, number, block, h, vectors, *seen[number])
+        return self.modulate(backbone.finish(h), *decoder.to(h.dtype))
 
     def vectors(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the vectors of the layers (L, 6, B, 1, D), gates activated, and of the decoder (2, B, 1, D).
@@ -195,30 +193,33 @@ class SoftAdaLN(nn.Module):
             h = F.layer_norm(h, h.shape[-1:], eps=SOFT_NORM_EPS)
         return torch.addcmul(shift, h, 1 + scale)
 
-    def _layer(self, number, block, h, vectors, key_mask, value_scale) -> Tensor:
+    def _layer(self, number: int, block: ResidualBlock, h: Tensor, vectors: Tensor, *seen: Any) -> Tensor:
         """Return the tokens (B, N, D) after layer `number`; `vectors` are its shifts, scales and gates (6, B, 1, D)."""
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = vectors
         if self._may_fuse(block, h):
-            mix, scale = self.norm_mix[number], block.residual_scale
-            x = kernels.modulate(h, shift_a, scale_a, mix[0], SOFT_NORM_EPS)
-            mixed = kernels.retention(block.retention, x, key_mask, value_scale)
-            h = kernels.join(h, self._dropout(mixed), gate_a, block.norm1, scale)
-            x = kernels.modulate(h, shift_f, scale_f, mix[1], SOFT_NORM_EPS)
-            fed = kernels.feed_forward(block.feed_forward, x)
-            return kernels.join(h, self._dropout(fed), gate_f, block.norm2, scale)
-        modulate = self.modulate
-        mixed = block.retention(modulate(h, shift_a, scale_a, (number, 0)), key_mask, value_scale)
-        h = block.norm1(torch.add(gate_a * self._dropout(mixed), h, alpha=block.residual_scale))
-        fed = block.feed_forward(modulate(h, shift_f, scale_f, (number, 1)))
-        return block.norm2(torch.add(gate_f * self._dropout(fed), h, alpha=block.residual_scale))
+            return self._fused_layer(number, block, h, vectors, *seen)
+        for part, (shift, scale, gate) in enumerate((vectors[:3], vectors[3:])):
+            x = self.modulate(block.enter(part, h), shift, scale, (number, part))
+            h = block.leave(part, h, gate * self._dropout(block.sublayer(part, x, *seen)))
+        return h
 
-    def _may_fuse(self, block: RetentionBlock, h: Tensor) -> bool:
+    def _fused_layer(self, number, block, h, vectors, key_mask, value_scale) -> Tensor:
+        """Return the same of a layer of CellFM by `hinge.models.kernels`."""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = vectors
+        mix, scale = self.norm_mix[number], block.residual_scale
+        x = kernels.modulate(h, shift_a, scale_a, mix[0], SOFT_NORM_EPS)
+        mixed = kernels.retention(block.retention, x, key_mask, value_scale)
+        h = kernels.join(h, self._dropout(mixed), gate_a, block.norm1, scale)
+        x = kernels.modulate(h, shift_f, scale_f, mix[1], SOFT_NORM_EPS)
+        fed = kernels.feed_forward(block.feed_forward, x)
+        return kernels.join(h, self._dropout(fed), gate_f, block.norm2, scale)
+
+    def _may_fuse(self, block: ResidualBlock, h: Tensor) -> bool:
         """Return whether a layer is computed by `hinge.models.kernels`.
 
         Not in float32 inference, where the order of operations is that of the published code, bit for bit; not in
         float16, which unscaled products overflow; not where the backbone's norms need gradients.
         """
-        if not self.fused or self.norm != "soft" or block.norm1.weight.requires_grad:
+        if not (self.fused and block.fused) or self.norm != "soft" or block.norm1.weight.requires_grad:
             return False
         return h.dtype == torch.bfloat16 or (h.dtype == torch.float32 and torch.is_grad_enabled())
 

@@ -1,18 +1,18 @@
-"""The backbone of a model: whether it fits, and which of its weights are trained."""
+"""The backbone of a model: whether it fits, which of its weights are trained, and how its layers are run."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from hinge.backbones.cellfm import CellFMModel
+from hinge.backbones.base import ExpressionBackbone
 from hinge.utils.errors import WeightsError
 from hinge.utils.packages import require
 
-LORA_TARGETS = ("qkvu", "uv", "out")  # every product of a layer
 
-
-def check_backbone(backbone: CellFMModel, config: Any, with_digest: bool) -> None:
+def check_backbone(backbone: ExpressionBackbone, config: Any, with_digest: bool) -> None:
     """Check that a backbone has the size in the config of a model, and the digest too if `with_digest`.
 
     Raises
@@ -26,6 +26,8 @@ def check_backbone(backbone: CellFMModel, config: Any, with_digest: bool) -> Non
             f"the backbone is {size[0]} wide and {size[1]} layers deep, the model was made for "
             f"{config.hidden_size} and {config.num_layers}"
         )
+    if (config.num_bins is not None) != (backbone.value_space == "bins"):
+        raise WeightsError(f"the backbone is a {backbone.config.model_type}, the model was made for another kind")
     if with_digest and config.backbone_digest and backbone.digest() != config.backbone_digest:
         raise WeightsError(
             "these are not the backbone weights the model was trained on: expected digest "
@@ -33,7 +35,7 @@ def check_backbone(backbone: CellFMModel, config: Any, with_digest: bool) -> Non
         )
 
 
-def prepare_backbone(backbone: CellFMModel, tuning: str, lora_rank: int) -> CellFMModel:
+def prepare_backbone(backbone: ExpressionBackbone, tuning: str, lora_rank: int) -> ExpressionBackbone:
     """Return the backbone in eval mode with the weights that `tuning` trains; these are in float32.
 
     Parameters
@@ -51,17 +53,33 @@ def prepare_backbone(backbone: CellFMModel, tuning: str, lora_rank: int) -> Cell
         require("peft", "lora", "backbone.tuning=lora")  # takes seconds to import
         from peft import LoraConfig, inject_adapter_in_model
 
-        settings = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(LORA_TARGETS))
+        settings = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(backbone.lora_targets))
         backbone = inject_adapter_in_model(settings, backbone)
     elif tuning == "full":
-        # no gradient reaches the cell-wise decoder and the tokens that this input lacks
-        unused = "zero_token" if backbone.config.masked_input == "mask_token" else "mask_token"
+        # no gradient reaches the others
         for name, parameter in backbone.named_parameters():
-            parameter.requires_grad_(not name.startswith((unused, "cell_decoder", "technical_encoder")))
+            parameter.requires_grad_(not name.startswith(backbone.unused_parameters()))
     for parameter in backbone.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return backbone
+
+
+def frozen_names(model: Any) -> set[str]:
+    """Return the names, in the state dict of a `HingeModel`, of frozen weights of a backbone that has adapters."""
+    if model.tuned_backbone is None:
+        return set()
+    named = model.tuned_backbone.named_parameters()
+    return {f"tuned_backbone.{name}" for name, parameter in named if not parameter.requires_grad}
+
+
+def run_layer(model: Any, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Return function(*arguments); with gradient checkpointing of the model its inner results are computed again."""
+    if not model.gradient_checkpointing or not torch.is_grad_enabled():
+        return function(*arguments)
+    if model._gradient_checkpointing_func is None:
+        return checkpoint(function, *arguments, use_reentrant=False)
+    return model._gradient_checkpointing_func(function, *arguments)
 
 
 def cast_frozen(backbone: nn.Module, dtype: torch.dtype) -> None:

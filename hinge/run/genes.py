@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hinge.backbones.gene_matching import GeneMapping
 from hinge.backbones.hgnc import GeneNames
-from hinge.backbones.vocabulary import GeneVocabulary, OnMissing, vocabulary_for
+from hinge.backbones.vocabulary import GeneVocabulary, OnMissing
 from hinge.config import BackboneConfig
 from hinge.utils.errors import WeightsError
 from hinge.utils.files import write_json
@@ -39,14 +39,12 @@ class GeneMatcher:
         """
         # a random backbone has the vocabulary of the weights whose architecture it copies
         source = self.settings.path or self.weights
-        from hinge.backbones.cellfm_config import read_config  # imports transformers
+        from hinge.backbones import read_config  # imports transformers
 
-        file, backbone = self.settings.vocabulary, read_config(source)
-        if file is not None:
-            return vocabulary_for(file, backbone.num_embeddings)
-        if not backbone.gene_names:
+        vocabulary = read_config(source).read_vocabulary(self.settings.vocabulary)
+        if vocabulary is None:
             raise WeightsError(f"the backbone {source} brings no gene vocabulary; name its file as backbone.vocabulary")
-        return GeneVocabulary.from_genes(backbone.gene_names)
+        return vocabulary
 
     def match(self, genes: list[str], on_missing: OnMissing) -> GeneMapping:
         """Map gene symbols to vocabulary ids."""

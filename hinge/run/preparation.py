@@ -33,7 +33,7 @@ from hinge.utils.locks import lock_file
 if TYPE_CHECKING:
     import torch
 
-    from hinge.backbones import CellFMModel
+    from hinge.backbones import ExpressionBackbone
     from hinge.backbones.vocabulary import OnMissing
     from hinge.encoders import Encoder
 
@@ -172,7 +172,7 @@ class Preparation:
 
     # --- backbone --------------------------------------------------------------------------------
 
-    def backbone(self) -> CellFMModel:
+    def backbone(self) -> ExpressionBackbone:
         """Return the expression model, from elsewhere or pre-trained in this run, in the type it is stored in.
 
         Raises
@@ -180,17 +180,17 @@ class Preparation:
         WeightsError
             It is missing or damaged.
         """
-        from hinge.backbones import CellFMModel
+        from hinge.backbones import load_backbone
 
         settings = self.config.backbone
-        model = CellFMModel.from_pretrained(self.paths.backbone, **settings.constants())
+        model = load_backbone(self.paths.backbone, **settings.constants())
         if settings.unknown_genes == "new":
             mapping = self.matcher.match(self.panel().genes, "new")
             ids = dict(zip(mapping.genes, mapping.ids.tolist(), strict=True))
             model.add_genes({gene: ids[gene] for gene in mapping.new}, self.config.seed)
         return model
 
-    def gene_ids(self, backbone: CellFMModel) -> torch.Tensor:
+    def gene_ids(self, backbone: ExpressionBackbone) -> torch.Tensor:
         """Return the vocabulary ids (G,) of the panel."""
         import torch
 

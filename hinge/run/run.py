@@ -22,7 +22,7 @@ from hinge.run.preparation import Preparation
 if TYPE_CHECKING:
     import torch
 
-    from hinge.backbones import CellFMModel
+    from hinge.backbones import ExpressionBackbone
     from hinge.diffusion import HingePipeline
     from hinge.encoders import Encoder
     from hinge.evaluation.predictions import PredictionFiles
@@ -216,11 +216,11 @@ class Run:
         """Return the spots of some slides on the panel, with features; spots without a count are left out."""
         return self._inputs.spots(names)
 
-    def backbone(self) -> CellFMModel:
+    def backbone(self) -> ExpressionBackbone:
         """Return the expression model, from elsewhere or pre-trained in this run."""
         return self._inputs.backbone()
 
-    def gene_ids(self, backbone: CellFMModel) -> torch.Tensor:
+    def gene_ids(self, backbone: ExpressionBackbone) -> torch.Tensor:
         """Return the vocabulary ids (G,) of the panel."""
         return self._inputs.gene_ids(backbone)
 

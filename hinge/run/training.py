@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from hinge.backbones import CellFMConfig, CellFMModel
-from hinge.backbones.cellfm_config import read_config
+from hinge.backbones import CellFMConfig, CellFMModel, ExpressionBackbone, read_config
+from hinge.backbones.loading import MODELS
 from hinge.data.readers import list_samples
 from hinge.data.spots import SpotTable
 from hinge.diffusion import MaskedDiffusionScheduler
@@ -74,7 +74,7 @@ def train_model(inputs: Preparation) -> Path:
         return _train(inputs, spots, backbone, accelerator)
 
 
-def _prepare(inputs: Preparation) -> tuple[SpotTable, CellFMModel | None, np.ndarray | None]:
+def _prepare(inputs: Preparation) -> tuple[SpotTable, ExpressionBackbone | None, np.ndarray | None]:
     """Return training spots and the backbone, or the values to pre-train it on; no error is left for training."""
     data, settings = inputs.config.data, inputs.config.backbone
     samples = list_samples(data.path, data.format) if data.test else []
@@ -109,13 +109,13 @@ def _write_random_backbone(inputs: Preparation) -> None:
         config = read_config(settings.path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(inputs.config.seed)
-        model = CellFMModel(config)
+        model = MODELS[config.model_type](config)
     with atomic_path(inputs.paths.backbone) as temporary:
         model.save_pretrained(temporary)
     logger.info("wrote %s (random weights)", inputs.paths.backbone)
 
 
-def _new_model(inputs: Preparation, spots: SpotTable, backbone: CellFMModel) -> HingeModel:
+def _new_model(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbone) -> HingeModel:
     """Return an untrained model for some spots."""
     config, settings = inputs.config, inputs.config.backbone
     library_size = config.model.library_size
@@ -137,7 +137,7 @@ def _new_model(inputs: Preparation, spots: SpotTable, backbone: CellFMModel) -> 
     return model
 
 
-def _train(inputs: Preparation, spots: SpotTable, backbone: CellFMModel, accelerator: Accelerator) -> Path:
+def _train(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbone, accelerator: Accelerator) -> Path:
     config, paths = inputs.config, inputs.paths
     model = _new_model(inputs, spots, backbone)
     scheduler = MaskedDiffusionScheduler(**config.diffusion.model_dump())

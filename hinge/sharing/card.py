@@ -42,7 +42,7 @@ hinge sample {folder} --slide slide.svs
 ```
 
 ```python
-from hinge import CellFMModel, HingeModel
+from hinge import HingeModel, load_backbone
 
 {load}
 ```
@@ -101,6 +101,9 @@ For research use; it is not a medical device. Licence: {licence}. {inherited}
 """
 
 
+_ARCHITECTURES = {"cellfm": "CellFM", "scgpt": "scGPT", "tahoe": "Tahoe-x1"}
+
+
 def part_card(
     config: dict[str, Any], repository: str, licence: str, inherited: str | None, title: str | None
 ) -> str | None:
@@ -117,10 +120,10 @@ def part_card(
     title
         Heading; None for the repository's name.
     """
-    if config.get("model_type") == "cellfm":
+    if config.get("model_type") in _ARCHITECTURES:
         library, tag = "hinge", "gene-expression"
-        what = "An expression backbone (CellFM's architecture) for hinge."
-        use = f'from hinge import CellFMModel\n\nbackbone = CellFMModel.from_pretrained("{repository}")'
+        what = f"An expression backbone ({_ARCHITECTURES[config['model_type']]}'s architecture) for hinge."
+        use = f'from hinge import load_backbone\n\nbackbone = load_backbone("{repository}")'
     elif "architecture" in config:
         library, tag = "timm", "histology"
         what = f"A histology encoder, {_plain(config['architecture'])}, for timm and hinge."
@@ -158,7 +161,7 @@ def run_card(run: Run, repository: str, licence: str, encoder: str, title: str |
     load = f'model = HingeModel.from_pretrained("{repository}")'
     if not own:
         load = (
-            "backbone = CellFMModel.from_pretrained(...)  # the file whose digest is below\n"
+            "backbone = load_backbone(...)  # the file whose digest is below\n"
             f'model = HingeModel.from_pretrained("{repository}", backbone)'
         )
     digest = model.get("backbone_digest") or ""

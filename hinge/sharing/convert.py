@@ -5,15 +5,17 @@ from typing import Any
 
 import torch
 
-from hinge.backbones import CellFMConfig, CellFMModel
+from hinge.backbones import CellFMConfig, CellFMModel, load_backbone
+from hinge.backbones.loading import MODELS, read_weights
 from hinge.backbones.published_cellfm import PublishedCellFM, read_published
 from hinge.backbones.state_files import DTYPES, check_shapes, stream_safetensors
 from hinge.backbones.vocabulary import vocabulary_for
+from hinge.backbones.weights import Weights
 from hinge.data.panel import Panel
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.models import HingeModel
 from hinge.run.run import Run
-from hinge.sharing.licences import CELLFM_LICENCE
+from hinge.sharing.licences import BACKBONE_LICENCES
 from hinge.sharing.released_hinge import import_hinge, read_hinge, write_hinge
 from hinge.utils.errors import ConfigError, DataError, WeightsError
 from hinge.utils.files import atomic_path, read_json, write_json
@@ -60,10 +62,46 @@ def convert_cellfm(
     ConfigError
         `dtype` is unknown, or the number of heads is needed.
     """
+    _check_dtype(dtype)
+    published = read_published(path, num_attention_heads, **options)
+    return _write_backbone(_cellfm_weights(published, _genes(published, vocabulary)), out, dtype)
+
+
+def convert_transformer(
+    kind: str, path: str | Path, out: str | Path, dtype: str = "fp32", attention: str | None = None
+) -> Path:
+    """Convert published weights of scGPT, scGPT-spatial or Tahoe-x1, in parts of 4 MB; the vocabulary goes along.
+
+    Parameters
+    ----------
+    kind
+        `"scgpt"` or `"tahoe"`.
+    path
+        The published folder, or the file of the weights in it.
+    out, dtype
+        As of `convert_cellfm`.
+    attention
+        `"generative"` or `"full"`; None: as published.
+
+    Raises
+    ------
+    WeightsError
+        The folder holds something else, a tensor is missing, unknown or of another shape, or a weight becomes infinite.
+    ConfigError
+        `dtype` or `attention` is unknown, or the weights do not allow the attention.
+    """
+    _check_dtype(dtype)
+    if not Path(path).exists():
+        raise WeightsError(f"there is no {path}")
+    found, weights = read_weights(path, attention=attention)
+    if found != kind:
+        raise WeightsError(f"{path} holds a {found}; use hinge convert {found}")
+    return _write_backbone(weights, out, dtype)
+
+
+def _check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be {', '.join(DTYPES)}, not {dtype!r}")
-    published = read_published(path, num_attention_heads, **options)
-    return _write_backbone(published, out, dtype, _genes(published, vocabulary))
 
 
 def _genes(published: PublishedCellFM, vocabulary: str | Path | None) -> list[str] | None:
@@ -78,22 +116,29 @@ def _refuse_existing(out: str | Path) -> None:
         raise ConfigError(f"{out} exists already; name a new folder")
 
 
-def _write_backbone(published: PublishedCellFM, out: str | Path, dtype: str, genes: list[str] | None) -> Path:
-    """Write `config.json` and `model.safetensors`; the folder appears when both are complete."""
-    _refuse_existing(out)
+def _cellfm_weights(published: PublishedCellFM, genes: list[str] | None) -> Weights:
+    """Return the weights with a config that has the genes."""
     cellfm = CellFMConfig(**published.config, gene_names=genes)
     if genes is not None:
         cellfm.num_genes = len(genes)
+    return Weights(published.state, cellfm, published.sources)
+
+
+def _write_backbone(weights: Weights, out: str | Path, dtype: str) -> Path:
+    """Write `config.json` and `model.safetensors`; the folder appears when both are complete."""
+    _refuse_existing(out)
+    config = weights.config
+    model_class = MODELS[config.model_type]
     with torch.device("meta"):
-        parameters = dict(CellFMModel(cellfm).named_parameters())
-    check_shapes(parameters, published.state, published.sources)
+        parameters = dict(model_class(config).named_parameters())
+    check_shapes(parameters, weights.state, weights.sources)
     with atomic_path(out) as folder:
         folder.mkdir()
-        cellfm.architectures = ["CellFMModel"]
-        cellfm.licence = CELLFM_LICENCE
-        cellfm.save_pretrained(folder)
+        config.architectures = [model_class.__name__]
+        config.licence = BACKBONE_LICENCES[config.model_type]
+        config.save_pretrained(folder)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        stream_safetensors(published.state, published.sources, shapes, folder / "model.safetensors", DTYPES[dtype])
+        stream_safetensors(weights.state, weights.sources, shapes, folder / "model.safetensors", DTYPES[dtype])
     return Path(out)
 
 
@@ -127,14 +172,13 @@ def convert_hinge(
     WeightsError, ConfigError
         The file is not such a checkpoint or is incomplete, or the number of heads or the gate cannot be inferred.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be {', '.join(DTYPES)}, not {dtype!r}")
+    _check_dtype(dtype)
     published = read_hinge(path, num_attention_heads)
     genes = _genes(published, vocabulary)
     _refuse_existing(out)
     with atomic_path(out) as folder:
         folder.mkdir()
-        _write_backbone(published, folder / "backbone", dtype, genes)
+        _write_backbone(_cellfm_weights(published, genes), folder / "backbone", dtype)
         backbone = CellFMModel.from_pretrained(folder / "backbone")
         imported = import_hinge(path, gate, num_attention_heads, backbone)
         imported.model.save_pretrained(folder / "model")
@@ -167,7 +211,7 @@ def export_hinge_folder(folder: str | Path, out: str | Path) -> Path:
         model = run.pipeline().model
         gene_ids = run.gene_ids(model.backbone)
     elif (folder / _GENE_IDS_NAME).is_file():
-        model = HingeModel.from_pretrained(folder / "model", CellFMModel.from_pretrained(folder / "backbone"))
+        model = HingeModel.from_pretrained(folder / "model", load_backbone(folder / "backbone"))
         gene_ids = torch.tensor(read_json(folder / _GENE_IDS_NAME))
     else:
         raise DataError(f"{folder} is neither the folder of a run nor the output of hinge convert hinge")

@@ -3,13 +3,14 @@
 import re
 from pathlib import Path
 
+from hinge.backbones.loading import recognise
 from hinge.encoders.recipes import RECIPES
 from hinge.run.run import Run
 from hinge.utils.errors import ConfigError
 from hinge.utils.files import read_json
 
-CELLFM_LICENCE = "cc-by-nc-nd-4.0"
-"""Licence of the published CellFM weights, as their model card states it."""
+BACKBONE_LICENCES = {"cellfm": "cc-by-nc-nd-4.0", "scgpt": "mit", "tahoe": "apache-2.0"}
+"""Licences of the published weights of each model, as their model cards state them."""
 
 _CELLFM_WIDTH = 1536  # of both published sizes
 
@@ -27,13 +28,14 @@ def backbone_licence(folder: Path) -> str | None:
     Parameters
     ----------
     folder
-        A folder with `config.json`, or a published file. Folders that were converted before the licence was recorded
-        are recognised by the width of the published models.
+        A folder with `config.json`, or published weights. Folders of CellFM that were converted before the licence was
+        recorded are recognised by the width of the published models.
     """
     if not (folder / "config.json").is_file():
-        return CELLFM_LICENCE if folder.is_file() else None
+        return BACKBONE_LICENCES[recognise(folder)] if folder.exists() else None
     config = read_json(folder / "config.json")
-    return config.get("licence") or (CELLFM_LICENCE if config.get("hidden_size") == _CELLFM_WIDTH else None)
+    old = config.get("model_type") == "cellfm" and config.get("hidden_size") == _CELLFM_WIDTH
+    return config.get("licence") or (BACKBONE_LICENCES["cellfm"] if old else None)
 
 
 def encoder_licence(name: str) -> str | None:

@@ -12,7 +12,7 @@ from hinge.config import load_config, save_config
 from hinge.models import HingeModel
 from hinge.run.run import Run
 from hinge.sharing.card import part_card, run_card
-from hinge.sharing.licences import backbone_licence, check_licence, run_backbone_licence
+from hinge.sharing.licences import BACKBONE_LICENCES, backbone_licence, check_licence, run_backbone_licence
 from hinge.utils import hub
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import read_json
@@ -60,7 +60,7 @@ def push(
         )
     _check_identifier(licence)
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    inherited = backbone_licence(path) if config.get("model_type") == "cellfm" else config.get("licence")
+    inherited = backbone_licence(path) if config.get("model_type") in BACKBONE_LICENCES else config.get("licence")
     card = part_card(config, repository, licence, inherited, title)
     if card is None:
         raise DataError(f"{path} is not the folder of a run, an encoder or a backbone")

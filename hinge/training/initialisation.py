@@ -111,7 +111,7 @@ class _Backbone:
             inputs = (filled[rows], visible[rows], timesteps[rows], self.condition[rows])
             inputs = (*(tensor.to(self.device) for tensor in inputs), self.gene_ids)
             tokens = self.model.tokens(*inputs, next_visible=following[rows].to(self.device))
-            parts.append(self.model.backbone.decode(tokens).float().cpu())
+            parts.append(self.model.decode(tokens).float().cpu())
         return torch.cat(parts).double().numpy(), visible.double().numpy()
 
 

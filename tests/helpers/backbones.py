@@ -1,0 +1,67 @@
+"""Recordings of published backbones as folders of published weights."""
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file, safe_open, save_file
+
+
+def read_recording(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Return sizes and tensors of a recording."""
+    with safe_open(path, "pt") as file:
+        meta = json.loads(file.metadata()["config"])
+    return meta, load_file(path)
+
+
+def published_folder(path: Path, folder: Path, **arguments) -> Path:
+    """Write the weights of a recording as the folder that the published code writes; `arguments` change args.json."""
+    meta, recorded = read_recording(path)
+    state = {key.removeprefix("state."): tensor for key, tensor in recorded.items() if key.startswith("state.")}
+    folder.mkdir(parents=True, exist_ok=True)
+    special = {"<pad>": meta["pad_id"], "<cls>": meta["cls_id"], "<eoc>": meta["eoc_id"]}
+    if "drug_id" in meta:
+        special["<drug>"] = meta["drug_id"]
+    names = {number: token for token, number in special.items()}
+    size = meta.get("ntoken") or meta["vocab_size"]
+    # file order is not that of the ids
+    tokens = {names.get(number, f"GENE{number}"): number for number in reversed(range(size))}
+    (folder / "vocab.json").write_text(json.dumps(tokens))
+    if "ntoken" in meta:
+        torch.save(state, folder / "best_model.pt")
+        content = {
+            "embsize": meta["d_model"],
+            "nheads": meta["nhead"],
+            "d_hid": meta["d_hid"],
+            "nlayers": meta["nlayers"],
+            "n_bins": meta["n_bins"],
+            "pad_value": meta["pad_value"],
+            "mask_value": meta["mask_value"],
+            "input_emb_style": "continuous",
+            **arguments,
+        }
+        (folder / "args.json").write_text(json.dumps(content))
+        if "moe_experts" in meta:
+            rows = [f"{number},{1 + number % 7}" for number in range(size - 3)]
+            (folder / "all_dict_mean_std.csv").write_text("\n".join([",mean", *rows]))
+        return folder
+    save_file(state, folder / "model.safetensors")
+    content = {
+        "vocab_size": size,
+        "d_model": meta["d_model"],
+        "n_heads": meta["n_heads"],
+        "n_layers": meta["n_layers"],
+        "expansion_ratio": meta["expansion_ratio"],
+        "transformer_activation": meta["activation"],
+        "attn_config": {"use_attn_mask": meta.get("attention") != "full"},
+        "expression_encoder": {"max_value": meta["max_value"], "activation": meta["activation"]},
+        "mvc": {"scaled_dot_product": meta["mvc_scaled"]},
+        "expression_decoder": {"n_layers": 1, "activation": meta["decoder_activation"]},
+        **({"chemical_encoder": {"activation": meta["activation"]}} if "num_drugs" in meta else {}),
+    }
+    (folder / "model_config.yml").write_text(yaml.safe_dump(content))
+    (folder / "collator_config.yml").write_text(
+        yaml.safe_dump({"pad_token_id": meta["pad_id"], "num_bins": meta["n_bins"], "pad_value": meta["pad_value"]})
+    )
+    return folder
