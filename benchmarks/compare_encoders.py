@@ -4,7 +4,7 @@ python benchmarks/compare_encoders.py DATA --slides C2 C3 C4 C5 --encoders stain
 
 Every slide is held out once; the others choose the panel and, by cross-validation over slides, the ridge penalty.
 Features are those of a run: patch and neighbourhood, in units of the slide's own deviation; with --spot-only the
-patch alone, as it is.
+patch alone, as it is. A single slide is divided into its quarters, each of which is held out once.
 """
 
 import argparse
@@ -23,6 +23,19 @@ from hinge.evaluation.metrics.accuracy import gene_pcc, summarise_pcc
 from hinge.utils.files import write_json
 
 
+def _quarters(slides: dict, features: dict) -> tuple[dict, dict]:
+    """Return the quarters of a single slide as slides, and their features."""
+    [(name, slide)] = slides.items()
+    place = slide.obsm["spatial"] > np.median(slide.obsm["spatial"], axis=0)
+    quarter = 2 * place[:, 0] + place[:, 1]
+    rows = {f"{name} quarter {number + 1}": np.flatnonzero(quarter == number) for number in range(4)}
+    parts = {(encoder, part): found[rows[part]] for (encoder, _), found in features.items() for part in rows}
+    quarters = {part: slide[index].copy() for part, index in rows.items()}
+    for part, quarter_slide in quarters.items():
+        quarter_slide.uns["hinge"]["name"] = part
+    return quarters, parts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
@@ -30,13 +43,14 @@ def main() -> None:
     parser.add_argument("--held-out", nargs="+", help="only these of the slides; default all")
     parser.add_argument("--encoders", nargs="+", required=True)
     parser.add_argument("--patch-um", type=float, default=224.0)
+    parser.add_argument("--um-per-px", type=float, help="resolution of the images, where no file contains it")
     parser.add_argument("--genes", type=int, default=200)
     parser.add_argument("--transforms", nargs="+", default=["log2p1", "log1p_cp10k"])
     parser.add_argument("--spot-only", action="store_true")
     parser.add_argument("-o", "--output", required=True, type=Path)
     arguments = parser.parse_args()
 
-    slides = {name: read_slide(arguments.data, name) for name in arguments.slides}
+    slides = {name: read_slide(arguments.data, name, um_per_px=arguments.um_per_px) for name in arguments.slides}
     features = {}
     for encoder in arguments.encoders:
         loaded = load_encoder(encoder)
@@ -47,8 +61,10 @@ def main() -> None:
             context = not arguments.spot_only
             features[encoder, name] = slide_features(stored, slide.obsm["spatial"], context, context)[:, 0]
 
+    if len(slides) == 1:
+        slides, features = _quarters(slides, features)
     rows = []
-    for held_out in arguments.held_out or arguments.slides:
+    for held_out in arguments.held_out or slides:
         training = [name for name in slides if name != held_out]
         panel = select_panel([slides[name] for name in training], "hmhvg", arguments.genes)
         for transform in arguments.transforms:

@@ -95,7 +95,11 @@ class FeaturesConfig(_Section):
     """Histology features."""
 
     encoder: str = Field(
-        "stain-texture", description="a timm or hf-hub: name, a checkpoint or stain-texture; + joins several"
+        "stain-texture+efficientnet-lite0",
+        description="efficientnet-lite0, stain-texture, a timm or hf-hub: name, or a checkpoint; + joins several",
+    )
+    pooling: Literal["stages"] | None = Field(
+        None, description="stages for the mean of every stage or block of each network; null: the encoder's own pooling"
     )
     patch_um: float | None = Field(None, gt=0, description="side of a patch in µm; None: the encoder's own")
     views: Literal[1, 8] = Field(1, description="1, or 8 for all flips and quarter turns of a patch")

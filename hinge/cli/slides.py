@@ -17,8 +17,9 @@ def features(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the feature files.", show_default=False)],
     sample: Annotated[list[str] | None, typer.Option(help="Sample of the data set; repeat for several.")] = None,
     encoder: Annotated[
-        str, typer.Option(help="timm or hf-hub: name, checkpoint, stain-texture; + joins.")
+        str, typer.Option(help="efficientnet-lite0, stain-texture, timm or hf-hub: name, checkpoint; + joins.")
     ] = _FEATURES.encoder,
+    pooling: Annotated[str | None, typer.Option(help="stages: mean of every stage of a network.")] = _FEATURES.pooling,
     patch_um: Annotated[float | None, typer.Option(help="Side of a patch in µm.  [default: the encoder's]")] = None,
     views: Annotated[int, typer.Option(help="1, or 8 for all flips and quarter turns.")] = _FEATURES.views,
     batch_size: Annotated[int, typer.Option(help="Patches in one forward pass.")] = _FEATURES.batch_size,
@@ -37,15 +38,16 @@ def features(
     from hinge.encoders import extract_features, load_encoder
     from hinge.utils.parallel import each_slide, work_alone
 
-    loaded = load_encoder(encoder)
+    loaded = load_encoder(encoder, pooling=pooling)
     names = sample or list_samples(path)
     if image is not None and len(names) > 1:
         raise ConfigError("--image is the image of one slide; name it with --sample")
     work_alone()
+    file_part = (encoder if pooling is None else f"{pooling}:{encoder}").replace("/", "_").replace(":", "_")
 
     def extract(name: str) -> Path:
         slide = read_slide(path, name, image=image, um_per_px=um_per_px, require_counts=False)
-        target = output / f"{name}.{encoder.replace('/', '_').replace(':', '_')}.h5"
+        target = output / f"{name}.{file_part}.h5"
         return extract_features(
             slide, loaded, target, views=views, batch_size=batch_size, patch_um=patch_um, overwrite=overwrite
         )

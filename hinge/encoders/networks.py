@@ -10,6 +10,8 @@ from timm.layers import resample_abs_pos_embed, to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hinge.utils.errors import ConfigError
+
 
 class AttentionPooledViT(nn.Module):
     """The image encoder of CONCH: a ViT whose tokens are pooled by one learned query (Lu et al., Nat. Med. 2024).
@@ -120,6 +122,50 @@ class PooledTokens(nn.Module):
         if self.pooling == "cls":
             return tokens[:, 0]
         return torch.cat([tokens[:, 0], tokens[:, self.vit.num_prefix_tokens :].mean(dim=1)], dim=1)
+
+
+class PooledStages(nn.Module):
+    """The mean of every stage of a CNN, or of the patch tokens of every block of a ViT, concatenated.
+
+    Early stages describe texture and colour, which the last layer of a network trained on photographs discards.
+
+    Parameters
+    ----------
+    network
+        A timm network whose stages are reachable: one with `forward_intermediates` (ViT, Swin, ResNet, ConvNeXt, ...),
+        or one whose `blocks` are stages (EfficientNet, MobileNet).
+
+    Raises
+    ------
+    ConfigError
+        The network has neither.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        blocks = getattr(network, "blocks", None)
+        # timm's forward_intermediates leaves out the stages of these networks that keep the resolution
+        self._in_blocks = isinstance(blocks, nn.Sequential) and all(isinstance(b, nn.Sequential) for b in blocks)
+        if not self._in_blocks and not hasattr(network, "forward_intermediates"):
+            raise ConfigError(f"the stages of a {type(network).__name__} cannot be read: use its own pooling")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to features (B, d), d the sum of the stages' channels."""
+        return torch.cat([stage.mean(dim=(2, 3)) for stage in self._stages(x)], dim=1)
+
+    def _stages(self, x: Tensor) -> list[Tensor]:
+        """Return the output of every stage, (B, C, h, w) each."""
+        if not self._in_blocks:
+            return self.network.forward_intermediates(x, output_fmt="NCHW", intermediates_only=True)
+        found: list[Tensor] = []
+        hooks = [stage.register_forward_hook(lambda *call: found.append(call[2])) for stage in self.network.blocks]
+        try:
+            self.network.forward_features(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
 
 
 def _bilinear_positions(positions: Tensor, side: int) -> Tensor:

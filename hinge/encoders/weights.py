@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from hinge.encoders.networks import AttentionPooledViT, PooledTokens
+from hinge.encoders.networks import AttentionPooledViT, PooledStages, PooledTokens
 from hinge.utils.errors import WeightsError
 from hinge.utils.safe_torch import load_torch, plain_tensors
 
@@ -67,7 +67,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     return {re.sub(r"^((module|backbone|_orig_mod)\.)+", "", name): t for name, t in tensors.items()}
 
 
-def load_weights(network: nn.Module, path: str | Path, name: str) -> None:
+def load_weights(network: nn.Module, path: str | Path, name: str, in_order: bool = False) -> None:
     """Load a checkpoint into a network.
 
     Parameters
@@ -78,6 +78,8 @@ def load_weights(network: nn.Module, path: str | Path, name: str) -> None:
         Checkpoint.
     name
         Name of the encoder, for errors.
+    in_order
+        The checkpoint names its tensors otherwise and has them in the order of the network.
 
     Raises
     ------
@@ -88,10 +90,16 @@ def load_weights(network: nn.Module, path: str | Path, name: str) -> None:
     if any(key.startswith("visual.") for key in state):
         state = {key.removeprefix("visual."): t for key, t in state.items() if key.startswith("visual.")}
         state = {key: t for key, t in state.items() if key.split(".")[0] not in _CONCH_LEFT_OUT}
-    core = network.vit if isinstance(network, PooledTokens) else network
+    core = network
+    if isinstance(network, PooledTokens | PooledStages):
+        core = network.vit if isinstance(network, PooledTokens) else network.network
     if any(key.endswith("embeddings.cls_token") for key in state):
         state = _from_transformers(state)
     wanted = core.state_dict()
+    if in_order:
+        state = {key: t for key, t in state.items() if key.strip("_").split(".")[0] not in _LEFT_OUT}
+        if len(state) == len(wanted):
+            state = dict(zip(wanted, state.values(), strict=True))
     if isinstance(core, AttentionPooledViT):
         positions = state.get("trunk.pos_embed")
         if positions is not None and positions.shape != wanted["trunk.pos_embed"].shape:

@@ -65,7 +65,8 @@ class RunPaths:
     def features(self, slide: str) -> Path:
         """The feature file of a slide."""
         settings = self._settings.features
-        encoder = settings.encoder.replace("/", "_").replace(":", "_")
+        encoder = settings.encoder if settings.pooling is None else f"{settings.pooling}:{settings.encoder}"
+        encoder = encoder.replace("/", "_").replace(":", "_")
         return (settings.folder or self.folder / "features") / f"{slide}.{encoder}.h5"
 
     def samples(self, slide: str) -> Path:

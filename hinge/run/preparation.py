@@ -129,7 +129,8 @@ class Preparation:
         """The histology encoder."""
         from hinge.encoders import load_encoder
 
-        return load_encoder(self.config.features.encoder)
+        settings = self.config.features
+        return load_encoder(settings.encoder, pooling=settings.pooling)
 
     def features(self, slide: AnnData) -> Path:
         """Return the feature file of a slide; extract it if it is not there yet."""

@@ -47,7 +47,7 @@ def encoder_licence(name: str) -> str | None:
         Name for `load_encoder`.
     """
     licences = []
-    for part in name.split("+"):
+    for part in name.replace("stages:", "").split("+"):
         plain, folder = part.partition("@")[0], Path(part).expanduser()
         if plain in RECIPES:
             licences.append(RECIPES[plain].licence)

