@@ -509,7 +509,7 @@ def test_files_that_are_no_weights_of_it(small, tmp_path):
 def test_names_that_are_none(name, message, monkeypatch):
     monkeypatch.setitem(registry.RECIPES, "uni", replace(RECIPES["uni"], architecture=TINY, arguments=SMALL))
     monkeypatch.setattr(registry, "_fetch", lambda *_: None)
-    monkeypatch.setattr(registry, "load_weights", lambda *_: None)
+    monkeypatch.setattr(registry, "load_weights", lambda *_, **__: None)
     with pytest.raises(ConfigError, match=message):
         load_encoder(name, device="cpu")
     with pytest.raises(ConfigError, match="weights= goes with one plain encoder name"):
