@@ -48,7 +48,6 @@ def settings(slides: Path, output: Path) -> dict:
             "hidden_size": 16,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
-            "num_value_bins": 8,
             "pretrain": {"steps": 5, "batch_size": 16},
         },
         "training": {"epochs": None, "steps": 5, "batch_size": 16},

@@ -21,7 +21,7 @@ EXPLAINED = {
 
 
 def needed(extras: set[str]) -> dict[str, set[str]]:
-    """Packages below hinge with some extras, as installed here, and the extras asked of each."""
+    """Return the installed packages that hinge depends on with some extras, and the extras required of each."""
     found: dict[str, set[str]] = {}
     todo = [("hinge-histology", frozenset(extras))]
     while todo:
@@ -45,25 +45,25 @@ def needed(extras: set[str]) -> dict[str, set[str]]:
 
 
 def licence(name: str) -> tuple[str, str]:
-    """Version and licence of an installed package."""
+    """Return version and licence of an installed package."""
     about = metadata.metadata(name)
-    told = about.get("License-Expression")
-    if not told:
+    found = about.get("License-Expression")
+    if not found:
         classes = [c.rpartition(" :: ")[2] for c in about.get_all("Classifier") or [] if c.startswith("License ::")]
-        told = ", ".join(c for c in classes if c != "OSI Approved")
-    if not told:
-        told = (about.get("License") or "").strip().splitlines()[0][:80] if about.get("License") else "not told"
-    return metadata.version(name), told.replace("|", "/")
+        found = ", ".join(c for c in classes if c != "OSI Approved")
+    if not found:
+        found = (about.get("License") or "").strip().splitlines()[0][:80] if about.get("License") else "not stated"
+    return metadata.version(name), found.replace("|", "/")
 
 
 def table(names: list[str]) -> list[str]:
     rows = ["| package | version | licence |", "| --- | --- | --- |"]
     for name in names:
         try:
-            version, told = licence(name)
+            version, found = licence(name)
         except metadata.PackageNotFoundError:
             continue
-        rows.append(f"| {name} | {version} | {told} |")
+        rows.append(f"| {name} | {version} | {found} |")
     return rows
 
 
@@ -74,19 +74,19 @@ def main() -> None:
         "# Licences",
         "",
         "hinge itself is under Apache-2.0. This page is written by `docs/licences.py` from the metadata of the "
-        "packages that one environment held; none of them is shipped with hinge.",
+        "packages in one environment; none of them is distributed with hinge.",
         "",
         "## Copyleft",
         "",
     ]
     for name in sorted(plain | extra):
         try:
-            _, told = licence(name)
+            _, found = licence(name)
         except metadata.PackageNotFoundError:
             continue
-        if COPYLEFT.search(told) or name in EXPLAINED:
+        if COPYLEFT.search(found) or name in EXPLAINED:
             where = "needed" if name in plain else "optional"
-            lines.append(f"- **{name}** ({where}): {told}. {EXPLAINED.get(name, 'Used unmodified, at run time.')}")
+            lines.append(f"- **{name}** ({where}): {found}. {EXPLAINED.get(name, 'Used unmodified, at run time.')}")
     lines += ["", "## Needed", "", *table(sorted(plain)), "", "## Of the extras", "", *table(sorted(extra)), ""]
     Path(sys.argv[1]).write_text("\n".join(lines))
     print(f"licences: {sys.argv[1]}")

@@ -1,21 +1,20 @@
 """The settings of a run: what `config.yaml` may hold, checked before anything starts."""
 
-import copy
 import os
 import reprlib
-import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hinge.diffusion.defaults import DEFAULT_BATCH_SIZE, DEFAULT_DRAWS, DEFAULT_STEPS
+from hinge.diffusion.defaults import DEFAULT_DRAWS, DEFAULT_STEPS
 from hinge.evaluation.names import BASELINES, DEFAULT_BASELINES, DEFAULT_RESAMPLES, GENERATIVE_BASELINES
-from hinge.models.options import HEADS, needs_library_size
+from hinge.models.options import DEFAULT_HEAD, DEFAULT_TRANSFORM, HEADS
 from hinge.training.settings import PretrainConfig, TrainingConfig
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path
+from hinge.utils.former_settings import update_settings
 from hinge.utils.yaml import read_settings
 
 
@@ -26,7 +25,11 @@ def _absolute(path: str | Path) -> Path:
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
-# where the published implementations of a backbone differ from each other
+
+VALUE_BINS = 64
+"""Number of soft bins of a backbone that is pre-trained here."""
+
+# the published implementations of a backbone differ in these
 PUBLISHED_CONSTANTS = ("masked_input", "negative_slope", "layer_norm_eps", "attention")
 
 
@@ -37,33 +40,31 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """Slides: which folder, and which samples in it do what."""
 
-    path: AbsolutePath = Field(description="a data set: file or folder with slides")
-    format: str | None = Field(None, description="the name of its format; None: recognised")
-    table: AbsolutePath | None = Field(
-        None, description="a CSV file with a slide a row, in place of path; its column split says what serves what"
+    path: AbsolutePath = Field(
+        description="a data set: a folder or file of slides, or a CSV table of them, whose column split may take the "
+        "place of train, test and pretrain"
     )
-    train: list[str] = Field(min_length=1, description="a list of samples")
+    format: str | None = Field(None, description="the name of its format; null: recognised")
+    train: list[str] = Field(min_length=1, description="a list of training samples")
     test: list[str] = Field([], description="a list of samples to draw and score")
     pretrain: list[str] = Field(
-        [], description="samples with counts, images or not, for the expression backbone; none: the training slides"
+        [],
+        description="a list of samples to pre-train the backbone on, with or without images; []: those of train",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _from_table(cls, content: Any) -> Any:
-        if not isinstance(content, dict) or not isinstance(content.get("table"), str | Path):
+        path = content.get("path") if isinstance(content, dict) else None
+        # the configuration in the folder of a run names all slides: it opens where the table is missing
+        if not isinstance(path, str | Path) or Path(path).suffix.lower() != ".csv" or content.get("train"):
             return content
         from hinge.data.readers.table import split_table  # imports anndata
 
-        given = str(_absolute(content["table"]))
-        if content.get("path") not in (None, given):
-            raise ValueError("give either path or table")
-        # a finished run names its slides itself, and opens wherever its table is
         try:
-            splits = {} if content.get("train") else split_table(given)
+            return {**split_table(_absolute(path)), **content}
         except DataError as error:
             raise ValueError(str(error)) from error
-        return {**splits, **content, "table": given, "path": given}
 
     @model_validator(mode="after")
     def _apart(self):
@@ -71,11 +72,11 @@ class DataConfig(_Section):
             names = getattr(self, key)
             repeated = sorted({name for name in names if names.count(name) > 1})
             if repeated:
-                raise ValueError(f"{', '.join(repeated)} stands in {key} more than once")
+                raise ValueError(f"{key} lists {', '.join(repeated)} more than once")
         for one, other in (("train", "test"), ("pretrain", "train"), ("pretrain", "test")):
             both = sorted(set(getattr(self, one)) & set(getattr(self, other)))
             if both:
-                raise ValueError(f"{', '.join(both)} stands in {one} and in {other}; a slide can serve one of them")
+                raise ValueError(f"{one} and {other} both list {', '.join(both)}; a slide can be in one of them")
         return self
 
 
@@ -101,12 +102,15 @@ class FeaturesConfig(_Section):
     pooling: Literal["stages"] | None = Field(
         None, description="stages for the mean of every stage or block of each network; null: the encoder's own pooling"
     )
-    patch_um: float | None = Field(None, gt=0, description="side of a patch in µm; None: the encoder's own")
+    patch_um: float | None = Field(None, gt=0, description="the side of a patch in µm; null: the encoder's default")
     views: Literal[1, 8] = Field(1, description="1, or 8 for all flips and quarter turns of a patch")
-    neighbourhood: bool = Field(True, description="whether the mean over a spot and its neighbours is a condition too")
-    standardise_slide: bool = Field(True, description="whether features are in units of their own slide's deviation")
-    batch_size: int = Field(64, ge=1, description="the patches in one forward pass")
-    folder: AbsolutePath | None = Field(None, description="where feature files lie; None: in the run's folder")
+    neighbourhood: bool = Field(
+        True, description="whether the mean over a spot and its neighbours is part of the condition"
+    )
+    standardise_slide: bool = Field(
+        True, description="whether features are standardised in each slide, and again over the training spots"
+    )
+    folder: AbsolutePath | None = Field(None, description="the folder of feature files; null: features in the run's")
 
 
 class BackboneConfig(_Section):
@@ -114,34 +118,34 @@ class BackboneConfig(_Section):
 
     path: AbsolutePath | None = Field(
         None,
-        description="a CellFM, scGPT or Tahoe-x1, published or a folder of hinge's; None: pre-train on data.pretrain",
+        description="weights of CellFM, scGPT or Tahoe-x1, published or in a folder that hinge wrote; null: pre-train "
+        "a CellFM on data.pretrain",
     )
-    vocabulary: AbsolutePath | None = Field(None, description="a table of the genes that the weights at path know")
-    gene_names: AbsolutePath | None = Field(None, description="HGNC's table, to find genes under previous names")
+    vocabulary: AbsolutePath | None = Field(None, description="a table of the genes in the vocabulary of the weights")
+    gene_names: AbsolutePath | None = Field(None, description="HGNC's table, to find genes by previous symbols")
     unknown_genes: Literal["drop", "new"] = Field(
-        "drop", description="drop (from the panel) or new (a new embedding) for genes that the weights do not know"
+        "drop", description="drop (from the panel) or new (a new embedding) for genes outside the vocabulary"
     )
     masked_input: Literal["mask_token", "value_plus_zero_token"] | None = Field(
-        None, description="what a masked gene enters as: mask_token or value_plus_zero_token; None: the weights' own"
+        None, description="the input of a masked gene: mask_token or value_plus_zero_token; null: as in the weights"
     )
     negative_slope: float | None = Field(
-        None, ge=0, lt=1, description="the slope of its leaky ReLU, from 0 to 1; None: the weights' own"
+        None, ge=0, lt=1, description="the slope of the leaky ReLU, from 0 to 1; null: as in the weights"
     )
-    layer_norm_eps: float | None = Field(None, gt=0, description="a number above 0; None: the weights' own")
+    layer_norm_eps: float | None = Field(None, gt=0, description="a number above 0; null: as in the weights")
     attention: Literal["generative", "full"] | None = Field(
-        None, description="generative (a masked gene sees visible ones) or full (all); None: the weights' own"
+        None,
+        description="generative (masked genes attend to visible genes) or full (to all); null: as in the weights",
     )
     hidden_size: int = Field(128, ge=8, description="the width of a token")
     num_hidden_layers: int = Field(4, ge=2, description="the number of layers")
     num_attention_heads: int = Field(4, ge=1, description="the number of attention heads")
-    num_value_bins: int = Field(64, ge=4, description="the number of soft bins that expression is embedded by")
     weights: Literal["pretrained", "random"] = Field(
         "pretrained", description="pretrained, or random for a backbone of the same size with random weights"
     )
     tuning: Literal["frozen", "full", "lora"] = Field(
-        "frozen", description="which of its weights are trained: frozen (none), full (all) or lora (adapters)"
+        "frozen", description="which weights of the backbone are trained: frozen (none), full (all) or lora (adapters)"
     )
-    lora_rank: int = Field(8, ge=1, description="the rank of the adapters")
     pretrain: PretrainConfig = PretrainConfig()
 
     @model_validator(mode="after")
@@ -156,15 +160,16 @@ class BackboneConfig(_Section):
     def _of_given_weights(self):
         for key in ("vocabulary", *PUBLISHED_CONSTANTS):
             if self.path is None and getattr(self, key) is not None:
-                raise ValueError(f"{key} says how to read given weights; it needs path")
+                raise ValueError(f"{key} is for given weights and needs path")
         return self
 
     def architecture(self) -> dict[str, Any]:
         """Size of a CellFM that is pre-trained here."""
-        return self.model_dump(include={"hidden_size", "num_hidden_layers", "num_attention_heads", "num_value_bins"})
+        size = self.model_dump(include={"hidden_size", "num_hidden_layers", "num_attention_heads"})
+        return {**size, "num_value_bins": VALUE_BINS}
 
     def constants(self) -> dict[str, Any]:
-        """What shall be other than the weights say; arguments of `load_backbone`."""
+        """Constants that replace those of the weights; arguments of `load_backbone`."""
         return self.model_dump(include=set(PUBLISHED_CONSTANTS), exclude_none=True)
 
 
@@ -172,30 +177,23 @@ class ModelConfig(_Section):
     """The denoiser; see hinge.models.HingeModel."""
 
     head: Literal[HEADS] = Field(  # type: ignore[valid-type]
-        "rounded_gaussian", description=f"the distribution of a gene: {', '.join(HEADS)}"
-    )
-    library_size: bool | None = Field(
-        None, description="whether a spot's library size is drawn before its genes; None: where the head needs it"
+        DEFAULT_HEAD, description=f"the distribution of a gene: {', '.join(HEADS)}"
     )
     injection: Literal["soft_adaln", "adaln_zero", "concatenation", "cross_attention"] = Field(
         "soft_adaln", description="how the condition enters: soft_adaln, adaln_zero, concatenation or cross_attention"
     )
-    modulation_rank: int | None = Field(None, ge=1, description="the rank of the modulation's matrices; None: full")
+    modulation_rank: int | None = Field(None, ge=1, description="the rank of the modulation matrices; null: full rank")
     gate: Literal["sigmoid", "linear"] = Field("sigmoid", description="the gate of SoftAdaLN: sigmoid or linear")
     norm: Literal["soft", "layer", "none"] = Field("soft", description="the norm of SoftAdaLN: soft, layer or none")
     start: Literal["identity", "random"] = Field(
         "identity", description="identity (the model starts as the backbone) or random"
     )
     condition_on_visible: Literal["current", "next"] | None = Field(
-        "current", description="a condition on the visible share: current, next (after the step) or None"
+        "current", description="a condition on the visible share: current, next (after the step) or null"
     )
     gene_factors: bool = Field(True, description="whether a factor model predicts the masked genes from the features")
-    masked_decoding: float = Field(
-        0.0, ge=0, le=1, description="the weight of the backbone's decoder where no gene is visible"
-    )
-    standardise_features: bool = Field(True, description="whether features are in units of the training deviation")
-    feature_dropout: float = Field(0.0, ge=0, lt=1, description="the share of features that training drops")
-    dropout: float = Field(0.0, ge=0, lt=1, description="the share of values that dropout drops in the modulation")
+    feature_dropout: float = Field(0.0, ge=0, lt=1, description="the dropout rate of the features")
+    dropout: float = Field(0.0, ge=0, lt=1, description="the dropout rate in the modulation")
 
 
 class DiffusionConfig(_Section):
@@ -220,22 +218,21 @@ class SamplingConfig(_Section):
     draws: int = Field(DEFAULT_DRAWS, ge=1, description="the number of draws of a slide")
     steps: int = Field(DEFAULT_STEPS, ge=1, description="the number of steps in which genes are revealed")
     seed: int = Field(0, ge=0, description="the seed of the draws")
-    batch_size: int = Field(DEFAULT_BATCH_SIZE, ge=1, description="the spot-draws in one forward pass")
     spatially_correlated: bool = Field(True, description="whether the noise of a draw is smooth over the slide")
-    remasking: int = Field(0, ge=0, description="the passes that mask a tenth of the genes again and draw them anew")
+    remasking: int = Field(0, ge=0, description="the number of passes that mask a tenth of the genes and redraw them")
     precision: Literal["no", "bf16"] = Field("no", description="no for float32, or bf16 for the backbone")
 
 
 class EvaluationConfig(_Section):
-    """What draws are scored beside, and how."""
+    """Baselines and scores."""
 
     baselines: list[Literal[*BASELINES, *GENERATIVE_BASELINES]] = Field(  # type: ignore[valid-type]
         list(DEFAULT_BASELINES), description=f"a list of {', '.join((*BASELINES, *GENERATIVE_BASELINES))}"
     )
     gene_sets: AbsolutePath | None = Field(
-        None, description="a GMT or JSON file of gene sets; None: well-known markers of breast tumours"
+        None, description="a GMT or JSON file of gene sets; null: markers of breast tumours"
     )
-    bootstrap: int = Field(DEFAULT_RESAMPLES, ge=0, description="resamples of the spots for intervals")
+    bootstrap: int = Field(DEFAULT_RESAMPLES, ge=0, description="the number of bootstrap resamples of the spots")
 
 
 class RunConfig(_Section):
@@ -244,7 +241,8 @@ class RunConfig(_Section):
     output: AbsolutePath = Field(description="the folder of the run")
     seed: int = Field(0, ge=0, description="the seed of everything but the draws")
     transform: Literal["log2p1", "log1p_cp10k"] = Field(
-        "log2p1", description="of counts: log2p1, log2(count + 1), or log1p_cp10k, ln(1 + 10⁴ · count / library size)"
+        DEFAULT_TRANSFORM,
+        description="of counts: log2p1, log2(count + 1), or log1p_cp10k, ln(1 + 10⁴ · count / library size)",
     )
     data: DataConfig
     panel: PanelConfig = PanelConfig()
@@ -260,8 +258,6 @@ class RunConfig(_Section):
     def _consistent(self):
         if self.training.steps is None and self.training.epochs is None:
             raise ValueError("give either training.steps or training.epochs")
-        if self.model.library_size is False and needs_library_size(self.model.head, self.transform):
-            raise ValueError(f"model.head {self.model.head} needs model.library_size under {self.transform}")
         if self.panel.method == "file" and self.panel.file is None:
             raise ValueError("panel.method file needs panel.file")
         if self.sampling.steps > self.diffusion.num_train_timesteps:
@@ -272,11 +268,11 @@ class RunConfig(_Section):
         return self
 
 
-# where a path may stand in a configuration file
+# keys that hold paths
 PATHS = (
     ("output",),
     ("data", "path"),
-    ("data", "table"),
+    ("data", "table"),  # of version 0.1
     ("panel", "file"),
     ("features", "folder"),
     ("evaluation", "gene_sets"),
@@ -313,107 +309,9 @@ def check_config(content: dict[str, Any], name: str, trained: bool = False) -> R
     Keys of version 0.1 are read with a DeprecationWarning. Relative paths are relative to the working directory.
     """
     try:
-        return RunConfig.model_validate(_updated(content, name, trained))
+        return RunConfig.model_validate(update_settings(content, name, trained))
     except ValidationError as error:
         raise ConfigError(f"{name}: {explain(error, RunConfig)}") from error
-
-
-# keys of version 0.1, which version 0.2 still reads
-RENAMED = {
-    "features.neighbours": "neighbourhood",
-    "model.gene_path": "gene_factors",
-    "model.depth": "library_size",
-    "training.closed_form_start": "initialisation",
-    "sampling.coherent": "spatially_correlated",
-    "sampling.corrections": "remasking",
-}
-# keys of version 0.1 that version 0.2 has no more, with the only value that may still stand there
-REMOVED: dict[str, Any] = {
-    "model.feature_noise": 0.0,
-    "model.drop_masked": None,
-    "model.num_factors": 8,
-    "model.num_slide_factors": 4,
-    "diffusion.beta": 3.0,
-    "diffusion.tail": 1,
-    "sampling.order": "random",
-    "sampling.temperature": 1.0,
-    "training.accumulation": 1,
-    "training.decay_at": [0.5, 0.875],
-    "training.decay_by": 0.2,
-    "training.betas": [0.9, 0.999],
-    "training.weight_decay": 0.0,
-    "training.max_grad_norm": 1.0,
-    "training.warm_start_masked_share": 0.2,
-    "backbone.pretrain.epochs": None,
-    "backbone.pretrain.accumulation": 1,
-    "backbone.pretrain.schedule": "cosine",
-    "backbone.pretrain.warmup_steps": 100,
-    "backbone.pretrain.decay_at": [0.5, 0.875],
-    "backbone.pretrain.decay_by": 0.2,
-    "backbone.pretrain.betas": [0.9, 0.999],
-    "backbone.pretrain.weight_decay": 0.0,
-    "backbone.pretrain.max_grad_norm": 1.0,
-    "backbone.pretrain.ema_decay": None,
-    "backbone.pretrain.evaluate_from": 0.0,
-    "backbone.pretrain.patience": None,
-    "backbone.pretrain.tracker": "none",
-    "backbone.pretrain.min_mask_ratio": 0.05,
-    "backbone.pretrain.genes_per_step": 2048,
-    "backbone.pretrain.validation_share": 0.1,
-}
-
-
-def _updated(content: dict[str, Any], name: str, trained: bool) -> dict[str, Any]:
-    """Return settings with the keys of this version; one warning names those of version 0.1 among them.
-
-    Raises
-    ------
-    ConfigError
-        A key that is no more has a value with an effect.
-    """
-    content, notes = copy.deepcopy(content), []
-    for key, new in RENAMED.items():
-        section, old = _section_of(content, key)
-        if section is not None and old in section:
-            if new in section:
-                raise ConfigError(f"{name}: {key} is now {new}; give one of them")
-            section[new] = section.pop(old)
-            notes.append(f"{key} is now {key.rpartition('.')[0]}.{new}")
-    for key, neutral in REMOVED.items():
-        section, old = _section_of(content, key)
-        if section is None or old not in section or old in _section_class(key).model_fields:
-            continue
-        used = section[old] != neutral and not _without_effect(key, section)
-        if used and not trained:
-            raise ConfigError(f"{name}: {key} was removed and {section[old]!r} had an effect; leave it out")
-        notes.append(f"{key} is ignored" + (f", it was {section[old]!r}" if used else ""))
-        del section[old]
-    if notes:
-        warnings.warn(f"{name} has settings of version 0.1: {', '.join(notes)}", DeprecationWarning, stacklevel=4)
-    return content
-
-
-def _section_of(content: Any, key: str) -> tuple[dict[str, Any] | None, str]:
-    """Return the section that a dotted key stands in, None where there is none, and the key's last part."""
-    *parts, last = key.split(".")
-    for part in parts:
-        content = content.get(part) if isinstance(content, dict) else None
-    return content if isinstance(content, dict) else None, last
-
-
-def _section_class(key: str) -> type[BaseModel]:
-    model: Any = RunConfig
-    for part in key.split(".")[:-1]:
-        model = model.model_fields[part].annotation
-    return model
-
-
-def _without_effect(key: str, section: dict[str, Any]) -> bool:
-    """Return whether a removed key has no effect beside the other keys of its section."""
-    if key.endswith(("decay_at", "decay_by")):
-        return section.get("schedule") != "step"
-    # tokens of masked genes are dropped where there are gene factors
-    return key == "model.drop_masked" and section["drop_masked"] == section.get("gene_factors", True)
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

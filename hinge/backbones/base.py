@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hinge.utils import hub
 from hinge.utils.errors import ConfigError
 from hinge.utils.files import arrays_digest
+from hinge.utils.licences import check_licence, recorded_licence
 
 DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
@@ -158,8 +159,16 @@ class ExpressionBackbone(PreTrainedModel):
         grown[list(ids.values())] = drawn.to(table)
         self.gene_embedding = nn.Embedding.from_pretrained(grown, freeze=not table.requires_grad)
 
-    def push_to_hub(self, repository: str, private: bool = True) -> str:
-        """Upload weights and config to `owner/name` on the Hugging Face Hub and return its address."""
+    def push_to_hub(self, repository: str, private: bool = True, allow_licence: bool = False) -> str:
+        """Upload weights and config to `owner/name` on the Hugging Face Hub and return its address.
+
+        Raises
+        ------
+        ConfigError
+            The licence of the weights forbids sharing them, and `allow_licence` does not state that their authors gave
+            permission; or the Hub refuses.
+        """
+        check_licence("the backbone", recorded_licence(self.config.to_dict()), allow_licence)
         return hub.upload_saved(self.save_pretrained, repository, private)
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -25,15 +25,22 @@ def _terminate(number: int, frame: object) -> None:
 
 
 class _Commands(typer.core.TyperGroup):
-    """Commands that say how to go on when they are stopped; typer would say "Aborted"."""
+    """Commands whose interruption is an error of hinge; typer would print "Aborted"."""
 
     def invoke(self, context):
         try:
             return super().invoke(context)
         except KeyboardInterrupt as stop:
-            number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
-            raise Interrupted("stopped; what is finished is kept", number) from None
+            raise _interrupted(stop) from None
 
+
+def _interrupted(stop: BaseException) -> Interrupted:
+    number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+    return Interrupted("stopped; what is finished is kept", number)
+
+
+# click's, which recent versions of typer include under another name
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="hinge",
@@ -112,6 +119,26 @@ _register()
 
 def main() -> None:
     """Entry point: errors a user can cause become one sentence and exit code 2; a signal, its number and 128."""
+    try:
+        _prepare()
+        sys.exit(app(standalone_mode=False, prog_name="hinge"))
+    except (KeyboardInterrupt, typer.Abort) as stop:  # outside a command
+        _exit_interrupted(_interrupted(stop))
+    except Interrupted as error:
+        _exit_interrupted(error)
+    except _UsageError as error:
+        _exit_usage(error)
+    except BrokenPipeError:
+        sys.exit(1)
+    # HingeError, or OSError: a full disk, a folder in place of a file, no permission
+    except (HingeError, OSError) as error:
+        # messages of libraries may take several lines
+        print("hinge:", " ".join(str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+
+
+def _prepare() -> None:
+    """Set signals, log lines and warnings."""
     prepare_cpu()
     signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -121,22 +148,25 @@ def main() -> None:
         os.environ.setdefault(name, value)
     # hinge says so itself, in a sentence that names the first of them
     warnings.filterwarnings("ignore", "(Observation|Variable) names are not unique")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without a line of source code
     warnings.filterwarnings("default", ".* has settings of version 0.1", DeprecationWarning)
     warnings.filterwarnings("ignore", "User provided device_type of 'cuda'")  # older diffusers, on import
-    try:
-        app()
-    except Interrupted as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            launcher = "accelerate launch … -m hinge.cli" if "WORLD_SIZE" in os.environ else "hinge"
-            print("hinge:", error, file=sys.stderr)
-            print("hinge: continue with:", launcher, shlex.join(sys.argv[1:]), file=sys.stderr)
-        sys.exit(128 + error.signal_number)
-    except HingeError as error:
-        # libraries whose words are passed on may take several lines
-        print("hinge:", " ".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.exit(1)
-    except OSError as error:  # a full disk, a folder in place of a file, no permission
-        print("hinge:", " ".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
+
+
+def _exit_interrupted(error: Interrupted) -> NoReturn:
+    if int(os.environ.get("RANK", 0)) == 0:
+        launcher = "accelerate launch … -m hinge.cli" if "WORLD_SIZE" in os.environ else "hinge"
+        print("hinge:", error, file=sys.stderr)
+        print("hinge: continue with:", launcher, shlex.join(sys.argv[1:]), file=sys.stderr)
+    sys.exit(128 + error.signal_number)
+
+
+def _exit_usage(error: Any) -> NoReturn:
+    """Print a mistake in the arguments as one sentence; a command without arguments prints its help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        message = " ".join(error.format_message().split()).rstrip(".")
+        command = "hinge" if error.ctx is None else error.ctx.command_path
+        print(f"hinge: {message[:1].lower()}{message[1:]}; see {command} --help", file=sys.stderr)
+    sys.exit(2)

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 def config(
     overrides: Overrides = None,
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="YAML file of a run, to see its values.  [default: none]")
+        Path | None, typer.Option("--config", "-c", help="YAML file of a run, whose values are printed.")
     ] = None,
 ) -> None:
-    """Print every setting of a run: its value or default, and what it takes, as a YAML file.
+    """Print every key of a run as a YAML file: its value or default, and its description.
 
     Example: hinge config > run.yaml, or the values of a run: hinge config --config configs/her2st.yaml
     """
@@ -51,7 +51,10 @@ def _lines(section: "type[BaseModel]", values: dict[str, Any] | None, indent: st
 
 def doctor(
     folder: Annotated[
-        Path | None, typer.Argument(help="A run, or where backbones may lie.  [default: here]", show_default=False)
+        Path | None,
+        typer.Argument(
+            metavar="FOLDER", help="Folder of a run, or of backbones.  [default: this folder]", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Show versions, devices, memory, network, available encoders and backbones, and batch sizes that fit.

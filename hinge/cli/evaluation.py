@@ -11,18 +11,22 @@ from hinge.utils.errors import ConfigError
 
 
 def evaluate(
-    run: Annotated[Path | None, typer.Argument(help="Folder of a run; or give --data.", show_default=False)] = None,
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="Folder of a run; or give --data.", show_default=False)
+    ] = None,
     slide: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: test slides]")] = None,
     predictions: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of another program: NAME[:UNITS]=FILE, or NAME=FILE,FILE,… with one draw a file; h5ad, CSV or TSV of "
-            "spots × genes; {slide} stands for the slide's name."
+            help="Predictions of another program: NAME[:UNITS]=FILE, or NAME=FILE,FILE,… with one draw a file; h5ad, "
+            "CSV or TSV of spots × genes; {slide} is replaced by the slide's name."
         ),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Without a run: the data set.", show_default=False)] = None,
-    sample: Annotated[list[str] | None, typer.Option(help="Without a run: its sample; repeat for several.")] = None,
-    panel: Annotated[Path | None, typer.Option(help="Without a run: genes to score.", show_default=False)] = None,
+    sample: Annotated[list[str] | None, typer.Option(help="Without a run: a sample; repeat for several.")] = None,
+    panel: Annotated[
+        Path | None, typer.Option(help="Without a run: file of the genes to score.", show_default=False)
+    ] = None,
     transform: Annotated[str | None, typer.Option(help="Without a run: log2p1 or log1p_cp10k.")] = None,
     gene_sets: Annotated[Path | None, typer.Option(help="Without a run: GMT or JSON file of gene sets.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File for the scores.")] = None,

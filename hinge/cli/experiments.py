@@ -6,14 +6,15 @@ from typing import Annotated
 import typer
 
 from hinge.cli.console import print_scores
+from hinge.cli.options import Overrides, Seed
 from hinge.utils.errors import HingeError
 
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for slides and results.")] = Path("hinge-demo"),
-    seed: Annotated[int, typer.Option(help="Of the tissue and of everything after it.", min=0)] = 0,
+    seed: Seed = 0,
 ) -> None:
-    """Simulate tissue, train on it, sample a held-out slide, score and report. No download, minutes on a CPU.
+    """Simulate tissue, train on it, sample a held-out slide, score and report: no download, minutes on a CPU.
 
     Example: hinge demo --output hinge-demo
     """
@@ -25,11 +26,11 @@ def demo(
 
 
 def ablate(
-    grid: Annotated[Path, typer.Argument(help="YAML file of a grid.", show_default=False)],
-    output: Annotated[Path, typer.Argument(help="Folder for its runs and tables.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings for every run, e.g. training.steps=50.", show_default=False)
-    ] = None,
+    grid: Annotated[Path, typer.Argument(metavar="GRID", help="YAML file of a grid.", show_default=False)],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Folder for its runs and tables.", show_default=False)
+    ],
+    overrides: Overrides = None,
     jobs: Annotated[int, typer.Option(help="Runs at the same time.", min=1)] = 1,
 ) -> None:
     """Run named variants of a configuration, over held-out slides and seeds, and write their table.

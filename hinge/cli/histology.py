@@ -6,41 +6,56 @@ from typing import Annotated
 import typer
 
 from hinge.cli.console import print_rows
-from hinge.cli.options import existing
+from hinge.cli.options import DataSet, Seed, existing
+from hinge.models.options import DEFAULT_TRANSFORM
 from hinge.utils.errors import ConfigError
 
 Encoders = Annotated[
-    list[str], typer.Option("--encoder", help="As for hinge features; repeat for several.", show_default=False)
+    list[str],
+    typer.Option("--encoder", help="Encoder, as in hinge features; repeat for several.", show_default=False),
 ]
 LabelTable = Annotated[
     str | None,
-    typer.Option("--labels", help="CSV or TSV of spots; {slide} stands for its name.  [default: the slides' obs]"),
+    typer.Option(
+        "--labels", help="CSV or TSV of spots; {slide} is replaced by the slide's name.  [default: the slides' obs]"
+    ),
 ]
 FeatureFolder = Annotated[
-    Path | None, typer.Option(help="Folder of feature files, kept and used again.  [default: OUTPUT/features]")
+    Path | None, typer.Option(help="Folder of feature files, which are reused.  [default: OUTPUT/features]")
 ]
-RawFeatures = Annotated[bool, typer.Option("--raw", help="Features as they are, not in units of their slide's.")]
+RawFeatures = Annotated[
+    bool, typer.Option("--raw", help="Use features as stored; do not standardise them in each slide.")
+]
 
 
 def finetune_encoder(
-    data: Annotated[Path, typer.Argument(help="Data set.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything.", show_default=False)],
-    encoder: Annotated[str, typer.Option(help="Start: as for hinge features, e.g. spafoundation@FILE.")],
+    data: DataSet,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all results.", show_default=False)],
+    encoder: Annotated[
+        str,
+        typer.Option(help="Encoder to start from, as in hinge features, e.g. spafoundation@FILE.", show_default=False),
+    ],
     sample: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: all]")] = None,
     tune: Annotated[str, typer.Option(help="all weights, lora, or linear (the head only).")] = "all",
-    start: Annotated[str, typer.Option(help="The head: ridge (solved on frozen features) or random.")] = "ridge",
-    folds: Annotated[str, typer.Option(help="slide, patient, or a .csv or .tsv of slides and groups.")] = "slide",
+    start: Annotated[
+        str, typer.Option(help="Initial head: ridge (regression on frozen features) or random.")
+    ] = "ridge",
+    folds: Annotated[
+        str, typer.Option(help="What is held out: slide, patient, or a .csv or .tsv of slides and groups.")
+    ] = "slide",
     hold_out: Annotated[list[str] | None, typer.Option(help="Only these folds; repeat for several.")] = None,
     panel: Annotated[Path | None, typer.Option(help="Genes.  [default: chosen in each fold]")] = None,
-    genes: Annotated[int, typer.Option(help="How many are chosen, without --panel.", min=1)] = 200,
-    transform: Annotated[str, typer.Option(help="log1p_cp10k or log2p1.")] = "log1p_cp10k",
+    genes: Annotated[int, typer.Option(help="Number of genes to choose, without --panel.", min=1)] = 200,
+    transform: Annotated[str, typer.Option(help="log2p1 or log1p_cp10k.")] = DEFAULT_TRANSFORM,
     patch_um: Annotated[float | None, typer.Option(help="Side of a patch in µm.  [default: the encoder's]")] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 20,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    learning_rate: Annotated[float | None, typer.Option(help="[default: 1e-5; lora 2e-4, linear 1e-4]")] = None,
-    lora_rank: Annotated[int, typer.Option(min=1)] = 8,
+    epochs: Annotated[int, typer.Option(help="Passes over the training spots.", min=1)] = 20,
+    batch_size: Annotated[int, typer.Option(help="Spots of a step, over all processes.", min=1)] = 64,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Largest learning rate.  [default: 1e-5; lora 2e-4, linear 1e-4]")
+    ] = None,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA adapters, with --tune lora.", min=1)] = 8,
     precision: Annotated[str, typer.Option(help="no (float32) or bf16.")] = "no",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Train an encoder and a linear head to predict genes, hold out each slide or patient, predict and score it.
 
@@ -80,18 +95,20 @@ def finetune_encoder(
 
 
 def probe_tumour(
-    data: Annotated[Path, typer.Argument(help="Data set.", show_default=False)],
+    data: DataSet,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for scores.", show_default=False)],
     encoder: Encoders,
     column: Annotated[str, typer.Option(help="Column of the labels.", show_default=False)],
     sample: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: all]")] = None,
     labels: LabelTable = None,
     positive: Annotated[list[str] | None, typer.Option(help="Label of tumour; repeat for several.")] = None,
-    above: Annotated[str | None, typer.Option(help="Of numbers: a threshold, or median.")] = None,
+    above: Annotated[
+        str | None, typer.Option(help="For numeric labels: the threshold above which a spot is tumour, or median.")
+    ] = None,
     patch_um: Annotated[float | None, typer.Option(help="Side of a patch in µm.  [default: the encoder's]")] = None,
     features: FeatureFolder = None,
     raw: RawFeatures = False,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Classify tumour spots by linear probe, nearest neighbours and prototypes, each slide held out in turn.
 
@@ -120,21 +137,25 @@ def probe_tumour(
 
 
 def cluster(
-    data: Annotated[Path, typer.Argument(help="Data set.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything.", show_default=False)],
+    data: DataSet,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all results.", show_default=False)],
     encoder: Encoders,
     sample: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: all]")] = None,
     method: Annotated[str, typer.Option(help="kmeans, leiden or gmm.")] = "kmeans",
-    clusters: Annotated[int | None, typer.Option(help="How many.  [default: as many as labels]", min=2)] = None,
-    resolution: Annotated[float, typer.Option(help="Of Leiden without a number of clusters.")] = 1.0,
-    smooth: Annotated[int, typer.Option(help="Averagings over a spot and its neighbours.", min=0)] = 1,
-    joint: Annotated[bool, typer.Option("--joint", help="All slides together.")] = False,
+    clusters: Annotated[
+        int | None, typer.Option(help="Number of clusters.  [default: as many as labels]", min=2)
+    ] = None,
+    resolution: Annotated[float, typer.Option(help="Resolution of Leiden, without --clusters.")] = 1.0,
+    smooth: Annotated[
+        int, typer.Option(help="Number of times that features are averaged over a spot and its neighbours.", min=0)
+    ] = 1,
+    joint: Annotated[bool, typer.Option("--joint", help="Cluster all slides together.")] = False,
     column: Annotated[str | None, typer.Option(help="Column of labels to compare with.")] = None,
     labels: LabelTable = None,
     patch_um: Annotated[float | None, typer.Option(help="Side of a patch in µm.  [default: the encoder's]")] = None,
     features: FeatureFolder = None,
     raw: RawFeatures = False,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Cluster spots by histology: clusters in h5ad and CSV, maps in a report, ARI and NMI against given labels.
 

@@ -10,26 +10,35 @@ from hinge.utils.errors import DataError
 if TYPE_CHECKING:
     from hinge.run.run import Run
 
-RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
+DataSet = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DATA", help="Data set: a folder or file of slides, or a table of them.", show_default=False
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)]
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML file of a run.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Settings, e.g. training.epochs=10.", show_default=False),
+    typer.Argument(help="Settings, e.g. training.epochs=10.", metavar="KEY=VALUE", show_default=False),
 ]
 
 
-def open_folder(folder: Path) -> "Run":
-    """Return the run in a folder; one that is not there is reported before anything heavy is imported."""
-    from hinge.run.paths import read_run_config
+def open_folder(folder: Path, trained: bool = False) -> "Run":
+    """Return the run in a folder; one that is missing, or not trained, is reported before heavy imports."""
+    from hinge.run.paths import RunPaths, read_run_config
 
     config = read_run_config(folder)
+    if trained:
+        RunPaths(config).require_model()
     from hinge.run.run import Run
 
     return Run(config)
 
 
 def existing(path: Path) -> Path:
-    """Return a path that exists; one that does not is reported before anything heavy is imported."""
+    """Return a path that exists; a missing one is reported before heavy imports."""
     if not path.exists():
         raise DataError(f"there is no file or folder {path}")
     return path

@@ -13,33 +13,34 @@ def sample(
     run: RunFolder,
     slide: Annotated[
         list[str] | None,
-        typer.Option(help="Sample of the run's data set, or a slide from elsewhere.  [default: test slides]"),
+        typer.Option(help="Sample of the run's data set, or path of another slide.  [default: test slides]"),
     ] = None,
     draws: Annotated[int | None, typer.Option(help="Draws a spot.  [default: the run's]", min=1)] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of revealing genes.  [default: the run's]", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.  [default: the run's]", min=0)] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Spot-draws at a time; no effect on the result.", min=1)
+        int | None, typer.Option(help="Spot-draws in one forward pass; no effect on the draws.", min=1)
     ] = None,
     um_per_px: Annotated[
-        float | None, typer.Option(help="Resolution, where a slide from elsewhere does not say.")
+        float | None, typer.Option(help="µm per pixel, where the file of another slide does not state it.")
     ] = None,
     observed: Annotated[
-        Path | None, typer.Option(help="h5ad with measured genes; the others are drawn given them.", show_default=False)
+        Path | None,
+        typer.Option(help="h5ad with measured genes; the other genes are drawn given them.", show_default=False),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="h5ad to write, for one slide.")] = None,
 ) -> None:
     """Draw the expression of every spot of a slide, several times.
 
-    A slide from elsewhere may be an H&E image alone: its tissue is found, and spots are laid over it at the distance
-    of the training slides. Several processes share the slides: accelerate launch -m hinge.cli sample …
+    Another slide may be an H&E image without counts: its tissue is detected and covered by a grid of spots with the
+    pitch of the training slides. Several processes share the slides: accelerate launch -m hinge.cli sample …
 
     Example: hinge sample runs/her2st --slide C5 --draws 20 --steps 20 --seed 0, or: hinge sample runs/her2st --slide
     biopsy.svs
     """
     from hinge.utils.parallel import each_slide, work_alone
 
-    opened = open_folder(run)
+    opened = open_folder(run, trained=True)
     names = slide or opened.config.data.test
     if not names:
         raise ConfigError("the run names no test slides; give --slide")
@@ -52,8 +53,8 @@ def sample(
 
     def draw(name: str) -> Path:
         data, path = opened.config.data, Path(name)
-        elsewhere = path.is_file() or (path.is_dir() and name not in [*data.train, *data.test, *data.pretrain])
-        source = {"slide": opened.slide_at(path, um_per_px)} if elsewhere else {"name": name}
+        is_path = path.is_file() or (path.is_dir() and name not in [*data.train, *data.test, *data.pretrain])
+        source = {"slide": opened.slide_at(path, um_per_px)} if is_path else {"name": name}
         return opened.sample(
             **source,
             output=output,
@@ -69,18 +70,27 @@ def sample(
 
 
 def map_expression(
-    run: Annotated[Path, typer.Argument(help="A run, or a fold of finetune-encoder.", show_default=False)],
-    slide: Annotated[list[str], typer.Option(help="Sample, or an image; repeat for several.", show_default=False)],
-    pitch_um: Annotated[float, typer.Option(help="Distance between the points of the map.")] = 25.0,
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="Folder of a run, or of a fold of finetune-encoder.", show_default=False),
+    ],
+    slide: Annotated[
+        list[str],
+        typer.Option(help="Sample, or path of an image; repeat for several.", show_default=False),
+    ],
+    pitch_um: Annotated[float, typer.Option(help="Distance between the points of the map, µm.")] = 25.0,
     method: Annotated[str, typer.Option(help="regression (ridge on features) or draws (of the trained run).")] = (
         "regression"
     ),
-    gene: Annotated[list[str] | None, typer.Option(help="Channel of the image.  [default: ten of the panel]")] = None,
+    gene: Annotated[
+        list[str] | None,
+        typer.Option(help="Gene in the image; repeat for several.  [default: ten of the panel]"),
+    ] = None,
     draws: Annotated[int | None, typer.Option(help="Draws a point.  [default: the run's]", min=1)] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of revealing genes.  [default: the run's]", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.  [default: the run's]", min=0)] = None,
     batch_size: Annotated[int, typer.Option(help="Patches in one forward pass.", min=1)] = 64,
-    um_per_px: Annotated[float | None, typer.Option(help="Resolution, where an image does not say.")] = None,
+    um_per_px: Annotated[float | None, typer.Option(help="µm per pixel, where the image does not state it.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder.  [default: RUN/maps]")] = None,
 ) -> None:
     """Predict expression on a grid finer than the spots, over all tissue: an h5ad, and an OME-TIFF of some genes.

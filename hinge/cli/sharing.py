@@ -7,28 +7,38 @@ import typer
 
 from hinge.utils.errors import ConfigError
 
-Checkpoint = Annotated[Path, typer.Argument(help="Published file.", show_default=False)]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Published file.", show_default=False)]
 PublishedFolder = Annotated[
-    Path, typer.Argument(help="Published folder, or the file of the weights in it.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT", help="Published folder, or the file of the weights in it.", show_default=False
+    ),
 ]
-OutFolder = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
+OutFolder = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the backbone's weights.")]
 Attention = Annotated[str | None, typer.Option(help="generative or full.  [default: as published]")]
 Vocabulary = Annotated[
-    Path | None, typer.Option(help="Table of the genes that the weights know, to store their names with them.")
+    Path | None, typer.Option(help="Table of the genes in the weights' vocabulary; their symbols are stored too.")
 ]
 Heads = Annotated[int | None, typer.Option(help="Attention heads.  [default: 48 at width 1536]", min=1)]
 
 
 def push(
-    path: Annotated[Path, typer.Argument(help="Folder of a run, an encoder or a backbone.", show_default=False)],
-    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub.", show_default=False)],
-    licence: Annotated[str, typer.Option(help="As the hub names it, e.g. cc-by-4.0.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder of a run, an encoder or a backbone.", show_default=False)
+    ],
+    repository: Annotated[
+        str, typer.Argument(metavar="REPOSITORY", help="owner/name on the Hugging Face Hub.", show_default=False)
+    ],
+    licence: Annotated[str, typer.Option(help="Licence as the hub names it, e.g. cc-by-4.0.", show_default=False)],
     encoder: Annotated[
-        str | None, typer.Option(help="Where the run's encoder is a file: how others load it, hf-hub:owner/name.")
+        str | None,
+        typer.Option(help="Name by which others load the encoder of the run, where it is a file: hf-hub:owner/name."),
     ] = None,
-    title: Annotated[str | None, typer.Option(help="Of the model card.  [default: the repository's name]")] = None,
-    public: Annotated[bool, typer.Option("--public", help="Let everybody see it.  [default: private]")] = False,
+    title: Annotated[
+        str | None, typer.Option(help="Title of the model card.  [default: the repository's name]")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.  [default: private]")] = False,
     allow_licence: Annotated[
         bool,
         typer.Option("--allow-licence", help="You have permission to share weights whose licence forbids it."),
@@ -36,25 +46,25 @@ def push(
 ) -> None:
     """Upload a trained run, an encoder or a backbone with a model card; no slides, no draws, no paths.
 
-    Names of the slides stand in the configuration that goes along.
+    The configuration, which is uploaded too, contains the names of the slides.
 
     Example: hinge push runs/her2st somebody/her2st-hinge --licence cc-by-4.0
     """
     from hinge.sharing.upload import push as upload
 
     address = upload(
-        path, repository, licence, encoder=encoder, private=not public, title=title, allow_licence=allow_licence
+        folder, repository, licence, encoder=encoder, private=not public, title=title, allow_licence=allow_licence
     )
     print(f"repository: {address}")
 
 
 def download_run(
-    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub.", show_default=False)],
+    repository: Annotated[
+        str, typer.Argument(metavar="REPOSITORY", help="owner/name on the Hugging Face Hub.", show_default=False)
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the run.", show_default=False)],
-    backbone: Annotated[
-        Path | None, typer.Option(help="The expression model, where the run uses one from elsewhere.")
-    ] = None,
-    vocabulary: Annotated[Path | None, typer.Option(help="Table of the genes that it knows.")] = None,
+    backbone: Annotated[Path | None, typer.Option(help="Backbone, where it is not part of the repository.")] = None,
+    vocabulary: Annotated[Path | None, typer.Option(help="Table of the genes in the backbone's vocabulary.")] = None,
 ) -> None:
     """Download a run that hinge push uploaded, ready for hinge sample.
 
@@ -67,7 +77,7 @@ def download_run(
 
 def convert_cellfm(
     checkpoint: Checkpoint,
-    out: OutFolder,
+    output: OutFolder,
     dtype: Dtype = "fp32",
     vocabulary: Vocabulary = None,
     heads: Heads = None,
@@ -78,7 +88,7 @@ def convert_cellfm(
     """
     from hinge.sharing import convert as conversion
 
-    written = conversion.convert_cellfm(checkpoint, out, dtype, vocabulary, heads)
+    written = conversion.convert_cellfm(checkpoint, output, dtype, vocabulary, heads)
     print(f"backbone: {written}")
 
 
@@ -108,11 +118,13 @@ def convert_tahoe(
 
 def convert_hinge(
     checkpoint: Checkpoint,
-    out: OutFolder,
+    output: OutFolder,
     dtype: Dtype = "fp32",
     vocabulary: Vocabulary = None,
     heads: Heads = None,
-    gate: Annotated[str | None, typer.Option(help="sigmoid or linear.  [default: judged by the weights]")] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="Gate of SoftAdaLN: sigmoid or linear.  [default: inferred from the weights]")
+    ] = None,
 ) -> None:
     """Rewrite a checkpoint of the authors' HINGE code as a folder with backbone and model.
 
@@ -122,13 +134,15 @@ def convert_hinge(
 
     if gate not in (None, "sigmoid", "linear"):
         raise ConfigError(f"--gate must be sigmoid or linear, not {gate!r}")
-    written = conversion.convert_hinge(checkpoint, out, dtype, gate, vocabulary, heads)
+    written = conversion.convert_hinge(checkpoint, output, dtype, gate, vocabulary, heads)
     print(f"model: {written}")
 
 
 def convert_to_authors(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or of hinge convert hinge.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help=".pth file to write.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, or of hinge convert hinge.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help=".pth file to write.", show_default=False)],
 ) -> None:
     """Write a trained model, backbone included, as the checkpoint that the authors' HINGE code loads.
 
@@ -136,4 +150,4 @@ def convert_to_authors(
     """
     from hinge.sharing import convert as conversion
 
-    print(f"checkpoint: {conversion.export_hinge_folder(run, out)}")
+    print(f"checkpoint: {conversion.export_hinge_folder(run, output)}")

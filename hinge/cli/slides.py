@@ -5,48 +5,56 @@ from typing import Annotated
 
 import typer
 
-from hinge.cli.options import existing
+from hinge.cli.options import DataSet, existing
 from hinge.config import FeaturesConfig, PanelConfig
+from hinge.models.options import DEFAULT_TRANSFORM
 from hinge.utils.errors import ConfigError
 
 _FEATURES, _PANEL = FeaturesConfig(), PanelConfig()
 
 
 def features(
-    path: Annotated[Path, typer.Argument(help="Slide or data set.", show_default=False)],
+    data: DataSet,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the feature files.", show_default=False)],
     sample: Annotated[list[str] | None, typer.Option(help="Sample of the data set; repeat for several.")] = None,
     encoder: Annotated[
-        str, typer.Option(help="efficientnet-lite0, stain-texture, timm or hf-hub: name, checkpoint; + joins.")
+        str,
+        typer.Option(
+            help="efficientnet-lite0, stain-texture, published name (hinge doctor), timm or hf-hub: name, checkpoint; "
+            "+ concatenates several."
+        ),
     ] = _FEATURES.encoder,
     pooling: Annotated[str | None, typer.Option(help="stages: mean of every stage of a network.")] = _FEATURES.pooling,
     patch_um: Annotated[float | None, typer.Option(help="Side of a patch in µm.  [default: the encoder's]")] = None,
     views: Annotated[int, typer.Option(help="1, or 8 for all flips and quarter turns.")] = _FEATURES.views,
-    batch_size: Annotated[int, typer.Option(help="Patches in one forward pass.")] = _FEATURES.batch_size,
-    image: Annotated[Path | None, typer.Option(help="Image, where the slide does not name it.")] = None,
-    um_per_px: Annotated[float | None, typer.Option(help="Resolution, where the slide does not say.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files made otherwise.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Patches in one forward pass; no effect on the features.")] = 64,
+    image: Annotated[Path | None, typer.Option(help="Full-resolution image, where the slide does not name it.")] = None,
+    um_per_px: Annotated[float | None, typer.Option(help="µm per pixel, where the slide does not state it.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace feature files that other settings made.")
+    ] = False,
 ) -> None:
     """Extract histology features, one patch a spot, into one HDF5 file a slide.
 
-    DATA may be a table of slides. Several processes share the slides: accelerate launch -m hinge.cli features …
+    Several processes share the slides: accelerate launch -m hinge.cli features …
 
     Example: hinge features her2st --sample C5 --encoder stain-texture --output features
     """
-    existing(path)
-    from hinge.data.readers import list_samples, read_slide
+    existing(data)
+    from hinge.data.readers import read_slide, require_samples
+
+    names = require_samples(data, sample)
+    if image is not None and len(names) > 1:
+        raise ConfigError("--image is the image of one slide; name the slide with --sample")
     from hinge.encoders import extract_features, load_encoder
     from hinge.utils.parallel import each_slide, work_alone
 
     loaded = load_encoder(encoder, pooling=pooling)
-    names = sample or list_samples(path)
-    if image is not None and len(names) > 1:
-        raise ConfigError("--image is the image of one slide; name it with --sample")
     work_alone()
     file_part = (encoder if pooling is None else f"{pooling}:{encoder}").replace("/", "_").replace(":", "_")
 
     def extract(name: str) -> Path:
-        slide = read_slide(path, name, image=image, um_per_px=um_per_px, require_counts=False)
+        slide = read_slide(data, name, image=image, um_per_px=um_per_px, require_counts=False)
         target = output / f"{name}.{file_part}.h5"
         return extract_features(
             slide, loaded, target, views=views, batch_size=batch_size, patch_um=patch_um, overwrite=overwrite
@@ -57,42 +65,51 @@ def features(
 
 
 def panel(
-    path: Annotated[Path, typer.Argument(help="Data set.", show_default=False)],
+    data: DataSet,
     output: Annotated[Path, typer.Option("--output", "-o", help="panel.json to write.", show_default=False)],
     sample: Annotated[list[str] | None, typer.Option(help="Training sample; repeat for several.")] = None,
     method: Annotated[str, typer.Option(help="hmhvg or hvg.")] = _PANEL.method,
-    genes: Annotated[int, typer.Option(help="Size of the panel.")] = _PANEL.genes,
-    from_list: Annotated[Path | None, typer.Option("--list", help="Text file, one gene symbol a line.")] = None,
+    genes: Annotated[int, typer.Option(help="Number of genes.")] = _PANEL.genes,
+    from_list: Annotated[Path | None, typer.Option("--list", help="Text file of the genes, one symbol a line.")] = None,
 ) -> None:
     """Choose the genes to predict, from training slides only.
 
     Example: hinge panel her2st --sample C2 --sample C3 --sample C4 --genes 200 --output panel.json
     """
-    existing(path)
+    existing(data)
     from hinge.data.panel import read_panel, select_panel
-    from hinge.data.readers import list_samples, read_slide
+    from hinge.data.readers import read_slide, require_samples
     from hinge.data.spots import load_spots
 
-    names = sample or list_samples(path)
-    slides = [read_slide(path, name, require_image=False) for name in names]
+    slides = [read_slide(data, name, require_image=False) for name in require_samples(data, sample)]
     if from_list is None:
         chosen = select_panel(slides, method, genes)
     else:
         chosen = read_panel(from_list)
         for slide in slides:
-            load_spots(slide, chosen, "log2p1")  # tells which genes a slide lacks
+            load_spots(slide, chosen, DEFAULT_TRANSFORM)  # an error names the genes that a slide lacks
     print(f"panel: {chosen.save(output)} ({len(chosen.genes)} genes)")
 
 
 def download_hest(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the samples.", show_default=False)],
     id: Annotated[list[str] | None, typer.Option("--id", help="Sample; repeat for several.")] = None,
-    organ: Annotated[list[str] | None, typer.Option(help="Samples of an organ, e.g. Breast.")] = None,
-    oncotree: Annotated[list[str] | None, typer.Option(help="Samples with an OncoTree code, e.g. IDC.")] = None,
-    technology: Annotated[list[str] | None, typer.Option(help="Only these, e.g. Visium.")] = None,
-    species: Annotated[list[str] | None, typer.Option(help="Only these, e.g. 'Homo sapiens'.")] = None,
-    table: Annotated[Path | None, typer.Option(help="HEST-1k's CSV table.  [default: the hub's]")] = None,
-    only_list: Annotated[bool, typer.Option("--list", help="Show the samples, download none.")] = False,
+    organ: Annotated[
+        list[str] | None, typer.Option(help="Only samples of this organ, e.g. Breast; repeat for several.")
+    ] = None,
+    oncotree: Annotated[
+        list[str] | None, typer.Option(help="Only samples with this OncoTree code, e.g. IDC; repeat for several.")
+    ] = None,
+    technology: Annotated[
+        list[str] | None, typer.Option(help="Only samples of this technology, e.g. Visium; repeat for several.")
+    ] = None,
+    species: Annotated[
+        list[str] | None, typer.Option(help="Only samples of this species, e.g. 'Homo sapiens'; repeat for several.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="CSV table of HEST-1k's samples.  [default: downloaded from the hub]")
+    ] = None,
+    only_list: Annotated[bool, typer.Option("--list", help="List the samples, download nothing.")] = False,
 ) -> None:
     """Download samples of HEST-1k: counts, whole-slide images and metadata. Needs access granted on the hub.
 

@@ -6,38 +6,40 @@ from typing import Annotated
 import typer
 
 from hinge.cli.console import print_scores
-from hinge.cli.options import ConfigFile, Overrides, open_run
+from hinge.cli.options import ConfigFile, Overrides, Seed, open_run
 from hinge.config import BackboneConfig, PretrainConfig
+from hinge.models.options import DEFAULT_TRANSFORM
 
 _BACKBONE, _PRETRAIN = BackboneConfig(), PretrainConfig()
 
 
 def pretrain_expression(
-    paths: Annotated[list[Path], typer.Argument(help="h5ad files or data sets with counts.", show_default=False)],
+    data: Annotated[list[Path], typer.Argument(metavar="DATA", help="Data sets with counts.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the backbone.", show_default=False)],
     sample: Annotated[list[str] | None, typer.Option(help="Only these samples; repeat for several.")] = None,
-    panel: Annotated[Path | None, typer.Option(help="Genes of the vocabulary.  [default: all shared ones]")] = None,
-    transform: Annotated[str, typer.Option(help="log2p1 or log1p_cp10k.")] = "log1p_cp10k",
+    panel: Annotated[
+        Path | None, typer.Option(help="File of the genes of the vocabulary.  [default: all shared genes]")
+    ] = None,
+    transform: Annotated[str, typer.Option(help="log2p1 or log1p_cp10k.")] = DEFAULT_TRANSFORM,
     hidden_size: Annotated[int, typer.Option(help="Width of a token.")] = _BACKBONE.hidden_size,
-    num_hidden_layers: Annotated[int, typer.Option(help="Layers.")] = _BACKBONE.num_hidden_layers,
-    num_attention_heads: Annotated[int, typer.Option(help="Attention heads.")] = _BACKBONE.num_attention_heads,
-    num_value_bins: Annotated[
-        int, typer.Option(help="Soft bins that expression is embedded by.")
-    ] = _BACKBONE.num_value_bins,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = _PRETRAIN.steps,
-    batch_size: Annotated[int, typer.Option(help="Spots of a step.")] = _PRETRAIN.batch_size,
+    num_hidden_layers: Annotated[int, typer.Option(help="Number of layers.")] = _BACKBONE.num_hidden_layers,
+    num_attention_heads: Annotated[
+        int, typer.Option(help="Number of attention heads.")
+    ] = _BACKBONE.num_attention_heads,
+    steps: Annotated[int, typer.Option(help="Number of optimiser steps.")] = _PRETRAIN.steps,
+    batch_size: Annotated[int, typer.Option(help="Spots of a step, over all processes.")] = _PRETRAIN.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Largest learning rate.")] = _PRETRAIN.learning_rate,
     precision: Annotated[str, typer.Option(help="no (float32) or bf16.")] = _PRETRAIN.precision,
-    seed: Annotated[int, typer.Option(help="Seed of the weights and the masks.")] = 0,
+    seed: Seed = 0,
 ) -> None:
-    """Pre-train an expression backbone (CellFM's architecture) on counts, by filling in masked genes.
+    """Pre-train an expression backbone (CellFM's architecture) on counts, by predicting masked genes.
 
     Example: hinge pretrain-expression her2st --sample A1 --sample D1 --panel panel.json --output backbone
     """
     from hinge.tasks.pretrain_backbone import pretrain_on_files
 
     pretrain_on_files(
-        paths,
+        data,
         output,
         samples=sample,
         panel=panel,
@@ -46,7 +48,6 @@ def pretrain_expression(
             "hidden_size": hidden_size,
             "num_hidden_layers": num_hidden_layers,
             "num_attention_heads": num_attention_heads,
-            "num_value_bins": num_value_bins,
         },
         settings={
             "steps": steps,
@@ -60,7 +61,7 @@ def pretrain_expression(
 
 
 def pretrain_histology(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Pre-train a histology encoder on the tissue of slides, by iBOT; `hinge features --encoder FOLDER` takes it.
+    """Pre-train a histology encoder on the tissue of slides, by iBOT; hinge features --encoder FOLDER uses it.
 
     Example: hinge pretrain-histology --config configs/pretrain/small.yaml training.steps=2000. On several devices:
     accelerate launch scripts/pretrain_histology.py --config configs/pretrain/vit_b16.yaml
@@ -71,7 +72,7 @@ def pretrain_histology(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Train HINGE: panel, features, backbone (pre-trained if need be) and the conditioning layers.
+    """Train HINGE: panel, features, backbone (pre-trained where no weights are given) and conditioning layers.
 
     Example: hinge train --config configs/her2st.yaml training.epochs=10. On several devices:
     accelerate launch scripts/train.py --config configs/her2st.yaml
@@ -80,7 +81,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 def run(config: ConfigFile, overrides: Overrides = None) -> None:
-    """All stages: train, sample the test slides, evaluate, report. Finished ones are skipped.
+    """Run all stages: train, sample the test slides, evaluate, report. Finished stages are skipped.
 
     Example: hinge run --config configs/her2st.yaml
     """

@@ -11,11 +11,11 @@ from hinge.utils.errors import ConfigError
 
 def view(
     run: RunFolder,
-    slide: Annotated[list[str] | None, typer.Option(help="Only this one; repeat for several.  [default: all]")] = None,
-    port: Annotated[int, typer.Option(help="On 127.0.0.1; 0 for any free one.", min=0, max=65535)] = 0,
-    no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address only.")] = False,
+    slide: Annotated[list[str] | None, typer.Option(help="Sample to show; repeat for several.  [default: all]")] = None,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 for any free port.", min=0, max=65535)] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address; do not open a browser.")] = False,
 ) -> None:
-    """Look at draws in the browser: full-resolution H&E, spots coloured by any gene, layers side by side.
+    """Show draws in the browser: full-resolution H&E, spots coloured by any gene, layers side by side.
 
     Example: hinge view runs/her2st
     """
@@ -31,15 +31,21 @@ def export(
         str, typer.Option(help="geojson (QuPath), spatialdata, cellxgene, zarr or torch-export.", show_default=False)
     ],
     slide: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: test slides]")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="What to write, for one slide.")] = None,
-    gene: Annotated[list[str] | None, typer.Option(help="geojson: only these genes; repeat for several.")] = None,
-    full_image: Annotated[bool, typer.Option("--full-image", help="spatialdata: the image in full.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File or folder to write, for one slide.")
+    ] = None,
+    gene: Annotated[
+        list[str] | None, typer.Option(help="geojson: gene to write; repeat for several.  [default: all]")
+    ] = None,
+    full_image: Annotated[
+        bool, typer.Option("--full-image", help="spatialdata: write the image at full resolution.")
+    ] = False,
     metadata: Annotated[Path | None, typer.Option(help="cellxgene: YAML file of ontology terms.")] = None,
     gene_ids: Annotated[Path | None, typer.Option(help="cellxgene: table of symbols and Ensembl ids.")] = None,
 ) -> None:
-    """Write draws for other tools. samples/NAME.h5ad is already what scanpy and squidpy read.
+    """Write draws for other tools; scanpy and squidpy read RUN/samples/NAME.h5ad without an export.
 
-    torch-export writes the denoiser instead of draws: one step as a program for torch.export.load.
+    torch-export writes the denoiser instead of draws: one step, as a program for torch.export.load.
 
     Example: hinge export runs/her2st --slide C5 --format geojson --gene ERBB2
     """

@@ -36,6 +36,7 @@ from hinge.models.hinge import HingeModel
 from hinge.utils import hub
 from hinge.utils.errors import ConfigError, DataError, WeightsError, one_line
 from hinge.utils.files import atomic_path, read_json
+from hinge.utils.licences import check_licence, recorded_licence
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 
@@ -216,7 +217,20 @@ class HingePipeline(DiffusionPipeline):
             )
         return attached
 
-    push_to_hub = _not_offered("push_to_hub", "hinge push uploads a run with its model card and licences")
+    def push_to_hub(self, repo_id: str, private: bool = True, allow_licence: bool = False) -> str:
+        """Upload what `save_pretrained` writes to `owner/name` on the Hugging Face Hub and return the address.
+
+        `hinge push` uploads a run with a model card instead.
+
+        Raises
+        ------
+        ConfigError
+            The licence of the backbone, which is uploaded too, forbids sharing it, and `allow_licence` does not state
+            that its authors gave permission; or the Hub refuses.
+        """
+        check_licence("the pipeline", recorded_licence(self.model.backbone.config.to_dict()), allow_licence)
+        return hub.upload_saved(self.save_pretrained, repo_id, private)
+
     download = _not_offered("download", "HingePipeline.from_pretrained fetches a repository")
     from_pipe = _not_offered("from_pipe", "make one with HingePipeline(model, scheduler)")
     enable_model_cpu_offload = _not_offered("enable_model_cpu_offload", _WHOLE)

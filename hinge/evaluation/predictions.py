@@ -1,4 +1,4 @@
-"""Predictions of one slide: of a model's draws, and of other programs, read from their files."""
+"""Predictions of one slide: the draws of a model, and files of other programs."""
 
 import re
 from dataclasses import dataclass
@@ -25,18 +25,18 @@ _FAR = 3.0
 
 @dataclass(frozen=True)
 class Prediction:
-    """Prediction of one slide by one method; parts that the method does not give are None.
+    """Prediction of one slide by one method; what the method does not predict is None.
 
     Attributes
     ----------
     method
-        Name, as in the rows of scores.
+        Name in the rows of scores.
     mean
-        One value for each spot and gene (n, G), in transform units.
+        Predicted mean (n, G), in transform units.
     draws
-        Several possible slides (K, n, G), in transform units.
+        Draws (K, n, G), in transform units.
     correlation
-        Gene-gene correlation matrix (G, G), from a method that predicts nothing else.
+        Gene-gene correlation matrix (G, G) of a method that predicts no values.
     """
 
     method: str
@@ -46,16 +46,16 @@ class Prediction:
 
 
 def prediction_from_draws(draws: "AnnData", spots: "SpotTable", method: str = "hinge") -> Prediction:
-    """Return the draws that sampling wrote as a prediction, for the spots and genes of a table and in their order.
+    """Return draws that sampling wrote as a prediction of the spots and genes of a table, in the table's order.
 
-    The mean is `layers["expected"]` where there is one, the expectation of the model's distributions averaged over
-    draws: it estimates the same as `X`, the average of the draws, with less noise.
+    The mean is `layers["expected"]` if the file has it: the mean of the model's distributions, averaged over draws. It
+    estimates the same quantity as `X`, the mean of the draws, with less noise.
 
     Parameters
     ----------
     draws
-        One slide's draws: `layers["draw_000"]`, `layers["draw_001"]` ... in the transform that
-        `uns["hinge"]["transform"]` names. Spots and genes that the table lacks are ignored.
+        Draws of one slide: `layers["draw_000"]`, `layers["draw_001"]` ... in the transform
+        `uns["hinge"]["transform"]`. Spots and genes outside the table are ignored.
     spots
         Spots of that slide.
     method
@@ -96,17 +96,17 @@ def prediction_from_draws(draws: "AnnData", spots: "SpotTable", method: str = "h
 
 @dataclass(frozen=True)
 class PredictionFiles:
-    """Files with the predictions of one program: `NAME[:UNITS]=FILE[,FILE...]`.
+    """Prediction files of one program: `NAME[:UNITS]=FILE[,FILE...]`.
 
     Attributes
     ----------
     method
         Name for the rows of scores.
     paths
-        One file: its values are the predicted mean, or an h5ad's layers `draw_000`, ... the draws. Several: each
-        file is one draw. `{slide}` in a path stands for the name of the slide.
+        One file holds the predicted mean, or, as an h5ad, draws in its layers `draw_000`, ...; each of several files is
+        one draw. `{slide}` in a path is replaced by the name of the slide.
     units
-        One of `UNITS`; None for those of the scores.
+        One of `UNITS`; None for the units of the scores.
     """
 
     method: str
@@ -132,26 +132,26 @@ class PredictionFiles:
 
 
 def read_prediction(files: PredictionFiles, spots: "SpotTable") -> Prediction:
-    """Read a prediction of one slide, for the spots and genes of a table and in their order.
+    """Read a prediction of the spots and genes of a table, in the table's order.
 
     Parameters
     ----------
     files
         h5ad (spots in `obs`, genes in `var`), or CSV and TSV, also gzipped, with a header of gene symbols and the
-        spots' barcodes in the first column. Spots and genes that the table lacks are ignored.
+        spots' barcodes in the first column. Spots and genes outside the table are ignored.
     spots
         Spots of the slide.
 
     Returns
     -------
     Prediction
-        In the units of `spots`; the mean is the file's own, or that of the draws.
+        In the units of `spots`; the mean is that of the file, or the mean of the draws.
 
     Raises
     ------
     DataError
-        If a file is missing or damaged, lacks a spot or gene, is transposed, holds values that are not finite, or
-        looks as if it were in other units.
+        A file is missing, damaged or transposed, lacks a spot or gene, holds values that are not finite, or seems to be
+        in other units.
     """
     slides = np.unique(spots.slide)
     name = str(slides[0]) if len(slides) == 1 else ""
@@ -159,27 +159,29 @@ def read_prediction(files: PredictionFiles, spots: "SpotTable") -> Prediction:
     for path in (Path(path.replace("{slide}", name)) for path in files.paths):
         mean, drawn, units = _read(path)
         if None not in (units, files.units) and units != files.units:
-            raise DataError(f"{path} says that it holds {units}, not {files.units}")
+            raise DataError(f"{path} holds {units} by its uns['hinge'], not {files.units}")
         units = files.units or units or spots.transform
         means.append(_in_order(mean, spots, path, units))
         draws += [_in_order(table, spots, path, units) for table in drawn]
     if len(means) == 1:
         return Prediction(files.method, mean=means[0], draws=np.stack(draws) if draws else None)
     if draws:
-        raise DataError(f"{files.method} names several files, and so each is one draw, but some hold several draws")
+        raise DataError(
+            f"{files.method} has several files, each of which must be one draw, but some files hold several draws"
+        )
     stacked = np.stack(means)
     return Prediction(files.method, mean=stacked.mean(axis=0, dtype=np.float64), draws=stacked)
 
 
 def _read(path: Path) -> "tuple[pd.DataFrame, list[pd.DataFrame], str | None]":
-    """Return the mean, the draws and the units that a file names."""
+    """Return the mean and the draws in a file, and the units that it names."""
     if not path.is_file():
         raise DataError(f"there is no file {path}")
     if path.suffix == ".h5ad":
         return _read_h5ad(path)
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if suffix not in _SEPARATORS:
-        raise DataError(f"{path} is not a table of predictions: give .h5ad, .csv, .tsv or one of the latter gzipped")
+        raise DataError(f"{path} is not a table of predictions; give .h5ad, .csv or .tsv, or a gzipped .csv or .tsv")
     import pandas as pd
 
     from hinge.utils.safe_hdf5 import check_gzip
@@ -191,7 +193,7 @@ def _read(path: Path) -> "tuple[pd.DataFrame, list[pd.DataFrame], str | None]":
         # barcodes such as 10 are names, not numbers
         table.index, table.columns = table.index.astype(str), table.columns.astype(str)
         return table.astype(np.float32), [], None
-    except Exception as error:  # a damaged file ends in almost any exception
+    except Exception as error:  # a damaged file can raise almost any exception
         raise DataError(f"{path} is not a table of numbers with a header: {error}") from error
 
 
@@ -245,13 +247,13 @@ def _in_order(table: "pd.DataFrame", spots: "SpotTable", path: Path, units: str)
         from hinge.data.transforms import get_transform
 
         if units == "counts" and (values < 0).any():
-            raise DataError(f"{path} is said to hold counts, but some of its values are below 0")
+            raise DataError(f"{path} does not hold counts, because some of its values are below 0")
         counts = values if units == "counts" else get_transform(units).inverse(values, spots.library_size)
         values = get_transform(spots.transform).forward(np.maximum(counts, 0.0), spots.library_size)
     largest, measured = float(np.abs(values).max()), float(np.abs(spots.values).max())
     if largest > _FAR * measured + 1:
         raise DataError(
-            f"the values in {path} reach {largest:.4g}, the measured ones {measured:.4g} ({spots.transform}): they "
-            f"seem to be in other units; name them, as in NAME:counts=FILE ({', '.join(UNITS)})"
+            f"the values in {path} reach {largest:.4g}, the measured values {measured:.4g} ({spots.transform}); if the "
+            f"file has other units, name them as in NAME:counts=FILE ({', '.join(UNITS)})"
         )
     return np.asarray(values, dtype=np.float32)

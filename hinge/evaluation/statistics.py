@@ -11,7 +11,7 @@ from hinge.evaluation.names import DEFAULT_RESAMPLES
 
 
 def bootstrap_spots(n_spots: int, n_resamples: int, seed: int) -> NDArray[np.int64]:
-    """Return how often each spot is in each resample: (B, n), the sum of every row is n."""
+    """Return the multiplicity (B, n) of each spot in each bootstrap resample; every row sums to n."""
     return np.random.default_rng(seed).multinomial(n_spots, np.full(n_spots, 1 / n_spots), size=n_resamples)
 
 
@@ -26,24 +26,24 @@ def bootstrap_intervals(
 ) -> dict[str, list[float]]:
     """Return percentile intervals of scores under resampling of spots.
 
-    They measure how much a score depends on which spots were measured. Spots of one slide are not independent, so
-    the intervals are too narrow for another slide; that variation is seen over several slides only.
+    They describe the variation of a score with the sample of spots. Spots of one slide are not independent; the
+    variation between slides is larger and must be estimated from several slides.
 
     Parameters
     ----------
     measured
         Values (n, G) in transform units.
     mean
-        Predicted mean (n, G), or None: no intervals of correlations.
+        Predicted mean (n, G); without it, correlations have no intervals.
     of_spots
-        Score → its value in each spot (n,): the score is their mean.
+        Score → its values (n,) at the spots, whose mean is the score.
     n_resamples, level, seed
-        Resamples, nominal level of the intervals, and seed of the resamples.
+        Number of resamples, nominal level of the intervals, and seed of the resamples.
 
     Returns
     -------
     dict
-        Score → [lower, upper]: those of `of_spots` that are not NaN, and with a mean `pcc_50` and `pcc_mean`.
+        Score → [lower, upper], of the scores in `of_spots` without NaN and, with `mean`, of `pcc_50` and `pcc_mean`.
     """
     measured = as_matrix(measured, "the measured slide")
     counts = bootstrap_spots(len(measured), n_resamples, seed)
@@ -63,7 +63,7 @@ def bootstrap_intervals(
 def _weighted_pcc(measured: NDArray, mean: NDArray, weights: NDArray) -> NDArray[np.float64]:
     """Return Pearson correlations (B, G) over spots with weights (B, n); NaN for genes constant in the resample."""
     constant, predicted_constant = constant_genes(measured), constant_genes(mean)
-    # centred at the mean of the slide, so that differences of sums of squares lose no digits
+    # centred at the mean of the slide, which avoids cancellation in differences of sums of squares
     measured, mean = measured - measured.mean(axis=0), mean - mean.mean(axis=0)
     first, second = weights @ measured, weights @ mean
     covariance = weights @ (measured * mean) - first * second
@@ -82,13 +82,13 @@ def summarise_rows(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str]) ->
     rows
         Rows of scores, of any number of slides and seeds.
     metrics
-        Which scores.
+        Names of the scores.
 
     Returns
     -------
     list of dict
         One for each transform and method, in order of appearance: `transform`, `method`, `n` (rows), `mean` and
-        `sd` (score → number; of the rows that have it, `sd` with n - 1 and only of two or more).
+        `sd` (score → number over the rows that have the score; `sd` with divisor n - 1, for at least two rows).
     """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -111,26 +111,26 @@ def summarise_rows(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str]) ->
 def paired_wilcoxon(
     rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], reference: str = "hinge"
 ) -> list[dict[str, Any]]:
-    """Return Wilcoxon signed-rank tests between one method and each other, paired by slide.
+    """Return Wilcoxon signed-rank tests between a reference method and every other method, paired by slide.
 
-    Several rows of one slide and method (seeds) are averaged first, because the slide is the unit of replication. With
-    n slides no p can be below 2 / 2^n: four slides cannot give less than 0.125, six are needed for 0.05.
+    The rows of several seeds of one slide and method are averaged first, because the slide is the unit of replication.
+    With n slides the smallest possible p is 2 / 2^n: 0.125 with four slides; p < 0.05 needs six.
 
     Parameters
     ----------
     rows
         Rows of scores.
     metrics
-        Which scores.
+        Names of the scores.
     reference
-        The method that the others are compared with.
+        The reference method.
 
     Returns
     -------
     list of dict
         `transform`, `metric`, `method`, `reference`, `n_slides`, `difference` (median over slides of reference -
-        method) and `p` (two-sided, exact where scipy has it; 1 where all differences are 0). Pairs with fewer
-        than two common slides are left out.
+        method) and `p` (two-sided; exact where scipy computes it; 1 if all differences are 0). Methods with fewer than
+        two slides in common with the reference are left out.
     """
     from scipy.stats import wilcoxon
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from hinge.config import PATHS, BackboneConfig, RunConfig, check_config, explain
+from hinge.config import PATHS, RunConfig, check_config, explain
 from hinge.data.simulate import simulate_slides
 from hinge.utils.errors import ConfigError
 from hinge.utils.files import read_json, write_json
@@ -207,7 +207,7 @@ def _with_shared_parts(cells: list[Cell], output: Path, first_seed: int) -> list
         foundation = None
         if config.backbone.path is None:
             # only the settings that panel and backbone depend on, so that variants share them
-            own = {"weights": "pretrained", "tuning": "frozen", "lora_rank": BackboneConfig().lora_rank}
+            own = {"weights": "pretrained", "tuning": "frozen"}
             foundation = RunConfig(
                 output=output,
                 seed=first_seed,

@@ -24,13 +24,12 @@ from hinge.models.gene_factors import GeneFactorModel
 from hinge.models.heads import HEADS
 from hinge.models.injection import Concatenation, CrossAttention
 from hinge.models.library_size import LibrarySizeModel
-from hinge.models.options import check_options
+from hinge.models.options import DEFAULT_HEAD, DEFAULT_TRANSFORM, check_options
 from hinge.models.precision import at_least_float32, keep_float32
 from hinge.models.soft_adaln import ConditionEmbedding, SoftAdaLN
 from hinge.models.subset import GeneSubset
 from hinge.models.tuning import cast_frozen, check_backbone, frozen_names, prepare_backbone, run_layer
 from hinge.models.value_bins import ValueBins
-from hinge.utils import hub
 from hinge.utils.errors import WeightsError
 from hinge.utils.files import arrays_digest
 
@@ -99,8 +98,8 @@ class HingeModel(ModelMixin, ConfigMixin):
         num_genes: int,
         hidden_size: int,
         num_layers: int,
-        head: str = "gaussian",
-        transform: str | None = None,
+        head: str = DEFAULT_HEAD,
+        transform: str | None = DEFAULT_TRANSFORM,
         library_size: bool = False,
         injection: str = "soft_adaln",
         modulation_rank: int | None = None,
@@ -383,6 +382,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         push_to_hub: bool = False,
         repo_id: str | None = None,
         private: bool = True,
+        allow_licence: bool = False,
         **options: Any,
     ) -> None:
         """Write what was trained, one safetensors file, and the config with the backbone's digest; not the backbone.
@@ -397,20 +397,17 @@ class HingeModel(ModelMixin, ConfigMixin):
         if is_main_process:
             pretrained.save(self, save_directory, max_shard_size)
             if push_to_hub and repo_id is not None:
-                self.push_to_hub(repo_id, private)
+                self.push_to_hub(repo_id, private, allow_licence=allow_licence)
 
-    def push_to_hub(self, repo_id: str, private: bool = True, with_backbone: bool = False) -> str:
+    def push_to_hub(
+        self, repo_id: str, private: bool = True, with_backbone: bool = False, allow_licence: bool = False
+    ) -> str:
         """Upload what `save_pretrained` writes to `owner/name` on the Hugging Face Hub and return the address.
 
-        The backbone is uploaded only `with_backbone`: one that others published has a licence of its own.
+        `with_backbone` uploads the backbone too. If its licence forbids sharing the uploaded weights, a ConfigError is
+        raised unless `allow_licence` states that its authors gave permission.
         """
-
-        def save(folder: Path) -> None:
-            self.save_pretrained(folder)
-            if with_backbone:
-                self.backbone.save_pretrained(folder / "backbone")
-
-        return hub.upload_saved(save, repo_id, private)
+        return pretrained.push(self, repo_id, private, with_backbone, allow_licence)
 
     @classmethod
     def from_pretrained(

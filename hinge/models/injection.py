@@ -1,7 +1,7 @@
-"""Other ways for a condition to reach the frozen layers, to compare SoftAdaLN with.
+"""Alternatives to SoftAdaLN for conditioning the frozen layers, for comparison.
 
-Both take the parts of the condition (timestep, features, visible genes) as tokens of the backbone's width, and leave
-the layers themselves as they are.
+Both treat the parts of the condition (timestep, features, visible genes) as tokens of the backbone's width, and do not
+change the layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ from hinge.backbones.base import ExpressionBackbone
 
 
 class Concatenation(nn.Module):
-    """The parts of the condition are further tokens before those of the genes, and give keys in every layer.
+    """Prepend the parts of the condition to the tokens of the genes, as keys in every layer.
 
-    Each starts as the CLS token plus its part of the condition: a layer norm follows every sublayer, so that no token
-    can start at zero. The model therefore starts near its backbone, not equal to it.
+    The initial token is the CLS token plus the part of the condition, not zero, because a layer norm follows every
+    sublayer. At initialisation the model is therefore close to its backbone, but not equal to it.
 
     Parameters
     ----------
@@ -37,20 +37,20 @@ class Concatenation(nn.Module):
         seen: Sequence[tuple],
         run: Callable[..., Tensor],
     ) -> Tensor:
-        """Take tokens through the layers.
+        """Return the tokens after the layers.
 
         Parameters
         ----------
         backbone
             Its layers are computed.
         h
-            (B, N, D) tokens, CLS in front.
+            (B, N, D) tokens, CLS first.
         parts
-            (B, C, D) of the condition.
+            (B, C, D) parts of the condition.
         seen
-            What each layer takes beside the tokens.
+            Further arguments of each layer.
         run
-            run(function, *arguments) computes a layer.
+            `run(function, *arguments)` computes a layer, with or without gradient checkpointing.
 
         Returns
         -------
@@ -66,14 +66,14 @@ class Concatenation(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """After every layer each token attends to the parts of the condition; the output starts at zero.
+    """Add to every token, after every layer, its attention to the parts of the condition; zero at initialisation.
 
     Parameters
     ----------
     hidden_size, num_layers, num_parts
         D, L and C.
     dropout
-        On what is added, in training.
+        Dropout rate of the added term.
     """
 
     HEAD_WIDTH = 32
@@ -98,7 +98,7 @@ class CrossAttention(nn.Module):
         seen: Sequence[tuple],
         run: Callable[..., Tensor],
     ) -> Tensor:
-        """Arguments and result as those of `Concatenation`."""
+        """Return the tokens after the layers; arguments as of `Concatenation`."""
         context = self.norm(parts + self.position)
 
         def layer(block, attention, h, *inputs):

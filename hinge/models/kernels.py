@@ -1,9 +1,9 @@
-"""A modulated layer of a frozen backbone in few passes over memory, forwards and backwards.
+"""A modulated layer of a frozen backbone with few passes over memory, forward and backward.
 
-Between its matrix products a layer is additions and multiplications of (B, N, D) tensors, and on a CPU, or in bfloat16,
-they cost more than the products. Here each group of them is one function with its own gradient: no gradient for
-frozen weights, what is cheap is computed again instead of kept, heads are laid out by the operation that needs them
-so, and factors that a norm divides out again are left out. Results equal those of the plain layer to rounding.
+The elementwise operations on (B, N, D) tensors between the matrix products cost more than the products on a CPU and in
+bfloat16. Each group of them is one autograd function here. It computes no gradient of frozen weights, recomputes cheap
+values instead of storing them, changes the memory layout of heads within an operation, and omits factors that the
+following norm removes. Results equal those of the plain layer up to rounding.
 """
 
 import torch
@@ -38,7 +38,7 @@ class _Modulate(Function):
         normed = torch.native_layer_norm(h, width, None, None, ctx.eps)[0]
         inner = grad * opened
         # dη = Σ inner · (normed − h), then through the sigmoid; one sum in float32, because the difference of two sums
-        # that are rounded to bfloat16 has no digit left
+        # that are rounded to bfloat16 has no significant digit
         grad_eta = (normed - h).mul_(inner).sum(dtype=_accurate(h))
         grad_mix = eta * (1 - eta) * grad_eta
         mixed = normed.lerp_(h, (1 - eta).to(h.dtype))
@@ -56,7 +56,7 @@ class _Retain(Function):
 
     @staticmethod
     def _heads(qkvu: Tensor, key_mask: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
-        """ReLU of queries and masked keys (2, B, H, N, d), and values (B, H, N, d)."""
+        """Return ReLU of queries and masked keys (2, B, H, N, d), and values (B, H, N, d)."""
         apart = _apart(qkvu, num_heads)
         pair = torch.empty(apart[:2].shape, dtype=qkvu.dtype, device=qkvu.device)
         torch.clamp_min(apart[:2], 0, out=pair)
@@ -77,7 +77,7 @@ class _Retain(Function):
         mixed.mul_(inverse)
         ctx.save_for_backward(qkvu, key_mask, summary, mixed, inverse)
         ctx.num_heads = num_heads
-        # contiguous first: on strided bfloat16 the sigmoid is not vectorised
+        # contiguous, because the sigmoid is not vectorised on strided bfloat16
         out = F.silu(qkvu[..., 3 * width :].contiguous(), inplace=True)
         out.view(batch, tokens, num_heads, head_width).mul_(mixed.transpose(1, 2))
         return out
@@ -98,7 +98,7 @@ class _Retain(Function):
         grad_mixed = torch.empty_like(mixed)
         opened = F.silu(gate, inplace=True).view(heads)
         torch.mul(grad.transpose(1, 2), opened.transpose(1, 2), out=grad_mixed)
-        # of x / rms(x): what is along x does not count
+        # x / rms(x) does not depend on the length of x: remove the component along x
         along = (grad_mixed * mixed).mean(dim=-1, keepdim=True)
         grad_mixed.addcmul_(mixed, along, value=-1).mul_(inverse)
 
@@ -116,7 +116,7 @@ class _Retain(Function):
 
 
 class _Join(Function):
-    """LayerNorm(λh + gate·x) with frozen weights, as LayerNorm(h + gate/λ·x) of a smaller epsilon."""
+    """LayerNorm(λh + gate·x) with frozen weights, computed as LayerNorm(h + gate/λ·x) with a smaller epsilon."""
 
     @staticmethod
     def forward(ctx, h: Tensor, x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, scale: float, eps: float):
@@ -139,7 +139,7 @@ class _Join(Function):
 
 
 class _Product(Function):
-    """u ⊙ v of a joint (B, N, 2D)."""
+    """u ⊙ v of a joint tensor (B, N, 2D)."""
 
     @staticmethod
     def forward(ctx, uv: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class _Product(Function):
 
 
 def _apart(qkvu: Tensor, num_heads: int) -> Tensor:
-    """View (B, N, 4D) as (4, B, H, N, d)."""
+    """Return a view (4, B, H, N, d) of (B, N, 4D)."""
     batch, tokens, width = qkvu.shape
     return qkvu.view(batch, tokens, 4, num_heads, width // (4 * num_heads)).permute(2, 0, 3, 1, 4)
 
@@ -170,7 +170,7 @@ def _accurate(x: Tensor) -> torch.dtype:
 
 
 def modulate(h: Tensor, shift: Tensor, scale: Tensor, mix: Tensor, eps: float) -> Tensor:
-    """What SoftAdaLN gives a sublayer: shift + (1 + scale)·((1 − η)h + η·LayerNorm(h)), η = sigmoid(mix).
+    """Return the modulated input of a sublayer: shift + (1 + scale)·((1 − η)h + η·LayerNorm(h)), η = sigmoid(mix).
 
     Parameters
     ----------
@@ -181,32 +181,32 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor, mix: Tensor, eps: float) -
     mix
         Scalar.
     eps
-        Of the LayerNorm.
+        Epsilon of the LayerNorm.
     """
     return _Modulate.apply(h, shift, scale, mix, eps)
 
 
 def retention(layer: Retention, x: Tensor, key_mask: Tensor | None, value_scale: Tensor | float) -> Tensor:
-    """`layer(x, key_mask, value_scale)`; a key mask is 0 or 1.
+    """Return `layer(x, key_mask, value_scale)`, where the key mask is 0 or 1.
 
-    What queries, keys and values are multiplied with, the norm over each head divides out again.
+    The norm over each head removes the scale factors of queries, keys and values, which are therefore omitted.
     """
     head_width = x.shape[-1] // layer.num_heads
     if isinstance(value_scale, Tensor):
         value_scale = float(value_scale.min())
-    # the plain layer's smallest root mean square, for unscaled factors
+    # lower bound of the plain layer's root mean square, for unscaled factors
     floor = _RMS_FLOOR * head_width**1.5 / value_scale
     mask = None if key_mask is None else key_mask.to(x.dtype)
     return layer.out(_Retain.apply(layer.qkvu(x), mask, layer.num_heads, floor))
 
 
 def feed_forward(layer: GatedLinearUnit, x: Tensor) -> Tensor:
-    """`layer(x)`."""
+    """Return `layer(x)`."""
     return layer.out(_Product.apply(layer.uv(x)))
 
 
 def join(h: Tensor, x: Tensor, gate: Tensor, norm: torch.nn.LayerNorm, scale: float) -> Tensor:
-    """LayerNorm(scale·h + gate ⊙ x) with the weights of `norm`, which get no gradient.
+    """Return LayerNorm(scale·h + gate ⊙ x) with the frozen weights of `norm`.
 
     h, x are (B, N, D), gate (B, 1, D).
     """

@@ -1,7 +1,7 @@
 """Names of the options of a `HingeModel`; importing this module does not import torch."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 HEADS = (
     "point",
@@ -12,6 +12,10 @@ HEADS = (
     "negative_binomial",
     "zero_inflated_negative_binomial",
 )
+DEFAULT_HEAD: Final = "rounded_gaussian"
+DEFAULT_TRANSFORM: Final = "log2p1"
+"""Transform of counts in a model, in a run, and in commands without a run."""
+
 COUNT_HEADS = ("rounded_gaussian", "rounded_mixture", "negative_binomial", "zero_inflated_negative_binomial")
 ALLOWED: dict[str, tuple[str | None, ...]] = {
     "head": HEADS,

@@ -15,6 +15,7 @@ from hinge.backbones import ExpressionBackbone, load_backbone
 from hinge.utils import hub
 from hinge.utils.errors import WeightsError, one_line
 from hinge.utils.files import atomic_path
+from hinge.utils.licences import check_licence, recorded_licence
 
 if TYPE_CHECKING:
     from hinge.models.hinge import HingeModel
@@ -80,6 +81,19 @@ def save(model: "HingeModel", folder: str | Path, max_shard_size: int | str = "1
         temporary.mkdir()
         model.save_config(temporary)
         save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def push(model: "HingeModel", repository: str, private: bool, with_backbone: bool, allow_licence: bool) -> str:
+    """Upload what `save` writes, and the backbone if asked; arguments and errors as of `HingeModel.push_to_hub`."""
+    if with_backbone or model.config.tuning != "frozen":
+        check_licence("the model", recorded_licence(model.backbone.config.to_dict()), allow_licence)
+
+    def write(folder: Path) -> None:
+        save(model, folder)
+        if with_backbone:
+            model.backbone.save_pretrained(folder / "backbone")
+
+    return hub.upload_saved(write, repository, private)
 
 
 def _with_new_names(config: dict[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from hinge.data.draws import read_draws
 from hinge.data.spots import SpotTable
+from hinge.diffusion.defaults import DEFAULT_BATCH_SIZE
 from hinge.evaluation.baselines import BASELINES_VERSION, baseline_predictions
 from hinge.evaluation.kept import PredictionStore, digest_of
 from hinge.evaluation.names import BASELINES, GENERATIVE_BASELINES
@@ -110,8 +111,8 @@ def _train_generative(inputs: Preparation, method: str, train: SpotTable) -> Pat
             train.values.shape[1],
             head="point",
             tuning=settings.tuning,
-            lora_rank=settings.lora_rank,
-            **config.model.model_dump(exclude={"head", "library_size"}),
+            standardise_features=config.features.standardise_slide,
+            **config.model.model_dump(exclude={"head"}),
         )
     model.cast_backbone(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
     denoiser = Denoiser(model, NoiseSchedule(method), inputs.gene_ids(backbone), torch.from_numpy(train.values))
@@ -145,6 +146,6 @@ def _draw_generative(inputs: Preparation, method: str, model: Path, test: SpotTa
         num_draws=num_draws,
         seed=settings.seed,
     )
-    draws, _ = with_less_memory(settings.batch_size, lambda size: draw(batch_size=size))
+    draws, _ = with_less_memory(DEFAULT_BATCH_SIZE, lambda size: draw(batch_size=size))
     values = denoiser.expression(torch.from_numpy(draws).to(device)).clamp_min(0).cpu().numpy()
     return Prediction(method, mean=values.mean(axis=0, dtype=np.float64), draws=values)

@@ -62,6 +62,17 @@ class RunPaths:
         """Whether the run is trained."""
         return (self.model / "config.json").exists()
 
+    def require_model(self) -> None:
+        """Check that the run is trained.
+
+        Raises
+        ------
+        DataError
+            It is not.
+        """
+        if not self.has_model:
+            raise DataError(f"{self.folder} holds no trained model; run hinge train first")
+
     def features(self, slide: str) -> Path:
         """The feature file of a slide."""
         settings = self._settings.features
@@ -96,7 +107,9 @@ def read_run_config(folder: str | Path) -> RunConfig:
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
-        raise DataError(f"{folder} is not the folder of a run: config.yaml is missing")
+        raise DataError(
+            f"{folder} is not the folder of a run: config.yaml is missing; hinge train --config FILE makes a run"
+        )
     config = load_config(folder / "config.yaml", trained=(folder / "model" / "config.json").exists())
     # the folder may have been moved since
     return config.model_copy(update={"output": folder.resolve()})

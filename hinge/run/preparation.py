@@ -19,9 +19,8 @@ from hinge.config import RunConfig
 from hinge.data.features import read_features
 from hinge.data.neighbourhood import slide_features
 from hinge.data.panel import Panel, read_panel, select_panel
-from hinge.data.readers import read_slide
+from hinge.data.readers import read_slide, table
 from hinge.data.readers.h5ad import positive_length
-from hinge.data.readers.table import images_alone
 from hinge.data.slide import slide_name
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots, panel_values, stack_values
 from hinge.run.genes import GeneMatcher
@@ -72,14 +71,14 @@ class Preparation:
         return slide
 
     def slide_to_sample(self, name: str) -> AnnData:
-        """Return a slide of the data set; over one that a table lists without counts, lay spots as in training."""
-        data = self.config.data
-        if data.table is None or name not in images_alone(data.table):
-            return self.slide(name)
-        return self.slide_at(data.path, sample=name)
+        """Return a slide of the data set; on an image without counts, place spots at the pitch of training."""
+        path = self.config.data.path
+        if table.recognises(path) and name in table.images_alone(path):
+            return self.slide_at(path, sample=name)
+        return self.slide(name)
 
     def slide_at(self, path: Path, um_per_px: float | None = None, sample: str | None = None) -> AnnData:
-        """Return a slide from elsewhere, to be sampled; over an image alone, lay spots as in training."""
+        """Return a slide outside the data set; on an image without counts, place spots at the pitch of training."""
         pitch, diameter = self.spot_grid()
         return read_slide(
             path, sample, um_per_px=um_per_px, require_counts=False, spot_pitch_um=pitch, spot_diameter_um=diameter
@@ -108,8 +107,7 @@ class Preparation:
     def panel(self) -> Panel:
         """Return the panel; select and write it if it is not there yet.
 
-        Genes that a backbone from elsewhere does not know are dropped from it, unless `backbone.unknown_genes`
-        says otherwise.
+        Genes outside the vocabulary of given weights are dropped from it, unless `backbone.unknown_genes` is `new`.
         """
         if not self.paths.panel.exists():
             settings, training = self.config.panel, self.config.data.train
@@ -139,20 +137,13 @@ class Preparation:
         settings, path = self.config.features, self.paths.features(slide_name(slide))
         # runs may share a folder of features: wait for what another one is extracting
         with lock_file(path, wait=True):
-            return extract_features(
-                slide,
-                self.encoder,
-                path,
-                views=settings.views,
-                batch_size=settings.batch_size,
-                patch_um=settings.patch_um,
-            )
+            return extract_features(slide, self.encoder, path, views=settings.views, patch_um=settings.patch_um)
 
     def conditions(self, slide: AnnData, path: Path) -> np.ndarray:
-        """Return what the model is conditioned on at every spot of a slide: float32 (n, V, d).
+        """Return the condition of every spot of a slide: float32 (n, V, d).
 
-        The features of its patch and, where the configuration says so, the mean over its neighbourhood, in units of
-        the slide's own mean and standard deviation. `path` is the slide's feature file.
+        It consists of the features of the patch and, with `features.neighbourhood`, their mean over the neighbourhood,
+        both standardised in the slide with `features.standardise_slide`. `path` is the slide's feature file.
         """
         settings = self.config.features
         stored = read_features(path, barcodes=list(slide.obs_names), digest=self.encoder.digest)
@@ -166,15 +157,15 @@ class Preparation:
         for name in names:
             slide = self.slide(name)
             path = self.features(slide)
-            table = load_spots(slide, panel, self.config.transform, path)
-            rows = slide.obs_names.get_indexer(table.barcodes)
-            tables.append(replace(table, features=self.conditions(slide, path)[rows]))
+            spots = load_spots(slide, panel, self.config.transform, path)
+            rows = slide.obs_names.get_indexer(spots.barcodes)
+            tables.append(replace(spots, features=self.conditions(slide, path)[rows]))
         return concatenate_spots(tables)
 
     # --- backbone --------------------------------------------------------------------------------
 
     def backbone(self) -> ExpressionBackbone:
-        """Return the expression model, from elsewhere or pre-trained in this run, in the type it is stored in.
+        """Return the backbone, given or pre-trained in this run, in the type of its file.
 
         Raises
         ------

@@ -107,8 +107,10 @@ class Run:
             any slide with an image.
         output
             h5ad to write; `samples/<slide>.h5ad` in the folder of the run by default.
-        draws, steps, seed, batch_size
-            As in the configuration where None.
+        draws, steps, seed
+            None for those of the configuration.
+        batch_size
+            Spot-draws in one forward pass, without effect on the draws.
         observed
             h5ad with measured counts of some genes in some or all spots: they are kept, and the others are drawn
             given them. See `hinge.data.observed.read_observed`.
@@ -118,6 +120,7 @@ class Run:
         Path
             The file of the draws.
         """
+        self.paths.require_model()
         if slide is None:
             slide = self._inputs.slide_to_sample(name)
         from hinge.run.sampling import sample_slide
@@ -188,7 +191,7 @@ class Run:
         return self._inputs.slide(name, require_image)
 
     def slide_at(self, path: Path, um_per_px: float | None = None) -> AnnData:
-        """Return a slide from elsewhere, to be sampled; over an image alone, lay spots as in training."""
+        """Return a slide outside the data set; on an image without counts, place spots at the pitch of training."""
         return self._inputs.slide_at(path, um_per_px)
 
     def spot_grid(self) -> tuple[float, float]:
@@ -209,7 +212,7 @@ class Run:
         return self._inputs.features(slide)
 
     def conditions(self, slide: AnnData, path: Path) -> np.ndarray:
-        """Return what the model is conditioned on at every spot of a slide: float32 (n, V, d)."""
+        """Return the condition of every spot of a slide: float32 (n, V, d)."""
         return self._inputs.conditions(slide, path)
 
     def spots(self, names: list[str]) -> SpotTable:
@@ -217,7 +220,7 @@ class Run:
         return self._inputs.spots(names)
 
     def backbone(self) -> ExpressionBackbone:
-        """Return the expression model, from elsewhere or pre-trained in this run."""
+        """Return the backbone, given or pre-trained in this run."""
         return self._inputs.backbone()
 
     def gene_ids(self, backbone: ExpressionBackbone) -> torch.Tensor:

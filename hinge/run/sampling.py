@@ -14,11 +14,12 @@ from hinge.data.draws import same_draws, write_draws
 from hinge.data.observed import observed_digest, read_observed
 from hinge.data.slide import slide_name
 from hinge.diffusion import HingePipeline, SamplingSettings, SlideInputs
+from hinge.diffusion.defaults import DEFAULT_BATCH_SIZE
 from hinge.diffusion.pipeline import PRECISIONS
 from hinge.diffusion.sampler import spots_per_part
 from hinge.run.preparation import Preparation
 from hinge.training.loop import make_accelerator
-from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.errors import ConfigError
 from hinge.utils.files import arrays_digest
 from hinge.utils.locks import lock_file
 from hinge.utils.resumable import ResumableArrays
@@ -34,8 +35,7 @@ def load_pipeline(inputs: Preparation) -> HingePipeline:
     DataError
         The run has not been trained.
     """
-    if not inputs.paths.has_model:
-        raise DataError(f"{inputs.paths.folder} holds no trained model; run hinge train first")
+    inputs.paths.require_model()
     return HingePipeline.from_pretrained(inputs.paths.folder, torch_dtype=PRECISIONS["no"])
 
 
@@ -51,7 +51,7 @@ def sampling_settings(
         num_draws=draws or config.draws,
         num_inference_steps=steps or config.steps,
         seed=config.seed if seed is None else seed,
-        batch_size=batch_size or config.batch_size,
+        batch_size=batch_size or DEFAULT_BATCH_SIZE,
         spatially_correlated=config.spatially_correlated,
         remasking=config.remasking,
     )

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from hinge.backbones import CellFMConfig, CellFMModel, ExpressionBackbone, read_config
 from hinge.backbones.loading import MODELS
-from hinge.data.readers import list_samples
+from hinge.data.readers import require_samples
 from hinge.data.spots import SpotTable
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.diffusion.pipeline import write_model_index
@@ -20,7 +20,6 @@ from hinge.run.preparation import Preparation
 from hinge.training import pretrain_expression, split_spots, train_hinge
 from hinge.training.loop import make_accelerator
 from hinge.utils.environment import write_environment
-from hinge.utils.errors import DataError
 from hinge.utils.files import atomic_path, write_json
 from hinge.utils.locks import lock_folder
 
@@ -75,13 +74,11 @@ def train_model(inputs: Preparation) -> Path:
 
 
 def _prepare(inputs: Preparation) -> tuple[SpotTable, ExpressionBackbone | None, np.ndarray | None]:
-    """Return training spots and the backbone, or the values to pre-train it on; no error is left for training."""
+    """Return training spots and the backbone, or the values to pre-train it on; errors of the input are raised here."""
     data, settings = inputs.config.data, inputs.config.backbone
-    samples = list_samples(data.path, data.format) if data.test else []
-    unknown = [name for name in data.test if name not in samples]
-    if unknown:
-        raise DataError(f"there is no sample {unknown[0]!r} in {data.path}, and data.test names it")
-    _ = inputs.encoder  # a wrong name is reported before slides are read
+    # wrong names are reported before slides are read
+    require_samples(data.path, [*data.train, *data.test, *data.pretrain], data.format)
+    _ = inputs.encoder
     spots = inputs.spots(data.train)
     if settings.weights == "random" and not inputs.paths.has_backbone:
         _write_random_backbone(inputs)
@@ -117,10 +114,7 @@ def _write_random_backbone(inputs: Preparation) -> None:
 
 def _new_model(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbone) -> HingeModel:
     """Return an untrained model for some spots."""
-    config, settings = inputs.config, inputs.config.backbone
-    library_size = config.model.library_size
-    if library_size is None:
-        library_size = needs_library_size(config.model.head, config.transform)
+    config = inputs.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = HingeModel.from_backbone(
@@ -128,10 +122,10 @@ def _new_model(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbo
             spots.features.shape[2],
             spots.values.shape[1],
             transform=config.transform,
-            tuning=settings.tuning,
-            lora_rank=settings.lora_rank,
-            **config.model.model_dump(exclude={"library_size"}),
-            library_size=library_size,
+            tuning=config.backbone.tuning,
+            library_size=needs_library_size(config.model.head, config.transform),
+            standardise_features=config.features.standardise_slide,
+            **config.model.model_dump(),
         )
     model.cast_backbone(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
     return model

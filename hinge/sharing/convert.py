@@ -15,10 +15,10 @@ from hinge.data.panel import Panel
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.models import HingeModel
 from hinge.run.run import Run
-from hinge.sharing.licences import BACKBONE_LICENCES
 from hinge.sharing.released_hinge import import_hinge, read_hinge, write_hinge
 from hinge.utils.errors import ConfigError, DataError, WeightsError
 from hinge.utils.files import atomic_path, read_json, write_json
+from hinge.utils.licences import BACKBONE_LICENCES
 
 # the diffusion settings of the released code, which does not contain a sampler
 RELEASED_DIFFUSION = {

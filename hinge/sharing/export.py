@@ -76,25 +76,25 @@ def export_draws(
 
 
 class DenoiserStep(nn.Module):
-    """One step of a run's denoiser with its backbone and its panel, as `torch.export` takes it.
+    """One denoising step of a run with backbone and panel, as a module for `torch.export`.
 
     Parameters
     ----------
     model
-        With its backbone attached.
+        Trained model with its backbone attached.
     gene_ids
         (G,) vocabulary ids of the panel.
     """
 
     def __init__(self, model: HingeModel, gene_ids: Tensor):
         super().__init__()
-        # the backbone is no submodule of the model; the program needs its weights
+        # the backbone is not a submodule of the model, and the program needs its weights
         self.model, self.backbone = model, model.backbone
         self.register_buffer("gene_ids", gene_ids)
         self.next = model.config.condition_on_visible == "next"
 
     def inputs(self, batch: int) -> dict[str, Tensor]:
-        """Return inputs with the right names, shapes and types; all but library size and timestep are zero."""
+        """Return example inputs by name: zeros, except for library size and timestep."""
         config = self.model.config
         given = {
             "values": torch.zeros(batch, config.num_genes),
@@ -117,7 +117,7 @@ class DenoiserStep(nn.Module):
         next_visible: Tensor | None = None,
         library_size: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The head's mean and its parameters by name, most of them (B, G); arguments as those of `HingeModel`."""
+        """Return mean (B, G) and parameters of the head's distribution by name; arguments as of `HingeModel`."""
         output = self.model(values, visible, timestep, features, self.gene_ids, next_visible, library_size=library_size)
         parameters = {name: value for name, value in vars(output).items() if isinstance(value, Tensor)}
         return {"mean": output.mean, **parameters}

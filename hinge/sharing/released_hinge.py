@@ -1,7 +1,7 @@
 """Read and write checkpoints of the authors' HINGE code, `{"model": state dict}`.
 
-Such a file holds the frozen backbone and the trained conditioning together. This package keeps them apart: the backbone
-as in `hinge.backbones`, the rest as a HingeModel. Values do not change in either direction.
+Such a file contains the frozen backbone and the trained conditioning layers. This package stores the backbone apart
+(`hinge.backbones`), and the rest as a HingeModel. The conversion changes no value, in either direction.
 """
 
 import logging
@@ -28,7 +28,7 @@ RELEASED_MODEL = {
     "standardise_features": False,
     "dropout": 0.1,
 }
-# further settings that the released code does not vary
+# fixed in the released code
 _RELEASED_ELSE = {"injection": "soft_adaln", "norm": "soft", "library_size": False}
 _GENE_IDS = "gg"
 
@@ -50,7 +50,7 @@ class ImportedHinge:
 
 
 def conditioning_names(num_layers: int) -> dict[str, tuple[str, ...]]:
-    """Return the names in the authors' code for each trained tensor; several are concatenated along the first axis."""
+    """Return, for each trained tensor, the tensors of the authors' code that are concatenated along its first axis."""
     names: dict[str, tuple[str, ...]] = {}
     for ours, theirs in (("time", "time"), ("features", "label"), ("visible", "mask")):
         for k in "02":
@@ -77,12 +77,12 @@ def import_hinge(
     path
         The `.pth` file, read with `weights_only=True`; or safetensors with the same names.
     gate
-        `"sigmoid"` or `"linear"`; None to infer it from the biases of the gates, which start at 6 and
-        at 1 and stay close to it.
+        `"sigmoid"` or `"linear"`; None to infer it from the biases of the gates, which are initialised to 6 and to 1
+        and change little in training.
     num_attention_heads
         Needed unless the width is 1536.
     backbone
-        The backbone of the same file, if it has been read already.
+        The backbone of the same file, if it is loaded already.
 
     Raises
     ------
@@ -100,8 +100,8 @@ def import_hinge(
     missing = [name for theirs in [*names.values(), (_GENE_IDS,)] for name in theirs if name not in state]
     if missing:
         raise WeightsError(
-            f"{path} is an incomplete checkpoint of the HINGE code: {len(missing):,} tensors are missing, the first of "
-            f"them {missing[0]}"
+            f"{path} is an incomplete checkpoint of the HINGE code: {len(missing):,} tensors are missing, e.g. "
+            f"{missing[0]}"
         )
     used = {name for theirs in names.values() for name in theirs} | {_GENE_IDS}
     used |= {name.removeprefix(published.prefix) for theirs in published.sources.values() for name in theirs}
@@ -118,7 +118,8 @@ def import_hinge(
         backbone or CellFMModel.from_pretrained(path, num_attention_heads=num_attention_heads),
         feature_dim=published.state.shapes[state["cond_embed.label.0.weight"]][1],
         num_genes=len(gene_ids),
-        gate=gate or _judge_gate(biases[:, 2::3], path),
+        gate=gate or _infer_gate(biases[:, 2::3], path),
+        transform=None,
         **{**RELEASED_MODEL, "condition_on_visible": "next" if "cond_embed.mask.0.weight" in state else None},
     )
     own = model.state_dict()
@@ -173,7 +174,7 @@ def export_hinge(model: HingeModel, gene_ids: Tensor) -> dict[str, Tensor]:
 
 
 def write_hinge(model: HingeModel, gene_ids: Tensor, out: str | Path) -> Path:
-    """Write `export_hinge` as the file that the authors' code loads."""
+    """Write the state dict of `export_hinge` to the file that the authors' code loads; return its path."""
     state = export_hinge(model, gene_ids)
     # a Python file object: torch's own writer aborts the process if the disk is full
     with atomic_path(out) as temporary, temporary.open("wb") as file:
@@ -182,7 +183,7 @@ def write_hinge(model: HingeModel, gene_ids: Tensor, out: str | Path) -> Path:
 
 
 def read_hinge(path: str | Path, num_attention_heads: int | None = None) -> PublishedCellFM:
-    """Recognise a checkpoint of the authors' code; the values are not read.
+    """Return the description of a checkpoint of the authors' code, without its values.
 
     Raises
     ------
@@ -191,15 +192,15 @@ def read_hinge(path: str | Path, num_attention_heads: int | None = None) -> Publ
     """
     published = read_published(path, num_attention_heads)
     if published.dialect != "hinge":
-        raise WeightsError(f"{path} holds a CellFM alone, not a model of the HINGE code; use hinge convert cellfm")
+        raise WeightsError(f"{path} contains CellFM only, not a model of the HINGE code; use hinge convert cellfm")
     return published
 
 
-def _judge_gate(biases: Tensor, path: str | Path) -> str:
+def _infer_gate(biases: Tensor, path: str | Path) -> str:
     median = biases.median().item()
     for gate, low, high in (("sigmoid", 3.0, 9.0), ("linear", 0.5, 1.5)):
         if low <= median <= high:
-            logger.info("%s: the gates are %s, judged by the median %.2f of their biases", path, gate, median)
+            logger.info("%s: the gates are %s, inferred from the median %.2f of their biases", path, gate, median)
             return gate
     raise ConfigError(
         f"the gate of {path} cannot be inferred: the median of its biases is {median:.2f}, sigmoid gates start at 6 "

@@ -5,19 +5,25 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from hinge.config import load_config, save_config
+from hinge.diffusion import HingePipeline
+from hinge.diffusion.pipeline_settings import BACKBONE_FOLDER
 from hinge.models import HingeModel
 from hinge.run.run import Run
 from hinge.sharing.card import part_card, run_card
-from hinge.sharing.licences import BACKBONE_LICENCES, backbone_licence, check_licence, run_backbone_licence
+from hinge.sharing.licences import backbone_licence, run_backbone_licence
 from hinge.utils import hub
 from hinge.utils.errors import ConfigError, DataError
-from hinge.utils.files import read_json
+from hinge.utils.files import read_json, write_json
+from hinge.utils.licences import BACKBONE_LICENCES, check_licence
 
 logger = logging.getLogger(__name__)
+
+MODEL_INDEX = HingePipeline.config_name
 
 _UPLOADED = (".json", ".safetensors")
 
@@ -84,7 +90,7 @@ def push_run(
 ) -> str:
     """Upload a trained run: model, panel, configuration, scores, model card, and the backbone it pre-trained.
 
-    Slides, features, draws and paths of this machine are not uploaded, nor is a backbone from elsewhere.
+    Slides, features, draws, local paths and a backbone outside the run are not uploaded.
 
     Parameters
     ----------
@@ -146,6 +152,8 @@ def prepare(
         if (run.folder / name).exists():
             shutil.copy(run.folder / name, folder / name)
     _write_config(run, folder / "config.yaml", encoder)
+    if (run.folder / MODEL_INDEX).exists():
+        _write_index(folder, read_json(run.folder / MODEL_INDEX), encoder=encoder, backbone=BACKBONE_FOLDER)
     (folder / "README.md").write_text(run_card(run, repository, licence, encoder, title), encoding="utf-8")
     return folder
 
@@ -183,15 +191,25 @@ def fetch_run(repository: str, output: Path, backbone: Path | None = None, vocab
         content["backbone"]["path"] = str(backbone.absolute())
         content["backbone"]["vocabulary"] = None if vocabulary is None else str(vocabulary.absolute())
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        if (output / MODEL_INDEX).is_file():
+            _write_index(output, read_json(output / MODEL_INDEX), backbone=str(backbone.absolute()))
     save_config(load_config(path), path)  # checks the settings and makes paths absolute
     return output
+
+
+def _write_index(folder: Path, content: dict[str, Any], backbone: str, encoder: str | None = None) -> None:
+    """Write `model_index.json` with another path of the backbone, and another name of the encoder."""
+    settings = content["settings"]
+    settings["backbone"] = {**settings["backbone"], "path": backbone}
+    settings["encoder"] = encoder or settings["encoder"]
+    write_json(folder / MODEL_INDEX, content)
 
 
 def _write_config(run: Run, path: Path, encoder: str) -> None:
     """Write the run's configuration without paths of this machine."""
     content = run.config.model_dump(mode="json")
     content["output"] = "."
-    content["data"] |= {"path": "slides", "table": None}
+    content["data"] |= {"path": "slides"}
     content["features"] |= {"folder": None, "encoder": encoder}
     content["evaluation"]["gene_sets"] = None
     content["backbone"] |= {"path": None, "vocabulary": None, "gene_names": None}

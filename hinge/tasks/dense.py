@@ -264,7 +264,6 @@ def map_slide(
     at_spots = _SpotPrediction(predictor, slide, output, batch_size)
     lattice = Lattice.of(grid)
     logger.info("%s: %d points %g µm apart", name, grid.n_obs, pitch_um)
-    output.mkdir(parents=True, exist_ok=True)
     mark = process_mark(os.getpid(), HOST)
     with lock_file(path), tempfile.TemporaryDirectory(prefix=f".{stem}.{mark}.", dir=output) as scratch:
         features = extract_features(

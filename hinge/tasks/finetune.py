@@ -36,6 +36,7 @@ from hinge.encoders import Encoder, extract_features, load_encoder
 from hinge.encoders.encoder import Joined
 from hinge.evaluation.metrics.accuracy import gene_pcc
 from hinge.evaluation.ridge import fit_ridge
+from hinge.models.options import DEFAULT_TRANSFORM
 from hinge.tasks.embeddings import read_slides
 from hinge.tasks.folds import Fold, make_folds, slide_groups
 from hinge.tasks.regressor import GeneRegressor, predict_slide, save_regressor, start_head
@@ -117,7 +118,7 @@ def finetune_encoder(
     hold_out: list[str] | None = None,
     panel: Panel | None = None,
     n_genes: int = 200,
-    transform: str = "log1p_cp10k",
+    transform: str = DEFAULT_TRANSFORM,
     patch_um: float | None = None,
     seed: int = 0,
 ) -> Path:

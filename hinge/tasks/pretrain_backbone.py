@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.config import BackboneConfig, explain
 from hinge.data.panel import read_panel
-from hinge.data.readers import list_samples, read_slide
+from hinge.data.readers import list_samples, listed_names, read_slide
 from hinge.data.spots import panel_values, stack_values
 from hinge.training import pretrain_expression
 from hinge.utils.errors import ConfigError, DataError
@@ -49,7 +49,10 @@ def pretrain_on_files(
     listed = [(path, sample) for path in paths for sample in list_samples(path)]
     unknown = sorted(set(samples or []) - {sample for _, sample in listed})
     if unknown:
-        raise DataError(f"there is no sample {', '.join(unknown)} in {', '.join(map(str, paths))}")
+        named = sorted({sample for _, sample in listed})
+        raise DataError(
+            f"there is no sample {', '.join(unknown)} in {', '.join(map(str, paths))}, which has {listed_names(named)}"
+        )
     slides = [
         read_slide(path, sample, require_image=False) for path, sample in listed if samples is None or sample in samples
     ]

@@ -38,7 +38,7 @@ class IbotConfig(LoopConfig):
     teacher_temperature_start: float = Field(0.04, gt=0, description="that temperature at the start")
     teacher_temperature_steps: int = Field(0, ge=0, description="the steps from its start to its value")
     frozen_last_layer_steps: int | None = Field(
-        None, ge=0, description="the first steps, in which prototypes do not change; None: the first epoch"
+        None, ge=0, description="the first steps, in which prototypes do not change; null: the first epoch"
     )
     outputs: int = Field(8192, ge=2, description="the number of prototypes of a head")
     hidden: int = Field(2048, ge=1, description="the width of a head's hidden layers")

@@ -24,7 +24,7 @@ class LoopConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    steps: int | None = Field(None, ge=1, description="a number of optimiser steps; None: epochs decides")
+    steps: int | None = Field(None, ge=1, description="a number of optimiser steps; null: epochs decides")
     epochs: int | None = Field(None, ge=1, description="a number of passes over the training rows, in place of steps")
     batch_size: int = Field(32, ge=1, description="the rows of a step, over all processes")
     learning_rate: float = Field(1e-4, gt=0, description="the largest learning rate, a number above 0")
@@ -33,11 +33,11 @@ class LoopConfig(BaseModel):
     )
     warmup_steps: int = Field(0, ge=0, description="the steps over which the learning rate rises")
     precision: Precision = Field("no", description="no for float32, or bf16 for mixed precision")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="the decay of the weights' average; None: no average")
-    evaluate_every: int | None = Field(None, ge=1, description="the steps between evaluations; None: once an epoch")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="the decay of the weights' average; null: no average")
+    evaluate_every: int | None = Field(None, ge=1, description="the steps between evaluations; null: once an epoch")
     evaluate_from: float = Field(0.0, ge=0, le=1, description="the share of the run before the first evaluation")
     patience: int | None = Field(None, ge=1, description="the evaluations without gain before the run ends early")
-    checkpoint_every: int | None = Field(None, ge=1, description="the steps between checkpoints; None: once an epoch")
+    checkpoint_every: int | None = Field(None, ge=1, description="the steps between checkpoints; null: once an epoch")
     tracker: Literal["none", "wandb", "tensorboard"] = Field("none", description="none, wandb or tensorboard")
 
     def num_steps(self, num_rows: int) -> int:
@@ -60,7 +60,7 @@ class TrainingConfig(LoopConfig):
     learning_rate: float = Field(1e-3, gt=0, description="the largest learning rate, a number above 0")
     warmup_steps: int = Field(50, ge=0, description="the steps over which the learning rate rises")
     ema_decay: float | None = Field(
-        0.999, gt=0, lt=1, description="the decay of the weights' average; None: no average"
+        0.999, gt=0, lt=1, description="the decay of the weights' average; null: no average"
     )
     warm_start_share: float = Field(
         0.125, ge=0, le=1, description="the share of the run, at its start, in which few genes are masked"
@@ -90,9 +90,10 @@ class PretrainConfig(BaseModel):
     batch_size: int = Field(64, ge=1, description="the spots of a step, over all processes")
     learning_rate: float = Field(1e-3, gt=0, description="the largest learning rate, a number above 0")
     precision: Precision = Field("no", description="no for float32, or bf16 for mixed precision")
-    evaluate_every: int | None = Field(None, ge=1, description="the steps between evaluations; None: once an epoch")
-    checkpoint_every: int | None = Field(None, ge=1, description="the steps between checkpoints; None: once an epoch")
+    evaluate_every: int | None = Field(
+        None, ge=1, description="the steps between evaluations, each with a checkpoint; null: once an epoch"
+    )
 
     def loop(self) -> LoopConfig:
         """Return the settings of the training loop."""
-        return LoopConfig(**self.model_dump(), warmup_steps=100)
+        return LoopConfig(**self.model_dump(), checkpoint_every=self.evaluate_every, warmup_steps=100)

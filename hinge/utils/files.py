@@ -41,6 +41,18 @@ def left_behind(name: str, dead: str | None = None) -> bool:
     return mark == dead or (found["host"] == HOST[:40] and not psutil.pid_exists(int(found["pid"])))
 
 
+def missing_folders(folder: Path) -> list[Path]:
+    """Return the folder and its parents that do not exist yet, innermost first."""
+    return [each for each in (folder, *folder.parents) if not each.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove those of the folders that are empty, in the given order."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not empty, or not there
+            folder.rmdir()
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` on success, delete it on failure.
@@ -51,7 +63,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Parameters
     ----------
     path
-        The finished file or folder. Parent folders are created.
+        The finished file or folder. Parent folders are created; on failure those that are empty are removed.
 
     Yields
     ------
@@ -64,6 +76,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         The disk is full or permission is missing.
     """
     path = Path(path)
+    created = missing_folders(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.{process_mark(os.getpid(), HOST)}.", dir=path.parent))
@@ -82,6 +95,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise DataError(f"cannot write {path}: {reason}") from error
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+        remove_empty(created)
 
 
 def _why_not_written(error: Exception, holder: Path) -> str | None:

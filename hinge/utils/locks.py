@@ -20,7 +20,15 @@ import psutil
 from filelock import FileLock, Timeout
 
 from hinge.utils.errors import DataError
-from hinge.utils.files import HOST, left_behind, process_mark, read_json, write_json
+from hinge.utils.files import (
+    HOST,
+    left_behind,
+    missing_folders,
+    process_mark,
+    read_json,
+    remove_empty,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +108,7 @@ def _lock(path: Path, what: Path, wait: bool) -> Iterator[None]:
         return
     record = path.with_name(f"{path.name}.json")
     with contextlib.ExitStack() as stack:
-        if not path.parent.exists():
-            stack.callback(_remove_if_empty, path.parent)
+        stack.callback(remove_empty, missing_folders(path.parent))
         dead = _acquire(stack, path, record, what, wait)
         # the lock file is removed while it is held: a process that opened it notices and opens a new one
         stack.callback(_remove, record, path)
@@ -209,8 +216,3 @@ def _remove(*paths: Path) -> None:
     for path in paths:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()

@@ -1,7 +1,7 @@
-"""Many slides: each done once, by whichever process comes first; what fails is told at the end and stops nothing.
+"""Processing of many slides by several processes: each slide once; failures are reported after the last slide.
 
-Processes find each other through files beside the results, so that they may run on several machines that share a disk,
-be started at different times, and die: a claim is a lock that its process's end releases.
+Processes coordinate through files beside the results. They may run on several machines that share a disk, start at
+different times, and die: a claim is a lock, which the operating system releases when its process ends.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hinge.utils.errors import DataError, HingeError, Interrupted
+from hinge.utils.files import missing_folders, remove_empty
 from hinge.utils.locks import try_lock
 
 logger = logging.getLogger(__name__)
@@ -20,10 +21,10 @@ _DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER
 
 
 def work_alone() -> int:
-    """Make this process of `accelerate launch` one that does whole slides by itself; how many there are.
+    """Detach this process from those that `accelerate launch` started with it; return the number of processes.
 
-    To be called before anything asks accelerate for its processes. On a machine with several GPUs each process keeps
-    its own.
+    Each process then works on whole slides. Call this before accelerate counts its processes. On a machine with several
+    GPUs each process keeps its own GPU.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
@@ -38,78 +39,80 @@ def work_alone() -> int:
 
 
 def each_slide(names: Sequence[str], work: Callable[[str], Path], folder: Path) -> Iterator[tuple[str, Path]]:
-    """Do something with every slide that no other process is at, and give what came of it.
+    """Process every slide that no other process works on, and yield the results.
 
-    One slide alone is simply done, and its failure is raised as it is.
+    The error of a single slide is raised unchanged.
 
     Parameters
     ----------
     names
         Slides.
     work
-        Does one, given its name, and returns what it wrote; recognises what is finished.
+        Processes the slide of a name and returns the file it wrote; skips finished work.
     folder
-        Where the results go; claims lie in its `.claims`.
+        Folder of the results; claims lie in its `.claims`.
 
     Yields
     ------
     tuple
-        Name and result, of the slides that this process did.
+        Name and result of each slide that this process finished.
 
     Raises
     ------
     DataError
-        After the last slide, if any failed, here or in a process beside this one: which, and why.
+        After the last slide, if slides failed in this or a parallel process; the message names them with their errors.
     """
     if len(names) == 1:
         yield names[0], work(names[0])
         return
     started, claims = time.time(), folder / ".claims"
     failed: dict[str, str] = {}
+    created = missing_folders(folder)
     claims.mkdir(parents=True, exist_ok=True)
     try:
         for name in names:
-            told = claims / f"{_file_name(name)}.failed"
-            with try_lock(told.with_suffix(".lock")) as mine:
+            report = claims / f"{_file_name(name)}.failed"
+            with try_lock(report.with_suffix(".lock")) as mine:
                 if not mine:
                     continue
-                if told.exists() and told.stat().st_mtime >= started:
-                    continue  # a process beside this one has tried
-                told.unlink(missing_ok=True)
+                if report.exists() and report.stat().st_mtime >= started:
+                    continue  # a parallel process has tried
+                report.unlink(missing_ok=True)
                 try:
                     result = work(name)
-                except Interrupted:  # nobody wants the others either
+                except Interrupted:
                     raise
                 except HingeError as error:
                     failed[name] = str(error)
-                except Exception as error:  # whatever it is, the other slides do not suffer
+                except Exception as error:  # the other slides are processed nevertheless
                     logger.debug("slide %s", name, exc_info=True)
                     failed[name] = f"{type(error).__name__}: {error}"
                 else:
                     yield name, result
                     continue
                 logger.error("slide %s failed: %s", name, failed[name])
-                told.write_text(failed[name], encoding="utf-8")
+                report.write_text(failed[name], encoding="utf-8")
         for name in names:
-            told = claims / f"{_file_name(name)}.failed"
+            report = claims / f"{_file_name(name)}.failed"
             # a launcher ends all its processes when one ends with an error: none does before the last slide is done
-            with try_lock(told.with_suffix(".lock"), wait=True), contextlib.suppress(OSError):
-                if told.stat().st_mtime >= started:
-                    failed.setdefault(name, told.read_text("utf-8"))
+            with try_lock(report.with_suffix(".lock"), wait=True), contextlib.suppress(OSError):
+                if report.stat().st_mtime >= started:
+                    failed.setdefault(name, report.read_text("utf-8"))
     finally:
         _tidy(claims)
+        remove_empty(created)
     if failed:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
         raise DataError(f"{len(failed)} of {len(names)} slides failed, the others are done: {reasons}")
 
 
 def _file_name(name: str) -> str:
-    """A name or path as the name of one file."""
+    """Return a name or path as the name of one file."""
     return name.replace("%", "%25").replace("/", "%2F").replace("\\", "%5C").replace(".", "%2E")
 
 
 def _tidy(claims: Path) -> None:
-    """Remove claims that nobody holds, once nobody holds any."""
+    """Remove the claims if no process holds one."""
     # another process may be tidying too
     with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as held:
         paths = list(claims.iterdir())
@@ -117,5 +120,5 @@ def _tidy(claims: Path) -> None:
             return
         for path in paths:
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # another process has just begun
+        with contextlib.suppress(OSError):  # another process has just started
             claims.rmdir()

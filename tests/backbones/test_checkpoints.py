@@ -339,6 +339,7 @@ def peak_of(action: Callable[[], object]) -> int:
     return memory("VmHWM") - before
 
 
+@pytest.mark.full
 def test_loading_and_converting_need_little_memory(big, tmp_path):
     state = open_state(big)
     largest, total = ROWS * WIDTH * 4, sum(int(np.prod(shape)) for shape in state.shapes.values())
@@ -469,6 +470,7 @@ def test_the_released_configuration_says_what_the_released_code_does():
     assert (config.training.schedule, config.training.learning_rate, config.training.warmup_steps) == ("step", 1e-4, 0)
 
 
+@pytest.mark.full
 def test_released_configuration_on_published_weights(tissue, panel, published, tmp_path, caplog):
     checkpoint, vocabulary = published
     backbone = convert_cellfm(checkpoint, tmp_path / "backbone", num_attention_heads=4)
@@ -501,6 +503,7 @@ def test_released_configuration_on_published_weights(tissue, panel, published, t
     assert all(torch.equal(weights[name], trained[name]) for name in trained if not name.startswith("feature_"))
 
 
+@pytest.mark.full
 def test_an_imported_model_draws(tissue, published, panel, tmp_path):
     checkpoint, vocabulary = published
     known = [gene for gene in panel if gene not in (panel[0], *panel[3:5])]
@@ -529,6 +532,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+@pytest.mark.full
 def test_new_genes_get_embeddings_of_their_own(tissue, panel, published, tmp_path):
     checkpoint, vocabulary = published
     backbone = convert_cellfm(checkpoint, tmp_path / "backbone", "bf16", vocabulary, 4)
@@ -600,7 +604,7 @@ def test_convert_commands_refuse_in_one_sentence(call_cli, published, tmp_path):
         (("cellfm", checkpoint, out, "--heads", 4, "--dtype", "fp8"), "not 'fp8'"),
         (("cellfm", checkpoint, tmp_path, "--heads", 4), "exists already"),
         (("cellfm", checkpoint, out, "--heads", 4, "--vocabulary", checkpoint), "cannot read the gene vocabulary"),
-        (("hinge", checkpoint, out, "--heads", 4), "holds a CellFM alone"),
+        (("hinge", checkpoint, out, "--heads", 4), "contains CellFM only"),
         (("hinge", checkpoint, out, "--gate", "open"), "--gate must be sigmoid or linear"),
         (("to-authors", tmp_path, out), "neither the folder of a run"),
         (("to-authors", tmp_path, tmp_path), "is a folder"),

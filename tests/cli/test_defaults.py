@@ -7,9 +7,9 @@ import pytest
 from hinge.cli import histology, sampling, slides, training
 from hinge.config import BackboneConfig, DiffusionConfig, FeaturesConfig, ModelConfig, PanelConfig, RunConfig
 from hinge.diffusion import MaskedDiffusionScheduler
-from hinge.diffusion.defaults import DEFAULT_BATCH_SIZE, DEFAULT_DRAWS, DEFAULT_STEPS
+from hinge.diffusion.defaults import DEFAULT_DRAWS, DEFAULT_STEPS
 from hinge.models import HingeModel
-from hinge.tasks.finetune import finetune_config
+from hinge.tasks.finetune import finetune_config, finetune_encoder
 
 
 def defaults(function) -> dict:
@@ -31,11 +31,17 @@ def defaults(function) -> dict:
 )
 def test_functions_and_settings_agree(function, section):
     given, fields = defaults(function), section.model_dump()
-    # a head of counts needs the transform, and the transform tells whether it needs the library size
-    shared = given.keys() & fields.keys() - {"head", "library_size"}
+    shared = given.keys() & fields.keys()
     # the learning rate depends on what is tuned
     differ = {name: (given[name], fields[name]) for name in shared if given[name] not in (None, fields[name])}
     assert shared and not differ
+
+
+def test_one_transform():
+    transform = RunConfig.model_fields["transform"].default
+    for command in (histology.finetune_encoder, training.pretrain_expression, finetune_encoder):
+        assert defaults(command)["transform"] == transform
+    assert defaults(HingeModel.__init__)["transform"] == transform
 
 
 def test_sampling_takes_its_defaults_from_the_run():
@@ -43,4 +49,4 @@ def test_sampling_takes_its_defaults_from_the_run():
         given = defaults(command)
         assert given["draws"] is given["steps"] is given["seed"] is None
     section = RunConfig.model_fields["sampling"].annotation()
-    assert (section.draws, section.steps, section.batch_size) == (DEFAULT_DRAWS, DEFAULT_STEPS, DEFAULT_BATCH_SIZE)
+    assert (section.draws, section.steps) == (DEFAULT_DRAWS, DEFAULT_STEPS)

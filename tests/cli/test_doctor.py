@@ -96,6 +96,7 @@ def test_the_documentation_names_pages_that_are_there():
     assert listed and all((ROOT / "docs" / page).is_file() for page in listed), listed
 
 
+@pytest.mark.full
 def test_the_tutorial_runs(tmp_path):
     notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())
     code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]

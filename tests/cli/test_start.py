@@ -1,5 +1,6 @@
 """Commands that end early import nothing heavy."""
 
+import signal
 import subprocess
 import sys
 
@@ -53,6 +54,44 @@ def test_a_wrong_key_imports_nothing_heavy(tmp_path):
     (tmp_path / "run.yaml").write_text("output: o\ndata: {path: d, train: [a]}\nmodel: {hed: point}\n")
     found, text = imported(command("run", "--config", str(tmp_path / "run.yaml")))
     assert found == [] and "model.hed" in text and "there is no such key" in text, text
+
+
+def test_names_are_checked_before_anything_is_loaded(tmp_path, tiny_slide):
+    found, text = imported(command("features", str(tiny_slide), "--sample", "x", "--output", str(tmp_path / "o")))
+    assert found == [] and "there is no sample 'x'" in text and "which has tiny" in text, text
+    (tmp_path / "config.yaml").write_text("output: o\ndata: {path: d, train: [a], test: [b]}\n")
+    found, text = imported(command("sample", str(tmp_path)))
+    assert found == [] and "holds no trained model; run hinge train first" in text, text
+
+
+STOPPED = """
+import os, signal, sys
+class Stop:
+    def find_spec(name, path=None, target=None):
+        if name == {name!r}:
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Stop)
+sys.argv = ["hinge", "features", {slide!r}, "--output", "o"]
+import hinge.cli
+hinge.cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "name, number",
+    [
+        ("hinge.cli.app", signal.SIGINT),
+        ("typer", signal.SIGTERM),
+        ("hinge.data.readers", signal.SIGTERM),
+        ("hinge.data.readers", signal.SIGINT),
+    ],
+)
+def test_a_signal_during_imports_prints_no_traceback(name, number, tiny_slide, tmp_path):
+    script = STOPPED.format(name=name, number=int(number), slide=str(tiny_slide))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode in (-number, 128 + number)
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["slides"]
 
 
 def test_reading_a_run_needs_no_model():

@@ -5,10 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from helpers.runs import tiny_settings
 from scipy.sparse import csr_matrix
 
 from hinge.config import check_config
-from hinge.data import simulate_slides
 from hinge.data.draws import read_draws
 from hinge.data.observed import read_observed
 from hinge.run.run import Run
@@ -16,26 +16,9 @@ from hinge.utils.errors import DataError
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    folder = tmp_path_factory.mktemp("tissue")
-    simulate_slides(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
-    simulate_slides(folder, n_slides=1, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
-    content = {
-        "output": str(folder / "run"),
-        "transform": "log1p_cp10k",
-        "data": {"path": str(folder), "train": ["sim0", "sim1"], "test": ["sim2"], "pretrain": ["sim10"]},
-        "panel": {"genes": 20},
-        "backbone": {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_value_bins": 8,
-            "pretrain": {"steps": 4, "batch_size": 16},
-        },
-        "training": {"epochs": None, "steps": 4, "batch_size": 16},
-        "sampling": {"draws": 3, "steps": 4},
-    }
-    run = Run(check_config(content, "test"))
+def run(tiny_slides, tmp_path_factory) -> Run:
+    settings = tiny_settings(tiny_slides, tmp_path_factory.mktemp("observed") / "run", transform="log1p_cp10k")
+    run = Run(check_config(settings, "test"))
     run.train()
     return run
 

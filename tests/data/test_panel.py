@@ -182,6 +182,7 @@ def test_a_missing_panel_file(tmp_path):
         Panel.load(tmp_path / "panel.json")
 
 
+@pytest.mark.full
 @pytest.mark.real
 def test_real_panel(her2st):
     slides = [read_slide(her2st, name, require_image=False) for name in ("C2", "C3")]

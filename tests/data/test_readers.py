@@ -456,6 +456,7 @@ def test_real_sections_read(her2st, samples):
         assert pitch_px == pytest.approx(218.0 if sample.startswith("A") else 291.0, rel=0.01)
 
 
+@pytest.mark.full
 @pytest.mark.real
 def test_real_section_with_image(her2st):
     slide = read_slide(her2st, "C2")

@@ -101,6 +101,7 @@ def test_reading_images_without_counts(tmp_path):
         slide_from_image(picture(tmp_path / "glass.png"), 4.0)
 
 
+@pytest.mark.full
 @pytest.mark.real
 @pytest.mark.parametrize("sample", ["C2", "C3", "C4", "C5"])
 def test_real_tissue_is_where_the_spots_were(her2st, sample):

@@ -129,6 +129,7 @@ def rewrite(outs, change):
     change(pd.read_csv(file)).to_csv(file, index=False)
 
 
+@pytest.mark.full
 def test_visium_of_full_size(tmp_path):
     """4,992 spots, 18,085 genes, an image of 8,900 x 8,900: what a 6.5 mm capture area gives."""
     write_visium(tmp_path / "V1" / "outs", rows=78, columns=128, genes=18_085, pitch_px=130.0, depth=0.08)

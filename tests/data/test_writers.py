@@ -175,6 +175,7 @@ def test_many_draws_lie_beside_the_h5ad(tiny_slide, tmp_path, monkeypatch):
 # --- SpatialData ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("full_image", [False, True])
 def test_spatialdata_store(write_slide, tmp_path, full_image):

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.runs import tiny_settings
 
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.config import check_config
-from hinge.data import simulate_slides
 from hinge.data.spots import SpotTable
 from hinge.diffusion.gaussian import NOISE_SCHEDULES, NUM_TIMES, Denoiser, NoiseSchedule, draw_gaussian
 from hinge.evaluation.names import GENERATIVE_BASELINES
@@ -163,6 +163,7 @@ def train(folder, name="gaussian-diffusion", spots=None, options=None, **setting
     return denoiser, result
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NOISE_SCHEDULES)
 def test_a_trained_denoiser_draws_what_was_measured(name, tmp_path):
     spots = table()
@@ -192,6 +193,7 @@ def test_training_starts_from_ridge(tmp_path):
     assert plain.model.gene_factor_model.mean.weight.abs().max() < 1e-8 and plain.log_spread.abs().max() < 1e-8
 
 
+@pytest.mark.full
 def test_training_is_seeded_and_resumes_to_the_same_weights(tmp_path, monkeypatch):
     options = {"feature_dropout": 0.3, "dropout": 0.1}
     whole, _ = train(tmp_path / "whole", options=options)
@@ -235,26 +237,14 @@ def test_training_without_features_is_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    folder = tmp_path_factory.mktemp("tissue")
-    simulate_slides(folder, n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
-    simulate_slides(folder, n_slides=1, grid=(6, 6), n_genes=40, first=10, with_image=False)
-    config = {
-        "output": str(folder / "run"),
-        "data": {"path": str(folder), "train": ["sim0", "sim1"], "test": ["sim2"], "pretrain": ["sim10"]},
-        "panel": {"genes": 20},
-        "backbone": {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_value_bins": 8,
-            "pretrain": {"steps": 6, "batch_size": 16},
-        },
-        "training": {"epochs": None, "steps": 6, "batch_size": 16},
-        "sampling": {"draws": 20, "steps": 4},
-        "evaluation": {"baselines": ["mean", *GENERATIVE_BASELINES], "bootstrap": 0},
-    }
-    run = Run(check_config(config, "test"))
+def run(tiny_slides, tmp_path_factory) -> Run:
+    settings = tiny_settings(
+        tiny_slides,
+        tmp_path_factory.mktemp("generative") / "run",
+        sampling__draws=20,
+        evaluation={"baselines": ["mean", *GENERATIVE_BASELINES], "bootstrap": 0},
+    )
+    run = Run(check_config(settings, "test"))
     run.train()
     run.sample("sim2")
     run.evaluate()

@@ -137,6 +137,7 @@ def test_the_oracle_against_brute_force(simulated):
         assert found[spot] == pytest.approx(np.log(mass), abs=0.05)
 
 
+@pytest.mark.full
 def test_the_oracle_beats_the_marginal_and_depends_little_on_its_samples(simulated):
     train, test = (spots_of(slide, simulated[0].var_names[:40]) for slide in simulated)
     oracle = oracle_log_likelihood(simulated[1], test)

@@ -115,7 +115,6 @@ def test_verbs_of_diffusers(tiny_run, slide):
         "enable_xformers_memory_efficient_attention",
         "enable_freeu",
         "fuse_qkv_projections",
-        "push_to_hub",
     ):
         with pytest.raises(NotImplementedError, match=f"HingePipeline has no {verb}: "):
             getattr(pipe, verb)("anything")

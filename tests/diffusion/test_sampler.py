@@ -70,6 +70,7 @@ def test_more_steps_than_trained_are_refused():
         draw_features(*make_parts(), np.zeros((1, 5)), torch.arange(1, 13), ["a"], num_inference_steps=21)
 
 
+@pytest.mark.full
 def test_memory_does_not_grow_with_the_spots():
     """Spots drawn alone share nothing, so nothing is kept of them; it was 35 MB."""
     parts, ids, peaks = make_parts(), torch.arange(1, 13), {}
@@ -121,6 +122,7 @@ def draw(parts, rows=slice(None), **options):
     return draw_features(*parts, features[rows], torch.arange(1, GENES + 1), names[rows], **{**settings, **options})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fill", ["mask_token", "noise"])
 @pytest.mark.parametrize("library_size", [False, True])
 def test_slides_are_drawn_the_same_in_any_batch(fill, library_size):

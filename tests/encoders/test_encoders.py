@@ -644,6 +644,7 @@ def test_types_on_disk(tiny_slide, tmp_path, small):
             assert file["features"].dtype == dtype
 
 
+@pytest.mark.full
 @pytest.mark.real
 def test_statistics_tell_expression(her2st, tmp_path):
     """Learnt on one section, ridge on the statistics predicts the genes of another."""

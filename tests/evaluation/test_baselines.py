@@ -86,6 +86,7 @@ def test_ridge_cv_takes_the_penalty_that_generalises_to_other_groups(data, fitte
     np.testing.assert_array_equal(fitted["ridge-cv+residual"].mean, fitted["ridge-cv"].mean)
 
 
+@pytest.mark.full
 def test_ridge_cv_does_not_learn_groups_by_heart():
     """Where features tell groups apart, random folds would take that for knowledge of tissue."""
     rng = np.random.default_rng(4)
@@ -197,6 +198,7 @@ def test_few_spots_have_few_neighbours():
     assert prediction.mean.shape == (9, 2) and np.isfinite(prediction.draws).all()
 
 
+@pytest.mark.full
 def test_the_network_learns_what_is_not_linear():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(900, 4))

@@ -94,6 +94,7 @@ def test_unchanged_scores_are_taken_from_the_file(slide, tmp_path, monkeypatch):
     assert scored == ["more", "hinge", "hinge"]
 
 
+@pytest.mark.full
 def test_damaged_scores_are_computed_anew(slide, tmp_path):
     path, prediction = tmp_path / "t.json", prediction_of(slide, 3)
     first = evaluate_slide(None, slide, [prediction], kept=path)

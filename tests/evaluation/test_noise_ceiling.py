@@ -97,6 +97,7 @@ def test_only_counts_have_a_ceiling(tissue):
         noise_ceiling(counts, library_size, "log2p1")
 
 
+@pytest.mark.full
 @pytest.mark.real
 @pytest.mark.parametrize("section", ["C2", "C3"])
 def test_her2st_sections_reach_the_known_ceilings(her2st, section):

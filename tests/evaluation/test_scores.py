@@ -118,6 +118,7 @@ def test_score_gathers_every_metric(slide):
         assert scores["coexpression_rmse" + suffix] == expected["rmse"]
 
 
+@pytest.mark.full
 def test_arrays_alone_are_scored_alike(slide):
     draws = prediction_of(slide).draws
     full = score(slide.values, Prediction("x", draws=draws), slide, SETS)
@@ -208,6 +209,7 @@ def test_a_slide_is_scored_beside_baselines_and_ceiling(transform):
     assert by_method["ridge-cv+residual"]["crps"] < by_method["mean"]["mae"]
 
 
+@pytest.mark.full
 def test_scoring_twice_gives_the_same_file(slide, tmp_path):
     files = [write_scores(tmp_path / name, [evaluate_slide(spots(), slide, [], n_draws=3, seed=4)]) for name in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -288,6 +290,7 @@ def test_details_tell_of_genes_and_of_the_spots_that_happened_to_be_measured(sli
     assert without.details[0]["intervals"] == {}
 
 
+@pytest.mark.full
 def test_shares_of_what_is_attainable(slide):
     train = spots()
     best = Prediction("oracle", mean=slide.values, draws=np.stack([slide.values] * 3))

@@ -30,6 +30,7 @@ def test_wrong_draws_are_told(spots):
     assert two_sample_auc(values[0], np.tile(values.mean(axis=(0, 1)), (1, 150, 1))) > 0.95
 
 
+@pytest.mark.full
 def test_right_draws_at_the_wrong_spots_are_told_by_the_features_alone(spots):
     features, values = spots
     moved = values[1:, np.random.default_rng(1).permutation(150)]
@@ -68,6 +69,7 @@ def test_rounded_draws_are_whole_counts(transform):
     assert two_sample_auc(measured, rounded) < 0.6
 
 
+@pytest.mark.full
 def test_large_slides_are_tested_on_a_subset(spots, monkeypatch):
     features, values = spots
     monkeypatch.setattr(two_sample, "MOST_SPOTS", 100)

@@ -38,7 +38,6 @@ BASE = {
         "hidden_size": 16,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "num_value_bins": 8,
         "pretrain": {"steps": 3, "batch_size": 16},
     },
     "training": {"epochs": None, "steps": 2, "batch_size": 16, "validation_share": 0.0},
@@ -191,6 +190,7 @@ def finished(slides, tmp_path_factory):
     return folder / "grid.yaml", folder / "out", ablate(load_grid(folder / "grid.yaml"), folder / "out")
 
 
+@pytest.mark.full
 def test_the_table_has_every_variant_with_scores_and_costs(finished):
     _, out, tables = finished
     assert tables.failures == [] and tables.csv == out / "table.csv"
@@ -213,6 +213,7 @@ def test_the_table_has_every_variant_with_scores_and_costs(finished):
     assert text.count("\n") == 2 + len(rows) and "| plain | hinge |" in text and "co-expr. r" in text
 
 
+@pytest.mark.full
 def test_shared_parts_are_made_once(finished):
     _, out, _ = finished
     assert len(list((out / "shared").iterdir())) == 1
@@ -230,6 +231,7 @@ def test_shared_parts_are_made_once(finished):
     assert Run.open(out / "more draws" / "sim2" / "seed0").config.sampling.draws == 5
 
 
+@pytest.mark.full
 def test_a_finished_grid_does_nothing_and_a_missing_cell_is_made_again(finished):
     path, out, tables = finished
     before, text = stamps(out), tables.csv.read_text()
@@ -243,6 +245,7 @@ def test_a_finished_grid_does_nothing_and_a_missing_cell_is_made_again(finished)
     assert (victim / "cell.json").read_bytes() == kept
 
 
+@pytest.mark.full
 def test_another_setting_of_sampling_is_scored_anew(finished):
     path, out, _ = finished
     seeds = {"seeds": [0], "variants": {"plain": {"sampling.draws": 4}}}

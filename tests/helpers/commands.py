@@ -39,6 +39,7 @@ def call_hinge(*arguments) -> Called:
         for hidden in HIDDEN:
             warnings.simplefilter("ignore", hidden)
         patch.setattr(logging.root, "handlers", [])
+        patch.setattr(warnings, "formatwarning", warnings.formatwarning)
         patch.setattr(sys, "argv", ["hinge", *map(str, arguments)])
         if bars is not None:
             bars.disable_progress_bar()

@@ -16,7 +16,6 @@ def tiny_settings(slides: Path, output: Path, **changes) -> dict:
             "hidden_size": 16,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
-            "num_value_bins": 8,
             "pretrain": {"steps": 6, "batch_size": 16},
         },
         "training": {"epochs": None, "steps": 6, "batch_size": 16},

@@ -102,7 +102,7 @@ def test_gates_are_judged_by_their_biases(parity, tmp_path):
 
 
 def test_other_files_are_refused(parity, tmp_path):
-    with pytest.raises(WeightsError, match="holds a CellFM alone"):
+    with pytest.raises(WeightsError, match="contains CellFM only"):
         import_hinge(parity / "cellfm_mindspore_tiny.ckpt", num_attention_heads=4)
     imported = import_hinge(parity / "hinge_reference_init.safetensors", num_attention_heads=4)
     state = export_hinge(imported.model, imported.gene_ids)

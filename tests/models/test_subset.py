@@ -111,6 +111,7 @@ def test_hidden_tokens_get_no_gradient_through_others_in_fused_layers():
         torch.testing.assert_close(gradients[True][name], gradient, atol=1e-5, rtol=1e-3, msg=name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("with_observed", [False, True])
 def test_sampling_uses_what_it_needs(with_observed, monkeypatch):
     counted: dict[bool, list[int]] = {}

@@ -41,15 +41,15 @@ def slides(tmp_path_factory) -> Path:
 
 
 def settings(slides: Path, output: Path) -> dict:
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_value_bins": 8}
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     return {
         "output": str(output),
         "data": {"path": str(slides), "train": ["sim0", "sim1"], "test": ["sim2"]},
         "panel": {"genes": 12},
+        "features": {"standardise_slide": False},
         "model": {
             "head": "point",
             "gene_factors": False,
-            "standardise_features": False,
             "condition_on_visible": "next",
         },
         "backbone": {**size, "weights": "random"},
@@ -220,6 +220,7 @@ def test_a_full_disk(attempt, disk, command):
     assert left == [str(disk / "filler")], left
 
 
+@pytest.mark.full
 def test_permission_lost_and_found_again(server, slides, tmp_path):
     """In the middle of training: what was saved before is there and is gone on with."""
     config, run = tmp_path / "config.json", tmp_path / "run"
@@ -360,6 +361,7 @@ def test_sampling_goes_on_with_less(finished, tmp_path, monkeypatch, caplog):
         np.testing.assert_allclose(one.layers[name], two.layers[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.full
 def test_features_go_on_with_less(slides, tmp_path, monkeypatch, caplog):
     encoder, slide = load_encoder("random:vit_tiny_patch16_224"), read_slide(slides, "sim0")
     whole = extract_features(slide, encoder, tmp_path / "whole.h5", batch_size=8)

@@ -560,6 +560,7 @@ def test_images_of_a_trillion_pixels(tmp_path):
         SlideImage(tmp_path / "tiles.tif").thumbnail(100)
 
 
+@pytest.mark.full
 def test_an_image_that_unpacks_to_a_thousandfold(tmp_path):
     side, packer = 20_000, zlib.compressobj(9)
     row = bytes(1 + 3 * side)
@@ -725,6 +726,7 @@ def test_a_chunk_of_a_spatialdata_table_that_unpacks_to_gigabytes(tmp_path, form
         read_slide(tmp_path / "s.zarr")
 
 
+@pytest.mark.full
 def test_gzip_that_unpacks_to_a_thousandfold(tmp_path):
     (tmp_path / "ST-cnts").mkdir()
     line = b"1x1" + b"\t0" * 1000 + b"\n"
@@ -736,6 +738,7 @@ def test_gzip_that_unpacks_to_a_thousandfold(tmp_path):
         read_slide(tmp_path, require_image=False)
 
 
+@pytest.mark.full
 def test_parquet_of_a_hundred_million_equal_rows(tmp_path):
     write_visium(tmp_path / "V")
     spatial = tmp_path / "V" / "spatial"

@@ -48,7 +48,6 @@ def settings(slides: Path, output: Path, steps: int = 40) -> dict:
             "hidden_size": 16,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
-            "num_value_bins": 8,
             "pretrain": optimised,
         },
         "model": {"feature_dropout": 0.2, "dropout": 0.1},
@@ -402,6 +401,7 @@ def check_features(server, slides: Path, tmp_path: Path, kills: int, seed: int) 
     return {"kills": kills, "encoded_again": encoded - 36}
 
 
+@pytest.mark.full
 def test_feature_extraction_is_killed(server, slides, tmp_path):
     assert check_features(server, slides, tmp_path, kills=5, seed=3)["kills"] == 5
 

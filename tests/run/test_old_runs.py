@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hinge.config import check_config
+from hinge.config import RunConfig, check_config
 from hinge.data.draws import read_draws
 from hinge.run.run import Run
 from hinge.utils.errors import ConfigError
+from hinge.utils.former_settings import REMOVED, RENAMED
 
 DATA = Path(__file__).parent / "data" / "version_0_1"
 
@@ -36,7 +37,6 @@ def test_an_old_run_opens_samples_and_evaluates(old):
     said = str(caught[0].message)
     for part in (
         "model.gene_path is now model.gene_factors",
-        "model.depth is now model.library_size",
         "training.closed_form_start is now training.initialisation",
         "sampling.coherent is now sampling.spatially_correlated",
         "sampling.corrections is now sampling.remasking",
@@ -72,7 +72,7 @@ def test_settings_of_today_give_no_warning():
 
 def test_an_old_name_and_a_new_one_exclude_each_other():
     with pytest.raises(ConfigError, match=r"model\.gene_path is now gene_factors"):
-        check_config(content(model={"gene_path": True, "gene_factors": True}), "run.yaml")
+        check_config(content(model={"gene_path": True, "gene_factors": False}), "run.yaml")
 
 
 @pytest.mark.parametrize(
@@ -81,10 +81,31 @@ def test_an_old_name_and_a_new_one_exclude_each_other():
         ("sampling", "order", "random", "confidence"),
         ("training", "weight_decay", 0.0, 0.1),
         ("model", "drop_masked", True, False),
+        ("model", "library_size", None, True),
+        ("model", "standardise_features", True, False),
+        ("backbone", "lora_rank", 4, {"tuning": "lora", "lora_rank": 4}),
+        ("backbone", "num_value_bins", 64, 32),
     ],
 )
 def test_removed_settings(section, key, ignored, refused):
     with pytest.warns(DeprecationWarning, match=rf"{section}\.{key} is ignored"):
         check_config(content(**{section: {key: ignored}}), "run.yaml")
     with pytest.raises(ConfigError, match=rf"{section}\.{key} was removed"):
-        check_config(content(**{section: {key: refused}}), "run.yaml")
+        check_config(content(**{section: refused if isinstance(refused, dict) else {key: refused}}), "run.yaml")
+
+
+def test_former_keys_are_not_those_of_today():
+    def exists(key: str) -> bool:
+        model = RunConfig
+        for part in key.split(".")[:-1]:
+            model = model.model_fields[part].annotation
+        return key.rpartition(".")[2] in model.model_fields
+
+    assert [key for key in (*RENAMED, *REMOVED) if exists(key)] == []
+
+
+def test_removed_settings_that_change_no_result():
+    sections = {"features": {"batch_size": 8}, "sampling": {"batch_size": 16}}
+    sections["backbone"] = {"pretrain": {"checkpoint_every": 50}}
+    with pytest.warns(DeprecationWarning, match=r"features\.batch_size is ignored"):
+        check_config(content(**sections), "run.yaml")

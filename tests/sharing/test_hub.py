@@ -1,6 +1,7 @@
 """Models on the hub, on a hub that is a folder here, and the denoiser as a program."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -16,17 +17,20 @@ from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.backbones.published_cellfm import export_cellfm
 from hinge.config import check_config, save_config
 from hinge.data import Panel
+from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
+from hinge.diffusion.pipeline import write_model_index
 from hinge.encoders import load_encoder
 from hinge.encoders.recipes import RECIPES
 from hinge.models import HingeModel
 from hinge.run.run import Run
 from hinge.sharing.convert import convert_cellfm
 from hinge.sharing.export import DenoiserStep, export_denoiser
-from hinge.sharing.licences import BACKBONE_LICENCES, backbone_licence, encoder_licence, forbids_sharing
+from hinge.sharing.licences import backbone_licence, encoder_licence
 from hinge.sharing.upload import fetch_run, push, push_run
 from hinge.utils.errors import ConfigError, DataError, WeightsError
 from hinge.utils.files import read_json, write_json
 from hinge.utils.hub import is_repository
+from hinge.utils.licences import BACKBONE_LICENCES, forbids_sharing
 
 GENES = [f"G{i}" for i in range(10)]
 
@@ -144,16 +148,34 @@ def test_the_card(run, hub):
     assert "Intended use" in text and "hinge download run lab/small" in text and "| training slides | 2 |" in text
 
 
-def test_a_backbone_from_elsewhere_stays_there(run, hub, tmp_path):
-    foreign = tmp_path / "foreign"
-    (run.folder / "backbone").rename(foreign)
-    config = run.config.model_copy(update={"backbone": run.config.backbone.model_copy(update={"path": foreign})})
+def test_the_index_of_the_pipeline_goes_along(run, hub, tmp_path):
+    write_model_index(run.folder, run.pipeline().model, MaskedDiffusionScheduler(50), "1" * 64)
+    push_run(run, "lab/small", "mit", encoder="hf-hub:lab/encoder")
+    pipe = HingePipeline.from_pretrained("lab/small")
+    assert (pipe.settings.encoder, pipe.settings.encoder_digest) == ("hf-hub:lab/encoder", "1" * 64)
+    assert str(tmp_path) not in (hub / "lab" / "small" / "model_index.json").read_text()
+    # a backbone outside the run: its user gives the path
+    external = tmp_path / "external"
+    (run.folder / "backbone").rename(external)
+    backbone = run.config.backbone.model_copy(update={"path": external})
+    save_config(run.config.model_copy(update={"backbone": backbone}), run.paths.config)
+    write_model_index(run.folder, pipe.model, pipe.scheduler, "1" * 64)
+    push_run(Run.open(run.folder), "lab/apart", "mit")
+    assert str(tmp_path) not in (hub / "lab" / "apart" / "model_index.json").read_text()
+    fetched = fetch_run("lab/apart", tmp_path / "fetched", backbone=external)
+    assert HingePipeline.from_pretrained(fetched).model_digest == pipe.model_digest
+
+
+def test_an_external_backbone_is_not_uploaded(run, hub, tmp_path):
+    external = tmp_path / "external"
+    (run.folder / "backbone").rename(external)
+    config = run.config.model_copy(update={"backbone": run.config.backbone.model_copy(update={"path": external})})
     save_config(config, run.paths.config)
     run = Run.open(run.folder)
     push_run(run, "lab/small", "other")
     assert not (hub / "lab" / "small" / "backbone").exists()
     assert "backbone is not part of this repository; its licence: not recorded." in card_of(hub, "lab/small")
-    fetched = Run.open(fetch_run("lab/small", tmp_path / "theirs", backbone=foreign))
+    fetched = Run.open(fetch_run("lab/small", tmp_path / "theirs", backbone=external))
     assert fetched.pipeline().model.digest() == run.pipeline().model.digest()
 
 
@@ -181,6 +203,19 @@ def test_weights_under_a_forbidding_licence_stay_here(run, hub, tmp_path):
     )
     push(run.folder / "backbone", "lab/own", "mit")
     assert "Made from" not in card_of(hub, "lab/own")
+    # from Python too
+    backbone = CellFMModel.from_pretrained(converted)
+    model = HingeModel.from_backbone(backbone, 6, 10, tuning="full")
+    pipe = HingePipeline(HingeModel.from_backbone(backbone, 6, 10), MaskedDiffusionScheduler(10))
+    for upload in (backbone.push_to_hub, model.push_to_hub, partial(pipe.model.push_to_hub, with_backbone=True)):
+        with pytest.raises(ConfigError, match=r"may not be uploaded: .*allow_licence=True"):
+            upload("lab/python")
+    with pytest.raises(ConfigError, match="the pipeline may not be uploaded"):
+        pipe.push_to_hub("lab/python")
+    assert not (hub / "lab" / "python").exists()
+    pipe.model.push_to_hub("lab/python")  # the frozen backbone stays here
+    pipe.push_to_hub("lab/python", allow_licence=True)
+    assert (hub / "lab" / "python" / "model_index.json").exists()
     # folders that were converted before the licence was recorded
     old = read_json(converted / "config.json") | {"hidden_size": 1536}
     write_json(converted / "config.json", {key: value for key, value in old.items() if key != "licence"})
@@ -189,13 +224,13 @@ def test_weights_under_a_forbidding_licence_stay_here(run, hub, tmp_path):
 
 
 def test_a_run_inherits_the_licences_of_its_parts(run, hub, tmp_path):
-    foreign = tmp_path / "foreign"
-    (run.folder / "backbone").rename(foreign)
-    write_json(foreign / "config.json", read_json(foreign / "config.json") | {"licence": "cc-by-nc-nd-4.0"})
+    external = tmp_path / "external"
+    (run.folder / "backbone").rename(external)
+    write_json(external / "config.json", read_json(external / "config.json") | {"licence": "cc-by-nc-nd-4.0"})
     features = run.config.features.model_copy(update={"encoder": "uni"})
 
     def with_backbone(**settings) -> Run:
-        backbone = run.config.backbone.model_copy(update={"path": foreign, **settings})
+        backbone = run.config.backbone.model_copy(update={"path": external, **settings})
         return Run(run.config.model_copy(update={"backbone": backbone, "features": features}))
 
     push_run(with_backbone(), "lab/small", "other")
@@ -280,6 +315,7 @@ def test_what_is_no_model_and_other_mistakes(run, hub, tmp_path, monkeypatch):
     assert not (hub / "lab" / "other").exists()
 
 
+@pytest.mark.full
 def test_the_denoiser_as_a_program(run, tmp_path):
     path = export_denoiser(run)
     assert path == run.folder / "exports" / "denoiser.pt2"

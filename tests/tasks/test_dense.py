@@ -9,11 +9,12 @@ import tifffile
 import torch
 import yaml
 from helpers.commands import call_hinge
+from helpers.runs import tiny_settings
 from PIL import Image
 from scipy.spatial import KDTree
 
 from hinge.config import check_config, save_config
-from hinge.data import read_slide, simulate_slides
+from hinge.data import read_slide
 from hinge.data.slide import check_slide
 from hinge.evaluation.baselines import baseline_predictions
 from hinge.run.run import Run
@@ -25,27 +26,12 @@ from hinge.utils.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tiny_slides, tmp_path_factory):
     """A small trained run on simulated tissue."""
     folder = tmp_path_factory.mktemp("dense")
-    simulate_slides(folder / "slides", n_slides=3, grid=(6, 6), n_genes=40, um_per_px=2.0)
-    simulate_slides(folder / "slides", n_slides=1, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
-    content = {
-        "output": "run",
-        "transform": "log1p_cp10k",
-        "data": {"path": "slides", "train": ["sim0", "sim1"], "test": ["sim2"], "pretrain": ["sim10"]},
-        "panel": {"genes": 20},
-        "features": {"patch_um": 150.0},
-        "backbone": {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_value_bins": 8,
-            "pretrain": {"steps": 4, "batch_size": 16},
-        },
-        "training": {"epochs": None, "steps": 4, "batch_size": 16},
-        "sampling": {"draws": 3, "steps": 3},
-    }
+    (folder / "slides").symlink_to(tiny_slides)
+    changes = {"transform": "log1p_cp10k", "features": {"patch_um": 150.0}, "sampling__steps": 3}
+    content = tiny_settings(tiny_slides, folder / "run", **changes)
     (folder / "run.yaml").write_text(yaml.safe_dump(content))
     assert call_hinge("train", "--config", str(folder / "run.yaml")).code == 0
     return folder
@@ -75,6 +61,7 @@ def correlations(one, other):
     return (one * other).sum(axis=0) / np.linalg.norm(one, axis=0) / np.linalg.norm(other, axis=0)
 
 
+@pytest.mark.full
 def test_averaged_over_spots_it_is_what_is_predicted_for_them(folder, tmp_path):
     content = yaml.safe_load((folder / "run.yaml").read_text())
     content |= {"output": str(tmp_path / "run"), "data": {**content["data"], "path": str(folder / "slides")}}
@@ -121,6 +108,7 @@ def test_the_map_is_a_slide_of_its_grid(folder, mapped):
     assert "hires" in dense.uns["spatial"]["sim2"]["images"]
 
 
+@pytest.mark.full
 def test_blocks_do_not_matter(folder, mapped, tmp_path):
     predictor = open_predictor(folder / "run", "regression", None, None, None)
     seen, predict = [], predictor.predict

@@ -79,6 +79,7 @@ def test_training_lowers_the_error_and_goes_on_where_it_stopped(slides, tmp_path
         finetune(slides, tmp_path / "once", epochs=13, **settings)
 
 
+@pytest.mark.full
 def test_a_solved_head_is_ridge_regression(slides, tmp_path):
     """With hardly any training the solved head is as good as ridge, a random one knows nothing."""
     solved = rows(finetune(slides, tmp_path / "ridge", tune="linear", learning_rate=1e-9))

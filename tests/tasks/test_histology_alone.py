@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import yaml
 from helpers.commands import call_hinge
+from helpers.runs import tiny_settings
 from PIL import Image
 
-from hinge.data import simulate_slides
 from hinge.data.layers import named_layers
 from hinge.run.run import Run
 from hinge.sharing.export import export_draws
@@ -18,29 +18,15 @@ from hinge.utils.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tiny_slides, tmp_path_factory):
     """A small run on simulated tissue, and an image of other tissue on a glass slide."""
     folder = tmp_path_factory.mktemp("alone")
-    simulate_slides(folder / "slides", n_slides=2, grid=(6, 6), n_genes=40, um_per_px=2.0)
-    simulate_slides(folder / "slides", n_slides=1, grid=(6, 6), n_genes=40, um_per_px=2.0, first=10, with_image=False)
-    content = {
-        "output": "run",
-        "data": {"path": "slides", "train": ["sim0"], "pretrain": ["sim10"]},
-        "panel": {"genes": 20},
-        "backbone": {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_value_bins": 8,
-            "pretrain": {"steps": 4, "batch_size": 16},
-        },
-        "training": {"epochs": None, "steps": 4, "batch_size": 16},
-        "sampling": {"draws": 2, "steps": 3},
-    }
+    data = {"path": str(tiny_slides), "train": ["sim0"], "pretrain": ["sim10"]}
+    content = tiny_settings(tiny_slides, folder / "run", data=data, sampling={"draws": 2, "steps": 3})
     (folder / "run.yaml").write_text(yaml.safe_dump(content))
     result = call_hinge("train", "--config", str(folder / "run.yaml"))
     assert result.code == 0, result.err
-    tissue = Image.open(folder / "slides" / "sim1.jpg")
+    tissue = Image.open(tiny_slides / "sim1.jpg")
     glass = Image.new("RGB", (tissue.width + 800, tissue.height + 600), (242, 240, 243))
     glass.paste(tissue, (500, 300))
     glass.save(folder / "biopsy.png")

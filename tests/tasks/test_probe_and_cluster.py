@@ -140,6 +140,7 @@ def test_few_spots_are_not_scored_where_they_were_shown():
     assert abs(few_shot_scores(seen, y, 0)["auroc"] - 0.5) < 0.01
 
 
+@pytest.mark.full
 def test_probe_of_simulated_tumour(data, tmp_path):
     arguments = ["probe", "tumour", data, "--column", "region", "--positive", "tumour", "--output", tmp_path]
     encoders = ["--encoder", "stain-texture", "--encoder", "random:test_vit"]
@@ -198,6 +199,7 @@ def test_leiden_by_resolution():
     assert fine > coarse
 
 
+@pytest.mark.full
 def test_smoothing_is_over_squidpys_neighbours():
     squidpy = pytest.importorskip("squidpy")
     rng = np.random.default_rng(0)

@@ -65,6 +65,7 @@ def test_where_no_gene_is_visible_the_modulation_counts_as_far_as_it_is_told_to(
     torch.testing.assert_close(located(nothing, 10) - before, share * whole, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("transform", ["log2p1", "log1p_cp10k"])
 def test_the_mean_of_what_a_trained_model_predicts_follows_its_regression(tmp_path, transform):
     """Few counts: a Gaussian that is rounded and has nothing below zero has another mean than its location."""
@@ -174,6 +175,7 @@ def slides_with_shifts() -> SpotTable:
     )
 
 
+@pytest.mark.full
 def test_the_closed_form_start_tells_slide_shifts_from_factors_and_finds_what_is_smooth():
     spots = slides_with_shifts()
     model = make_model(head="rounded_gaussian", transform="log2p1", num_factors=2)

@@ -18,6 +18,7 @@ from hinge.training.schedules import learning_rate_schedule
 from hinge.utils.errors import ConfigError, DataError, HingeError
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("step", [6, 12, 18])
 def test_resume_equals_uninterrupted(tmp_path, monkeypatch, step):
     whole, _ = train(tmp_path / "whole")

@@ -12,6 +12,7 @@ from hinge.training import split_spots
 from hinge.training.hinge import _Denoising
 
 
+@pytest.mark.full
 def test_training_learns(tmp_path):
     _, result = train(tmp_path, make_model(), steps=150, warm_start_share=0.0, initialisation=False)
     scores = [record["validation_loss"] for record in log_of(tmp_path) if "validation_loss" in record]

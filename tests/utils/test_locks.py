@@ -219,7 +219,7 @@ def slides(tmp_path_factory) -> Path:
 
 
 def settings(slides: Path, output: Path) -> dict:
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_value_bins": 8}
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     return {
         "output": str(output),
         "data": {"path": str(slides), "train": ["sim0", "sim1"], "test": ["sim2"]},

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import time
+import warnings
 from pathlib import Path
 
 import anndata as ad
@@ -103,10 +104,10 @@ def test_files_that_are_not_there(tmp_path):
 
 def test_a_table_in_a_configuration(cohort, tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("output: run\ndata:\n  table: cohort.csv\n  pretrain: [P9]\n")
+    path.write_text("output: run\ndata:\n  path: cohort.csv\n  pretrain: [P9]\n")
     data = load_config(path).data
     assert (data.train, data.test, data.pretrain) == (["P1_A", "P1_B"], ["P2_A", "P3_A"], ["P9"])
-    assert data.path == data.table == cohort.resolve()
+    assert data.path == cohort.resolve()
     save_config(load_config(path), tmp_path / "run" / "config.yaml")
     cohort.unlink()  # what was resolved needs the table no more
     assert load_config(tmp_path / "run" / "config.yaml").data == data
@@ -116,12 +117,25 @@ def test_mistakes_in_a_configuration(cohort, tmp_path):
     def check(**data):
         return check_config({"output": str(tmp_path / "run"), "data": data}, "run.yaml")
 
-    with pytest.raises(ConfigError, match="either path or table"):
-        check(table=str(cohort), path=str(tmp_path))
     with pytest.raises(ConfigError, match="there is no file"):
-        check(table=str(tmp_path / "none.csv"))
+        check(path=str(tmp_path / "none.csv"))
     with pytest.raises(ConfigError, match=r"data.path: is missing"):
         check(train=["a"])
+
+
+def test_the_former_key_of_a_table(cohort, tmp_path):
+    def check(**data):
+        with pytest.warns(DeprecationWarning, match="data.table is now data.path"):
+            return check_config({"output": str(tmp_path / "run"), "data": data}, "run.yaml").data
+
+    assert check(table=str(cohort)) == check(table=str(cohort), path=str(cohort))
+    assert check(table=str(cohort)).test == ["P2_A", "P3_A"]
+    with pytest.raises(ConfigError, match=r"data\.table is now path; give one of them"):
+        check_config({"output": "run", "data": {"table": str(cohort), "path": str(tmp_path)}}, "run.yaml")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given = {"path": str(tmp_path), "table": None, "train": ["a"]}
+        assert check_config({"output": "run", "data": given}, "run.yaml").data.path == tmp_path
 
 
 # --- many slides -------------------------------------------------------------------------------------

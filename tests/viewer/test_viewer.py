@@ -351,6 +351,7 @@ def test_a_gene_is_found_by_typing(page):
     page.wait_for_selector(f"body[data-gene='{wanted}']")
 
 
+@pytest.mark.full
 def test_zoom_and_pan_are_linked(page):
     page.keyboard.press("h")
     page.wait_for_timeout(200)

@@ -54,6 +54,26 @@ def list_samples(path: str | Path, format: str | None = None) -> list[str]:
     return _reader(path, format).list_samples(path)
 
 
+def require_samples(path: str | Path, names: list[str] | None = None, format: str | None = None) -> list[str]:
+    """Return the names of slides at a path, all of them by default.
+
+    Raises
+    ------
+    DataError
+        A name is not that of a slide; the message lists the slides.
+    """
+    samples = list_samples(path, format)
+    for name in names or []:
+        if name not in samples:
+            raise DataError(f"there is no sample {name!r} in {path}, which has {listed_names(samples)}")
+    return names or samples
+
+
+def listed_names(samples: list[str]) -> str:
+    """Return names for a message, at most 40 of them."""
+    return (", ".join(samples[:40]) + (", ..." if len(samples) > 40 else "")) or "none"
+
+
 def read_slide(
     path: str | Path,
     sample: str | None = None,
@@ -102,9 +122,8 @@ def read_slide(
     if sample is None and len(samples) == 1:
         sample = samples[0]
     if sample not in samples:
-        shown = ", ".join(samples[:40]) + (", ..." if len(samples) > 40 else "")
         asked = "no sample was named" if sample is None else f"there is no sample {sample!r}"
-        raise DataError(f"{asked} in {path}, which has {shown or 'none'}")
+        raise DataError(f"{asked} in {path}, which has {listed_names(samples)}")
     if um_per_px is not None and not 0 < um_per_px < float("inf"):
         raise DataError(f"um_per_px must be a positive number of microns per pixel, not {um_per_px}")
     if reader is image_only and require_counts:

@@ -6,7 +6,7 @@
 
 `slide` is needed, and `image` or `counts`. Paths are relative to the table. `sample` names the slide within `counts`,
 where there are several; a slide without counts can be sampled. `patient` and `condition` go into `uns["hinge"]`;
-`split` is read by a run's configuration (`data.table`).
+a run (`data.path`) reads `split`.
 """
 
 import csv

@@ -1,8 +1,8 @@
-// Small things that every part of the page needs.
+// Helper functions of all parts of the page.
 
 export const byId = (id) => document.getElementById(id);
 
-/** An element; names that came from files enter the page here, as text. */
+/** Return an element; children are inserted as text, because names from files are untrusted. */
 export function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -18,5 +18,5 @@ export function fixed(value, digits = 2) {
 
 export const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
-/** Name and value below each other, as in a table. */
+/** Return a definition list of [name, value] pairs. */
 export const facts = (pairs) => make("dl", { class: "facts" }, ...pairs.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
