@@ -5,10 +5,10 @@ from functools import cached_property
 from pathlib import Path
 
 from hinge.backbones.gene_matching import GeneMapping
-from hinge.backbones.hgnc import GeneNames
+from hinge.backbones.hgnc import GeneNames, ensembl_id
 from hinge.backbones.vocabulary import GeneVocabulary, OnMissing
 from hinge.config import BackboneConfig
-from hinge.utils.errors import WeightsError
+from hinge.utils.errors import DataError, WeightsError
 from hinge.utils.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,11 @@ class GeneMatcher:
     def match(self, genes: list[str], on_missing: OnMissing) -> GeneMapping:
         """Map gene symbols to vocabulary ids."""
         table = self.settings.gene_names
+        if table is None and all(map(ensembl_id, self.vocabulary.id_of)) and not any(map(ensembl_id, genes)):
+            raise DataError(
+                "the backbone knows genes by Ensembl id and the panel names symbols: give HGNC's table of both as "
+                "backbone.gene_names"
+            )
         return self.vocabulary.match(genes, on_missing, GeneNames(table) if table is not None else None)
 
     def select(self, genes: list[str], slides: dict[str, list[str]], path: Path) -> list[str]:

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 # a slide holds the counts of all genes: only those in use are kept
 SLIDES_KEPT = 2
+_SPOTS_AT_A_TIME = 256
 _GRID = ("spot_pitch_um", "spot_diameter_um")
 
 
@@ -191,6 +192,31 @@ class Preparation:
         if ids.max() >= backbone.gene_embedding.num_embeddings:
             raise WeightsError(f"this backbone has no embedding for the new genes of {self.paths.panel}")
         return ids
+
+    def ranked_values(self, backbone: ExpressionBackbone) -> tuple[np.ndarray, np.ndarray]:
+        """Return values and bins (n, G) of the training spots on the panel, for a backbone that ranks expression.
+
+        As in the published code, a spot's bins depend on all of its genes that the backbone knows. A gene of the panel
+        that a slide lacks, or that is new to the backbone, has the bin 0, as genes without a count.
+        """
+        import torch
+
+        panel, values, bins = self.panel().genes, [], []
+        for name in self.config.data.train:
+            slide = self.slide(name)
+            known = self.matcher.match(list(slide.var_names), "drop")
+            column = {gene: number for number, gene in enumerate(known.genes)}
+            there = [number for number, gene in enumerate(panel) if gene in column]
+            of_slide = np.zeros((slide.n_obs, len(panel)), dtype=np.float32)
+            for start in range(0, slide.n_obs, _SPOTS_AT_A_TIME):
+                rows = slice(start, start + _SPOTS_AT_A_TIME)
+                counts = torch.from_numpy(slide.X[rows][:, known.index].toarray().astype(np.float32))
+                ranked = backbone.encode_values(counts, counts.sum(dim=1), torch.from_numpy(known.ids)).numpy()
+                of_slide[rows, there] = ranked[:, [column[panel[number]] for number in there]]
+            kept = panel_values(slide, panel, self.config.transform, drop_empty=False)
+            values.append(np.nan_to_num(kept))
+            bins.append(of_slide)
+        return np.concatenate(values), np.concatenate(bins)
 
     def pretraining_values(self) -> np.ndarray:
         """Return transformed counts (n, G), on the panel, of the slides to pre-train the backbone on."""

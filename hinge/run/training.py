@@ -127,6 +127,9 @@ def _new_model(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbo
             standardise_features=config.features.standardise_slide,
             **config.model.model_dump(),
         )
+    if model.value_bins is not None:
+        values, bins = inputs.ranked_values(backbone)
+        model.value_bins.fit(values, bins, backbone.config.gene_scale(inputs.gene_ids(backbone).numpy()))
     model.cast_backbone(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
     return model
 

@@ -11,6 +11,7 @@ from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.loss import draw_timesteps, loss_mask, spot_weights
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.hinge import HingeModel
+from hinge.models.value_bins import fit_to_panel
 from hinge.training.initialisation import initialise_gene_factors, initialise_library_size
 from hinge.training.loop import LoopResult, make_accelerator, run_loop, step_generator
 from hinge.training.masked_mean import fit_masked_mean
@@ -274,6 +275,8 @@ def train_hinge(
         No spot, or spots without features.
     """
     data = TrainingRows(model, spots, config, seed)
+    if model.value_bins is not None and not model.value_bins.fitted:
+        fit_to_panel(model, gene_ids, spots.counts[data.training], spots.values[data.training])
     accelerator = accelerator or make_accelerator(config, folder)
     gene_ids = gene_ids.to(accelerator.device)
     slide_shift = None

@@ -7,6 +7,48 @@ import torch
 import yaml
 from safetensors.torch import load_file, safe_open, save_file
 
+from hinge.backbones import CellFMConfig, CellFMModel, ScGPTConfig, ScGPTModel, TahoeConfig, TahoeModel
+
+_SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_TRANSFORMER = {
+    **_SIZE,
+    "vocab_size": 12,
+    "intermediate_size": 24,
+    "tokens": ["<pad>", *[f"G{number}" for number in range(8)], "<cls>", "<drug>", "<eoc>"],
+}
+SMALL = {
+    "cellfm": lambda: CellFMModel(CellFMConfig(num_genes=8, num_value_bins=8, **_SIZE)),
+    "cellfm-80m": lambda: CellFMModel(CellFMConfig(num_genes=8, num_value_bins=8, technical_tokens=True, **_SIZE)),
+    "scgpt": lambda: ScGPTModel(ScGPTConfig(**_TRANSFORMER)),
+    "scgpt-full": lambda: ScGPTModel(ScGPTConfig(attention="full", with_flag=False, **_TRANSFORMER)),
+    "scgpt-spatial": lambda: ScGPTModel(
+        ScGPTConfig(
+            num_experts=4,
+            with_impute_decoder=True,
+            gene_means=[None, *[0.5 + 0.3 * number for number in range(7)]],
+            **_TRANSFORMER,
+        )
+    ),
+    "tahoe": lambda: TahoeModel(TahoeConfig(**_TRANSFORMER)),
+    "tahoe-3b": lambda: TahoeModel(
+        TahoeConfig(
+            attention="full",
+            activation="gelu",
+            decoder_activation="gelu",
+            num_drugs=3,
+            fingerprint_size=5,
+            **_TRANSFORMER,
+        )
+    ),
+}
+"""Small backbones with random weights that know the genes 1 to 8, by name."""
+
+
+def small_backbone(name: str, seed: int = 0):
+    """Return one of `SMALL`, in eval mode."""
+    torch.manual_seed(seed)
+    return SMALL[name]().eval()
+
 
 def read_recording(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """Return sizes and tensors of a recording."""
@@ -15,8 +57,11 @@ def read_recording(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     return meta, load_file(path)
 
 
-def published_folder(path: Path, folder: Path, **arguments) -> Path:
-    """Write the weights of a recording as the folder that the published code writes; `arguments` change args.json."""
+def published_folder(path: Path, folder: Path, genes: list[str] | None = None, **arguments) -> Path:
+    """Write the weights of a recording as the folder that the published code writes.
+
+    `genes` are the names of the first genes of the vocabulary; `arguments` change args.json.
+    """
     meta, recorded = read_recording(path)
     state = {key.removeprefix("state."): tensor for key, tensor in recorded.items() if key.startswith("state.")}
     folder.mkdir(parents=True, exist_ok=True)
@@ -26,7 +71,9 @@ def published_folder(path: Path, folder: Path, **arguments) -> Path:
     names = {number: token for token, number in special.items()}
     size = meta.get("ntoken") or meta["vocab_size"]
     # file order is not that of the ids
-    tokens = {names.get(number, f"GENE{number}"): number for number in reversed(range(size))}
+    given = iter(genes or [])
+    named = [names.get(number) or next(given, f"GENE{number}") for number in range(size)]
+    tokens = {named[number]: number for number in reversed(range(size))}
     (folder / "vocab.json").write_text(json.dumps(tokens))
     if "ntoken" in meta:
         torch.save(state, folder / "best_model.pt")

@@ -34,10 +34,10 @@ def table(n=60, views=1, slides=2, seed=0) -> SpotTable:
     )
 
 
-def make_model(**options) -> HingeModel:
-    """Return a model with a random backbone."""
+def make_model(backbone=None, **options) -> HingeModel:
+    """Return a model with a random backbone, or a given one."""
     torch.manual_seed(0)
-    backbone = CellFMModel(
+    backbone = backbone or CellFMModel(
         CellFMConfig(num_genes=GENES, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_value_bins=8)
     )
     return HingeModel.from_backbone(backbone, FEATURES, GENES, **options)
