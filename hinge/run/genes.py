@@ -49,7 +49,9 @@ class GeneMatcher:
     def match(self, genes: list[str], on_missing: OnMissing) -> GeneMapping:
         """Map gene symbols to vocabulary ids."""
         table = self.settings.gene_names
-        if table is None and all(map(ensembl_id, self.vocabulary.id_of)) and not any(map(ensembl_id, genes)):
+        known = self.vocabulary.id_of
+        by_ensembl = sum(ensembl_id(name) is not None for name in known) > len(known) / 2
+        if table is None and by_ensembl and not any(map(ensembl_id, genes)):
             raise DataError(
                 "the backbone knows genes by Ensembl id and the panel names symbols: give HGNC's table of both as "
                 "backbone.gene_names"

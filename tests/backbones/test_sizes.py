@@ -1,0 +1,137 @@
+"""The published sizes of scGPT, scGPT-spatial and Tahoe-x1: every name, shape and count, without storage."""
+
+import pytest
+import torch
+
+from hinge.backbones import ScGPTConfig, ScGPTModel, TahoeConfig, TahoeModel
+from hinge.backbones.published_scgpt import published_names as scgpt_names
+from hinge.backbones.published_tahoe import published_names as tahoe_names
+from hinge.models import HingeModel
+
+# rows of the tables of genes and of drugs and the width of a fingerprint are those of the files and may differ
+SCGPT_ROWS, TAHOE_ROWS, DRUGS, FINGERPRINT = 60697, 62720, 380, 2048
+SIZES = {
+    "scgpt": (ScGPTModel, {"vocab_size": SCGPT_ROWS}, 512, 12, 512),
+    "scgpt-spatial": (
+        ScGPTModel,
+        {"vocab_size": SCGPT_ROWS, "num_experts": 4, "with_impute_decoder": True},
+        512,
+        12,
+        512,
+    ),
+    "tahoe-70m": (TahoeModel, {"vocab_size": TAHOE_ROWS, "num_attention_heads": 8}, 512, 12, 2048),
+    "tahoe-1.3b": (TahoeModel, {"vocab_size": TAHOE_ROWS, "num_attention_heads": 16}, 2048, 24, 8192),
+    "tahoe-3b": (
+        TahoeModel,
+        {
+            "vocab_size": TAHOE_ROWS,
+            "num_attention_heads": 20,
+            "activation": "gelu",
+            "decoder_activation": "gelu",
+            "attention": "full",
+            "num_drugs": DRUGS,
+            "fingerprint_size": FINGERPRINT,
+        },
+        2560,
+        32,
+        10240,
+    ),
+}
+
+
+def build(name):
+    model_class, options, width, layers, inner = SIZES[name]
+    config_class = ScGPTConfig if model_class is ScGPTModel else TahoeConfig
+    config = config_class(hidden_size=width, num_hidden_layers=layers, intermediate_size=inner, **options)
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def expected_shapes(name) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each published tensor."""
+    _, options, d, layers, inner = SIZES[name]
+    tahoe = name.startswith("tahoe")
+    gene, value = ("gene_encoder", "expression_encoder") if tahoe else ("encoder", "value_encoder")
+    up, down = ("up_proj", "down_proj") if tahoe else ("linear1", "linear2")
+    shapes: dict[str, tuple[int, ...]] = {f"{gene}.embedding.weight": (options["vocab_size"], d)}
+
+    def linear(key, rows, columns, bias=True):
+        shapes[f"{key}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"{key}.bias"] = (rows,)
+
+    def norm(key):
+        shapes[f"{key}.weight"] = shapes[f"{key}.bias"] = (d,)
+
+    norm(f"{gene}.enc_norm")
+    linear(f"{value}.linear1", d, 1)
+    linear(f"{value}.linear2", d, d)
+    norm(f"{value}.norm")
+    shapes["flag_encoder.weight"] = (2, d)
+    for number in range(layers):
+        key = f"transformer_encoder.layers.{number}"
+        linear(f"{key}.self_attn.Wqkv", 3 * d, d)
+        linear(f"{key}.self_attn.out_proj", d, d)
+        linear(f"{key}.{up}", inner, d)
+        linear(f"{key}.{down}", d, inner)
+        norm(f"{key}.norm1")
+        norm(f"{key}.norm2")
+    cells = ["mvc_decoder"]
+    if tahoe:
+        norm("transformer_encoder.norm")
+        linear("expression_decoder.linear_layers.0", d, d)
+        linear("expression_decoder.out_proj", 1, d)
+    elif "num_experts" in options:
+        linear("decoder.moe.gate.gate", options["num_experts"], d)
+        cells.append("impute_mvc_decoder")
+    decoders = [f"decoder.moe.experts.{number}" for number in range(options.get("num_experts", 0))] or ["decoder"]
+    for key in [] if tahoe else decoders:
+        linear(f"{key}.fc.0", d, d)
+        linear(f"{key}.fc.2", d, d)
+        linear(f"{key}.fc.4", 1, d)
+    for key in cells:
+        linear(f"{key}.gene2query", d, d)
+        linear(f"{key}.W", d, d, bias=False)
+    if "num_drugs" in options:
+        shapes["chem_encoder.embedding.weight"] = (DRUGS, FINGERPRINT)
+        linear("chem_encoder.fc", d, FINGERPRINT)
+        linear("chem_encoder.proj", d, d)
+        norm("chem_encoder.norm")
+    return shapes
+
+
+COUNTS = {
+    "scgpt": 51_875_841,
+    "scgpt-spatial": 0,
+    "tahoe-70m": 0,
+    "tahoe-1.3b": 0,
+    "tahoe-3b": 0,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_names_shapes_and_counts(name):
+    model = build(name)
+    names = scgpt_names if isinstance(model, ScGPTModel) else tahoe_names
+    expected = expected_shapes(name)
+    settings = model.config.to_dict()
+    table = names(expected, settings).names
+    parameters = dict(model.named_parameters())
+    assert table.keys() == parameters.keys() and set(table.values()) == expected.keys()
+    for ours, theirs in table.items():
+        assert tuple(parameters[ours].shape) == expected[theirs], theirs
+    assert sum(parameter.numel() for parameter in parameters.values()) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_low_rank_modulation_is_a_small_share(name):
+    backbone = build(name)
+    frozen = sum(parameter.numel() for parameter in backbone.parameters())
+    config, counts = backbone.config, {}
+    for rank in (32, None):
+        with torch.device("meta"):
+            model = HingeModel(
+                1024, 200, config.hidden_size, config.num_hidden_layers, modulation_rank=rank, num_bins=51
+            )
+        counts[rank] = model.num_trainable()
+    assert counts[32] < 0.1 * frozen < counts[None]
