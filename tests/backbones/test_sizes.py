@@ -101,21 +101,20 @@ def expected_shapes(name) -> dict[str, tuple[int, ...]]:
 
 
 COUNTS = {
-    "scgpt": 51_875_841,
-    "scgpt-spatial": 0,
-    "tahoe-70m": 0,
-    "tahoe-1.3b": 0,
-    "tahoe-3b": 0,
+    "scgpt": 51_330_049,
+    "scgpt-spatial": 53_434_376,
+    "tahoe-70m": 70_996_993,
+    "tahoe-1.3b": 1_353_854_977,
+    "tahoe-3b": 2_717_045_761,
 }
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_names_shapes_and_counts(name):
     model = build(name)
-    names = scgpt_names if isinstance(model, ScGPTModel) else tahoe_names
-    expected = expected_shapes(name)
-    settings = model.config.to_dict()
-    table = names(expected, settings).names
+    expected, settings = expected_shapes(name), model.config.to_dict()
+    scgpt = isinstance(model, ScGPTModel)
+    table = (scgpt_names(expected, settings) if scgpt else tahoe_names(settings)).names
     parameters = dict(model.named_parameters())
     assert table.keys() == parameters.keys() and set(table.values()) == expected.keys()
     for ours, theirs in table.items():
@@ -134,4 +133,4 @@ def test_low_rank_modulation_is_a_small_share(name):
                 1024, 200, config.hidden_size, config.num_hidden_layers, modulation_rank=rank, num_bins=51
             )
         counts[rank] = model.num_trainable()
-    assert counts[32] < 0.1 * frozen < counts[None]
+    assert counts[32] < 0.07 * frozen and counts[32] < 0.2 * counts[None]
