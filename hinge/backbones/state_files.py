@@ -20,6 +20,7 @@ from tqdm import tqdm
 from hinge.backbones.mindspore import MindSporeCheckpoint, is_mindspore
 from hinge.utils.errors import WeightsError, one_line
 from hinge.utils.safe_torch import load_torch, plain_tensors
+from hinge.utils.weights import check_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -184,6 +185,7 @@ def fill_parameters(model, state: StateFile, sources: dict[str, tuple[str, ...]]
             part = state.read(source)
             own[start : start + len(part)].copy_(part) if own.ndim else own.copy_(part)
             start += len(part)
+        check_weights({" + ".join(sources[name]) or name: own}, state.path)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(own))
 

@@ -29,7 +29,21 @@ def draws_of_slide(values: np.ndarray, expected: np.ndarray, slide: AnnData, gen
         G symbols.
     about
         Settings that reproduce the draws, stored in `uns["hinge"]`.
+
+    Raises
+    ------
+    DataError
+        A draw or an expectation is not a finite number.
     """
+    for what, numbers in (("draws", values), ("expectations", expected[None])):
+        for each in numbers:  # one at a time: many draws of a large slide are mapped from a file
+            if not np.isfinite(each).all():
+                spot, gene = np.argwhere(~np.isfinite(each))[0]
+                raise DataError(
+                    f"the {what} of slide {slide_name(slide)} are not finite numbers, the first of them that of spot "
+                    f"{slide.obs_names[spot]} and gene {genes[gene]}; nothing was written: check the weights of the "
+                    "model and the slide's features, or sample with sampling.precision no"
+                )
     result = AnnData(X=values.mean(axis=0, dtype=np.float64).astype(np.float32))
     result.obs_names, result.var_names = slide.obs_names, genes
     result.layers["std"] = values.std(axis=0, dtype=np.float64).astype(np.float32)
@@ -77,12 +91,13 @@ def read_draws(path: str | Path) -> AnnData:
     return draws
 
 
-def same_draws(path: Path, about: dict, slide: AnnData) -> bool:
-    """Return whether a file holds the draws of a slide with the settings `about`."""
+def same_draws(path: Path, about: dict, slide: AnnData, genes: list[str]) -> bool:
+    """Return whether a file holds the draws of genes of a slide with the settings `about`."""
     there = read_draws(path)
     facts = {"name": slide_name(slide), **about}
     return (
         all(there.uns["hinge"].get(key) == value for key, value in facts.items())
         and list(there.obs_names) == list(slide.obs_names)
+        and list(there.var_names) == list(genes)
         and np.array_equal(there.obsm.get("spatial"), slide.obsm["spatial"])
     )

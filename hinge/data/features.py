@@ -20,8 +20,10 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from scipy.spatial import KDTree
 
+from hinge.data.slide import slide_name
 from hinge.utils.errors import DataError
 from hinge.utils.safe_hdf5 import check_hdf5
 
@@ -191,6 +193,49 @@ def _grid_step(corners: np.ndarray) -> float | None:
         return None
     steps, counts = np.unique(KDTree(corners).query(corners, k=2, p=np.inf)[0][:, 1].round(), return_counts=True)
     return float(steps[counts.argmax()]) or None
+
+
+def difference_from(
+    path: str | Path,
+    slide: AnnData,
+    encoder: str,
+    digest: str,
+    views: int,
+    patch_um: float,
+    patch_px: int | None = None,
+) -> str | None:
+    """Return how a feature file differs from the one that would be written, None if it does not differ.
+
+    Parameters
+    ----------
+    path
+        The file.
+    slide
+        Slide with the spots of the file.
+    encoder, digest
+        Name and digest of the encoder.
+    views, patch_um, patch_px
+        Views of a patch and its side in µm and pixels. The digest of an encoder includes the side in pixels; None
+        leaves it out.
+
+    Raises
+    ------
+    DataError
+        As `read_features`.
+    """
+    header = read_feature_header(path)
+    if header.digest != digest:
+        return f"by another encoder ({header.encoder or 'unnamed'}, not {encoder})"
+    made, asked = (header.patch_um, header.patch_px), (float(patch_um), patch_px or header.patch_px)
+    if made != asked:
+        return f"with patches of {made[0]} µm and {made[1]} px, not {asked[0]} µm and {asked[1]} px"
+    if header.n_views != views:
+        return f"with {header.n_views} views, not {views}"
+    if header.barcodes is None or list(header.barcodes) != list(slide.obs_names):
+        return f"for other spots than those of slide {slide_name(slide)}"
+    if not np.array_equal(header.coords, np.asarray(slide.obsm["spatial"], dtype=np.float64)):
+        return f"for other coordinates than those of slide {slide_name(slide)}"
+    return None
 
 
 @contextlib.contextmanager

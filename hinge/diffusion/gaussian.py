@@ -37,6 +37,7 @@ from hinge.diffusion.randomness import spot_normals
 from hinge.models.hinge import HingeModel
 from hinge.utils.errors import WeightsError
 from hinge.utils.files import atomic_path
+from hinge.utils.weights import check_weights
 
 NUM_TIMES = 1000
 """Number of times that training draws from, t = 1/1000 … 1; the denoiser takes t · 1000."""
@@ -186,6 +187,7 @@ class Denoiser(nn.Module):
                 name = about.get("schedule") or about["path"]  # the key of version 0.1
                 own = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             denoiser = cls(model, NoiseSchedule(name), own["gene_ids"], own["mean"][None])
+            check_weights({key: tensor for key, tensor in own.items() if key != "gene_ids"}, file)
             for key, tensor in own.items():
                 getattr(denoiser, key).data.copy_(tensor)
         except Exception as error:

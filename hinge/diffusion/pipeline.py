@@ -33,6 +33,7 @@ from hinge.diffusion.sampler import Draws, draw_parts
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.encoders import Encoder, extract_features, load_encoder
 from hinge.models.hinge import HingeModel
+from hinge.models.pretrained import genes_digest
 from hinge.utils import hub
 from hinge.utils.errors import ConfigError, DataError, WeightsError, one_line
 from hinge.utils.files import atomic_path, read_json
@@ -180,6 +181,11 @@ class HingePipeline(DiffusionPipeline):
             settings = settings_of_run(folder)
         backbone = settings.backbone.load(folder)
         model = HingeModel.from_pretrained(folder / "model", backbone)
+        if model.config.panel_digest not in (None, genes_digest(settings.genes)):
+            named = index if index.is_file() else folder / "panel.json"
+            raise DataError(
+                f"{named} names other genes, or in another order, than the model was trained with: restore it"
+            )
         backbone.float()  # whatever type the weights are stored in
         pipeline = cls(model, load_scheduler(folder), replace(settings, backbone=BackboneSource()).to_dict())
         pipeline._load_backbone = partial(settings.backbone.load, folder)
@@ -394,11 +400,11 @@ class HingePipeline(DiffusionPipeline):
         return conditions, name, digest or ""
 
 
-def write_model_index(
-    folder: Path, model: HingeModel, scheduler: MaskedDiffusionScheduler, encoder_digest: str
-) -> None:
+def write_model_index(folder: Path, model: HingeModel, scheduler: MaskedDiffusionScheduler, encoder: Encoder) -> None:
     """Write `model_index.json` into the folder of a run whose model is trained: its panel, encoder and defaults."""
-    settings = replace(settings_of_run(folder), encoder_digest=encoder_digest)
+    settings = settings_of_run(folder)
+    patch_um = encoder.patch_um if settings.patch_um is None else settings.patch_um
+    settings = replace(settings, encoder_digest=encoder.digest, patch_um=patch_um)
     pipeline = HingePipeline(model, scheduler, settings.to_dict())
     with atomic_path(folder / HingePipeline.config_name) as temporary:
         temporary.write_text(pipeline.to_json_string(), "utf-8")

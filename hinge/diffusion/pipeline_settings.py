@@ -12,6 +12,7 @@ from hinge.backbones.hgnc import GeneNames
 from hinge.backbones.vocabulary import OnMissing
 from hinge.data.panel import Panel
 from hinge.diffusion.inputs import SamplingSettings
+from hinge.utils import checksums
 from hinge.utils.errors import DataError, WeightsError, one_line
 from hinge.utils.files import read_json
 
@@ -58,7 +59,7 @@ class BackboneSource:
 
     def load(self, folder: Path) -> ExpressionBackbone:
         """Return the backbone, in the type its weights are stored in, of a pipeline in `folder`."""
-        backbone = load_backbone(folder / self.path, **self.constants)
+        backbone = load_backbone(checksums.verified(folder / self.path), **self.constants)
         backbone.add_genes(self.new_genes, self.seed)
         return backbone
 
@@ -169,7 +170,7 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     """Return the keys and values of a run's `config.yaml`."""
     path = folder / "config.yaml"
     try:
-        config = yaml.safe_load(path.read_text("utf-8"))
+        config = yaml.safe_load(checksums.verified(path).read_text("utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(config, dict):

@@ -11,7 +11,7 @@ from anndata import AnnData
 from tqdm import tqdm
 
 from hinge.data.feature_writer import FeatureWriter
-from hinge.data.features import read_feature_header
+from hinge.data.features import difference_from
 from hinge.data.patches import PatchReader, dihedral_views
 from hinge.data.slide import slide_name
 from hinge.encoders.encoder import Encoder
@@ -19,7 +19,7 @@ from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import arrays_digest
 from hinge.utils.locks import lock_file
 from hinge.utils.memory import with_less_memory
-from hinge.utils.resumable import ResumableArrays
+from hinge.utils.resumable import ResumableArrays, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,9 @@ def extract_features(
     side = encoder.patch_um if patch_um is None else patch_um
     reader = PatchReader(slide, side, encoder.patch_px, batch_size, workers)
     if path.exists() and not overwrite:
-        difference = _difference(path, slide, encoder, views, side)
+        difference = difference_from(path, slide, encoder.name, encoder.digest, views, side, encoder.patch_px)
         if difference is None:
+            remove_leftovers(path)
             logger.info("%s is finished", path)
             return path
         raise DataError(f"{path} was made {difference}: overwrite it, or write to another folder")
@@ -144,20 +145,3 @@ def extract_features(
         unfinished.remove()
     logger.info("wrote %s (%d spots, %d views, %d features)", path, slide.n_obs, views, encoder.dim)
     return path
-
-
-def _difference(path: Path, slide: AnnData, encoder: Encoder, views: int, patch_um: float) -> str | None:
-    """Return how a feature file differs from the one that would be written, None if it does not differ."""
-    header = read_feature_header(path)
-    if header.digest != encoder.digest or header.dim != encoder.dim:
-        return f"by another encoder ({header.encoder or 'unnamed'}, not {encoder.name})"
-    made, asked = (header.patch_um, header.patch_px), (float(patch_um), encoder.patch_px)
-    if made != asked:
-        return f"with patches of {made[0]} µm and {made[1]} px, not {asked[0]} µm and {asked[1]} px"
-    if header.n_views != views:
-        return f"with {header.n_views} views, not {views}"
-    if header.barcodes is None or list(header.barcodes) != list(slide.obs_names):
-        return f"for other spots than those of slide {slide_name(slide)}"
-    if not np.array_equal(header.coords, np.asarray(slide.obsm["spatial"], dtype=np.float64)):
-        return f"for other coordinates than those of slide {slide_name(slide)}"
-    return None

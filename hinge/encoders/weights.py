@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hinge.encoders.networks import AttentionPooledViT, PooledStages, PooledTokens
 from hinge.utils.errors import WeightsError
 from hinge.utils.safe_torch import load_torch, plain_tensors
+from hinge.utils.weights import check_weights
 
 # tensors of training only, or that can be computed, by the first part of their name
 _LEFT_OUT = {"head", "fc", "classifier", "pooler", "mask_token", "masked_embed"}
@@ -121,6 +122,7 @@ def load_weights(network: nn.Module, path: str | Path, name: str, in_order: bool
                 f"{path} holds no weights of {name}: {key} has shape {tuple(tensor.shape)} "
                 f"and should have {tuple(wanted[key].shape)}"
             )
+    check_weights(state, path, wanted)
     core.load_state_dict(state)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from hinge.evaluation.definitions import METRICS
 from hinge.evaluation.predictions import Prediction
+from hinge.utils import checksums
 from hinge.utils.errors import DataError
 from hinge.utils.files import arrays_digest, atomic_path, read_json, write_json
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SCORES_VERSION = 1
+SCORES_VERSION = 2
 """Version of the scores: kept scores of another one are not used. Raise it with every change that affects a score."""
 
 _ARRAYS = ("mean", "draws", "correlation")
@@ -56,11 +57,11 @@ class PredictionStore:
         self.path = path
         self._arrays: dict[str, NDArray] = {}
         try:
-            with np.load(path, allow_pickle=False) as content:
+            with np.load(checksums.verified(path), allow_pickle=False) as content:
                 self._arrays = {name: content[name] for name in content}
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
+        except (OSError, ValueError, EOFError, BadZipFile, DataError) as error:
             logger.warning("%s is damaged (%s); it is replaced", path, error)
 
     def digest(self, method: str) -> str | None:

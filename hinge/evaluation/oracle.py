@@ -35,17 +35,17 @@ def oracle_prediction(slide: "AnnData", spots: "SpotTable", n_draws: int = DEFAU
     Prediction
         Method `oracle`; in the units of `spots`.
     """
-    from hinge.data.simulate import oracle_draws
+    from hinge.data.simulate.counts import activity_root, oracle_draws
     from hinge.data.transforms import get_transform
 
     rows = slide.obs_names.get_indexer(spots.barcodes)
     columns = slide.var_names.get_indexer(spots.genes)
     transform = get_transform(spots.transform)
     mean = np.zeros(spots.values.shape)
-    kept = []
+    kept, root = [], activity_root(slide)
     # one draw at a time: the counts of all genes in all draws of a large slide would not fit into memory
     for number in range(DRAWS_OF_THE_MEAN):
-        counts = oracle_draws(slide, 1, seed=seed * DRAWS_OF_THE_MEAN + number)[0][rows]
+        counts = oracle_draws(slide, 1, seed=seed * DRAWS_OF_THE_MEAN + number, root=root)[0][rows]
         values = transform.forward(counts[:, columns], counts.sum(axis=1))
         mean += values / DRAWS_OF_THE_MEAN
         if number < n_draws:

@@ -1,8 +1,9 @@
 """Reading and writing a `HingeModel`: the config and the trained weights, without the backbone."""
 
+import hashlib
 import json
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hinge.backbones import ExpressionBackbone, load_backbone
-from hinge.utils import hub
+from hinge.utils import checksums, hub
 from hinge.utils.errors import WeightsError, one_line
 from hinge.utils.files import atomic_path
 from hinge.utils.licences import check_licence, recorded_licence
+from hinge.utils.weights import check_weights
 
 if TYPE_CHECKING:
     from hinge.models.hinge import HingeModel
@@ -121,7 +123,7 @@ def _with_new_names(config: dict[str, Any], weights: dict[str, Tensor]) -> tuple
 
 def load(cls: type["HingeModel"], folder: str | Path, backbone: ExpressionBackbone | None = None) -> "HingeModel":
     """Return the model that `save` wrote; arguments and errors as those of `HingeModel.from_pretrained`."""
-    folder = hub.find(folder, "model")
+    folder = checksums.verified(hub.find(folder, "model"))
     try:
         config = json.loads((folder / cls.config_name).read_text())
         weights = load_file(folder / WEIGHTS_NAME)
@@ -137,19 +139,27 @@ def load(cls: type["HingeModel"], folder: str | Path, backbone: ExpressionBackbo
         backbone = load_backbone(beside)
     try:
         config, weights = _with_new_names(config, weights)
+        panel = config.pop("panel_digest", None)
         model = _build(cls, config, sum(tensor.numel() for tensor in weights.values()))
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, OverflowError, OSError) as error:
         raise WeightsError(f"{folder / cls.config_name} describes no hinge model: {one_line(error)}") from error
+    model.register_to_config(panel_digest=panel)
     model = model.attach_backbone(backbone, check=True)
     try:
         unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
     except RuntimeError as error:
         raise WeightsError(f"the weights in {folder} do not fit its config.json: {error}") from error
+    check_weights(weights, folder / WEIGHTS_NAME, model.state_dict())
     wrong = sorted(unexpected) or sorted(model.trained_state().keys() - weights.keys())
     if wrong:
         what = "have one that the model has not" if unexpected else "lack one"
         raise WeightsError(f"the weights in {folder} do not fit its config.json: they {what}, {wrong[0]}")
     return model
+
+
+def genes_digest(genes: Sequence[str]) -> str:
+    """Return the SHA-256 of a panel, the genes in their order: `panel_digest` in the config of a model."""
+    return hashlib.sha256("\n".join(genes).encode()).hexdigest()
 
 
 def _build(cls: type["HingeModel"], config: dict[str, Any], stored: int) -> "HingeModel":

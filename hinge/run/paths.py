@@ -13,6 +13,7 @@ samples/           draws, one h5ad a slide
 baselines/         what the baselines predict, one npz a slide; models of the generative ones
 scores/            scores of each slide, kept for the next evaluation
 model_index.json   what `HingePipeline.from_pretrained` needs: panel, encoder, sampling defaults
+checksums.json     digests of all files but those of the training, see `hinge.utils.checksums`
 scores.json, report.html
 """
 
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hinge.config import RunConfig, load_config, save_config
+from hinge.utils import checksums
 from hinge.utils.errors import ConfigError, DataError
 
 
@@ -45,6 +47,7 @@ class RunPaths:
         self.model = self.folder / "model"
         self.scores = self.folder / "scores.json"
         self.report = self.folder / "report.html"
+        self.index = self.folder / "model_index.json"
 
     @property
     def backbone(self) -> Path:
@@ -124,6 +127,8 @@ def claim_folder(config: RunConfig, paths: RunPaths) -> None:
         The folder holds a run with other settings.
     """
     if not paths.config.exists():
+        paths.folder.mkdir(parents=True, exist_ok=True)
+        checksums.start(paths.folder)
         save_config(config, paths.config)
         return
     # sampling and evaluation may change from call to call; the location of the folder does not matter
@@ -149,7 +154,7 @@ def _difference(here: dict, there: dict) -> str | None:
 @contextlib.contextmanager
 def undone_on_error(paths: RunPaths) -> Iterator[None]:
     """Remove the files of a run that failed before training started, so that the next try finds an empty folder."""
-    files = [paths.config, paths.panel, paths.genes, paths.environment]
+    files = [paths.config, paths.panel, paths.genes, paths.environment, paths.folder / checksums.NAME]
     written = [file for file in files if not file.exists()]
     try:
         yield

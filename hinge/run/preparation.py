@@ -10,13 +10,13 @@ import math
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from anndata import AnnData
 
 from hinge.config import RunConfig
-from hinge.data.features import read_features
+from hinge.data.features import difference_from, read_features
 from hinge.data.neighbourhood import slide_features
 from hinge.data.panel import Panel, read_panel, select_panel
 from hinge.data.readers import read_slide, table
@@ -25,9 +25,11 @@ from hinge.data.slide import slide_name
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots, panel_values, stack_values
 from hinge.run.genes import GeneMatcher
 from hinge.run.paths import RunPaths
+from hinge.utils import checksums
 from hinge.utils.errors import DataError, WeightsError
 from hinge.utils.files import read_json
 from hinge.utils.locks import lock_file
+from hinge.utils.resumable import remove_leftovers
 
 if TYPE_CHECKING:
     import torch
@@ -128,17 +130,48 @@ class Preparation:
         """The histology encoder."""
         from hinge.encoders import load_encoder
 
-        settings = self.config.features
-        return load_encoder(settings.encoder, pooling=settings.pooling)
+        settings, digest = self.config.features, self._of_model.get("encoder_digest")
+        encoder = load_encoder(settings.encoder, pooling=settings.pooling)
+        if digest is not None and encoder.digest != digest:
+            raise WeightsError(
+                f"the encoder {encoder.name} has other weights, or another pooling, than the model in "
+                f"{self.paths.folder} was trained with: "
+                f"digest {encoder.digest[:12]}, not {digest[:12]}"
+            )
+        return encoder
+
+    @property
+    def encoder_digest(self) -> str:
+        """The digest of the histology encoder; a trained run knows it without loading the encoder."""
+        return self._of_model.get("encoder_digest") or self.encoder.digest
+
+    @cached_property
+    def _of_model(self) -> dict[str, Any]:
+        """What is known of the encoder that the model was trained with, {} without a model."""
+        if not (self.paths.has_model and self.paths.index.is_file()):
+            return {}
+        content = read_json(self.paths.index)
+        settings = content.get("settings") if isinstance(content, dict) else None
+        return settings if isinstance(settings, dict) else {}
 
     def features(self, slide: AnnData) -> Path:
         """Return the feature file of a slide; extract it if it is not there yet."""
-        from hinge.encoders import extract_features
-
         settings, path = self.config.features, self.paths.features(slide_name(slide))
         # runs may share a folder of features: wait for what another one is extracting
         with lock_file(path, wait=True):
+            if path.exists() and self._is_finished(path, slide):
+                remove_leftovers(path)
+                return path
+            from hinge.encoders import extract_features
+
             return extract_features(slide, self.encoder, path, views=settings.views, patch_um=settings.patch_um)
+
+    def _is_finished(self, path: Path, slide: AnnData) -> bool:
+        """Return whether a file holds the features that a trained run needs, without loading the encoder: seconds."""
+        settings, known = self.config.features, [self._of_model.get(key) for key in ("encoder_digest", "patch_um")]
+        return None not in known and (
+            difference_from(path, slide, settings.encoder, known[0], settings.views, known[1]) is None
+        )
 
     def conditions(self, slide: AnnData, path: Path) -> np.ndarray:
         """Return the condition of every spot of a slide: float32 (n, V, d).
@@ -147,7 +180,7 @@ class Preparation:
         both standardised in the slide with `features.standardise_slide`. `path` is the slide's feature file.
         """
         settings = self.config.features
-        stored = read_features(path, barcodes=list(slide.obs_names), digest=self.encoder.digest)
+        stored = read_features(path, barcodes=list(slide.obs_names), digest=self.encoder_digest)
         return slide_features(
             stored.features, slide.obsm["spatial"], settings.neighbourhood, settings.standardise_slide
         )
@@ -176,7 +209,7 @@ class Preparation:
         from hinge.backbones import load_backbone
 
         settings = self.config.backbone
-        model = load_backbone(self.paths.backbone, **settings.constants())
+        model = load_backbone(checksums.verified(self.paths.backbone), **settings.constants())
         if settings.unknown_genes == "new":
             mapping = self.matcher.match(self.panel().genes, "new")
             ids = dict(zip(mapping.genes, mapping.ids.tolist(), strict=True))

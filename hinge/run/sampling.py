@@ -19,10 +19,10 @@ from hinge.diffusion.pipeline import PRECISIONS
 from hinge.diffusion.sampler import spots_per_part
 from hinge.run.preparation import Preparation
 from hinge.training.loop import make_accelerator
-from hinge.utils.errors import ConfigError
+from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import arrays_digest
 from hinge.utils.locks import lock_file
-from hinge.utils.resumable import ResumableArrays
+from hinge.utils.resumable import ResumableArrays, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,16 @@ def load_pipeline(inputs: Preparation) -> HingePipeline:
     Raises
     ------
     DataError
-        The run has not been trained.
+        The run has not been trained, or its panel is not that of the model.
     """
     inputs.paths.require_model()
-    return HingePipeline.from_pretrained(inputs.paths.folder, torch_dtype=PRECISIONS["no"])
+    pipeline = HingePipeline.from_pretrained(inputs.paths.folder, torch_dtype=PRECISIONS["no"])
+    if pipeline.genes != inputs.panel().genes:
+        raise DataError(
+            f"{inputs.paths.panel} names other genes, or in another order, than the model was trained with "
+            f"({inputs.paths.index}): restore it"
+        )
+    return pipeline
 
 
 def sampling_settings(
@@ -79,7 +85,8 @@ def sample_slide(
     pipeline = load_pipeline(inputs).to(PRECISIONS[config.precision])
     encoder, digest = inputs.encoder, "" if observed is None else observed_digest(observed)
     about = pipeline.provenance(settings, encoder.name, encoder.digest, digest)
-    if output.exists() and same_draws(output, about, slide):
+    if output.exists() and same_draws(output, about, slide, pipeline.genes):
+        remove_leftovers(output)
         logger.info("%s is finished", output)
         return output
     with lock_file(output):

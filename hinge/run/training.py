@@ -1,5 +1,6 @@
 """The training stage: backbone and HingeModel."""
 
+import contextlib
 import logging
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.diffusion.pipeline import write_model_index
 from hinge.models import HingeModel
 from hinge.models.heads import needs_library_size
+from hinge.models.pretrained import genes_digest
 from hinge.run.paths import claim_folder, undone_on_error
 from hinge.run.preparation import Preparation
 from hinge.training import pretrain_expression, split_spots, train_hinge
 from hinge.training.loop import make_accelerator
+from hinge.utils import checksums
 from hinge.utils.environment import write_environment
 from hinge.utils.files import atomic_path, write_json
 from hinge.utils.locks import lock_folder
@@ -57,6 +60,11 @@ def train_model(inputs: Preparation) -> Path:
     paths = inputs.paths
     if paths.has_model:
         claim_folder(inputs.config, paths)
+        checksums.verified(paths.model)
+        if (paths.folder / ".lock").exists():
+            # left by a process that was killed when it had finished; or another one is at work, and removes it
+            with contextlib.suppress(DataError), lock_folder(paths.folder):
+                pass
         logger.info("%s is finished", paths.model)
         return paths.model
     with lock_folder(paths.folder):
@@ -137,6 +145,7 @@ def _new_model(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbo
 def _train(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbone, accelerator: Accelerator) -> Path:
     config, paths = inputs.config, inputs.paths
     model = _new_model(inputs, spots, backbone)
+    model.register_to_config(panel_digest=genes_digest(inputs.panel().genes))
     scheduler = MaskedDiffusionScheduler(**config.diffusion.model_dump())
     if accelerator.is_main_process:
         _write_split(inputs, spots)
@@ -153,10 +162,11 @@ def _train(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbone, 
         accelerator=accelerator,
     )
     if accelerator.is_main_process:
+        # before the model, which marks the run as trained
+        write_model_index(paths.folder, model, scheduler, inputs.encoder)
         with atomic_path(paths.model) as temporary:
             model.to("cpu").save_pretrained(temporary)
             scheduler.save_config(temporary)
-        write_model_index(paths.folder, model, scheduler, inputs.encoder.digest)
         logger.info("wrote %s (weights of step %s)", paths.model, result.best_step or result.step)
     accelerator.wait_for_everyone()
     return paths.model

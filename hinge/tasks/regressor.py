@@ -20,6 +20,7 @@ from hinge.encoders.networks import PooledStages, PooledTokens
 from hinge.evaluation.ridge import fit_ridge
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, read_json, write_json
+from hinge.utils.weights import check_weights
 
 
 class GeneRegressor(nn.Module):
@@ -215,6 +216,7 @@ def load_regressor(
     encoder = load_encoder(name, device=device)
     model = GeneRegressor(encoder, len(about["genes"]))
     head = load_file(folder / "head.safetensors")
+    check_weights(head, folder / "head.safetensors")
     if {key: t.shape for key, t in head.items()} != {key: t.shape for key, t in model.head().items()}:
         raise DataError(f"{folder / 'head.safetensors'} does not fit encoder {name} and {len(about['genes'])} genes")
     model.load_state_dict(head, strict=False)

@@ -1,6 +1,10 @@
 """Files of a training run: checkpoints, the best weights, and the log."""
 
+import hashlib
 import json
+import logging
+import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +15,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hinge.utils.errors import ConfigError, DataError
-from hinge.utils.files import atomic_path
+from hinge.utils.files import arrays_digest, atomic_path
 
 if TYPE_CHECKING:  # all of diffusers' diffusion models come along: seconds
     from diffusers.training_utils import EMAModel
+
+logger = logging.getLogger(__name__)
+
+_REMEDY = "restore it, or delete the folder of the training to begin again"
+
+
+class DamagedError(DataError):
+    """A checkpoint that is cut off, or whose bytes were changed."""
 
 
 @dataclass
@@ -65,8 +77,13 @@ class TrainedState:
     carried: nn.Module | None = None
 
 
+def previous_of(path: Path) -> Path:
+    """Return where the checkpoint before the last one lies."""
+    return path.with_name(f"previous-{path.name}")
+
+
 def save_checkpoint(path: Path, trained: TrainedState, progress: Progress) -> None:
-    """Write everything that a stopped run needs to continue."""
+    """Write everything that a stopped run needs to continue; keep the checkpoint before, until training ends."""
     tensors = {f"model.{name}": parameter.detach() for name, parameter in trained.parameters.items()}
     for name, parameter in trained.parameters.items():
         for key, value in trained.optimizer.state.get(parameter, {}).items():
@@ -78,7 +95,30 @@ def save_checkpoint(path: Path, trained: TrainedState, progress: Progress) -> No
         metadata["ema_step"] = trained.ema.optimization_step
     if trained.carried is not None:
         tensors |= {f"carried.{name}": tensor for name, tensor in trained.carried.state_dict().items()}
+    previous = previous_of(path)
+    if path.exists():
+        with atomic_path(previous, durable=False) as temporary:
+            try:
+                os.link(path, temporary)
+            except OSError:  # a file system without links
+                shutil.copyfile(path, temporary)
     write_tensors(path, tensors, metadata)
+    if progress.stopped or progress.step == progress.total:
+        previous.unlink(missing_ok=True)
+
+
+def resume(path: Path, trained: TrainedState, total: int) -> Progress:
+    """Set `trained` to the last checkpoint that is whole, and return how far the run is; see `load_checkpoint`."""
+    previous = previous_of(path)
+    if not path.exists() and not previous.exists():
+        return Progress(total)
+    try:
+        return load_checkpoint(path, trained, total)
+    except DamagedError as error:
+        if not previous.exists():
+            raise
+        logger.warning("%s; continuing from the one before, %s", error, previous)
+        return load_checkpoint(previous, trained, total)
 
 
 def load_checkpoint(path: Path, trained: TrainedState, total: int) -> Progress:
@@ -148,17 +188,34 @@ def load_best(path: Path, trained: TrainedState) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors and metadata as one safetensors file."""
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+    state = json.dumps(metadata)
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"state": json.dumps(metadata)})
+        save_file(tensors, temporary, metadata={"state": state, "sha256": _digest(tensors, state)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the metadata that `write_tensors` wrote; a DataError if the file is another."""
+    """Return the tensors and the metadata that `write_tensors` wrote.
+
+    Raises
+    ------
+    DamagedError
+        The file is another, or a byte of it was changed.
+    """
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118
+            tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        state = json.loads(about["state"])
+        # version 0.1 wrote no checksum
+        right = set(about) == {"state"} or about.get("sha256") == _digest(tensors, about["state"])
     except Exception as error:
-        raise DataError(f"{path} is not a checkpoint of this package: {error}") from error
+        raise DamagedError(f"{path} is not a checkpoint of this package: {error}; {_REMEDY}") from error
+    if not right:
+        raise DamagedError(f"{path} was changed or damaged after it was written: its checksum differs; {_REMEDY}")
+    return tensors, state
+
+
+def _digest(tensors: dict[str, Tensor], state: str) -> str:
+    return hashlib.sha256(f"{arrays_digest(tensors)}|{state}".encode()).hexdigest()
 
 
 class TrainingLog:

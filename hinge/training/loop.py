@@ -26,7 +26,7 @@ from hinge.training.checkpoints import (
     TrainedState,
     TrainingLog,
     load_best,
-    load_checkpoint,
+    resume,
     save_best,
     save_checkpoint,
 )
@@ -139,7 +139,7 @@ def run_loop(
     model.to(accelerator.device)
     trained = _trained_state(model, config, carried, weight_decay is not None)
     latest, best = folder / "latest.safetensors", folder / "best.safetensors"
-    progress = load_checkpoint(latest, trained, total) if latest.exists() else Progress(total)
+    progress = resume(latest, trained, total)
     wrapped, optimizer = accelerator.prepare(model, trained.optimizer)
     schedule = learning_rate_schedule(trained.optimizer, config.schedule, config.warmup_steps, total, progress.step)
     updates = _Updates(accelerator, optimizer, trained, before_step, after_step, max_grad_norm)

@@ -1,12 +1,14 @@
-"""Write files atomically, and compute digests of their content."""
+"""Write files atomically and durably, and compute digests of their content."""
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +16,15 @@ from typing import Any
 
 import psutil
 
+from hinge.utils import checksums
 from hinge.utils.errors import DataError
 
 HOST = socket.gethostname()
 
 _ROOM = 1 << 20
+_MOST_FLUSHED = 256
+# of the C libraries of Linux and macOS
+_WORKING_FOLDER, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2
 
 
 _TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)@(?P<host>.*)\.[^.]+")
@@ -54,40 +60,50 @@ def remove_empty(folders: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, durable: bool = True) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` on success, delete it on failure.
 
-    Works for a file and, where the caller makes the temporary path a folder, for a folder
-    (an existing folder of that name is replaced).
+        Works for a file and, where the caller makes the temporary path a folder, for a folder
+        (an existing folder of that name is replaced). What processes that were killed left of earlier attempts is removed.
 
-    Parameters
-    ----------
-    path
-        The finished file or folder. Parent folders are created; on failure those that are empty are removed.
+        Parameters
+        ----------
+        path
+    <<<<<<< HEAD
+            The finished file or folder. Parent folders are created; on failure those that are empty are removed.
+    =======
+            The finished file or folder. Parent folders are created.
+        durable
+            Whether the content is on the disk before it gets its name, so that a power loss leaves the old or the new one.
+    >>>>>>> 49c8f5c (Verify checksums of a run's files; evaluate in little memory and without loading the encoder; serve the viewer by tornado)
 
-    Yields
-    ------
-    Path
-        A path that does not exist, with the same suffix and on the same disk.
+        Yields
+        ------
+        Path
+            A path that does not exist, with the same suffix and on the same disk.
 
-    Raises
-    ------
-    DataError
-        The disk is full or permission is missing.
+        Raises
+        ------
+        DataError
+            The disk is full or permission is missing.
     """
     path = Path(path)
     created = missing_folders(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_behind(path)
         holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.{process_mark(os.getpid(), HOST)}.", dir=path.parent))
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
     temporary = holder / path.name
     try:
         yield temporary
-        if temporary.is_dir() and path.is_dir():
-            os.replace(path, holder / "replaced")
-        os.replace(temporary, path)
+        if durable:
+            _flush(temporary)
+        checksums.record(path, temporary)
+        _publish(temporary, path)
+        if durable:
+            _flush_one(path.parent)
     except Exception as error:
         reason = _why_not_written(error, holder)
         if reason is None:
@@ -96,6 +112,59 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(holder, ignore_errors=True)
         remove_empty(created)
+
+
+def remove_left_behind(path: Path) -> None:
+    """Remove the temporary folders of `atomic_path(path)` whose processes have ended."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(path.parent):
+            if entry.name.startswith(f".{path.name}.") and left_behind(entry.name):
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder and all files in it, are on the disk."""
+    if not path.is_dir():
+        _flush_one(path)
+        return
+    inside = list(path.rglob("*"))
+    if len(inside) > _MOST_FLUSHED and hasattr(os, "sync"):
+        os.sync()  # quicker than thousands of files one by one
+        return
+    for each in [*inside, path]:
+        _flush_one(each)
+
+
+def _flush_one(path: Path) -> None:
+    folder = path.is_dir()
+    try:
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError:
+        if not folder:  # Windows opens no folders, and some disks of several machines flush none
+            raise
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a file or folder its name; a folder of that name is replaced without a moment in which there is none."""
+    if temporary.is_dir() and path.is_dir():
+        if _exchange(temporary, path):
+            return  # the old one is deleted with the temporary folder
+        os.replace(path, temporary.parent / "replaced")
+    os.replace(temporary, path)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step; return whether the system can."""
+    with contextlib.suppress(OSError, AttributeError):
+        library, names = ctypes.CDLL(None), (os.fsencode(one), os.fsencode(other))
+        if sys.platform == "darwin":
+            return library.renamex_np(*names, _RENAME_SWAP) == 0
+        return library.renameat2(_WORKING_FOLDER, names[0], _WORKING_FOLDER, names[1], _RENAME_EXCHANGE) == 0
+    return False
 
 
 def _why_not_written(error: Exception, holder: Path) -> str | None:
@@ -115,8 +184,8 @@ def _why_not_written(error: Exception, holder: Path) -> str | None:
     return f"{error}" if type(error).__name__ == "SafetensorError" else None
 
 
-def write_json(path: str | Path, content: Any) -> Path:
-    """Write `content` as indented JSON in one step; NaN and infinities become null."""
+def write_json(path: str | Path, content: Any, durable: bool = True) -> Path:
+    """Write `content` as indented JSON in one step; NaN and infinities become null. `durable` as in `atomic_path`."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -129,15 +198,15 @@ def write_json(path: str | Path, content: Any) -> Path:
             return None
         return value
 
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable) as temporary:
         temporary.write_text(json.dumps(clean(content), indent=1) + "\n")
     return Path(path)
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; a missing or damaged one is a `DataError` that names it."""
+    """Read a JSON file; one that is missing, damaged or not as its checksum says is a `DataError` that names it."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(checksums.verified(path).read_text())
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}") from error
     except (OSError, ValueError, RecursionError) as error:

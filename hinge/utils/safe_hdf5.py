@@ -19,6 +19,7 @@ import numpy as np
 import scipy.sparse
 from anndata import AnnData
 
+from hinge.utils import checksums
 from hinge.utils.errors import DataError, HingeError, one_line
 
 # zlib compresses at most a thousandfold, counts of genes seldom more than twentyfold
@@ -92,7 +93,7 @@ def check_hdf5(path: str | Path, what: str = "a readable HDF5 file") -> None:
     DataError
         It is missing, damaged, refers to other files, or would unpack to far more than its size.
     """
-    path = Path(path)
+    path = checksums.verified(path)
     if not path.is_file():
         raise DataError(f"there is no file {path}")
     try:

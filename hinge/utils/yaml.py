@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from hinge.utils import checksums
 from hinge.utils.errors import ConfigError
 
 _MOST_BYTES, _MOST_VALUES = 1 << 18, 100_000
@@ -21,7 +22,7 @@ def read_settings(
     """Read a YAML file of keys and values and apply overrides, as `load_config`; `paths` are keys that hold paths."""
     path = Path(path)
     try:
-        content = parse_yaml(path.read_bytes())
+        content = parse_yaml(checksums.verified(path).read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(f"there is no configuration file {path}") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

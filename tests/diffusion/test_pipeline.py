@@ -13,6 +13,7 @@ from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.data.draws import read_draws
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
 from hinge.models import HingeModel
+from hinge.utils import checksums
 from hinge.utils.errors import ConfigError, DataError, WeightsError
 
 
@@ -178,10 +179,12 @@ def test_what_cannot_be_drawn_is_told(tiny_run, pipe, slide, tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     index["settings"]["encoder_digest"] = "0" * 64
     (folder / "model_index.json").write_text(json.dumps(index))
+    checksums.accept(folder)
     with pytest.raises(WeightsError, match="has other weights than the model was trained with"):
         HingePipeline.from_pretrained(folder)(slide)
     index["settings"]["gene_ids"] = [1]
     (folder / "model_index.json").write_text(json.dumps(index))
+    checksums.accept(folder)
     with pytest.raises(DataError, match="describes no pipeline: 20 genes have 1 ids"):
         HingePipeline.from_pretrained(folder)
 
@@ -194,5 +197,6 @@ def test_the_run_may_change_how_it_samples(tiny_run, tmp_path, caplog):
     (folder / "config.yaml").write_text(
         text.replace("  draws: 3\n", "  draws: 5\n").replace("sampling:\n", "sampling:\n  order: confidence\n")
     )
+    checksums.accept(folder)
     assert HingePipeline.from_pretrained(folder).settings.sampling.num_draws == 5
     assert "sampling.order confidence of this run is no longer supported" in caplog.text

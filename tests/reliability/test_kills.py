@@ -303,7 +303,7 @@ def check_training(server, slides: Path, tmp_path: Path, kills: int, writing: in
     moments += [After(log, chance.uniform(0, 0.12)) for _ in range(kills - len(moments))]
     chance.shuffle(moments)
     left = survive(server, train, (content, log), moments)
-    same_files(tmp_path / "whole", tmp_path / "killed", but=("config.yaml", "log.jsonl"))
+    same_files(tmp_path / "whole", tmp_path / "killed", but=("config.yaml", "checksums.json", "log.jsonl"))
     logged = [json.loads(line)["step"] for line in (checkpoint.parent / "log.jsonl").read_text().splitlines()]
     assert logged == list(range(1, steps + 1))
     nothing_left(tmp_path / "killed")
@@ -327,7 +327,7 @@ def check_backbone(server, slides: Path, tmp_path: Path, kills: int, seed: int, 
         WhileWriting(checkpoint) if number % 2 else After(log, chance.uniform(0, 0.12)) for number in range(kills)
     ]
     left = survive(server, pretrain, (content, log), moments)
-    same_files(tmp_path / "whole", tmp_path / "killed", but=("config.yaml", "log.jsonl"))
+    same_files(tmp_path / "whole", tmp_path / "killed", but=("config.yaml", "checksums.json", "log.jsonl"))
     nothing_left(tmp_path / "killed")
     return {
         "kills": len(left),

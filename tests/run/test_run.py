@@ -21,6 +21,7 @@ from hinge.data.draws import read_draws
 from hinge.data.layers import named_layers
 from hinge.report import report_run
 from hinge.run.run import Run
+from hinge.utils import checksums
 from hinge.utils.errors import ConfigError, DataError, WeightsError
 from hinge.utils.resumable import ResumableArrays
 
@@ -463,6 +464,7 @@ def test_features_of_another_encoder_are_refused(copied):
     path = copied.paths.features("sim2")
     with h5py.File(path, "a") as file:
         file.attrs["digest"] = "0" * 64
+    checksums.accept(copied.folder)
     before = files(copied.folder)
     with pytest.raises(DataError, match=r"sim2\.stain-texture\.h5 was made by another encoder"):
         copied.sample("sim2", seed=5)
@@ -515,6 +517,7 @@ def pickle_instead(folder: Path) -> None:
 )
 def test_another_backbone_is_refused(copied, change, message):
     change(copied.paths.backbone)
+    checksums.accept(copied.folder)
     before = files(copied.folder)
     with pytest.raises(WeightsError, match=message):
         copied.sample("sim2", seed=5)
@@ -525,6 +528,7 @@ def test_another_backbone_is_refused(copied, change, message):
 def test_a_damaged_model_is_refused(copied):
     weights = copied.paths.model / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    checksums.accept(copied.folder)
     with pytest.raises(WeightsError, match="is damaged"):
         copied.sample("sim2", seed=5)
 

@@ -1,11 +1,14 @@
 """The viewer: what its files hold, what its server refuses, and the page in a browser."""
 
+import contextlib
 import http.client
 import io
 import json
 import shutil
+import socket
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anndata as ad
@@ -22,6 +25,7 @@ from hinge.evaluation import correlation_matrix
 from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, DataError
 from hinge.viewer import Viewer, serve, write_viewer
+from hinge.viewer import server as server_module
 from hinge.viewer.content import CONTENT_TYPES
 from hinge.viewer.server import CONTENT_SECURITY_POLICY, ViewerServer
 from hinge.viewer.tiles import OVERLAP_PX, TILE_PX, TiledImage
@@ -270,7 +274,51 @@ def test_a_foreign_name_for_this_machine_is_refused(server, host):
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
 def test_nothing_can_be_sent(server, method):
-    assert ask(server, "/run.json", method=method)[0].status == 501
+    assert ask(server, "/run.json", method=method)[0].status == 405
+
+
+def test_many_requests_at_once_are_answered(server):
+    def tile(number: int) -> tuple[int, int]:
+        answer, content = ask(server, "/slides/0/image_files/0/0_0.jpeg")
+        return answer.status, len(content)
+
+    with ThreadPoolExecutor(200) as pool:
+        answers = list(pool.map(tile, range(200)))
+    assert len(set(answers)) == 1 and answers[0][0] == 200
+
+
+def test_slow_connections_are_closed(viewer, monkeypatch):
+    monkeypatch.setattr(server_module, "SECONDS", 0.5)
+    with ViewerServer(viewer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        slow = [socket.create_connection(("127.0.0.1", server.server_port)) for _ in range(100)]
+        for number, each in enumerate(slow):
+            each.settimeout(30)
+            each.sendall(b"GET / HTTP/1.1\r\nHost: x"[: number % 20])
+        assert threading.active_count() < 100
+        assert ask(server, "/run.json")[0].status == 200
+        assert {each.recv(100) for each in slow} == {b""}
+        server.shutdown()
+        thread.join()
+        for each in slow:
+            each.close()
+
+
+@pytest.mark.parametrize(
+    "line", [b"GET http://[x HTTP/1.1", b"GET", b"\xff\xfe", b"GET /\0 HTTP/1.1", b"GET / HTTP/9.9", b"G" * 100_000]
+)
+def test_a_malformed_request_is_refused_without_a_traceback(server, line, caplog):
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(line + f"\r\nHost: 127.0.0.1:{server.server_port}\r\nConnection: close\r\n\r\n".encode())
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while part := connection.recv(1000):
+                received += part
+    assert not received or received.split()[1] in (b"400", b"404"), received
+    assert "Traceback" not in caplog.text
+    assert ask(server, "/run.json")[0].status == 200
 
 
 def test_a_port_in_use_is_one_sentence(server, viewer):

@@ -30,7 +30,7 @@ from hinge.data.simulate.cell_types import N_PROGRAMS, CellType
 from hinge.utils.errors import DataError, require_whole_number
 
 
-def oracle_draws(slide: ad.AnnData, n_draws: int, seed: int = 0) -> np.ndarray:
+def oracle_draws(slide: ad.AnnData, n_draws: int, seed: int = 0, root: np.ndarray | None = None) -> np.ndarray:
     """Draw counts from their true distribution given the cells in each spot, all spots of a slide jointly.
 
     Parameters
@@ -41,6 +41,8 @@ def oracle_draws(slide: ad.AnnData, n_draws: int, seed: int = 0) -> np.ndarray:
         Number of draws.
     seed
         Seed of the draws; no seed reproduces the counts of the slide itself.
+    root
+        Result of `activity_root`; None computes it.
 
     Returns
     -------
@@ -56,7 +58,7 @@ def oracle_draws(slide: ad.AnnData, n_draws: int, seed: int = 0) -> np.ndarray:
     require_whole_number("seed", seed, 0, 2**63)
     rng = np.random.default_rng([seed, 2])
     try:
-        root = activity_root(slide)
+        root = activity_root(slide) if root is None else root
         return np.stack([draw_counts(rng, slide, root) for _ in range(n_draws)])
     except KeyError as error:
         raise DataError(f"oracle_draws needs a slide of simulate_slides; this one has no {error}") from error
@@ -84,11 +86,20 @@ def draw_gene_parameters(rng: np.random.Generator, types: Sequence[CellType], n_
 
 
 def activity_root(slide: ad.AnnData) -> np.ndarray:
-    """Return the Cholesky root (n, n) of the correlation of the hidden activities over spots."""
-    truth = slide.uns["hinge_truth"]
+    """Return the Cholesky root (n, n) of the correlation of the hidden activities over spots.
+
+    Raises
+    ------
+    DataError
+        The slide is not simulated.
+    """
+    truth = slide.uns.get("hinge_truth")
+    if truth is None:
+        raise DataError("the activities of a slide need one of simulate_slides; this one has no 'hinge_truth'")
     spots_um = np.asarray(slide.obsm["spatial"]) * truth["um_per_px"]
     correlation = truth["smooth_share"] * np.exp(-cdist(spots_um, spots_um) / truth["smooth_length_um"])
-    return np.linalg.cholesky(correlation + (1 - truth["smooth_share"]) * np.eye(len(spots_um)))
+    correlation[np.diag_indices(len(spots_um))] += 1 - truth["smooth_share"]
+    return np.linalg.cholesky(correlation)
 
 
 def draw_counts(rng: np.random.Generator, slide: ad.AnnData, root: np.ndarray) -> np.ndarray:

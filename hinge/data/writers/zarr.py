@@ -7,6 +7,7 @@ import zarr
 from anndata import AnnData
 
 from hinge.data.layers import draw_names, named_layers
+from hinge.utils import checksums
 from hinge.utils.errors import DataError, HingeError, one_line
 from hinge.utils.files import atomic_path
 from hinge.utils.safe_zarr import check_zarr
@@ -65,7 +66,7 @@ def attach_draws(draws: AnnData, path: str | Path) -> AnnData:
         The store is missing or damaged, or has other numbers of spots or genes.
     """
     try:
-        group = zarr.open_group(path, mode="r")
+        group = zarr.open_group(checksums.verified(path), mode="r")
         check_zarr(group, Path(path))
         values = np.moveaxis(group["obsm/draws"][:], -1, 0)
     except HingeError:

@@ -10,7 +10,7 @@ from hinge.utils.errors import DataError
 _FOLDS = 5
 _TREES, _LEAVES, _BINS = 60, 8, 63  # enough for some hundreds of spots
 _FEATURE_COMPONENTS = 32  # boosting searches every column, and encoders have up to thousands
-MOST_SPOTS = 2000
+MOST_SPOTS = 1000
 """Spots in a two-sample test; of larger slides a random subset is tested."""
 
 
@@ -29,8 +29,8 @@ def two_sample_auc(
     use one to recognise the other. With features the test is of the conditional distribution: it then also detects
     draws whose distribution over the slide is right, but whose spots are at the wrong places.
 
-    The folds run in one OpenMP thread: with hundreds of spots more threads gain nothing, and waiting threads occupy
-    cores that other processes need.
+    The folds run in one thread: with hundreds of spots more threads gain nothing, and waiting threads occupy cores
+    that other processes need.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def two_sample_auc(
     n_draws
         Number of draws to test; the AUC is their mean.
     seed
-        Seed of the folds, and of the subset of spots where there are more than 2,000.
+        Seed of the folds, and of the subset of spots where there are more than 1,000.
 
     Returns
     -------
@@ -71,10 +71,11 @@ def two_sample_auc(
     if n_spots > MOST_SPOTS:
         chosen = np.sort(np.random.default_rng(seed).choice(n_spots, MOST_SPOTS, replace=False))
         measured, draws, image = measured[chosen], draws[:, chosen], image[chosen]
+    import sklearn.ensemble  # noqa: F401  # only libraries that are loaded can be limited
     from threadpoolctl import threadpool_limits
 
     image = _components(image)
-    with threadpool_limits(limits=1, user_api="openmp"):
+    with threadpool_limits(limits=1):
         return float(np.mean([_auc(measured, draw, image, seed) for draw in draws]))
 
 
