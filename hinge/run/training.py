@@ -23,6 +23,7 @@ from hinge.training import pretrain_expression, split_spots, train_hinge
 from hinge.training.loop import make_accelerator
 from hinge.utils import checksums
 from hinge.utils.environment import write_environment
+from hinge.utils.errors import DataError
 from hinge.utils.files import atomic_path, write_json
 from hinge.utils.locks import lock_folder
 

@@ -63,29 +63,26 @@ def remove_empty(folders: list[Path]) -> None:
 def atomic_path(path: str | Path, durable: bool = True) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` on success, delete it on failure.
 
-        Works for a file and, where the caller makes the temporary path a folder, for a folder
-        (an existing folder of that name is replaced). What processes that were killed left of earlier attempts is removed.
+    Works for a file and, where the caller makes the temporary path a folder, for a folder
+    (an existing folder of that name is replaced). Temporary folders of killed processes for the same path are removed.
 
-        Parameters
-        ----------
-        path
-    <<<<<<< HEAD
-            The finished file or folder. Parent folders are created; on failure those that are empty are removed.
-    =======
-            The finished file or folder. Parent folders are created.
-        durable
-            Whether the content is on the disk before it gets its name, so that a power loss leaves the old or the new one.
-    >>>>>>> 49c8f5c (Verify checksums of a run's files; evaluate in little memory and without loading the encoder; serve the viewer by tornado)
+    Parameters
+    ----------
+    path
+        The finished file or folder. Parent folders are created; on failure those that are empty are removed.
+    durable
+        Whether to wait until the content is on the disk before it gets its name: a power loss then leaves the old
+        content or the new one.
 
-        Yields
-        ------
-        Path
-            A path that does not exist, with the same suffix and on the same disk.
+    Yields
+    ------
+    Path
+        A path that does not exist, with the same suffix and on the same disk.
 
-        Raises
-        ------
-        DataError
-            The disk is full or permission is missing.
+    Raises
+    ------
+    DataError
+        The disk is full or permission is missing.
     """
     path = Path(path)
     created = missing_folders(path.parent)

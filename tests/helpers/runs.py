@@ -12,6 +12,7 @@ def tiny_settings(slides: Path, output: Path, **changes) -> dict:
         "output": str(output),
         "data": {"path": str(slides), "train": ["sim0", "sim1"], "test": ["sim2"], "pretrain": ["sim10", "sim11"]},
         "panel": {"genes": 20},
+        "features": {"encoder": "stain-texture"},  # the default has a network, too
         "backbone": {
             "hidden_size": 16,
             "num_hidden_layers": 2,

@@ -97,6 +97,7 @@ def same(one: Path, other: Path) -> bool:
 
 def test_the_folder_holds_what_is_needed_to_understand_the_run(finished):
     assert set(files(finished.folder)) == {
+        "checksums.json",
         "config.yaml",
         "environment.json",
         "panel.json",
