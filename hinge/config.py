@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from hinge.diffusion.defaults import DEFAULT_DRAWS, DEFAULT_STEPS
 from hinge.evaluation.names import BASELINES, DEFAULT_BASELINES, DEFAULT_RESAMPLES, GENERATIVE_BASELINES
 from hinge.models.options import DEFAULT_HEAD, DEFAULT_TRANSFORM, HEADS
-from hinge.training.settings import PretrainConfig, TrainingConfig
+from hinge.training.settings import Precision, PretrainConfig, TrainingConfig
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path
 from hinge.utils.former_settings import update_settings
@@ -220,7 +220,7 @@ class SamplingConfig(_Section):
     seed: int = Field(0, ge=0, description="the seed of the draws")
     spatially_correlated: bool = Field(True, description="whether the noise of a draw is smooth over the slide")
     remasking: int = Field(0, ge=0, description="the number of passes that mask a tenth of the genes and redraw them")
-    precision: Literal["no", "bf16"] = Field("no", description="no for float32, or bf16 for the backbone")
+    precision: Precision = Field("no", description="no for float32, or bf16 for the backbone")
 
 
 class EvaluationConfig(_Section):

@@ -34,7 +34,7 @@ def open_folder(folder: Path, trained: bool = False) -> "Run":
         RunPaths(config).require_model()
     from hinge.run.run import Run
 
-    return Run(config)
+    return Run(config, opened=True)
 
 
 def existing(path: Path) -> Path:

@@ -33,10 +33,13 @@ class RunPaths:
     ----------
     config
         Its `output` is the folder of the run.
+    opened
+        Whether the configuration is the one in the folder, which may come from elsewhere: nothing is then written to a
+        folder outside of the run that it names.
     """
 
-    def __init__(self, config: RunConfig):
-        self._settings = config
+    def __init__(self, config: RunConfig, opened: bool = False):
+        self._settings, self._opened = config, opened
         self.folder = Path(config.output)
         self.config = self.folder / "config.yaml"
         self.environment = self.folder / "environment.json"
@@ -81,7 +84,11 @@ class RunPaths:
         settings = self._settings.features
         encoder = settings.encoder if settings.pooling is None else f"{settings.pooling}:{settings.encoder}"
         encoder = encoder.replace("/", "_").replace(":", "_")
-        return (settings.folder or self.folder / "features") / f"{slide}.{encoder}.h5"
+        own = self.folder / "features" / f"{slide}.{encoder}.h5"
+        if settings.folder is None:
+            return own
+        given = settings.folder / own.name
+        return own if self._opened and not given.exists() else given
 
     def samples(self, slide: str) -> Path:
         """The draws of a slide."""

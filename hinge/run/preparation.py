@@ -53,10 +53,12 @@ class Preparation:
     ----------
     config
         The configuration of the run.
+    opened
+        As of `RunPaths`.
     """
 
-    def __init__(self, config: RunConfig):
-        self.config, self.paths = config, RunPaths(config)
+    def __init__(self, config: RunConfig, opened: bool = False):
+        self.config, self.paths = config, RunPaths(config, opened)
         self.matcher = GeneMatcher(config.backbone, self.paths.backbone)
         self._read = lru_cache(maxsize=SLIDES_KEPT)(self._read_slide)
         self._grids: dict[str, dict[str, float]] = {}
@@ -157,13 +159,16 @@ class Preparation:
     def features(self, slide: AnnData) -> Path:
         """Return the feature file of a slide; extract it if it is not there yet."""
         settings, path = self.config.features, self.paths.features(slide_name(slide))
+        if path.exists() and self._is_finished(path, slide):
+            if path.is_relative_to(self.paths.folder):
+                remove_leftovers(path)
+            return path
+        from hinge.encoders import extract_features
+
+        if settings.folder is not None and path.parent != settings.folder:
+            logger.info("features.folder %s is outside of %s: writing %s", settings.folder, self.paths.folder, path)
         # runs may share a folder of features: wait for what another one is extracting
         with lock_file(path, wait=True):
-            if path.exists() and self._is_finished(path, slide):
-                remove_leftovers(path)
-                return path
-            from hinge.encoders import extract_features
-
             return extract_features(slide, self.encoder, path, views=settings.views, patch_um=settings.patch_um)
 
     def _is_finished(self, path: Path, slide: AnnData) -> bool:

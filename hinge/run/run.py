@@ -35,6 +35,8 @@ class Run:
     ----------
     config
         Its `output` is the folder of the run.
+    opened
+        Whether the configuration was read from that folder, see `hinge.run.paths.RunPaths`.
 
     Attributes
     ----------
@@ -42,9 +44,9 @@ class Run:
         Where the files of the run lie, see `hinge.run.paths.RunPaths`.
     """
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, opened: bool = False):
         self.config = config
-        self._inputs = Preparation(config)
+        self._inputs = Preparation(config, opened)
         self.paths = self._inputs.paths
         self.folder = self.paths.folder
 
@@ -64,7 +66,7 @@ class Run:
         DataError
             The folder holds no run.
         """
-        return cls(read_run_config(folder))
+        return cls(read_run_config(folder), opened=True)
 
     # --- stages ----------------------------------------------------------------------------------
 

@@ -16,10 +16,11 @@ from hinge.models import HingeModel
 from hinge.run.run import Run
 from hinge.sharing.card import part_card, run_card
 from hinge.sharing.licences import backbone_licence, run_backbone_licence
-from hinge.utils import hub
+from hinge.utils import checksums, hub
 from hinge.utils.errors import ConfigError, DataError
-from hinge.utils.files import read_json, write_json
+from hinge.utils.files import atomic_path, read_json, write_json
 from hinge.utils.licences import BACKBONE_LICENCES, check_licence
+from hinge.utils.yaml import read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -145,16 +146,17 @@ def prepare(
             "--encoder hf-hub:owner/name"
         )
     folder.mkdir(parents=True)
-    shutil.copytree(run.paths.model, folder / "model")
+    shutil.copytree(checksums.verified(run.paths.model), folder / "model")
     if run.config.backbone.path is None:
-        shutil.copytree(run.paths.backbone, folder / "backbone")
+        shutil.copytree(checksums.verified(run.paths.backbone), folder / "backbone")
     for name in ("panel.json", "genes.json", "split.json", "scores.json", "environment.json"):
         if (run.folder / name).exists():
-            shutil.copy(run.folder / name, folder / name)
+            shutil.copy(checksums.verified(run.folder / name), folder / name)
     _write_config(run, folder / "config.yaml", encoder)
     if (run.folder / MODEL_INDEX).exists():
         _write_index(folder, read_json(run.folder / MODEL_INDEX), encoder=encoder, backbone=BACKBONE_FOLDER)
     (folder / "README.md").write_text(run_card(run, repository, licence, encoder, title), encoding="utf-8")
+    checksums.accept(folder)
     return folder
 
 
@@ -187,10 +189,14 @@ def fetch_run(repository: str, output: Path, backbone: Path | None = None, vocab
     if not path.is_file():
         raise DataError(f"{repository} holds no run of hinge: config.yaml is missing")
     if backbone is not None:
-        content = yaml.safe_load(path.read_text("utf-8"))
-        content["backbone"]["path"] = str(backbone.absolute())
-        content["backbone"]["vocabulary"] = None if vocabulary is None else str(vocabulary.absolute())
-        path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        content = read_settings(path)
+        section = content.get("backbone")
+        if not isinstance(section, dict):
+            raise DataError(f"{repository} holds no run of hinge: config.yaml has no section backbone")
+        section["path"] = str(backbone.absolute())
+        section["vocabulary"] = None if vocabulary is None else str(vocabulary.absolute())
+        with atomic_path(path) as temporary:
+            temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         if (output / MODEL_INDEX).is_file():
             _write_index(output, read_json(output / MODEL_INDEX), backbone=str(backbone.absolute()))
     save_config(load_config(path), path)  # checks the settings and makes paths absolute

@@ -2,7 +2,8 @@
 
 Batches, noise and dropout are functions of seed and step alone. So a stopped run that continues ends with the same
 weights as an uninterrupted one, and several processes, of which each takes its rows of the same global batch, compute
-what one process computes, to rounding.
+what one process computes, to rounding. Dropout inside modules is the exception: its masks depend on the number of
+processes.
 """
 
 import logging

@@ -10,13 +10,15 @@ from hinge.utils.errors import ConfigError
 ScheduleName = Literal["constant", "cosine", "step"]
 
 
-def _no_float16(value: Any) -> Any:
+def _precision(value: Any) -> Any:
+    if value is False:  # what YAML reads for a plain no
+        return "no"
     if value == "fp16":
         raise ValueError("fp16 is not offered, because gradients overflow in it; choose bf16, or no for float32")
     return value
 
 
-Precision = Annotated[Literal["no", "bf16"], BeforeValidator(_no_float16)]
+Precision = Annotated[Literal["no", "bf16"], BeforeValidator(_precision)]
 
 
 class LoopConfig(BaseModel):

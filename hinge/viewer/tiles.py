@@ -3,6 +3,7 @@
 import io
 import threading
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +18,7 @@ from hinge.data import SlideImage
 
 TILE_PX, OVERLAP_PX = 510, 1
 JPEG_QUALITY = 82
+TILES_KEPT = 400  # of an image in memory, of about 30 kB each
 OVERVIEW_PX = 4096  # long side of the level that is added to an image without a level this coarse
 
 
@@ -35,6 +37,7 @@ class TiledImage:
         else:
             self._slide = _Levels(SlideImage(source))
         self._tiles = DeepZoomGenerator(self._slide, TILE_PX, OVERLAP_PX)
+        self._cut_once = lru_cache(TILES_KEPT)(self._cut)
 
     @property
     def dimensions(self) -> tuple[int, int]:
@@ -53,6 +56,9 @@ class TiledImage:
         columns, rows = self.level_tiles[level]
         if column >= columns or row >= rows:
             return None
+        return self._cut_once(level, column, row)
+
+    def _cut(self, level: int, column: int, row: int) -> bytes:
         file = io.BytesIO()
         self._tiles.get_tile(level, (column, row)).save(file, "JPEG", quality=JPEG_QUALITY)
         return file.getvalue()
