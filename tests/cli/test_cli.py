@@ -22,6 +22,7 @@ from hinge.cli.app import app
 from hinge.data import Panel, read_features
 from hinge.data.draws import read_draws
 
+PLAIN = ("--encoder", "stain-texture")  # an encoder without a network
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
 
@@ -180,6 +181,8 @@ def test_features(call_cli, tiny_slide, tmp_path):
         tiny_slide.parent,
         "--sample",
         "tiny",
+        "--encoder",
+        "stain-texture",
         "--views",
         "8",
         "--output",
@@ -201,7 +204,7 @@ def test_features(call_cli, tiny_slide, tmp_path):
 
 def test_features_of_one_file_with_its_image_elsewhere(call_cli, tiny_slide, tmp_path):
     image = tiny_slide.with_suffix(".png").rename(tmp_path / "scan.png")
-    code, _, err = call_cli("features", tiny_slide, "--image", image, "--um-per-px", "2.5", "-o", tmp_path)
+    code, _, err = call_cli("features", tiny_slide, "--image", image, "--um-per-px", "2.5", *PLAIN, "-o", tmp_path)
     assert code == 0, err
     assert (tmp_path / "tiny.stain-texture.h5").exists()
 
@@ -411,11 +414,11 @@ def test_an_image_that_breaks_off_while_patches_are_read(fails, call_cli, tiny_s
 
 
 def test_features_of_another_encoder(fails, call_cli, trained, tiny_slide, slides, tmp_path):
-    assert call_cli("features", tiny_slide, "--output", tmp_path)[0] == 0
+    assert call_cli("features", tiny_slide, *PLAIN, "--output", tmp_path)[0] == 0
     with h5py.File(tmp_path / "tiny.stain-texture.h5", "a") as file:
         file.attrs["digest"] = "0" * 64
-    fails("features", tiny_slide, "--output", tmp_path, says="was made by another encoder")
-    fails("features", tiny_slide, "--output", tmp_path, "--views", "8", says="was made by another encoder")
+    fails("features", tiny_slide, *PLAIN, "--output", tmp_path, says="was made by another encoder")
+    fails("features", tiny_slide, *PLAIN, "--output", tmp_path, "--views", "8", says="was made by another encoder")
 
 
 @pytest.mark.parametrize(
