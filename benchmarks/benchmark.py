@@ -8,7 +8,7 @@
     python benchmarks/benchmark.py steps runs/her2st
     python benchmarks/benchmark.py processes
 
-Every command prints JSON and writes it where --output says. What is compared takes turns in one process, so that a busy
+Every command prints JSON and writes it where --output says. The candidates alternate in one process, so that a busy
 machine slows all of it; times are medians with the smallest and the largest. Peak memory is that of a process of its
 own, above what it had before its first step.
 """
@@ -136,7 +136,7 @@ def make_model(size: str, kind: str, seed: int = 0) -> torch.nn.Module:
         )
         # full modulation of 40 layers × 1536 would be 566 M weights, with Adam 9 GB
         rank = 32 if width * layers > 128 * 40 else None
-        # the released model's parts, and tokens as a model with a gene path has them by default
+        # the parts of the released model, with the tokens of a model with gene factors, the default
         options = {"head": "point", "gene_factors": False, "drop_masked": True, "modulation_rank": rank}
         model = HingeModel.from_backbone(backbone, FEATURES, genes, **options)
     model.to(device())
@@ -418,7 +418,7 @@ def _sampling_cost(spots: int, genes: int, draws: int, connection) -> None:
     inputs = SlideInputs("slide", names, torch.randn(spots, FEATURES).numpy())
     before = peak_resident()
     started = time.perf_counter()
-    # as many tokens in a batch whatever the panel
+    # the same number of tokens in a batch for every panel
     size = max(1, 51200 // genes)
     settings = SamplingSettings(num_draws=draws, batch_size=size, spatially_correlated=False)
     draw_spots(model, MaskedDiffusionScheduler(50, "cosine"), torch.arange(1, genes + 1), inputs, settings)
@@ -435,7 +435,7 @@ def scale(
     plot: Annotated[Path | None, typer.Option(help="PNG file.")] = None,
     output: Output = None,
 ) -> None:
-    """Time and memory of sampling as spots and genes grow, each size in a process of its own."""
+    """Time and memory of sampling as spots and genes grow, each size in its own process."""
     context = multiprocessing.get_context("spawn")
     sizes = [(number, 200) for number in spots or (250, 500, 1000, 2000)]
     sizes += [(16, number) for number in genes or (1000, 2500, 5000, 20000)]

@@ -2,7 +2,7 @@
 
 python benchmarks/leave_one_slide_out.py --config configs/her2st.yaml --slides C2 C3 C4 C5 --seeds 0 1 2 -o runs/loso
 
-A grid of `hinge ablate` with one variant: panel, backbone and model are made anew for every held-out slide; seeds of
+A grid of `hinge ablate` with one variant: panel, backbone and model are made again for every held-out slide; seeds of
 one slide share panel and backbone. Finished parts are kept: the same command goes on where it stopped.
 """
 
@@ -31,7 +31,7 @@ def main() -> None:
     logging.getLogger("hinge").setLevel(logging.INFO)
     output = Path(arguments.output)
     slides = ", ".join(arguments.slides)
-    # which of them train is said for each held-out slide
+    # the grid sets the training slides of each held-out slide
     overrides = [*arguments.overrides, f"data.train=[{slides}]", "data.test=[]"]
     grid = Grid(base=arguments.config, held_out=arguments.slides, seeds=arguments.seeds, variants={"runs": {}})
     try:

@@ -2,7 +2,7 @@
 
 Separate projections for queries, keys, values and gates, one modulation per layer, no operation fused with another and
 no factor left out; frozen weights get no gradient. Weights are those of a `HingeModel` with a point head, SoftAdaLN of
-full rank and no gene path: the paper's configuration.
+full rank and no gene factors: the configuration of the paper.
 """
 
 import math
@@ -77,7 +77,7 @@ class PlainHinge(nn.Module):
         super().__init__()
         config, backbone = model.config, model.backbone
         if config.head != "point" or config.gene_factors or config.modulation_rank is not None:
-            raise ValueError("plain HINGE has a point head, full modulation and no gene path")
+            raise ValueError("plain HINGE has a point head, full modulation and no gene factors")
         width, layers = config.hidden_size, config.num_layers
         self.model_embed, self.model_decode, self.key_masks = backbone.embed, backbone.decode, backbone.key_masks
         self.value_scale = backbone.value_scale

@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py --seconds 3600 --output soak.jsonl
 
-Each round is a run of its own on the same small simulated tissue, in a folder that is deleted afterwards. After each,
+Each round is a new run on the same small simulated tissue, in a folder that is deleted afterwards. After each,
 one line goes to the output: resident memory (after the garbage collector), open files, threads, child processes. At the
 end, memory in the last third of the rounds (without the first ones, in which libraries load and caches fill) is
 compared with the first third. Exit code 1: it differs by more than 5 %, something stays open, or the last round's
@@ -39,7 +39,7 @@ LARGEST_CHANGE = 0.05
 
 
 def settings(slides: Path, output: Path) -> dict:
-    """A run of all stages that takes a few seconds."""
+    """Return the settings of a run whose stages take a few seconds."""
     return {
         "output": str(output),
         "data": {"path": str(slides), "train": ["sim0", "sim1"], "test": ["sim2"], "pretrain": ["sim10"]},
@@ -57,7 +57,7 @@ def settings(slides: Path, output: Path) -> dict:
 
 
 def play_round(slides: Path, folder: Path) -> str:
-    """One run, in a folder that is gone afterwards; the digest of its draws."""
+    """Return the digest of the draws of one run, whose folder is deleted afterwards."""
     run = Run(check_config(settings(slides, folder), "the soak's configuration"))
     run.train()
     run.sample("sim2")
@@ -70,7 +70,7 @@ def play_round(slides: Path, folder: Path) -> str:
 
 
 def measure(process: psutil.Process) -> dict[str, int]:
-    """What the process holds at the moment; memory in bytes."""
+    """Return the resources that the process holds; memory in bytes."""
     gc.collect()
     return {
         "rss": process.memory_info().rss,
@@ -91,7 +91,7 @@ def verdict(rounds: list[dict]) -> tuple[dict[str, float], list[str]]:
     kept = rounds[max(2, round(WARM_UP_SHARE * len(rounds))) :]
     third = len(kept) // 3
     if third < 1:
-        return {}, [f"{len(rounds)} rounds are too few to tell"]
+        return {}, [f"{len(rounds)} rounds are too few for a conclusion"]
     first, last = kept[:third], kept[-third:]
     before, after = (float(np.mean([line["rss"] for line in part])) for part in (first, last))
     figures = {"rounds": len(rounds), "rss_first_third": before, "rss_last_third": after, "change": after / before - 1}

@@ -18,7 +18,7 @@ from hinge.utils.former_settings import update_settings
 from hinge.utils.yaml import read_settings
 
 
-# absolute, so that a run means the same files from whatever folder it is opened
+# absolute, so that a run refers to the same files from every working directory
 def _absolute(path: str | Path) -> Path:
     return Path(os.path.realpath(os.path.expanduser(path)))
 
@@ -164,7 +164,7 @@ class BackboneConfig(_Section):
         return self
 
     def architecture(self) -> dict[str, Any]:
-        """Size of a CellFM that is pre-trained here."""
+        """Return the size of a CellFM that is pre-trained here."""
         size = self.model_dump(include={"hidden_size", "num_hidden_layers", "num_attention_heads"})
         return {**size, "num_value_bins": VALUE_BINS}
 
@@ -293,7 +293,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, trained: b
         `key=value` with dots for sections, e.g. `training.epochs=10`; values are YAML. Relative paths in them
         are relative to the working directory.
     trained
-        Whether the run is trained: settings that were removed since are then ignored, whatever they were.
+        Whether the run is trained: removed keys are then ignored with a warning, whatever their values.
 
     Raises
     ------
@@ -315,7 +315,7 @@ def check_config(content: dict[str, Any], name: str, trained: bool = False) -> R
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first mistake in one sentence: which key of `model`, what it takes, what it was."""
+    """Return the first mistake in one sentence: the key of `model`, what it takes, and its value."""
     first = error.errors()[0]
     location, kind, message = first["loc"], first["type"], first["msg"]
     if kind == "value_error":
@@ -336,7 +336,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _takes(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    """What stands at a key: the keys of a section, or the description of a value."""
+    """Return what a key takes: the keys of a section, or the description of a value."""
     description = None
     for part in location:
         field = model.model_fields[str(part)]

@@ -53,8 +53,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(given: bool) -> None:
+    if given:
         from hinge import __version__
 
         print(f"hinge {__version__}")
@@ -132,7 +132,7 @@ def main() -> None:
         sys.exit(1)
     # HingeError, or OSError: a full disk, a folder in place of a file, no permission
     except (HingeError, OSError) as error:
-        # messages of libraries may take several lines
+        # messages of libraries may have several lines
         print("hinge:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
 
@@ -143,10 +143,10 @@ def _prepare() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("hinge").setLevel(logging.INFO)
-    # libraries announce themselves on every start; what matters comes as an exception
+    # libraries log on every start; errors come as exceptions
     for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1")):
         os.environ.setdefault(name, value)
-    # hinge says so itself, in a sentence that names the first of them
+    # hinge has its own message, which names the first of them
     warnings.filterwarnings("ignore", "(Observation|Variable) names are not unique")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without a line of source code
     warnings.filterwarnings("default", ".* has settings of version 0.1", DeprecationWarning)

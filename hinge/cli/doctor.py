@@ -1,4 +1,4 @@
-"""What this installation has to work with: what `hinge doctor` tells."""
+"""The report of `hinge doctor` on this installation."""
 
 import importlib.util
 import os
@@ -169,10 +169,10 @@ def _batch_sizes(folder: Path) -> list[tuple[str, str]]:
         weights = 12 * layers * width**2 * precision + 8 * layers * width**2 * 16
         per_spot = _KEPT_A_TOKEN * (genes + 1) * width * layers * precision
         fits = _fitting(0.7 * free - weights, per_spot)
-        told = (
+        largest = (
             str(fits) if fits else f"does not fit into {_gigabytes(free)}; try model.modulation_rank or a smaller one"
         )
-        found.append((f"spots in training: {name}", told))
+        found.append((f"spots in training: {name}", largest))
     return found
 
 

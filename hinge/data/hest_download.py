@@ -64,12 +64,12 @@ def select_samples(
     ConfigError
         No condition is given, a value occurs in no sample, or no sample matches all conditions.
     """
-    asked = {"ids": ids, "organ": organ, "oncotree": oncotree, "technology": technology, "species": species}
-    asked = {_COLUMNS[key]: list(values) for key, values in asked.items() if values}
-    if not asked:
+    wanted = {"ids": ids, "organ": organ, "oncotree": oncotree, "technology": technology, "species": species}
+    wanted = {_COLUMNS[key]: list(values) for key, values in wanted.items() if values}
+    if not wanted:
         raise ConfigError("no sample of HEST-1k is selected: give --id, --organ, --oncotree, --technology or --species")
     chosen = pd.Series(True, index=table.index)
-    for column, values in asked.items():
+    for column, values in wanted.items():
         there = table[column].astype("string").str.lower().fillna("")
         for value in values:
             if not (there == value.lower()).any():
@@ -78,7 +78,7 @@ def select_samples(
                 raise ConfigError(f"no sample of HEST-1k has {column} {value!r}; its values are {shown}")
         chosen &= there.isin([value.lower() for value in values])
     if not chosen.any():
-        conditions = " and ".join(f"{column} {' or '.join(values)}" for column, values in asked.items())
+        conditions = " and ".join(f"{column} {' or '.join(values)}" for column, values in wanted.items())
         raise ConfigError(f"no sample of HEST-1k has {conditions}")
     return table[chosen]
 

@@ -52,7 +52,7 @@ def slide_features(features: np.ndarray, coords: np.ndarray, neighbours: bool, s
 def feature_scale(plain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation (d,) of the features (n, d) of a slide; infinity for constant features.
 
-    A constant feature carries no information: divided by infinity it becomes 0, whatever its rounding error.
+    A constant feature is divided by infinity and becomes 0, also where rounding makes it vary.
     """
     plain = np.asarray(plain, dtype=np.float64)
     deviation = plain.std(axis=0)

@@ -137,7 +137,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.model, self.schedule = model, schedule
         deviation = values.std(dim=0, unbiased=False)
-        # a constant gene has no scale of its own
+        # a constant gene has no scale
         deviation = torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation))
         for name, tensor in (("gene_ids", gene_ids), ("mean", values.mean(dim=0)), ("deviation", deviation)):
             self.register_buffer(name, tensor)
@@ -154,7 +154,7 @@ class Denoiser(nn.Module):
     def forward(self, xt: Tensor, times: Tensor, features: Tensor, feature_mask: Tensor | None = None) -> Tensor:
         """x_t (B, G), times (B,), features (B, d) and what they are multiplied with → predicted x₀ (B, G).
 
-        The backbone sees noisy expression in the units it knows, and every gene as visible.
+        The backbone gets noisy expression in its own units, with every gene visible.
         """
         output = self.model(
             values=self.expression(xt),

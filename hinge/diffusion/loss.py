@@ -44,7 +44,7 @@ def spot_weights(mask: Tensor, weighting: str) -> Tensor:
     """Return the weights (B, G) of the losses in `mask` (B, G); they sum to the number of spots with any such gene.
 
     `"gene"` gives each gene in the mask the same weight over the whole batch, as the released code does;
-    `"spot"` gives each spot the same weight whatever its share of masked genes: the likelihood bound of masked
+    `"spot"` gives each spot the same weight, independent of its share of masked genes: the likelihood bound of masked
     diffusion, in which a step with few masked genes counts no less.
     """
     per_spot = mask.sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What a pipeline has to know beside its weights, and where it is found in the folder of a run."""
+"""Settings of a pipeline beside its weights, and how they are read from the folder of a run."""
 
 import logging
 from dataclasses import asdict, dataclass, field, fields
@@ -38,7 +38,7 @@ _REMOVED_KEYS = {"order": "random", "temperature": 1.0}
 
 @dataclass(frozen=True)
 class BackboneSource:
-    """Where the weights of a frozen backbone lie, and how they are read.
+    """Location of the weights of a frozen backbone, and how they are read.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class BackboneSource:
 
 @dataclass(frozen=True)
 class PipelineSettings:
-    """What a pipeline has to know beside its weights to draw a slide.
+    """Settings of a pipeline that draws a slide, beside its weights.
 
     Attributes
     ----------
@@ -87,7 +87,7 @@ class PipelineSettings:
     precision
         `no` for float32 or `bf16`: the type that the backbone computes in.
     backbone
-        Where the backbone lies.
+        Source of the backbone.
     """
 
     genes: list[str]
@@ -132,7 +132,7 @@ def settings_of_run(folder: Path) -> PipelineSettings:
     DataError
         A file is missing or damaged.
     WeightsError
-        The backbone is missing, or does not know the genes of the panel.
+        The backbone is missing, or genes of the panel are not in its vocabulary.
     """
     config = read_run_config(folder)
     try:

@@ -97,7 +97,7 @@ class SlideNoise:
     Attributes
     ----------
     order
-        (C,) uniform numbers: one order of revealing for all spots. If every spot had an order of its own, genes that
+        (C,) uniform numbers: one order of revealing for all spots. If every spot had its own order, genes that
         are revealed first here would be revealed last at a neighbour, and neighbours could not agree.
     normal
         (C,) standard normal numbers for the slide as a whole.
@@ -162,7 +162,7 @@ class DrawNoise:
     Parameters
     ----------
     model
-        Its gene factors and library size say how much neighbours have in common.
+        Its gene factors and library size model determine the correlation of neighbours.
     seed
         Of the draws.
     spots

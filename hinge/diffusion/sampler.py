@@ -329,7 +329,7 @@ class _Sampler:
         scheduler = self.scheduler
         again = self._tensor(numbers.order < REMASKING_SHARE) * (1 - batch.known)
         visible, everything = 1 - again, torch.ones_like(again)
-        # the last step ends at timestep 0 and reveals all genes, whatever the row's number of masked genes
+        # the last step ends at timestep 0 and reveals all genes that are still masked
         last = int(scheduler.timesteps[-1])
         timesteps = scheduler.timesteps_of(visible)
         h = self._tokens(batch, values, visible, everything, timesteps, batch.condition)

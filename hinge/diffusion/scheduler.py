@@ -25,7 +25,7 @@ EXP_RATE = 3.0
 POLY_AUTO_TAIL = 1
 """Genes that the schedule `"poly_auto"` leaves to the last step, about."""
 
-# parameters of earlier versions, which stand in their scheduler_config.json, and the only value still in use
+# parameters in scheduler_config.json of earlier versions, with the only value still in use
 _REMOVED = {"beta": EXP_RATE, "tail": POLY_AUTO_TAIL}
 
 

@@ -1,6 +1,6 @@
 """Grids of runs: named variants of one configuration, over held-out slides and seeds, and their table.
 
-    OUT/slides/               simulated tissue, if the grid asks for it
+    OUT/slides/               simulated tissue, if the grid has any
     OUT/features/             one HDF5 file per slide and encoder, shared by all cells
     OUT/shared/DIGEST/        panel and pre-trained backbone, shared by all cells with the same settings and slides
     OUT/VARIANT/SLIDE/seedN/  a cell: the folder of a run, and cell.json with its scores
@@ -114,7 +114,7 @@ def _run_waiting(waiting: list[Cell], jobs: int) -> list[Failure]:
         else:
             groups.setdefault(cell.training_digest(), []).append(cell)
     reasons = run_tasks("cells", run_cells, {digest: (group,) for digest, group in groups.items()}, jobs)
-    # a process may die between two cells of its group: the files tell which cells are finished
+    # a process may die between two cells of its group: the files show which cells are finished
     for digest, group in groups.items():
         for cell in group:
             if cell.is_finished():

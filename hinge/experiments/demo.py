@@ -11,7 +11,7 @@ from hinge.utils.locks import lock_folder
 
 logger = logging.getLogger(__name__)
 
-PRETRAIN_FROM = 100  # slides without image have numbers of their own, from here on
+PRETRAIN_FROM = 100  # first number of the slides without image
 
 
 def run_demo(output: str | Path, seed: int = 0) -> Run:

@@ -52,10 +52,10 @@ class SimulatedTissue(_Part):
             (0, self.slides, {"grid": self.grid}),
             (_SIMULATED_PRETRAIN_FROM, self.pretrain, {"grid": self.pretrain_grid, "with_image": False}),
         )
-        asked, claim = self.model_dump(mode="json"), folder / "simulated.json"
-        if claim.exists() and read_json(claim) != asked:
+        wanted, claim = self.model_dump(mode="json"), folder / "simulated.json"
+        if claim.exists() and read_json(claim) != wanted:
             raise ConfigError(f"{folder} holds other simulated tissue; choose another output folder")
-        write_json(claim, asked)
+        write_json(claim, wanted)
         for first, count, options in parts:
             if not all((folder / f"sim{first + number}.h5ad").exists() for number in range(count)):
                 simulate_slides(folder, n_slides=count, first=first, **common, **options)

@@ -31,7 +31,7 @@ def run_tasks(
     Parameters
     ----------
     what
-        The tasks in a word, for the log.
+        Name of the tasks in the log.
     function
         Importable by name.
     tasks

@@ -24,7 +24,7 @@ from hinge.data.transforms import get_transform
 _DENSE_COUNT = 200
 # counts up to which moments in the transform's units are summed one by one
 _SUMMED_COUNTS = 32
-# quantiles that stand for the rest of the mass of a negative binomial
+# quantiles that represent the upper tail of a negative binomial
 _NUM_QUANTILES = 32
 # standardised bounds of a count are clipped here, far beyond where float32 has any mass left
 _FARTHEST = 1e3
@@ -262,7 +262,7 @@ def _rounded_variance(grid: CountGrid, location: Tensor, scale: Tensor, mean: Te
 
 
 class RoundedGaussian(ExpressionDistribution):
-    """A Gaussian in the transform's units, rounded to the nearest count; what lies below zero is a zero.
+    """A Gaussian in the transform's units, rounded to the nearest count; negative values become 0.
 
     Parameters
     ----------
@@ -374,7 +374,7 @@ class NegativeBinomial(ExpressionDistribution):
     def _moments(self) -> tuple[Tensor, Tensor]:
         """Return mean and variance (B, G) without extra zeros.
 
-        Low counts are summed one by one; evenly spaced quantiles stand for the rest of the mass.
+        Low counts are summed one by one; the upper tail is represented by evenly spaced quantiles.
         """
         counts = (
             torch.arange(_SUMMED_COUNTS + 1, device=self.location.device).view(-1, 1, 1).expand(-1, *self.batch_shape)

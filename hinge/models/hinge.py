@@ -426,7 +426,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         folder
             Of the model or of a run, or `owner/name` on the Hugging Face Hub.
         backbone
-            The backbone; None for the one that lies beside the model.
+            The backbone; None for the one in the folder of the model or beside it.
         torch_dtype, dtype
             Cast the model and its backbone, as `to` does; None: as stored.
 
@@ -437,7 +437,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         """
         pretrained.refuse_options("from_pretrained", options, pretrained.HARMLESS_WHEN_LOADING)
         model = pretrained.load(cls, folder, backbone)
-        # whoever loads a model samples with it: dropout is for training, which switches it on
+        # without dropout, which training switches on
         model.eval()
         wanted = torch_dtype if dtype is None else dtype
         return model if wanted is None else model.to(wanted)

@@ -31,7 +31,7 @@ NOT_OFFERED = {
     "enable_group_offload": "move the model with .to(device)",
     "enable_layerwise_casting": "cast the model with .to(torch.bfloat16)",
     "enable_parallelism": "several processes share the work under `accelerate launch`",
-    "compile_repeated_blocks": "its layers have kernels of their own",
+    "compile_repeated_blocks": "its layers have their own kernels",
     "dequantize": "its weights are never quantized",
     **dict.fromkeys(
         (
@@ -67,7 +67,7 @@ def refuse_options(method: str, options: dict[str, Any], harmless: Collection[st
         It names the method and the option.
     """
     if options.get("use_safetensors") is False:
-        raise ValueError(f"HingeModel.{method} knows safetensors only: leave use_safetensors at True")
+        raise ValueError(f"HingeModel.{method} reads safetensors only: leave use_safetensors at True")
     for name, value in options.items():
         if name not in harmless and value is not None and value is not False:
             raise ValueError(f"HingeModel.{method} does not take {name}={value!r}")
@@ -86,7 +86,7 @@ def save(model: "HingeModel", folder: str | Path, max_shard_size: int | str = "1
 
 
 def push(model: "HingeModel", repository: str, private: bool, with_backbone: bool, allow_licence: bool) -> str:
-    """Upload what `save` writes, and the backbone if asked; arguments and errors as of `HingeModel.push_to_hub`."""
+    """Upload what `save` writes, and the backbone if wanted; see `HingeModel.push_to_hub`."""
     if with_backbone or model.config.tuning != "frozen":
         check_licence("the model", recorded_licence(model.backbone.config.to_dict()), allow_licence)
 

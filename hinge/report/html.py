@@ -312,7 +312,7 @@ def _slide_content(slide: ReportSlide) -> dict[str, Any]:
     if len(draws) > 1:
         spread = draws.std(axis=0)
         widest = np.quantile(spread, 0.99, axis=0)
-        # a further draw lies between these quantiles with 90 %, which takes at least 19 draws
+        # another draw is between these quantiles with probability 90 %; that needs at least 19 draws
         lower, upper = np.quantile(draws, [0.05, 0.95], axis=0, method="weibull")
         content |= {"std": _pack(spread.T), "low": _pack(lower.T), "high": _pack(upper.T)}
         content["interval"] = "90 % interval" if len(draws) >= 19 else f"range of {len(draws)} draws"

@@ -1,4 +1,4 @@
-"""The panel against the vocabulary of the backbone: which genes the weights know, and under which ids."""
+"""Matching of the panel with the vocabulary of the backbone: which genes it has, and their ids."""
 
 import logging
 from functools import cached_property
@@ -30,7 +30,7 @@ class GeneMatcher:
 
     @cached_property
     def vocabulary(self) -> GeneVocabulary:
-        """The genes that the backbone knows, from `backbone.vocabulary` or else stored with its weights.
+        """The vocabulary of the backbone, from `backbone.vocabulary` or else stored with its weights.
 
         Raises
         ------

@@ -3,16 +3,16 @@
 config.yaml        the resolved configuration
 environment.json   versions and device
 panel.json         genes, selected on the training slides
-genes.json         which of them the backbone knows, where its weights come from elsewhere
-features/          one HDF5 file per slide and encoder (unless features.folder says otherwise)
+genes.json         which of them are in the vocabulary of given weights
+features/          one HDF5 file per slide and encoder (unless features.folder is set)
 backbone/          the expression model, where it was pre-trained in this run
 split.json         slides and validation spots
 training/          log and checkpoints
 model/             the trained HingeModel and its scheduler
 samples/           draws, one h5ad a slide
-baselines/         what the baselines predict, one npz a slide; models of the generative ones
+baselines/         predictions of the baselines, one npz a slide; models of the generative baselines
 scores/            scores of each slide, kept for the next evaluation
-model_index.json   what `HingePipeline.from_pretrained` needs: panel, encoder, sampling defaults
+model_index.json   panel, encoder and sampling defaults, for `HingePipeline.from_pretrained`
 checksums.json     digests of all files but those of the training, see `hinge.utils.checksums`
 scores.json, report.html
 """
@@ -95,7 +95,7 @@ class RunPaths:
         return self.folder / "samples" / f"{slide}.h5ad"
 
     def baseline_predictions(self, slide: str) -> Path:
-        """What the baselines predict of a slide."""
+        """The predictions of the baselines for a slide."""
         return self.folder / "baselines" / f"{slide}.npz"
 
     def kept_scores(self, slide: str) -> Path:

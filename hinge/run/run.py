@@ -71,13 +71,13 @@ class Run:
     # --- stages ----------------------------------------------------------------------------------
 
     def pretrain(self) -> Path:
-        """Pre-train the backbone, where this run has one of its own; return its folder."""
+        """Pre-train the backbone, unless its weights are given; return its folder."""
         from hinge.run.training import pretrain_backbone
 
         return pretrain_backbone(self._inputs)
 
     def train(self) -> Path:
-        """Train: panel, features, backbone and model, whatever is missing; return the folder of the model.
+        """Make panel, features, backbone and model, as far as they are missing; return the folder of the model.
 
         Raises
         ------

@@ -297,9 +297,9 @@ def _leiden(components: np.ndarray, number: int | None, resolution: float, seed:
     return best
 
 
-def _number(names: list[str], method: str, asked: int | None, labels: Mapping[str, pd.Series] | None) -> int | None:
-    if asked is not None:
-        return asked
+def _number(names: list[str], method: str, wanted: int | None, labels: Mapping[str, pd.Series] | None) -> int | None:
+    if wanted is not None:
+        return wanted
     if labels is not None:
         number = pd.concat([labels[name] for name in names]).nunique()
         if number:

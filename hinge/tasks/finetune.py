@@ -428,12 +428,12 @@ def _write_prediction(path: Path, values: np.ndarray, slide: AnnData, genes: lis
         result.write_h5ad(temporary, compression="gzip")
 
 
-def _claim(output: Path, asked: dict[str, Any], main: bool) -> None:
+def _claim(output: Path, wanted: dict[str, Any], main: bool) -> None:
     path = output / "config.json"
     if path.exists():
         there = read_json(path)
-        differing = [key for key, value in asked.items() if there.get(key) != value]
+        differing = [key for key, value in wanted.items() if there.get(key) != value]
         if differing:
             raise ConfigError(f"{output} was made with another {differing[0]}; choose another folder with --output")
     elif main:
-        write_json(path, asked)
+        write_json(path, wanted)

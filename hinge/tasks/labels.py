@@ -21,9 +21,9 @@ def read_labels(slides: Mapping[str, AnnData], column: str, table: str | None = 
     column
         Column of `obs` or of the table.
     table
-        CSV or TSV file, also gzipped, with one row per spot; `{slide}` stands for the slide's name. The first column
-        names the spots; if it names none of them, the columns `x` and `y` hold array coordinates, which are rounded
-        (as in the annotations of HER2ST). None for the slides' `obs`.
+        CSV or TSV file, also gzipped, with one row per spot; `{slide}` is replaced by the slide's name. The first
+        column names the spots; if it names none of them, the columns `x` and `y` hold array coordinates, which are
+        rounded (as in the annotations of HER2ST). None for the slides' `obs`.
 
     Returns
     -------

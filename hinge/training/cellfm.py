@@ -48,7 +48,7 @@ def pretrain_expression(
     architecture
         Size of the model; its `num_genes` and `gene_names` are set from `genes`.
     config, folder, seed
-        The finished model lies in `folder` as `from_pretrained` reads it, its log and checkpoint beside it in
+        `folder` gets the finished model for `from_pretrained`; log and checkpoint are beside it in
         `<folder>-training`.
 
     Returns
@@ -171,7 +171,7 @@ class _MaskedReconstruction(nn.Module):
     def __init__(self, model: CellFMModel):
         super().__init__()
         self.model = model
-        # never part of the loss: rows that stand for padding, and tokens this pre-training does not use
+        # without gradient: rows of padding, and tokens that this pre-training does not use
         self.model.zero_token.requires_grad_(False)
 
     def forward(self, values: Tensor, visible: Tensor, gene_ids: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class _MaskedExpression:
     spots, scheduler, gene_ids, config, seed
         As of `train_hinge`.
     slide_shift
-        (n, G) of all spots; None without the closed-form start.
+        (n, G) of all spots; None without initialisation.
     device
         Where the model is.
     """
@@ -267,7 +267,7 @@ def train_hinge(
     accelerator
         Of `accelerate`; one is made where it is not given.
     continue_with
-        Words for the message of an interrupted run.
+        Description for the message of an interrupted run.
 
     Raises
     ------

@@ -113,7 +113,7 @@ def pretrain_histology(
 
     def batch_loss(module, step, rows, positions, generator) -> Tensor:
         nonlocal batches
-        if batches is None:  # the loop alone knows where it continues
+        if batches is None:  # only the loop has the step at which it continues
             batches = load_batches(dataset, step, total, config.workers)
         made, mine, crops = next(batches)
         assert made == step and np.array_equal(mine, positions)

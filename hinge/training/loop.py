@@ -107,7 +107,7 @@ def run_loop(
     accelerator
         Of `accelerate`; one is made where it is not given.
     description, unit, continue_with
-        Words for the progress bar and for the message of an interrupted run.
+        Description for the progress bar and the message of an interrupted run.
     carried
         A module that changes without being optimised, such as a teacher or running means. Its state is part of every
         checkpoint.
@@ -192,7 +192,7 @@ def run_loop(
             if stop_now and not last:
                 accelerator.wait_for_everyone()
                 message = f"stopped at step {progress.step} of {total}; {continue_with} continues from there"
-                # another process of several may have been the one that was asked
+                # the signal may have reached another process
                 raise Interrupted(message, interrupted[-1] if interrupted else signal.SIGTERM)
     if config.tracker != "none":
         accelerator.end_training()
@@ -224,7 +224,7 @@ def make_accelerator(config: LoopConfig, folder: str | Path = ".") -> Accelerato
         mixed_precision=config.precision,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(folder) if config.tracker == "tensorboard" else None,
-        # several processes on CPUs join only where the CPU is asked for
+        # processes on CPUs join only with cpu=True
         cpu=available is None or available.type == "mps",
     )
 
@@ -371,7 +371,7 @@ def _interruptible() -> Iterator[list[int]]:
 
     def note(number, frame):
         seen.append(number)
-        if len(seen) > 1:  # asked twice: do not wait for the step to end
+        if len(seen) > 1:  # the second signal: do not wait for the end of the step
             raise KeyboardInterrupt
 
     previous = {}

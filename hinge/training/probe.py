@@ -39,14 +39,14 @@ class Probe:
 
     def accuracies(self, features: np.ndarray) -> dict[str, float]:
         """Return the accuracy of a kNN (cosine) and a logistic regression on features (n, d) of the test spots."""
-        known, asked = features[~self.is_test], features[self.is_test]
+        known, unknown = features[~self.is_test], features[self.is_test]
         classes, truth = self.labels[~self.is_test], self.labels[self.is_test]
         knn = KNeighborsClassifier(min(NEIGHBOURS, len(known)), weights="distance")
         linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
         most_frequent = np.unique(classes, return_counts=True)
         return {
-            "knn_accuracy": float(knn.fit(normalize(known), classes).score(normalize(asked), truth)),
-            "linear_accuracy": float(linear.fit(known, classes).score(asked, truth)),
+            "knn_accuracy": float(knn.fit(normalize(known), classes).score(normalize(unknown), truth)),
+            "linear_accuracy": float(linear.fit(known, classes).score(unknown, truth)),
             "chance": float((truth == most_frequent[0][most_frequent[1].argmax()]).mean()),
         }
 

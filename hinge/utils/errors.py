@@ -17,7 +17,7 @@ class DataError(HingeError):
 
 
 class WeightsError(HingeError):
-    """Weights that are missing, damaged, or of another model than the one asked for."""
+    """Weights that are missing, damaged, or of another model than the requested one."""
 
 
 class Interrupted(HingeError):

@@ -229,7 +229,7 @@ def arrays_digest(arrays: dict[str, Any]) -> str:
         if hasattr(array, "detach"):
             array = array.detach().cpu().contiguous()
             dtype = str(array.dtype).removeprefix("torch.")
-            # numpy knows no bfloat16: the bytes are what counts
+            # numpy has no bfloat16; the digest is of the bytes
             import torch
 
             data = array.reshape(-1).view(torch.uint8).numpy()

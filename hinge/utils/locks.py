@@ -115,11 +115,10 @@ def _lock(path: Path, what: Path, wait: bool) -> Iterator[None]:
         if dead is not None:
             logger.info("%s was left by %s, which has died; taking it over", what, _described(dead))
         _sweep(what, None if dead is None else process_mark(dead["pid"], dead["host"]))
-        words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+        command = [Path(sys.argv[0]).name, *sys.argv[1:]]
         since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        write_json(
-            record, {"pid": os.getpid(), "host": HOST, "since": since, "command": " ".join(words)[:200]}, durable=False
-        )
+        content = {"pid": os.getpid(), "host": HOST, "since": since, "command": " ".join(command)[:200]}
+        write_json(record, content, durable=False)
         stack.enter_context(_heartbeat(record))
         _held.add(key)
         stack.callback(_held.discard, key)

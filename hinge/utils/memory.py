@@ -1,7 +1,7 @@
 """Smaller batches when memory runs out.
 
-`accelerate.utils.find_executable_batch_size` does not fit here: it does not know the errors of numpy and oneDNN, does
-not return the batch size to continue with, and collects garbage before every call, even where memory suffices.
+`accelerate.utils.find_executable_batch_size` is not suitable: it does not recognise the errors of numpy and
+oneDNN, does not return the batch size, and collects garbage before every call, even where memory suffices.
 """
 
 import logging
@@ -53,5 +53,5 @@ def with_less_memory(batch_size: int, work: Callable[[int], Result]) -> tuple[Re
         if batch_size == 1:
             raise HingeError(f"memory runs out even with one at a time: {reason}")
         batch_size = (batch_size + 1) // 2
-        logger.warning("memory ran out: going on with batches of %d", batch_size)
+        logger.warning("memory ran out: continuing with batches of %d", batch_size)
         clear_device_cache(garbage_collection=True)

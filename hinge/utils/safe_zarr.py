@@ -221,7 +221,7 @@ def _size_of_zstd(view: mmap.mmap | bytes) -> int:
         one_segment = flags >> 5 & 1
         at += 5 + (1 - one_segment) + (0, 1, 2, 4)[flags & 3]
         width = (one_segment, 2, 4, 8)[flags >> 6]
-        told = int.from_bytes(view[at : at + width], "little") + (256 if width == 2 else 0)
+        stated = int.from_bytes(view[at : at + width], "little") + (256 if width == 2 else 0)
         at, last, room = at + width, 0, 0
         while not last and at + 3 <= len(view):
             head = int.from_bytes(view[at : at + 3], "little")
@@ -230,5 +230,5 @@ def _size_of_zstd(view: mmap.mmap | bytes) -> int:
             room += size if kind < 2 else _ZSTD_BLOCK
             at += 3 + (1 if kind == 1 else size)
         at += 4 * (flags >> 2 & 1)
-        total += told if width else room
+        total += stated if width else room
     return total

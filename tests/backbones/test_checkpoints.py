@@ -56,7 +56,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture(params=["ckpt", "pth", "wrapped.pth", "old.pth", "safetensors", "folder"])
 def saved(request, tmp_path) -> tuple[CellFMModel, Path, int | None]:
-    """A model, one of the files that may hold it, and the number of heads to tell."""
+    """A model, one of the files that may hold it, and the number of heads to give."""
     model = small()
     state, path = export_cellfm(model), tmp_path / f"weights.{request.param}"
     match request.param:
@@ -81,7 +81,7 @@ def test_every_kind_of_file_is_recognised_and_sized(saved):
     loaded = CellFMModel.from_pretrained(path, num_attention_heads=heads)
     assert loaded.digest() == model.digest()
     mine, theirs = (config.to_dict() for config in (model.config, loaded.config))
-    # of the number of genes the tensors only tell the embeddings, a multiple of 8
+    # the tensors give the number of embeddings only, a multiple of 8
     for unknown in ("architectures", "dtype", "num_genes", "_name_or_path"):
         mine.pop(unknown, None), theirs.pop(unknown, None)
     assert mine == theirs

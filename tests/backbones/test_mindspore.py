@@ -207,7 +207,7 @@ def test_pieces_must_agree_and_stop(tmp_path):
             read_mindspore(write(tmp_path / "w.ckpt", half + further))
 
 
-def test_foreign_and_missing_files(tmp_path, weights):
+def test_other_and_missing_files(tmp_path, weights):
     for content in [b"", b"PK\x03\x04 a zip", b"\x89HDF\r\n\x1a\n" + bytes(50), b"\n" * 50, bytes(50)]:
         with pytest.raises(WeightsError, match="byte"):
             read_mindspore(write(tmp_path / "w.ckpt", content))

@@ -14,7 +14,7 @@ from hinge.backbones.hgnc import GeneNames
 from hinge.backbones.vocabulary import GeneVocabulary
 from hinge.utils.errors import ConfigError, DataError, WeightsError
 
-# a few lines as HGNC's complete set has them (columns out of its order, as nobody promises one)
+# a few lines as HGNC's complete set has them (columns in another order)
 HGNC = """hgnc_id\tsymbol\tstatus\talias_symbol\tprev_symbol\tensembl_gene_id
 HGNC:1\tYARS1\tApproved\t"tyrRS|CMTDIC"\tYARS\tENSG00000134684
 HGNC:2\tAIRIM\tApproved\t\tC1orf109\tENSG00000116922

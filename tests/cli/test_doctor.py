@@ -35,13 +35,13 @@ def test_what_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(
         huggingface_hub, "try_to_load_from_cache", lambda repo, file: str(weights) if repo == "MahmoodLab/UNI" else None
     )
-    told = {section: dict(facts) for section, facts in doctor.diagnose(tmp_path).items()}
-    assert told["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert told["encoders"]["uni"] == "available, in the hub cache" and "hf download" in told["encoders"]["virchow2"]
-    assert told["encoders"].keys() == {"stain-texture", *RECIPES}
-    assert told["backbones"] == {str(tmp_path / "mine" / "backbone"): "16 wide, 2 layers, 10 genes"}
-    assert "cannot be reached" in told["network"]["Hugging Face Hub"]
-    assert "GiB" in told["devices"]["free memory"] and len(told["batch sizes"]) == 3
+    found = {section: dict(facts) for section, facts in doctor.diagnose(tmp_path).items()}
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert found["encoders"]["uni"] == "available, in the hub cache" and "hf download" in found["encoders"]["virchow2"]
+    assert found["encoders"].keys() == {"stain-texture", *RECIPES}
+    assert found["backbones"] == {str(tmp_path / "mine" / "backbone"): "16 wide, 2 layers, 10 genes"}
+    assert "cannot be reached" in found["network"]["Hugging Face Hub"]
+    assert "GiB" in found["devices"]["free memory"] and len(found["batch sizes"]) == 3
 
 
 def test_offline_by_choice(monkeypatch):
@@ -54,7 +54,7 @@ def test_batch_sizes_follow_the_memory(tmp_path, monkeypatch):
 
     def sizes(gigabytes: float) -> list[str]:
         monkeypatch.setattr(doctor, "free_memory", lambda: int(gigabytes * 2**30))
-        return [told for _, told in doctor.diagnose(tmp_path)["batch sizes"]]
+        return [found for _, found in doctor.diagnose(tmp_path)["batch sizes"]]
 
     small, large = sizes(4), sizes(64)
     assert "does not fit" in small[2] and int(large[2]) >= 8

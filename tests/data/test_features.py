@@ -70,7 +70,7 @@ def test_other_digest_or_missing_spot(path):
 
 
 @pytest.mark.parametrize("dim", [3, 1])
-def test_foreign_layout(tmp_path, dim):
+def test_layouts_of_other_programs(tmp_path, dim):
     """TRIDENT and CLAM: no views, no barcodes, no digest."""
     with h5py.File(tmp_path / "f.h5", "w") as file:
         file["features"], file["coords"] = VALUES[:, 0, :dim], COORDS.astype(np.int64)

@@ -186,9 +186,9 @@ def test_what_is_said_when_nothing_comes(tmp_path, monkeypatch, error, sentence)
         raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    with pytest.raises(DataError, match=sentence) as told:
+    with pytest.raises(DataError, match=sentence) as raised:
         download_samples(["TENX1"], tmp_path / "mine")
-    assert "\n" not in str(told.value) and not (tmp_path / "mine").exists()
+    assert "\n" not in str(raised.value) and not (tmp_path / "mine").exists()
 
 
 def test_offline_by_choice(tmp_path, monkeypatch, caplog):

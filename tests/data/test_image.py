@@ -27,7 +27,7 @@ def flat(tmp_path):
 
 @pytest.fixture
 def pyramid(tmp_path):
-    """Tiled TIFF whose two levels are told apart by their blue channel, 0.5 µm/px."""
+    """Tiled TIFF whose two levels differ in their blue channel, 0.5 µm/px."""
     pixels = smooth_pixels(1024, 768)
     half = pixels[::2, ::2].copy()
     half[..., 2] = 160
@@ -221,7 +221,7 @@ def test_real_slide_image(her2st):
 
 
 def write_ome_tiff(path, planar=False, pixels=None, **metadata):
-    """Two levels told apart by their blue channel, the second in a SubIFD, as Bio-Formats and QuPath write it."""
+    """Two levels that differ in their blue channel, the second in a SubIFD, as Bio-Formats and QuPath write it."""
     pixels = smooth_pixels(1024, 768) if pixels is None else pixels
     half = pixels[::2, ::2].copy()
     half[..., 2] = 160

@@ -111,10 +111,10 @@ def test_um_per_px_in_order_of_precedence(write_slide):
     path = write_slide(name="bare", edit=without("um_per_px", "spot_pitch_um", "spot_diameter_um"))
     with pytest.raises(DataError, match=r"neither .*bare\.h5ad nor its image contains the resolution: give"):
         read_slide(path)
-    told = read_slide(path, um_per_px=0.5).uns
-    assert told["hinge"]["spot_pitch_um"] == pytest.approx(20)
-    assert math.isnan(told["hinge"]["spot_diameter_um"])
-    assert told["spatial"]["bare"]["scalefactors"]["spot_diameter_fullres"] == pytest.approx(20)
+    described = read_slide(path, um_per_px=0.5).uns
+    assert described["hinge"]["spot_pitch_um"] == pytest.approx(20)
+    assert math.isnan(described["hinge"]["spot_diameter_um"])
+    assert described["spatial"]["bare"]["scalefactors"]["spot_diameter_fullres"] == pytest.approx(20)
     picture = Image.open(path.with_suffix(".png"))
     picture.save(path.with_suffix(".tif"), resolution_unit="cm", x_resolution=20_000, y_resolution=20_000)
     assert read_slide(path).uns["hinge"]["um_per_px"] == pytest.approx(0.5)

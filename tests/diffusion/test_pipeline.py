@@ -160,7 +160,7 @@ def test_a_tuned_backbone_is_saved_as_it_was(tuning, tmp_path):
             first.to(torch.bfloat16).save_pretrained(tmp_path / "rounded")
 
 
-def test_what_cannot_be_drawn_is_told(tiny_run, pipe, slide, tmp_path):
+def test_mistakes_are_reported(tiny_run, pipe, slide, tmp_path):
     with pytest.raises(DataError, match="folder of no run and no pipeline"):
         HingePipeline.from_pretrained(tmp_path)
     (tmp_path / "config.yaml").write_text("output: .\n")

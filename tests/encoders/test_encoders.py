@@ -646,7 +646,7 @@ def test_types_on_disk(tiny_slide, tmp_path, small):
 
 @pytest.mark.full
 @pytest.mark.real
-def test_statistics_tell_expression(her2st, tmp_path):
+def test_statistics_predict_expression(her2st, tmp_path):
     """Learnt on one section, ridge on the statistics predicts the genes of another."""
     slides = {name: read_slide(her2st, name) for name in ("C4", "C5")}
     shared = slides["C4"].var_names.intersection(slides["C5"].var_names)

@@ -87,8 +87,8 @@ def test_ridge_cv_takes_the_penalty_that_generalises_to_other_groups(data, fitte
 
 
 @pytest.mark.full
-def test_ridge_cv_does_not_learn_groups_by_heart():
-    """Where features tell groups apart, random folds would take that for knowledge of tissue."""
+def test_ridge_cv_does_not_overfit_groups():
+    """Where features identify groups, random folds would overestimate the accuracy on another slide."""
     rng = np.random.default_rng(4)
     groups = rng.permutation(np.arange(300) % 6)
     features = rng.normal(size=(6, 20))[groups] + 0.1 * rng.normal(size=(300, 20))

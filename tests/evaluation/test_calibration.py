@@ -1,4 +1,4 @@
-"""Whether the spread of draws is told right, whatever their number and with ties."""
+"""Calibration scores, for any number of draws and with ties."""
 
 import numpy as np
 import pytest

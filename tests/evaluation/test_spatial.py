@@ -100,7 +100,7 @@ def test_spot_structure_is_the_correlation_of_correlations():
     assert spot_structure(measured, draws) == pytest.approx(expected)
     assert spot_structure(measured, measured[None]) == pytest.approx(1)
     assert abs(spot_structure(measured, draws[:, ::-1])) < 0.2
-    # what genes are abundant everywhere tells nothing about which spots are alike
+    # genes that are abundant everywhere carry no information on which spots are similar
     other = rng.normal(size=(1, 30, 12)) + 30 * np.arange(12)
     assert abs(spot_structure(measured + 30 * np.arange(12), other)) < 0.2
 

@@ -18,7 +18,7 @@ def spots():
     return features, values
 
 
-def test_draws_of_the_right_distribution_cannot_be_told(spots):
+def test_draws_of_the_right_distribution_cannot_be_distinguished(spots):
     features, values = spots
     assert two_sample_auc(values[0], values[1:], n_draws=3) == pytest.approx(0.5, abs=0.06)
     assert two_sample_auc(values[0], values[1:], features, n_draws=3) == pytest.approx(0.5, abs=0.06)
@@ -31,7 +31,7 @@ def test_wrong_draws_are_told(spots):
 
 
 @pytest.mark.full
-def test_right_draws_at_the_wrong_spots_are_told_by_the_features_alone(spots):
+def test_right_draws_at_the_wrong_spots_are_detected_with_features_only(spots):
     features, values = spots
     moved = values[1:, np.random.default_rng(1).permutation(150)]
     assert two_sample_auc(values[0], moved) < 0.6

@@ -161,7 +161,7 @@ def test_a_wrong_grid_is_one_sentence(write_grid, content, says):
         ({"variants": {"a": {}}, "settings": {"data.test": []}}, "no test slides; give held_out"),
     ],
 )
-def test_a_wrong_setting_is_told_before_anything_runs(write_grid, tmp_path, content, says):
+def test_a_wrong_setting_is_reported_before_anything_runs(write_grid, tmp_path, content, says):
     grid = load_grid(write_grid(**content))
     with pytest.raises(ConfigError, match=says):
         run_grid(grid, tmp_path / "out")
@@ -296,7 +296,7 @@ def test_a_backbone_that_cannot_be_made_names_the_cells(write_grid, tmp_path):
     assert {row["variant"] for row in rows} == {"a"}
 
 
-def test_who_is_stopped_does_not_go_on_with_the_next_cell(write_grid, tmp_path, monkeypatch):
+def test_an_interruption_stops_all_cells(write_grid, tmp_path, monkeypatch):
     calls = []
 
     def train(self):

@@ -909,7 +909,7 @@ def _cpu_seconds(process: int) -> float:
 
 
 def _collect(pipe: int, child: int) -> tuple[list[Outcome], str]:
-    """What a child told, and how it ended."""
+    """Output and exit code of a child process."""
     text, since, used, ended = b"", time.monotonic(), _cpu_seconds(child), ""
     while True:
         ready, _, _ = select.select([pipe], [], [], 1.0)

@@ -241,7 +241,7 @@ def test_permission_lost_and_found_again(server, slides, tmp_path):
         said += piece
     last = said.decode().splitlines()[-1]
     assert process.exitcode == 2 and last.startswith("hinge: ") and "ermission denied" in last, said.decode()
-    # the folder may have been closed while a file was being written: nobody can take that away then
+    # the folder may have been closed while a file was being written, which then cannot be removed
     assert {path.name for path in checkpoint.parent.iterdir() if not path.name.startswith(".")} <= {
         "latest.safetensors",
         "best.safetensors",
@@ -354,7 +354,7 @@ def test_sampling_goes_on_with_less(finished, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sampler._Sampler, "draw", narrow)
     with caplog.at_level(logging.WARNING):
         less = finished.sample("sim2", seed=3, batch_size=32, output=tmp_path / "less.h5ad")
-    assert "memory ran out: going on with batches of 8" in caplog.text
+    assert "memory ran out: continuing with batches of 8" in caplog.text
     assert sizes[:3] == [32, 16, 8] and set(sizes[3:]) <= {8, 4}
     one, two = read_draws(whole), read_draws(less)
     for name in named_layers(one):
@@ -402,5 +402,5 @@ def test_memory_that_really_runs_out(server, slides, tmp_path):
     while piece := os.read(reader.fileno(), 1 << 16):
         said += piece
     process.join(240)
-    assert process.exitcode == 0 and b"memory ran out: going on with batches of" in said, said.decode()
+    assert process.exitcode == 0 and b"memory ran out: continuing with batches of" in said, said.decode()
     assert [path.suffix for path in out.iterdir()] == [".h5"]

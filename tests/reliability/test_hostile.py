@@ -384,7 +384,7 @@ def lengths_of_strings(path, name=None):
 @pytest.mark.parametrize("name", [None, "obs/_index"])
 @pytest.mark.parametrize("length", [0xFFFFFFFF, 0x40000000, 129 << 20])
 def test_a_string_of_hdf5_of_gigabytes(slides, name, length):
-    """The library asks for what the length tells before it looks how long the string is."""
+    """The library allocates the stated length before it reads the string."""
     content, places = slides.read_bytes(), lengths_of_strings(slides, name)
     assert len(places) > 5
     for place in (places[0], places[len(places) // 2], places[-1]):
@@ -596,7 +596,7 @@ CODECS = {
 
 
 def zstd_bomb():
-    """20,000 blocks, each of them one byte 128 k times; the frame does not tell how long it is."""
+    """20,000 blocks, each of them one byte 128 k times; the frame does not state its length."""
     blocks = [struct.pack("<I", (last | 2 | 128 << 13))[:3] + b"\0" for last in [0] * 19_999 + [1]]
     return struct.pack("<IBB", 0xFD2FB528, 0, 56) + b"".join(blocks)
 

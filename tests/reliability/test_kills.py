@@ -495,7 +495,7 @@ def stop(server, number: int, moment: Callable[[], bool], *arguments) -> int:
     return process.exitcode
 
 
-def told(errors: Path) -> list[str]:
+def messages_of(errors: Path) -> list[str]:
     """What a command that was stopped printed last, and the arguments with which it goes on."""
     lines = [line for line in errors.read_text().splitlines() if line.startswith("hinge: ")]
     assert len(lines) == 2 and lines[1].startswith("hinge: continue with: hinge "), errors.read_text()
@@ -510,7 +510,7 @@ def test_sigterm_saves_and_says_how_to_go_on(server, slides, trained, tmp_path):
     log, errors = tmp_path / "steps", tmp_path / "stderr"
     arguments = ["train", "--config", str(tmp_path / "run file.yaml")]
     code = stop(server, signal.SIGTERM, After(log, 0.02), arguments, errors, noted_steps, log, 0.05)
-    sentence, again = told(errors)
+    sentence, again = messages_of(errors)
     assert code == 128 + signal.SIGTERM
     assert sentence.startswith("stopped at step ") and again == arguments
     nothing_left(tmp_path / "stopped")
@@ -528,7 +528,7 @@ def test_ctrl_c_keeps_what_is_drawn_and_says_how_to_go_on(server, trained, tmp_p
     arguments = ["sample", str(trained / "tiny"), "--batch-size", "6", "--output", str(output)]
     part = output.parent / ".sim2.unfinished" / "2.finished"
     code = stop(server, signal.SIGINT, part.exists, arguments, errors, small_parts)
-    sentence, again = told(errors)
+    sentence, again = messages_of(errors)
     assert (code, sentence, again) == (128 + signal.SIGINT, "stopped; what is finished is kept", arguments)
     assert [path.name for path in output.parent.iterdir()] == [".sim2.unfinished"]
     kept = {path.name: path.stat().st_mtime_ns for path in part.parent.glob("*.finished")}

@@ -362,7 +362,7 @@ def test_report_slide_refuses_what_does_not_belong_together():
 
 
 def test_report_in_a_browser(chromium, tmp_path):
-    """Figures appear, hostile names stay text, hovering tells values, the noise ceiling never wins."""
+    """Figures appear, hostile names stay text, hovering shows values, the noise ceiling never wins."""
     genes = [*HOSTILE, *(f"GENE{i}" for i in range(8))]
     slides = [make_slide("S1", genes=genes), make_slide("S2", seed=1, n_draws=0)]
     path = write_report(tmp_path / "r.html", make_scores(), slides, "A run")

@@ -62,7 +62,7 @@ def test_overrides_change_what_they_name_and_nothing_else(config_file):
     assert (changed["training"].pop("epochs"), plain["training"].pop("epochs")) == (3, 40)
     assert (changed.pop("transform"), plain.pop("transform")) == ("log1p_cp10k", "log2p1")
     assert (changed["data"].pop("test"), plain["data"].pop("test")) == (["d", "e"], ["b"])
-    # YAML itself takes 1e-2 for a word
+    # YAML reads 1e-2 as text
     assert changed["backbone"]["pretrain"].pop("learning_rate") == 0.01
     assert plain["backbone"]["pretrain"].pop("learning_rate") == 0.001
     assert changed == plain
@@ -121,7 +121,7 @@ def test_a_saved_configuration_means_the_same_from_anywhere(tmp_path, monkeypatc
 # --- mistakes ----------------------------------------------------------------------------------------
 
 MISTAKES = {
-    # override: words that the sentence must have, the key first
+    # override: parts of the sentence, the key first
     "bogus=1": ["bogus", "no such key", "output", "sampling"],
     "data.trian=[a]": ["data.trian", "no such key", "train, test"],
     "model.heads=point": ["model.heads", "no such key", "condition_on_visible"],
@@ -169,9 +169,9 @@ MISTAKES = {
 def test_a_wrong_value_is_one_sentence_that_names_the_key(config_file, override):
     message = failure(config_file, override)
     place = -1
-    for words in MISTAKES[override]:
-        place = message.find(words, place + 1)
-        assert place >= 0, f"{words!r} is missing, or too early, in: {message}"
+    for part in MISTAKES[override]:
+        place = message.find(part, place + 1)
+        assert place >= 0, f"{part!r} is missing, or too early, in: {message}"
 
 
 def test_the_same_mistakes_in_the_file_name_the_file(config_file):
@@ -287,5 +287,5 @@ def test_the_paper_s_sections_are_in_hest(hest):
     for name, organ in (("cscc", "Skin"), ("her2st", "Breast"), ("kidney", "Kidney")):
         data = load_config(PAPER[0].parent / f"{name}.yaml").data
         assert {patients[sample][0] for sample in [*data.train, *data.test]} == {organ}
-        # nobody is in training and test
+        # no slide is in training and test
         assert {patients[sample] for sample in data.train}.isdisjoint(patients[sample] for sample in data.test)

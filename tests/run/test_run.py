@@ -327,12 +327,12 @@ def test_a_slide_from_outside_the_data_set(copied, slides, tmp_path):
     slide = ad.read_h5ad(slides / "sim2.h5ad")
     # its own counts and genes do not matter: what is drawn is what the image says
     slide = slide[:, :3].copy()
-    slide.write_h5ad(tmp_path / "foreign.h5ad")
-    shutil.copy(slides / "sim2.jpg", tmp_path / "foreign.jpg")
-    path = copied.sample(slide=read_slide(tmp_path / "foreign.h5ad"))
-    assert path == copied.folder / "samples" / "foreign.h5ad"
+    slide.write_h5ad(tmp_path / "external.h5ad")
+    shutil.copy(slides / "sim2.jpg", tmp_path / "external.jpg")
+    path = copied.sample(slide=read_slide(tmp_path / "external.h5ad"))
+    assert path == copied.folder / "samples" / "external.h5ad"
     draws = read_draws(path)
-    assert draws.shape == (36, 20) and draws.uns["hinge"]["name"] == "foreign"
+    assert draws.shape == (36, 20) and draws.uns["hinge"]["name"] == "external"
     # the seed is mixed with the slide's name: other noise, the same expectation
     inside = read_draws(copied.paths.samples("sim2"))
     assert not np.array_equal(draws.layers["draw_000"], inside.layers["draw_000"])
@@ -354,7 +354,7 @@ def test_a_run_that_was_moved_still_opens(finished, tmp_path, monkeypatch):
 @pytest.mark.full
 def test_two_processes_draw_what_one_does(finished, tmp_path):
     output = tmp_path / "two.h5ad"
-    # accelerate launch starts one process on a CPU, whatever it is told
+    # accelerate launch starts one process on a CPU, whatever its arguments
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "hinge.cli", "sample", str(finished.folder), "--slide", "sim2", "--output", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -413,9 +413,9 @@ def test_sampling_settings_may_change(finished, slides):
 
 
 def test_a_run_that_cannot_start_leaves_nothing(slides, finished, tmp_path):
-    foreign = tmp_path / "features"
-    shutil.copytree(finished.folder / "features", foreign)
-    with h5py.File(foreign / "sim1.stain-texture.h5", "a") as file:
+    external = tmp_path / "features"
+    shutil.copytree(finished.folder / "features", external)
+    with h5py.File(external / "sim1.stain-texture.h5", "a") as file:
         file.attrs["digest"] = "0" * 64
     genes = tmp_path / "genes.txt"
     genes.write_text("SIM001\nMISSING1\n")
@@ -426,8 +426,8 @@ def test_a_run_that_cannot_start_leaves_nothing(slides, finished, tmp_path):
         ({"panel__genes": 41}, "a panel of 41 genes"),
         ({"panel": {"method": "file", "file": str(genes)}}, "lacks 1 of the panel's 2 genes: MISSING1"),
         ({"panel": {"method": "file", "file": str(tmp_path / "none.txt")}}, "no file"),
-        ({"features": {"encoder": "resnet-of-nobody"}}, "no encoder 'resnet-of-nobody'"),
-        ({"features": {"folder": str(foreign)}}, "sim1.stain-texture.h5 was made by another encoder"),
+        ({"features": {"encoder": "resnet-unknown"}}, "no encoder 'resnet-unknown'"),
+        ({"features": {"folder": str(external)}}, "sim1.stain-texture.h5 was made by another encoder"),
         ({"backbone": {"path": str(tmp_path)}}, "holds no backbone"),
     ):
         run = make_run(slides, tmp_path / "run", **changes)

@@ -77,8 +77,8 @@ def test_averaged_over_spots_it_is_what_is_predicted_for_them(folder, tmp_path):
     found = correlations(averaged, predicted[covered])
     assert found.mean() > 0.97 and found.min() > 0.9
     assert np.sqrt(np.mean((averaged - predicted[covered]) ** 2)) < 0.3 * predicted.std(axis=0).mean()
-    told = dense.uns["hinge"]["agreement"]
-    assert told["pcc"] == pytest.approx(found.mean(), abs=1e-3) and told["spots"] == covered.sum()
+    agreement = dense.uns["hinge"]["agreement"]
+    assert agreement["pcc"] == pytest.approx(found.mean(), abs=1e-3) and agreement["spots"] == covered.sum()
 
 
 def test_the_neighbourhood_is_that_of_spots(folder, mapped):

@@ -46,13 +46,13 @@ def test_an_image_is_sampled_at_the_training_pitch(trained, tmp_path):
     x, y = draws.obsm["spatial"].T
     assert ((x > 460) & (x < 540 + width) & (y > 260) & (y < 340 + height)).all()
     assert draws.n_obs > 0.5 * width * height / 100**2
-    # a spot is known by its place in the grid, and its draws depend on nothing but itself
+    # a spot is identified by its position in the grid, on which alone its draws depend
     path = folder / "run" / "samples" / "biopsy.h5ad"
     written = path.stat().st_mtime_ns
     assert call_hinge(*arguments).code == 0 and path.stat().st_mtime_ns == written
 
 
-def test_an_old_run_tells_the_pitch_through_its_slides(trained, tmp_path):
+def test_the_pitch_of_an_old_run_is_that_of_its_slides(trained, tmp_path):
     folder, _ = trained
     shutil.copytree(folder / "run", tmp_path / "run")
     split = json.loads((tmp_path / "run" / "split.json").read_text())

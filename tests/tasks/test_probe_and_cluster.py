@@ -136,7 +136,9 @@ def test_few_spots_are_not_scored_where_they_were_shown():
     """Of six spots a class, five are shown: two are left, whatever they score."""
     x, y = blobs(12, apart=0.0)
     assert few_shot_scores(x, y, 0)["positive"] == 0.5
-    seen = np.repeat(np.eye(12), 1, axis=0)  # every spot is like itself only: shown spots tell nothing of others
+    seen = np.repeat(
+        np.eye(12), 1, axis=0
+    )  # every spot is like itself only: labelled spots carry no information on others
     assert abs(few_shot_scores(seen, y, 0)["auroc"] - 0.5) < 0.01
 
 

@@ -241,7 +241,7 @@ def test_measured_genes_tell_the_shift_of_their_slide():
     # what is known of the shift no longer varies between draws
     spread = [draws.values[:, :, ::2].mean(axis=1).std(axis=0).mean() for draws in (given, alone)]
     assert spread[0] < 0.5 * spread[1]
-    # a part of the spots, told of the whole slide's measurements, is drawn as within the whole
+    # a part of the spots, given the measurements of the whole slide, has the draws of the whole slide
     part = slice(40, 60)
     effect = slide_effect_posterior(model, features, half)
     arguments |= {"positions": arguments["positions"][part], "observed": half[part], "slide_effect": effect}

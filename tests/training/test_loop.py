@@ -48,7 +48,7 @@ def test_the_same_command_twice_gives_the_same_weights(tmp_path):
 
 
 def test_what_is_begun_again_in_another_state_of_the_generator_is_the_same(tmp_path):
-    """Dropout was on in the closed-form start: each life of a run had another one."""
+    """Dropout was on during the initialisation, which therefore differed after an interruption."""
     digests = []
     for seed in (1, 2):
         model = make_model(dropout=0.3)

@@ -146,8 +146,8 @@ def test_a_holder_shows_that_it_lives(tmp_path, monkeypatch):
             time.sleep(0.02)
 
 
-def test_what_nobody_can_finish_goes(tmp_path):
-    """Half-written files of ended processes of this machine, with or without a lock; nobody else's."""
+def test_leftovers_of_ended_processes_are_removed(tmp_path):
+    """Half-written files of ended processes of this machine, with or without a lock; no others."""
     ended = CONTEXT.Process(target=int)
     ended.start()
     ended.join()
@@ -163,7 +163,7 @@ def test_what_nobody_can_finish_goes(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"pid": "x"}', "\x00"])
-def test_a_damaged_record_is_nobody(tmp_path, content):
+def test_a_damaged_record_names_no_process(tmp_path, content):
     (tmp_path / ".lock.json").write_text(content)
     with lock_folder(tmp_path):
         pass
@@ -274,8 +274,10 @@ def test_a_command_refuses_a_folder_in_use(
         main()
     output, errors = capsys.readouterr()
     assert (stopped.value.code, output) == (2, "")
-    told = [line for line in errors.splitlines() if line.startswith("hinge: ")]
-    assert len(told) == 1 and f"{tmp_path / place} is in use by process {holder.pid} on {HOST} since 20" in told[0]
+    messages = [line for line in errors.splitlines() if line.startswith("hinge: ")]
+    assert (
+        len(messages) == 1 and f"{tmp_path / place} is in use by process {holder.pid} on {HOST} since 20" in messages[0]
+    )
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -1,4 +1,4 @@
-"""Many slides from a table: read, shared between processes, failures told at the end."""
+"""Many slides from a table: read, shared between processes, failures reported at the end."""
 
 import multiprocessing
 import os
@@ -160,10 +160,10 @@ def _work(folder: Path, log: Path, started, seconds: float):
         list(each_slide(NAMES, work, folder))
     except DataError as error:
         done = sum((folder / name).exists() for name in NAMES)
-        (folder / f"told.{os.getpid()}").write_text(f"{done} done; {error}")
+        (folder / f"report.{os.getpid()}").write_text(f"{done} done; {error}")
 
 
-def test_processes_share_slides_and_tell_what_failed(tmp_path):
+def test_processes_share_slides_and_report_failures(tmp_path):
     context = multiprocessing.get_context("fork")
     started = context.Barrier(3)
     (tmp_path / "out").mkdir()
@@ -177,10 +177,10 @@ def test_processes_share_slides_and_tell_what_failed(tmp_path):
     done = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert sorted(name for name, _ in done) == ["S0", "S1", "S3", "S4", "S6", "S7"]  # each once
     assert len({process for _, process in done}) > 1
-    told = [path.read_text() for path in (tmp_path / "out").glob("told.*")]
-    assert all(text.startswith("6 done; ") for text in told)  # or a launcher would end those still at work
-    assert told and any("S2 (S2 is damaged)" in text and "S5 (ZeroDivisionError: a bug)" in text for text in told)
-    assert all("2 of 8 slides failed" in text or "1 of 8 slides failed" in text for text in told)
+    reports = [path.read_text() for path in (tmp_path / "out").glob("report.*")]
+    assert all(text.startswith("6 done; ") for text in reports)  # or a launcher would end those still at work
+    assert reports and any("S2 (S2 is damaged)" in text and "S5 (ZeroDivisionError: a bug)" in text for text in reports)
+    assert all("2 of 8 slides failed" in text or "1 of 8 slides failed" in text for text in reports)
 
 
 def test_what_is_done_is_skipped_and_a_failed_slide_is_tried_again(tmp_path):

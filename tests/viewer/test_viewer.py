@@ -262,7 +262,7 @@ def test_nothing_else_is_served(server, path):
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:{port}", "127.0.0.1", "localhost:1", "", "127.0.0.1.evil.example:{port}"]
 )
-def test_a_foreign_name_for_this_machine_is_refused(server, host):
+def test_another_host_name_is_refused(server, host):
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
     connection.putrequest("GET", "/run.json", skip_host=True)
     connection.putheader("Host", host.format(port=server.server_port))
