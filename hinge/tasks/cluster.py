@@ -2,7 +2,9 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -111,18 +113,18 @@ def cluster_slides(
     loaded = [load_encoder(name) for name in encoders]  # reports unknown names before features are extracted
     results = {name: _result(slide, labels, name) for name, slide in slides.items()}
     rows = []
+    features_of = partial(
+        embed,
+        folder=features_folder or output / "features",
+        patch_um=patch_um,
+        standardise=standardise,
+        batch_size=batch_size,
+    )
     for encoder in loaded:
-        features = {}
-        for name, slide in slides.items():
-            found = embed(
-                slide,
-                encoder,
-                features_folder or output / "features",
-                patch_um=patch_um,
-                standardise=standardise,
-                batch_size=batch_size,
-            )
-            features[name] = smooth_features(found, np.asarray(slide.obsm["spatial"]), smooth)
+        features = {
+            name: smooth_features(features_of(slide, encoder), np.asarray(slide.obsm["spatial"]), smooth)
+            for name, slide in slides.items()
+        }
         for names, number in zip(groups, wanted, strict=True):
             together = np.concatenate([features[name] for name in names])
             most = min(COMPONENTS, *together.shape)
@@ -147,6 +149,12 @@ def cluster_slides(
         "standardise": standardise,
         "seed": seed,
     }
+    _write_clusters(results, settings, output)
+    return write_json(output / "scores.json", {"definitions": DEFINITIONS, "settings": settings, "rows": rows})
+
+
+def _write_clusters(results: Mapping[str, AnnData], settings: Mapping[str, Any], output: Path) -> None:
+    """Write an h5ad for each slide, and one table of all spots."""
     for name, result in results.items():
         result.uns["hinge"] |= {f"cluster_{key}": value for key, value in settings.items() if value is not None}
         with atomic_path(output / f"{name}.h5ad") as temporary:
@@ -160,7 +168,6 @@ def cluster_slides(
         table = pd.concat(tables)
         first = ["slide", "spot", "x", "y"]
         table[[*first, *(column for column in table if column not in first)]].to_csv(temporary, index=False)
-    return write_json(output / "scores.json", {"definitions": DEFINITIONS, "settings": settings, "rows": rows})
 
 
 def cluster_column(encoder: str) -> str:

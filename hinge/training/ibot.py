@@ -12,6 +12,7 @@ masks are lightly's.
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from anndata import AnnData
-from torch import Tensor
+from torch import Tensor, nn
 
 from hinge.data.tissue_patches import TissuePatches
 from hinge.encoders.encoder import Encoder
@@ -28,12 +29,85 @@ from hinge.training.ibot_batches import CropBatches, load_batches
 from hinge.training.ibot_config import IbotConfig, VitConfig
 from hinge.training.ibot_model import Ibot, block_masks, save_encoder
 from hinge.training.loop import make_accelerator, run_loop
-from hinge.training.probe import make_probe
+from hinge.training.probe import Probe, make_probe
 from hinge.utils.errors import ConfigError
 from hinge.utils.files import read_json
 from hinge.utils.locks import lock_folder
 
 logger = logging.getLogger(__name__)
+
+
+class _BatchLoss:
+    """The loss of a batch of crops; a `BatchLoss` of the training loop.
+
+    The batches are loaded from the first step on for which the loss is computed.
+    """
+
+    def __init__(self, model: Ibot, config: IbotConfig, dataset: CropBatches, total: int, device: torch.device):
+        self.model, self.config, self.dataset, self.total, self.device = model, config, dataset, total, device
+        self.batches: Iterator | None = None
+
+    def __call__(
+        self, module: nn.Module, step: int, rows: np.ndarray, positions: np.ndarray, generator: torch.Generator
+    ) -> Tensor:
+        config = self.config
+        if self.batches is None:  # only the loop has the step at which it continues
+            self.batches = load_batches(self.dataset, step, self.total, config.workers)
+        made, mine, crops = next(self.batches)
+        assert made == step and np.array_equal(mine, positions)
+        masks = block_masks(2 * len(rows), self.model.grid, config.masked_images, config.masked_share, generator)
+        mask = masks.unflatten(0, (2, len(rows)))[:, torch.from_numpy(positions)]
+        if not mask.any():  # in a process with few patches: without a masked token there is no gradient to share
+            mask[0, 0, 0, 0] = True
+        large, small, mask = (tensor.to(self.device) for tensor in (*crops, mask))
+        losses = module(large, small, mask, config.temperature_at(step))
+        loss = losses["class_loss"] + self.model.patch_loss_weight * losses["patch_loss"]
+        return loss * (len(positions) / len(rows))
+
+    def close(self) -> None:
+        """End the processes that load batches."""
+        self.batches = None
+
+
+def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Return whether a folder holds the encoder of these settings.
+
+    Raises
+    ------
+    ConfigError
+        It holds something else.
+    """
+    if (folder / "config.json").exists():
+        made = read_json(folder / "pretraining.json")
+        # an earlier version had more settings
+        made["training"] = {key: made["training"].get(key) for key in settings["training"]}
+        if made != settings:
+            raise ConfigError(f"{folder} holds an encoder that was pre-trained otherwise; choose another folder")
+        return True
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is no pre-trained encoder; choose another folder")
+    return False
+
+
+def _new_model(vit: VitConfig, config: IbotConfig, seed: int) -> Ibot:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Ibot(vit, config)
+    side = model.student.vit.vit.patch_embed.patch_size[0]
+    if config.local_crops and config.local_px % side:
+        raise ConfigError(f"local_px {config.local_px} must be a multiple of the ViT's patches of {side} px")
+    return model
+
+
+def _accuracies(model: Ibot, probe: Probe, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
+    """Return the accuracies of the probe on the teacher's features."""
+    images = torch.from_numpy(probe.patches).permute(0, 3, 1, 2)
+    features = []
+    for part in images.split(batch_size):
+        part = model._normalise(part.to(accelerator.device, torch.float32) / 255)
+        with accelerator.autocast():
+            features.append(model.teacher.tokens(part)[0].float().cpu())
+    return probe.accuracies(torch.cat(features).numpy())
 
 
 def pretrain_histology(
@@ -49,22 +123,22 @@ def pretrain_histology(
 ) -> Encoder:
     """Pre-train a histology encoder on the tissue of slides by iBOT.
 
-    Patches are cut from anywhere on the tissue as training goes. Batches, crops and masks are functions of seed and
-    step alone: a stopped run continues to the weights of one that was not, on any number of workers. A finished folder
-    is loaded and returned.
+    Patches are cut at random places on the tissue during training. Batches, crops and masks depend on seed and step
+    only: an interrupted run ends with the weights of an uninterrupted one, for any number of workers. The encoder in a
+    finished folder is returned.
 
     Parameters
     ----------
     slides
-        Slides with image; only their tissue is looked at.
+        Slides with image; only their tissue is used.
     vit, config, seed
-        What is trained, and how.
+        Architecture, training settings and seed.
     folder
-        Gets the teacher's ViT as `load_encoder` reads it (`model.safetensors` and timm's `config.json`); the log and
-        the checkpoint lie beside it in `<folder>-training`. The log's `knn_accuracy`, `linear_accuracy` and
-        `chance` (that of the known spots' most frequent class) are the probes'.
+        Folder of the teacher's ViT for `load_encoder` (`model.safetensors` and timm's `config.json`); log and
+        checkpoint are beside it in `<folder>-training`. `knn_accuracy`, `linear_accuracy` and `chance` (the share of
+        the most frequent class) in the log are those of the probe.
     probe_slides, probe_labels
-        Slides and the classes of their spots (n,) by which it is watched; see `make_probe`. None: it is not.
+        Slides and the classes (n,) of their spots for the probe, see `make_probe`; empty: no probe.
 
     Returns
     -------
@@ -84,23 +158,10 @@ def pretrain_histology(
         "training": config.model_dump(mode="json"),
         "seed": seed,
     }
-    if (folder / "config.json").exists():
-        made = read_json(folder / "pretraining.json")
-        # an earlier version had more settings
-        made["training"] = {key: made["training"].get(key) for key in settings["training"]}
-        if made != settings:
-            raise ConfigError(f"{folder} holds an encoder that was pre-trained otherwise; choose another folder")
+    if _is_finished(folder, settings):
         logger.info("%s is finished", folder)
         return load_encoder(str(folder), device="cpu")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is no pre-trained encoder; choose another folder")
-    training = folder.with_name(f"{folder.name}-training")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Ibot(vit, config)
-    side = model.student.vit.vit.patch_embed.patch_size[0]
-    if config.local_crops and config.local_px % side:
-        raise ConfigError(f"local_px {config.local_px} must be a multiple of the ViT's patches of {side} px")
+    training, model = folder.with_name(f"{folder.name}-training"), _new_model(vit, config, seed)
     accelerator = accelerator or make_accelerator(config, training)
     # a crop of the middle of its range is neither reduced nor enlarged
     read_px = round(model.image_px / math.sqrt(sum(config.global_scale) / 2))
@@ -109,21 +170,7 @@ def pretrain_histology(
     total, per_epoch = config.num_steps(len(patches)), config.steps_per_epoch(len(patches))
     frozen = per_epoch if config.frozen_last_layer_steps is None else config.frozen_last_layer_steps
     dataset = CropBatches(patches, config, model.image_px, seed, accelerator.process_index, accelerator.num_processes)
-    batches: Iterator | None = None
-
-    def batch_loss(module, step, rows, positions, generator) -> Tensor:
-        nonlocal batches
-        if batches is None:  # only the loop has the step at which it continues
-            batches = load_batches(dataset, step, total, config.workers)
-        made, mine, crops = next(batches)
-        assert made == step and np.array_equal(mine, positions)
-        masks = block_masks(2 * len(rows), model.grid, config.masked_images, config.masked_share, generator)
-        mask = masks.unflatten(0, (2, len(rows)))[:, torch.from_numpy(positions)]
-        if not mask.any():  # a process with few patches: a loss of nothing has no gradient to share
-            mask[0, 0, 0, 0] = True
-        large, small, mask = (tensor.to(accelerator.device) for tensor in (*crops, mask))
-        losses = module(large, small, mask, config.temperature_at(step))
-        return (losses["class_loss"] + model.patch_loss_weight * losses["patch_loss"]) * (len(positions) / len(rows))
+    batch_loss = _BatchLoss(model, config, dataset, total, accelerator.device)
 
     def before_step(step: int) -> None:
         if step < frozen:
@@ -134,15 +181,6 @@ def pretrain_histology(
     probe = None
     if probe_slides and accelerator.is_main_process:
         probe = make_probe(probe_slides, probe_labels, vit.patch_um, model.image_px, config.probe_spots, seed)
-
-    def measure() -> dict[str, float]:
-        images = torch.from_numpy(probe.patches).permute(0, 3, 1, 2)
-        features = []
-        for part in images.split(config.batch_size):
-            part = model._normalise(part.to(accelerator.device, torch.float32) / 255)
-            with accelerator.autocast():
-                features.append(model.teacher.tokens(part)[0].float().cpu())
-        return probe.accuracies(torch.cat(features).numpy())
 
     with lock_folder(training):
         try:
@@ -160,13 +198,13 @@ def pretrain_histology(
                 carried=model.carried,
                 before_step=before_step,
                 after_step=lambda step: model.teach(config.momentum_at(step, total)),
-                measure=measure if probe is not None else None,
+                measure=None if probe is None else partial(_accuracies, model, probe, config.batch_size, accelerator),
                 weight_decay=lambda step: config.weight_decay_at(step, total),
                 max_grad_norm=config.max_grad_norm,
             )
         finally:
             patches.close()
-            del batches
+            batch_loss.close()
         if accelerator.is_main_process:
             save_encoder(model.teacher.vit.vit, vit, folder, settings)
             logger.info("wrote %s (%d steps)", folder, total)

@@ -149,16 +149,8 @@ def run_loop(
     _start_tracker(accelerator, config, folder, description)
     if log is not None and measure is not None and progress.step == 0:
         log.write({"step": 0, **_measured(measure, model)})
-    bar = tqdm(
-        total=total,
-        initial=progress.step,
-        desc=description,
-        unit="step",
-        disable=None if main else True,
-        dynamic_ncols=True,
-    )
     model.train()
-    with bar, _interruptible() as interrupted:
+    with _bar(total, progress.step, description, main) as bar, _interruptible() as interrupted:
         while progress.step < total and not progress.stopped:
             step, started = progress.step, time.perf_counter()
             rate = schedule.get_last_lr()[0]
@@ -197,12 +189,28 @@ def run_loop(
     if config.tracker != "none":
         accelerator.end_training()
     accelerator.wait_for_everyone()
-    if evaluate is not None and best.exists():
+    _take_result(trained, best if evaluate is not None and best.exists() else None)
+    model.eval()
+    return LoopResult(progress.step, progress.best_step, progress.best_score)
+
+
+def _bar(total: int, done: int, description: str, shown: bool) -> tqdm:
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=description,
+        unit="step",
+        disable=None if shown else True,
+        dynamic_ncols=True,
+    )
+
+
+def _take_result(trained: TrainedState, best: Path | None) -> None:
+    """Put the best weights into the parameters, or else their moving average."""
+    if best is not None:
         load_best(best, trained)
     elif trained.ema is not None:
         trained.ema.copy_to(trained.parameters.values())
-    model.eval()
-    return LoopResult(progress.step, progress.best_step, progress.best_score)
 
 
 def make_accelerator(config: LoopConfig, folder: str | Path = ".") -> Accelerator:

@@ -296,6 +296,7 @@ def test_no_two_genes_share_an_id(names, known, asked):
 # -- CellFM's own files and a real slide -------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_cellfm_vocabularies(cellfm):
     expanded = GeneVocabulary.load(cellfm / "expand_gene_info.csv")
     assert (expanded.n_genes, expanded.n_embeddings) == (27855, 27856)

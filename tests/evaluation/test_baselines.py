@@ -139,6 +139,7 @@ def test_draws_are_not_below_zero_but_the_mean_may_be(data):
     assert low[2].mean.min() < 0
 
 
+@pytest.mark.full
 def test_the_seed_decides_the_draws(data, fitted):
     again = fit_baselines(*data[:4], n_draws=200, seed=0)[3].draws
     np.testing.assert_array_equal(again, fitted["ridge-cv+residual"].draws)
@@ -267,6 +268,7 @@ def table(data, rows, slide, views=2) -> SpotTable:
     )
 
 
+@pytest.mark.full
 def test_tables_are_predicted_from_the_first_view_and_the_slides(data):
     train, test = table(data, slice(300), data[2]), table(data, slice(300, 400), "d")
     predictions = baseline_predictions(train, test, n_draws=3, seed=5)

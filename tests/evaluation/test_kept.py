@@ -64,6 +64,7 @@ def test_the_digest_depends_on_arrays_and_settings(slide):
     assert truth_digest(slide, 0) != truth_digest(moved, 0)
 
 
+@pytest.mark.full
 def test_unchanged_scores_are_taken_from_the_file(slide, tmp_path, monkeypatch):
     path, train = tmp_path / "scores" / "t.json", spots()
     prediction = prediction_of(slide)

@@ -271,6 +271,7 @@ def test_the_table_shows_rows_dashes_and_means_over_slides(slide):
     assert "1.500 ± 0.707" in mean and "0.250" in mean
 
 
+@pytest.mark.full
 def test_details_of_genes_and_intervals_over_spots(slide):
     evaluation = evaluate_slide(spots(), slide, [prediction_of(slide)], baselines=["mean", "ridge-cv+residual"])
     details = {entry["method"]: entry for entry in evaluation.details}

@@ -46,6 +46,7 @@ def test_a_spot_is_never_on_both_sides(spots):
     assert two_sample_auc(values[0], values[:1]) == pytest.approx(0.5, abs=1e-9)
 
 
+@pytest.mark.full
 def test_the_same_seed_gives_the_same_answer(spots):
     features, values = spots
     one, same, other = (two_sample_auc(values[0], values[1:], features, seed=seed) for seed in (1, 1, 2))

@@ -62,6 +62,7 @@ def quantiles(distribution, number: int = SAMPLES) -> torch.Tensor:
     return distribution.icdf(levels.expand(-1, SPOTS, GENES)).double()
 
 
+@pytest.mark.full
 def test_mean_and_deviation_are_those_of_the_quantiles(distribution):
     drawn = quantiles(distribution, 2000 if isinstance(distribution, NegativeBinomial) else SAMPLES)
     assert (drawn >= 0).all() or isinstance(distribution, PointMass)

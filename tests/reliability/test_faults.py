@@ -32,6 +32,8 @@ from hinge.utils.errors import HingeError
 from hinge.utils.files import file_digest
 from hinge.utils.memory import with_less_memory
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory) -> Path:
@@ -176,7 +178,6 @@ def attempt(server, slides, finished, tmp_path):
     shutil.rmtree(run)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     "command", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
 )
@@ -185,7 +186,6 @@ def test_no_room(attempt, command):
     assert any(word in said for word in ("File too large", "errno = 27", "os error 27", "Errno 27")), said
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     "command", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
 )
@@ -210,7 +210,6 @@ def disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("command", ["features", "sample elsewhere", "torch-export", "zarr", "convert"])
 def test_a_full_disk(attempt, disk, command):
     (disk / "filler").write_bytes(b"0" * 32_000)
@@ -220,7 +219,6 @@ def test_a_full_disk(attempt, disk, command):
     assert left == [str(disk / "filler")], left
 
 
-@pytest.mark.full
 def test_permission_lost_and_found_again(server, slides, tmp_path):
     """In the middle of training: what was saved before is there and is gone on with."""
     config, run = tmp_path / "config.json", tmp_path / "run"
@@ -361,7 +359,6 @@ def test_sampling_goes_on_with_less(finished, tmp_path, monkeypatch, caplog):
         np.testing.assert_allclose(one.layers[name], two.layers[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.full
 def test_features_go_on_with_less(slides, tmp_path, monkeypatch, caplog):
     encoder, slide = load_encoder("random:vit_tiny_patch16_224"), read_slide(slides, "sim0")
     whole = extract_features(slide, encoder, tmp_path / "whole.h5", batch_size=8)
@@ -387,7 +384,6 @@ def little_memory(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), resource.RLIM_INFINITY))
 
 
-@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 def test_memory_that_really_runs_out(server, slides, tmp_path):
     """torch's own error on a CPU, in a process that may not have more."""

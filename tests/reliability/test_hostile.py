@@ -53,6 +53,8 @@ from hinge.utils.files import read_json
 from hinge.utils.resumable import ResumableArrays
 from hinge.utils.safe_hdf5 import check_hdf5
 
+pytestmark = pytest.mark.full
+
 TRILLION = 10**12
 CPU_SECONDS, BYTES = 10.0, 1 << 30
 
@@ -104,12 +106,10 @@ def fuzzed(tmp_path_factory):
     return json.loads(output.read_text())
 
 
-@pytest.mark.full
 def test_only_our_own_errors_come_out(fuzzed):
     assert fuzzed["findings"] == []
 
 
-@pytest.mark.full
 def test_every_reader_was_fed_and_refused_something(fuzzed):
     kinds = fuzzed["targets"]
     assert len(kinds) >= 35 and all(facts["inputs"] for facts in kinds.values())
@@ -560,7 +560,6 @@ def test_images_of_a_trillion_pixels(tmp_path):
         SlideImage(tmp_path / "tiles.tif").thumbnail(100)
 
 
-@pytest.mark.full
 def test_an_image_that_unpacks_to_a_thousandfold(tmp_path):
     side, packer = 20_000, zlib.compressobj(9)
     row = bytes(1 + 3 * side)
@@ -726,7 +725,6 @@ def test_a_chunk_of_a_spatialdata_table_that_unpacks_to_gigabytes(tmp_path, form
         read_slide(tmp_path / "s.zarr")
 
 
-@pytest.mark.full
 def test_gzip_that_unpacks_to_a_thousandfold(tmp_path):
     (tmp_path / "ST-cnts").mkdir()
     line = b"1x1" + b"\t0" * 1000 + b"\n"
@@ -738,7 +736,6 @@ def test_gzip_that_unpacks_to_a_thousandfold(tmp_path):
         read_slide(tmp_path, require_image=False)
 
 
-@pytest.mark.full
 def test_parquet_of_a_hundred_million_equal_rows(tmp_path):
     write_visium(tmp_path / "V")
     spatial = tmp_path / "V" / "spatial"

@@ -26,6 +26,8 @@ from hinge.data import read_slide, simulate_slides
 from hinge.run.run import Run
 from hinge.utils.files import file_digest
 
+pytestmark = pytest.mark.full
+
 CHECKPOINT_EVERY = 4
 SECONDS = 1200  # after which a life is taken to hang
 
@@ -311,7 +313,6 @@ def check_training(server, slides: Path, tmp_path: Path, kills: int, writing: in
     return {"kills": len(left), "in_checkpoints": sum(map(bool, left)), "lives": lives, "repeated": most}
 
 
-@pytest.mark.full
 def test_training_killed_twenty_times(server, slides, tmp_path):
     figures = check_training(server, slides, tmp_path, kills=20, writing=8, seed=0, steps=200)
     assert figures["kills"] == 20 and figures["in_checkpoints"] >= 4 and figures["lives"] > 10, figures
@@ -336,7 +337,6 @@ def check_backbone(server, slides: Path, tmp_path: Path, kills: int, seed: int, 
     }
 
 
-@pytest.mark.full
 def test_a_backbones_pretraining_is_killed(server, slides, tmp_path):
     assert check_backbone(server, slides, tmp_path, kills=4, seed=1, steps=80)["in_checkpoints"] >= 1
 
@@ -384,7 +384,6 @@ def check_encoder(server, slides: Path, tmp_path: Path, kills: int, seed: int, s
     }
 
 
-@pytest.mark.full
 def test_an_encoders_pretraining_is_killed(server, slides, tmp_path):
     assert check_encoder(server, slides, tmp_path, kills=2, seed=2, steps=24)["kills"] == 2
 
@@ -401,7 +400,6 @@ def check_features(server, slides: Path, tmp_path: Path, kills: int, seed: int) 
     return {"kills": kills, "encoded_again": encoded - 36}
 
 
-@pytest.mark.full
 def test_feature_extraction_is_killed(server, slides, tmp_path):
     assert check_features(server, slides, tmp_path, kills=5, seed=3)["kills"] == 5
 
@@ -425,7 +423,6 @@ def check_sampling(server, trained: Path, tmp_path: Path, kills: int, seed: int)
     return {"kills": kills, "parts": len(parts)}
 
 
-@pytest.mark.full
 def test_sampling_is_killed(server, trained, tmp_path):
     assert check_sampling(server, trained, tmp_path, kills=5, seed=4)["parts"] == 18
 
@@ -455,7 +452,6 @@ def check_ablation(server, slides: Path, tmp_path: Path, kills: int, seed: int) 
     return {"kills": kills}
 
 
-@pytest.mark.full
 def test_an_ablation_is_killed(server, slides, tmp_path):
     check_ablation(server, slides, tmp_path, kills=2, seed=5)
 
@@ -502,7 +498,6 @@ def messages_of(errors: Path) -> list[str]:
     return [lines[0].removeprefix("hinge: "), shlex.split(lines[1].removeprefix("hinge: continue with: hinge "))]
 
 
-@pytest.mark.full
 def test_sigterm_saves_and_says_how_to_go_on(server, slides, trained, tmp_path):
     content = settings(slides, tmp_path / "stopped", 8)
     (tmp_path / "run file.yaml").write_text(json.dumps(content))
@@ -522,7 +517,6 @@ def test_sigterm_saves_and_says_how_to_go_on(server, slides, trained, tmp_path):
     same_files(tmp_path / "stopped" / "model", trained / "tiny" / "model")
 
 
-@pytest.mark.full
 def test_ctrl_c_keeps_what_is_drawn_and_says_how_to_go_on(server, trained, tmp_path):
     output, errors = tmp_path / "out" / "sim2.h5ad", tmp_path / "stderr"
     arguments = ["sample", str(trained / "tiny"), "--batch-size", "6", "--output", str(output)]

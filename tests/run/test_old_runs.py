@@ -21,7 +21,7 @@ from hinge.utils.former_settings import REMOVED, RENAMED
 DATA = Path(__file__).parent / "data" / "version_0_1"
 
 
-@pytest.fixture(params=["run", "run-log2"])
+@pytest.fixture(params=["run", pytest.param("run-log2", marks=pytest.mark.full)])
 def old(request, tmp_path) -> Path:
     """The folder of a run in a place of its own, with the slides beside it."""
     shutil.copytree(DATA / "slides", tmp_path / "slides")

@@ -39,7 +39,9 @@ def rows(path):
     return {row["method"]: row for row in read_json(path)["rows"]}
 
 
-@pytest.mark.parametrize("tune", ["all", "lora", "linear"])
+@pytest.mark.parametrize(
+    "tune", [pytest.param("all", marks=pytest.mark.full), pytest.param("lora", marks=pytest.mark.full), "linear"]
+)
 def test_what_was_trained_comes_back_from_disk(slides, tmp_path, tune):
     """The prediction on disk is that of the encoder and head on disk, which `hinge evaluate` can read."""
     path = finetune(slides, tmp_path, tune=tune, learning_rate=1e-3)

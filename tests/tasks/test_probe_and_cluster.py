@@ -244,6 +244,7 @@ def test_clusters_of_simulated_tissue(data, tmp_path):
     assert Image.open(tmp_path / "figures" / "sim1.png").width > 1000
 
 
+@pytest.mark.full
 def test_the_figure_shows_every_spot():
     panels = {"labels": np.array([0, -1]), "<b>": np.array([1, 0])}
     coords = np.array([[30.0, 30.0], [70.0, 40.0]])

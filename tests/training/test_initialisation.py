@@ -250,6 +250,7 @@ def test_measured_genes_tell_the_shift_of_their_slide():
     assert slide_effect_posterior(model, features, np.full_like(half, np.nan)) is None
 
 
+@pytest.mark.full
 def test_the_depth_is_regressed_on_the_features_and_drawn_first():
     spots = slides_with_shifts()
     model = make_model(head="rounded_gaussian", transform="log1p_cp10k", library_size=True, num_factors=2)

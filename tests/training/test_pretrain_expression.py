@@ -21,6 +21,7 @@ def expression(n=120, genes=12, seed=0):
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_value_bins": 8}
 
 
+@pytest.mark.full
 def test_pretraining_learns_and_resumes_to_the_same_weights(tmp_path, monkeypatch):
     values, genes = expression(), [f"G{i}" for i in range(12)]
     config = PretrainConfig(steps=100, batch_size=32, learning_rate=3e-3, evaluate_every=10, checkpoint_every=10)
