@@ -22,6 +22,8 @@ from hinge.data.slide_image import SlideImage
 from hinge.utils.errors import DataError
 
 HIRES_PX, LOWRES_PX = 2000, 600
+LARGEST_COUNT = 2**31 - 1
+"""Of a gene in a spot; what is larger is no count of molecules, and overflows in sums."""
 
 
 def slide_name(slide: AnnData) -> str:
@@ -163,6 +165,7 @@ def _check_counts(slide: AnnData, name: str) -> None:
     for wrong, what in (
         (~np.isfinite(values), "is not a finite number"),
         (values < 0, "is below 0"),
+        (values > LARGEST_COUNT, f"is larger than {LARGEST_COUNT:,}, and raw counts are needed"),
         (values != np.round(values), "is not an integer, and raw counts are needed"),
     ):
         if not wrong.any():

@@ -11,6 +11,7 @@ from hinge.utils.errors import DataError
 
 CEILING = "noise-ceiling"
 
+_ROUNDED = 1e-6  # share of a library size above 2²⁴ that float32 may lose
 _CORRELATIONS = ("pcc_10", "pcc_50", "pcc_200", "pcc_mean", "pcc_hvg50")
 _ATTAINABLE = (*_CORRELATIONS, "mse", "mae", "crps", "energy", "variogram")
 
@@ -104,9 +105,12 @@ def noise_ceiling(
     if (counts < 0).any() or (counts % 1).any() or (library_size % 1).any():
         raise DataError("the noise ceiling takes raw counts, whole numbers from 0, but these are not")
     rest = library_size - counts.sum(axis=1)
+    # slides hold float32, in which sums of many counts are rounded
+    rest[(rest < 0) & (rest >= -_ROUNDED * library_size)] = 0.0
     if (rest < 0).any():
         raise DataError(f"spot {int(np.argmax(rest < 0))} has more counts in the panel than over all genes")
 
+    library_size = counts.sum(axis=1) + rest
     transform = get_transform(transform_name)
     constant = constant_genes(np.asarray(transform.forward(counts, library_size), dtype=np.float64))
     counts, rest, library_size = counts.astype(np.int64), rest.astype(np.int64), library_size.astype(np.int64)

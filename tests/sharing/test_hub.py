@@ -27,7 +27,7 @@ from hinge.sharing.convert import convert_cellfm
 from hinge.sharing.export import DenoiserStep, export_denoiser
 from hinge.sharing.licences import backbone_licence, encoder_licence
 from hinge.sharing.upload import fetch_run, push, push_run
-from hinge.utils.errors import ConfigError, DataError, WeightsError
+from hinge.utils.errors import ConfigError, DataError, HingeError, WeightsError
 from hinge.utils.files import read_json, write_json
 from hinge.utils.hub import is_repository
 from hinge.utils.licences import BACKBONE_LICENCES, forbids_sharing
@@ -241,6 +241,14 @@ def test_a_run_inherits_the_licences_of_its_parts(run, hub, tmp_path):
         push_run(with_backbone(tuning="full"), "lab/tuned", "other")
     push_run(with_backbone(tuning="full"), "lab/tuned", "other", allow_licence=True)
     assert "adapted weights of an expression backbone; its licence: cc-by-nc-nd-4.0." in card_of(hub, "lab/tuned")
+
+
+@pytest.mark.parametrize("content", [b"- a\n", b"{}", b"backbone: null\n", b"\x00\xff\xfe", b"backbone: [1]\n", b""])
+def test_a_downloaded_configuration_of_another_kind_is_refused(hub, tmp_path, content):
+    (hub / "lab" / "odd").mkdir(parents=True)
+    (hub / "lab" / "odd" / "config.yaml").write_bytes(content)
+    with pytest.raises(HingeError, match=r"config\.yaml"):
+        fetch_run("lab/odd", tmp_path / "run", backbone=tmp_path)
 
 
 def test_licences_of_encoders(tmp_path):
