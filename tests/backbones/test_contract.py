@@ -15,7 +15,10 @@ from hinge.models.subset import GeneSubset
 from hinge.models.value_bins import ValueBins
 
 IDS = torch.arange(1, GENES + 1)
-every_backbone = pytest.mark.parametrize("name", SMALL)
+FAST = ("scgpt", "tahoe-3b")  # both attention patterns, post-norm and pre-norm; the others run in CI
+every_backbone = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.full) for name in SMALL]
+)
 
 
 def inputs(batch=6, seed=1) -> dict[str, torch.Tensor]:

@@ -27,7 +27,12 @@ FOLDERS = {
 }
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+FAST = ("scgpt_checkpoint_impl", "tahoe_3b_checkpoint")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.full) for name in FOLDERS]
+)
 def test_published_folders(backbones, tmp_path, name, call_cli):
     """Every tensor goes somewhere, a file in the folder is the folder, and a converted folder is the same model."""
     kind, folder = FOLDERS[name], backbones / name
