@@ -77,12 +77,14 @@ class FeatureWriter:
         temporary = self._stack.enter_context(atomic_path(self.path))
         self._file = self._stack.enter_context(h5py.File(temporary, "w"))
         self._file.attrs.update(self._attributes)
-        self._file["coords"] = self._coords
+        # with checksums, because these files are shared between runs
+        checked = {"fletcher32": True} if len(self._coords) else {}
+        self._file.create_dataset("coords", data=self._coords, **checked)
         self._file.create_dataset("barcodes", data=self._barcodes, dtype=h5py.string_dtype())
         # rows are written in any order and read whole: a chunk of about 64 kB a spot or several
         rows = max(1, 65_536 // (self._shape[1] * self._shape[2] * self._dtype.itemsize))
         chunks = (min(rows, max(1, self._shape[0])), *self._shape[1:])
-        self._features = self._file.create_dataset("features", self._shape, self._dtype, chunks=chunks)
+        self._features = self._file.create_dataset("features", self._shape, self._dtype, chunks=chunks, **checked)
         return self
 
     def write(self, indices: np.ndarray, features: np.ndarray) -> None:

@@ -1,6 +1,6 @@
 """Read feature files: one HDF5 file per slide and encoder.
 
-    features   (n, views, d) float16 or float32, view 0 the unaugmented patch
+    features   (n, views, d) float16 or float32, view 0 the unaugmented patch; with fletcher32 checksums, as coords
     coords     (n, 2) float64, full-resolution pixel x, y of the centres of the patches
     barcodes   (n,) UTF-8 strings
     attributes encoder, digest, patch_um, patch_px, hinge_version

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hinge.data.draws import draws_of_slide, read_draws
+from hinge.data.feature_writer import FeatureWriter
+from hinge.data.features import read_features
 from hinge.report import report_run
 from hinge.run.integrity import verify_run
 from hinge.run.run import Run
@@ -159,6 +161,20 @@ def test_a_panel_in_another_order_does_not_fit_the_model(copied_tiny_run):
             continue
         with pytest.raises(DataError, match=r"model_index\.json names other genes"):
             Run.open(folder).pipeline()
+
+
+def test_a_changed_number_of_shared_features_is_found(tmp_path):
+    path, features = tmp_path / "a.h5", np.random.default_rng(0).normal(size=(30, 1, 8)).astype(np.float32)
+    coords, barcodes = np.arange(60.0).reshape(30, 2), [f"b{i}" for i in range(30)]
+    about = {"encoder": "e", "digest": "d", "patch_um": 112.0, "patch_px": 224, "dtype": "float32"}
+    with FeatureWriter(path, barcodes, coords, 1, 8, **about) as writer:
+        writer.write(np.arange(30), features)
+    whole = path.read_bytes()
+    for array in (features, coords):
+        at = whole.index(array.tobytes()[:64]) + 20
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(DataError, match="not a readable feature file"):
+            read_features(path)
 
 
 # --- weights and draws that are not finite -----------------------------------------------------------
