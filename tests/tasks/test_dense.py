@@ -30,7 +30,11 @@ def folder(tiny_slides, tmp_path_factory):
     """A small trained run on simulated tissue."""
     folder = tmp_path_factory.mktemp("dense")
     (folder / "slides").symlink_to(tiny_slides)
-    changes = {"transform": "log1p_cp10k", "features": {"patch_um": 150.0}, "sampling__steps": 3}
+    changes = {
+        "transform": "log1p_cp10k",
+        "features": {"encoder": "stain-texture", "patch_um": 150.0},
+        "sampling__steps": 3,
+    }
     content = tiny_settings(tiny_slides, folder / "run", **changes)
     (folder / "run.yaml").write_text(yaml.safe_dump(content))
     assert call_hinge("train", "--config", str(folder / "run.yaml")).code == 0
@@ -65,7 +69,7 @@ def correlations(one, other):
 def test_averaged_over_spots_it_is_what_is_predicted_for_them(folder, tmp_path):
     content = yaml.safe_load((folder / "run.yaml").read_text())
     content |= {"output": str(tmp_path / "run"), "data": {**content["data"], "path": str(folder / "slides")}}
-    config = check_config({**content, "features": {"patch_um": 150.0, "neighbourhood": False}}, "test")
+    config = check_config({**content, "features": {**content["features"], "neighbourhood": False}}, "test")
     save_config(config, tmp_path / "run" / "config.yaml")  # never trained: the regression needs no more
     predictor = open_predictor(tmp_path / "run", "regression", None, None, None)
     slide = predictor.slide("sim2", None)
