@@ -8,13 +8,12 @@ CellFM's LeakyReLU has slope 0.2 and its LayerNorm epsilon 1e-7 (MindSpore); the
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 
 from hinge.backbones import CellFMModel
+from hinge.data.count_table import read_counts
 from hinge.data.readers import read_slide
-from hinge.data.spots import panel_values
 
 CONSTANTS = ((0.2, 1e-7), (0.2, 1e-5), (0.01, 1e-7), (0.01, 1e-5))
 
@@ -40,7 +39,7 @@ def main(
 ) -> None:
     genes = CellFMModel.from_pretrained(backbone).config.gene_names
     slides = [read_slide(data, name, require_image=False) for name in samples]
-    values = torch.from_numpy(np.concatenate([panel_values(slide, genes, transform) for slide in slides]))
+    values = torch.from_numpy(read_counts(slides, genes).values(transform))
     print(f"{len(values)} spots, {len(genes)} genes, variance of a gene {values.var(dim=0).mean():.3f}")
     print("| slope | epsilon | masked | gene-wise MSE | cell-wise MSE |\n| --- | --- | --- | --- | --- |")
     for slope, eps in CONSTANTS:

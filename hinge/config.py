@@ -9,6 +9,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hinge.diffusion.defaults import DEFAULT_DRAWS, DEFAULT_STEPS
+from hinge.encoders.names import with_pooling
 from hinge.evaluation.names import BASELINES, DEFAULT_BASELINES, DEFAULT_RESAMPLES, GENERATIVE_BASELINES
 from hinge.models.options import DEFAULT_HEAD, DEFAULT_TRANSFORM, HEADS
 from hinge.training.settings import Precision, PretrainConfig, TrainingConfig
@@ -50,6 +51,11 @@ class DataConfig(_Section):
     pretrain: list[str] = Field(
         [],
         description="a list of samples to pre-train the backbone on, with or without images; []: those of train",
+    )
+    patient_prefix: int | None = Field(
+        None,
+        ge=1,
+        description="how many first characters of a sample's name are its patient; null: every sample is a patient",
     )
 
     @model_validator(mode="before")
@@ -112,6 +118,11 @@ class FeaturesConfig(_Section):
     )
     folder: AbsolutePath | None = Field(None, description="the folder of feature files; null: features in the run's")
 
+    @property
+    def encoder_name(self) -> str:
+        """The name for `load_encoder`, with the pooling."""
+        return with_pooling(self.encoder, self.pooling)
+
 
 class BackboneConfig(_Section):
     """The expression model: pre-trained weights, or the size of one that is pre-trained here."""
@@ -119,7 +130,7 @@ class BackboneConfig(_Section):
     path: AbsolutePath | None = Field(
         None,
         description="weights of CellFM, scGPT or Tahoe-x1, published or in a folder that hinge wrote; null: pre-train "
-        "a CellFM on data.pretrain",
+        "a CellFM on data.pretrain, or, without these, start from hinge-cellfm-mini",
     )
     vocabulary: AbsolutePath | None = Field(None, description="a table of the genes in the vocabulary of the weights")
     gene_names: AbsolutePath | None = Field(None, description="HGNC's table, to find genes by previous symbols")
@@ -137,7 +148,7 @@ class BackboneConfig(_Section):
         None,
         description="generative (masked genes attend to visible genes) or full (to all); null: as in the weights",
     )
-    hidden_size: int = Field(128, ge=8, description="the width of a token")
+    hidden_size: int = Field(64, ge=8, description="the width of a token")
     num_hidden_layers: int = Field(4, ge=2, description="the number of layers")
     num_attention_heads: int = Field(4, ge=1, description="the number of attention heads")
     weights: Literal["pretrained", "random"] = Field(

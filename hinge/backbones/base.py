@@ -114,6 +114,16 @@ class ExpressionBackbone(PreTrainedModel):
         """Return an item of `layer_inputs` for `count` more tokens in front, which all tokens see."""
         raise NotImplementedError
 
+    def expected(self, values: Tensor, visible: Tensor, gene_ids: Tensor) -> Tensor | None:
+        """Return what `decode` predicts the difference from, float32 (B, G); None for zero. Arguments as of `embed`."""
+        return None
+
+    def predict(self, values: Tensor, visible: Tensor, gene_ids: Tensor) -> Tensor:
+        """Return the values (B, G), float32, that the model predicts without a condition. Arguments as of `embed`."""
+        decoded = self.decode(self(values, visible, gene_ids)).float()
+        expected = self.expected(values, visible, gene_ids)
+        return decoded if expected is None else expected + decoded
+
     def finish(self, h: Tensor) -> Tensor:
         """Return the tokens (B, N, D) after the last layer as the decoder takes them."""
         return h

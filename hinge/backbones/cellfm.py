@@ -10,15 +10,20 @@ Communications 2025.
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hinge.backbones.base import ExpressionBackbone
 from hinge.backbones.cellfm_config import CellFMConfig
 from hinge.backbones.cellfm_layers import GeneDecoder, RetentionBlock, ValueEncoder
+from hinge.backbones.expression_prior import ExpressionPrior
 from hinge.backbones.published_cellfm import read_cellfm
 from hinge.backbones.weights import build, find_weights
 from hinge.data.transforms import get_transform
+
+INITIAL_CORRECTION = 0.1
+"""Weight of the network's prediction beside the expression prior before pre-training."""
 
 
 class CellFMModel(ExpressionBackbone):
@@ -53,6 +58,10 @@ class CellFMModel(ExpressionBackbone):
         self.layers = nn.ModuleList(RetentionBlock(config) for _ in range(config.num_hidden_layers))
         self.gene_decoder = GeneDecoder(width, config.negative_slope)
         self.cell_decoder = nn.Linear(width, width, bias=False)
+        self.expression_prior: ExpressionPrior | None = None
+        if config.num_prior_factors:
+            self.expression_prior = ExpressionPrior(config.num_embeddings, config.num_prior_factors)
+            self.correction_scale = nn.Parameter(torch.full((1,), INITIAL_CORRECTION))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -182,8 +191,13 @@ class CellFMModel(ExpressionBackbone):
         """
         config = self.config
         seen = visible.unsqueeze(-1).to(self.cls_token.dtype)
+        expected = self.expected(values, visible, gene_ids)
+        if expected is not None:
+            values = torch.where(visible > 0, values, expected.to(values.dtype))
         embedded = self.value_encoder(values.to(self.cls_token.dtype))
-        if config.masked_input == "mask_token":
+        if expected is not None:
+            embedded = embedded + self.mask_token * (1 - seen)
+        elif config.masked_input == "mask_token":
             embedded = embedded * seen + self.mask_token * (1 - seen)
         else:
             embedded = embedded + self.zero_token * (1 - seen)
@@ -246,12 +260,36 @@ class CellFMModel(ExpressionBackbone):
 
     def unused_parameters(self) -> tuple[str, ...]:
         """Return prefixes of the parameters that neither `embed` nor the layers nor `decode` use."""
-        token = "zero_token" if self.config.masked_input == "mask_token" else "mask_token"
-        return (token, "cell_decoder", "technical_encoder")
+        masked = self.config.masked_input == "mask_token" or self.expression_prior is not None
+        return ("zero_token" if masked else "mask_token", "cell_decoder", "technical_encoder", "expression_prior")
+
+    def expected(self, values: Tensor, visible: Tensor, gene_ids: Tensor) -> Tensor | None:
+        """Return the conditional mean (B, G) under the expression prior; None where the model has none."""
+        return None if self.expression_prior is None else self.expression_prior(values, visible, gene_ids)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Return values (B, G) of tokens (B, P + G, D) by the gene-wise decoder."""
-        return self.gene_decoder(tokens[:, self.num_prefix_tokens :])
+        """Return values (B, G) of tokens (B, P + G, D) by the gene-wise decoder, as a difference from `expected`."""
+        decoded = self.gene_decoder(tokens[:, self.num_prefix_tokens :])
+        return decoded if self.expression_prior is None else decoded * self.correction_scale
+
+    @torch.no_grad()
+    def set_expression_prior(self, mean: np.ndarray, loadings: np.ndarray, noise: np.ndarray) -> None:
+        """Set the expression prior of genes 1…G: mean (G,), loadings (G, K) and variances of the noise (G,)."""
+        assert self.expression_prior is not None
+        rows = slice(1, len(mean) + 1)
+        for parameter, content in (
+            (self.expression_prior.mean, mean),
+            (self.expression_prior.loadings, loadings),
+            (self.expression_prior.log_noise, np.log(noise)),
+        ):
+            parameter[rows] = torch.from_numpy(np.ascontiguousarray(content)).to(parameter)
+
+    @torch.no_grad()
+    def add_genes(self, ids: dict[str, int], seed: int) -> None:
+        """Add embeddings of new genes, see `ExpressionBackbone.add_genes`."""
+        super().add_genes(ids, seed)
+        if ids and self.expression_prior is not None:
+            self.expression_prior.add_rows(len(self.gene_embedding.weight), list(ids.values()))
 
     def decode_cell(self, tokens: Tensor, gene_ids: Tensor) -> Tensor:
         """Return values (B, G) of tokens (B, P + G, D) by the cell-wise decoder, Σ sigmoid(W·gene embedding) ⊙ CLS."""

@@ -35,6 +35,10 @@ class CellFMConfig(PretrainedConfig):
     gene_names
         Symbols in the order of their ids from 1, if the vocabulary may be stored with the weights. CellFM's own
         vocabulary is not stored (CC BY-NC-ND).
+    num_prior_factors
+        Factors of an `ExpressionPrior`, the linear-Gaussian model of the pre-training counts that the network then
+        corrects; 0 for none, as in the published model. With it, the value of a masked gene is encoded as its
+        conditional mean, plus the mask token.
     transform
         Name of the transform from counts to the values that the model takes, see `hinge.data.transforms`:
         `log1p_cp10k` for the published weights.
@@ -56,6 +60,7 @@ class CellFMConfig(PretrainedConfig):
         technical_tokens: bool = False,
         gene_names: list[str] | None = None,
         transform: str = "log1p_cp10k",
+        num_prior_factors: int = 0,
         **kwargs,
     ):
         self.num_genes = num_genes
@@ -69,6 +74,7 @@ class CellFMConfig(PretrainedConfig):
         self.zero_input = zero_input
         self.technical_tokens = technical_tokens
         self.gene_names = gene_names
+        self.num_prior_factors = num_prior_factors
         self.transform = get_transform(transform).name
         for name, allowed in {
             "masked_input": ("mask_token", "value_plus_zero_token"),

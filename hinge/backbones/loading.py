@@ -8,6 +8,7 @@ import torch
 
 from hinge.backbones.base import ExpressionBackbone
 from hinge.backbones.cellfm import CellFMModel
+from hinge.backbones.packaged import PACKAGED
 from hinge.backbones.published_cellfm import read_cellfm
 from hinge.backbones.published_scgpt import is_scgpt, read_scgpt
 from hinge.backbones.published_tahoe import is_tahoe, read_tahoe
@@ -38,7 +39,8 @@ def load_backbone(path: str | Path, dtype: torch.dtype | str | None = None, **op
     Parameters
     ----------
     path
-        A folder that `save_pretrained` or `hinge convert` wrote, `owner/name` on the Hugging Face Hub, or published
+        `hinge-cellfm-mini` (values log1p(cp10k)) or `hinge-cellfm-mini-log2p1`, which are part of this package; a
+        folder that `save_pretrained` or `hinge convert` wrote, `owner/name` on the Hugging Face Hub, or published
         weights: a file of CellFM (see `CellFMModel.from_pretrained`), a folder of scGPT or scGPT-spatial
         (`best_model.pt`, `args.json`, `vocab.json`), or a folder of Tahoe-x1 (`model.safetensors`,
         `model_config.yml`, `vocab.json`).
@@ -60,7 +62,7 @@ def load_backbone(path: str | Path, dtype: torch.dtype | str | None = None, **op
     ConfigError
         An option is missing or does not fit the file.
     """
-    path = find_weights(path)
+    path = PACKAGED.get(str(path)) or find_weights(path)
     kind, weights = read_weights(path, **options)
     return build(MODELS[kind], weights, path, dtype).requires_grad_(False)
 

@@ -28,6 +28,13 @@ def sample(
         Path | None,
         typer.Option(help="h5ad with measured genes; the other genes are drawn given them.", show_default=False),
     ] = None,
+    genes: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of genes outside the panel that the backbone knows; they are drawn too, into another file.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="h5ad to write, for one slide.")] = None,
 ) -> None:
     """Draw the expression of every spot of a slide, several times.
@@ -38,6 +45,7 @@ def sample(
     Example: hinge sample runs/her2st --slide C5 --draws 20 --steps 20 --seed 0, or: hinge sample runs/her2st --slide
     biopsy.svs
     """
+    from hinge.data.panel import read_panel
     from hinge.utils.parallel import each_slide, work_alone
 
     opened = open_folder(run, trained=True)
@@ -48,6 +56,7 @@ def sample(
         raise ConfigError("--output takes the draws of one slide; leave it out for several")
     if observed is not None and len(names) > 1:
         raise ConfigError("--observed takes measurements of one slide; leave it out for several")
+    outside = None if genes is None else read_panel(genes).genes
     if len(names) > 1:
         work_alone()  # processes share the slides, and the spots of a slide that is alone
 
@@ -63,6 +72,7 @@ def sample(
             seed=seed,
             batch_size=batch_size,
             observed=observed,
+            genes=outside,
         )
 
     for _, written in each_slide(names, draw, opened.folder / "samples"):

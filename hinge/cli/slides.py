@@ -51,7 +51,7 @@ def features(
 
     loaded = load_encoder(encoder, pooling=pooling)
     work_alone()
-    file_part = (encoder if pooling is None else f"{pooling}:{encoder}").replace("/", "_").replace(":", "_")
+    file_part = loaded.name.replace("/", "_").replace(":", "_")
 
     def extract(name: str) -> Path:
         slide = read_slide(data, name, image=image, um_per_px=um_per_px, require_counts=False)

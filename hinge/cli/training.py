@@ -18,7 +18,11 @@ def pretrain_expression(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the backbone.", show_default=False)],
     sample: Annotated[list[str] | None, typer.Option(help="Only these samples; repeat for several.")] = None,
     panel: Annotated[
-        Path | None, typer.Option(help="File of the genes of the vocabulary.  [default: all shared genes]")
+        Path | None, typer.Option(help="File of the genes of the vocabulary.  [default: see --num-genes]")
+    ] = None,
+    num_genes: Annotated[
+        int | None,
+        typer.Option(help="Without --panel: the most expressed genes.  [default: all in half of the samples]"),
     ] = None,
     transform: Annotated[str, typer.Option(help="log2p1 or log1p_cp10k.")] = DEFAULT_TRANSFORM,
     hidden_size: Annotated[int, typer.Option(help="Width of a token.")] = _BACKBONE.hidden_size,
@@ -30,6 +34,13 @@ def pretrain_expression(
     batch_size: Annotated[int, typer.Option(help="Spots of a step, over all processes.")] = _PRETRAIN.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Largest learning rate.")] = _PRETRAIN.learning_rate,
     precision: Annotated[str, typer.Option(help="no (float32) or bf16.")] = _PRETRAIN.precision,
+    genes_per_step: Annotated[
+        int, typer.Option(help="Genes of a step, at random where there are more.")
+    ] = _PRETRAIN.genes_per_step,
+    patient_prefix: Annotated[
+        int | None,
+        typer.Option(help="First characters of a sample's name that are its patient.  [default: each sample]"),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Pre-train an expression backbone (CellFM's architecture) on counts, by predicting masked genes.
@@ -54,8 +65,11 @@ def pretrain_expression(
             "batch_size": batch_size,
             "learning_rate": learning_rate,
             "precision": precision,
+            "genes_per_step": genes_per_step,
         },
         seed=seed,
+        patient_prefix=patient_prefix,
+        num_genes=num_genes,
     )
     print(f"backbone: {output}")
 

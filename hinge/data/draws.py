@@ -46,6 +46,8 @@ def draws_of_slide(values: np.ndarray, expected: np.ndarray, slide: AnnData, gen
                 )
     result = AnnData(X=values.mean(axis=0, dtype=np.float64).astype(np.float32))
     result.obs_names, result.var_names = slide.obs_names, genes
+    if "outside_panel" in about:
+        result.var["in_panel"] = ~result.var_names.isin(about["outside_panel"])
     result.layers["std"] = values.std(axis=0, dtype=np.float64).astype(np.float32)
     result.layers["expected"] = np.asarray(expected)
     for number, draw in enumerate(values):
@@ -96,8 +98,13 @@ def same_draws(path: Path, about: dict, slide: AnnData, genes: list[str]) -> boo
     there = read_draws(path)
     facts = {"name": slide_name(slide), **about}
     return (
-        all(there.uns["hinge"].get(key) == value for key, value in facts.items())
+        all(_plain(there.uns["hinge"].get(key)) == value for key, value in facts.items())
         and list(there.obs_names) == list(slide.obs_names)
         and list(there.var_names) == list(genes)
         and np.array_equal(there.obsm.get("spatial"), slide.obsm["spatial"])
     )
+
+
+def _plain(value: object) -> object:
+    """Return an array of a file as a list."""
+    return value.tolist() if isinstance(value, np.ndarray) else value

@@ -197,36 +197,6 @@ def spot_groups(slides: np.ndarray, coords: np.ndarray, groups: str) -> np.ndarr
     return slides
 
 
-def panel_values(slide: AnnData, genes: list[str], transform: str, drop_empty: bool = True) -> np.ndarray:
-    """Return transformed counts (n, G) of a slide on a list of genes; NaN columns for genes it lacks.
-
-    Spots without a count in these genes are left out with `drop_empty`.
-    """
-    columns = slide.var_names.get_indexer(genes)
-    counts = slide.X[:, np.maximum(columns, 0)].toarray().astype(np.float32)
-    counts[:, columns < 0] = np.nan
-    total = np.asarray(slide.X.sum(axis=1), dtype=np.float32).ravel()
-    values = get_transform(transform).forward(counts, total)
-    return values[np.nansum(counts, axis=1) > 0] if drop_empty else values
-
-
-def stack_values(values: list[np.ndarray], genes: list[str]) -> np.ndarray:
-    """Concatenate the `panel_values` of several slides.
-
-    Raises
-    ------
-    DataError
-        No slide has one of the genes.
-    """
-    stacked = np.concatenate(values)
-    missing = [gene for gene, known in zip(genes, np.isfinite(stacked).any(axis=0), strict=True) if not known]
-    if missing:
-        raise DataError(
-            f"{len(missing)} genes of the panel are in none of the files to pre-train on: {', '.join(missing[:5])}"
-        )
-    return stacked
-
-
 def _slides(table: SpotTable) -> str:
     return ", ".join(np.unique(table.slide)) or "no slide"
 

@@ -20,6 +20,7 @@ from hinge.data.neighbourhood import slide_features
 from hinge.data.observed import observed_digest, read_observed
 from hinge.data.slide import slide_name
 from hinge.diffusion.inputs import SamplingSettings, SlideInputs
+from hinge.diffusion.outside_panel import OutsideGenes
 from hinge.diffusion.pipeline_settings import (
     BACKBONE_FOLDER,
     BackboneSource,
@@ -260,6 +261,7 @@ class HingePipeline(DiffusionPipeline):
         observed: AnnData | str | Path | None = None,
         batch_size: int | None = None,
         features: np.ndarray | str | Path | None = None,
+        genes: list[str] | None = None,
         progress: bool = True,
     ) -> AnnData:
         """Draw the expression of every spot of a slide.
@@ -276,6 +278,10 @@ class HingePipeline(DiffusionPipeline):
         features
             Features of the spots by the pipeline's encoder, as `hinge features` extracts them: an HDF5 file, or an
             array (n, d) in the order of the spots. None: extract them.
+        genes
+            Genes outside the panel that the backbone knows, to be drawn too: given each draw of the panel, by what the
+            backbone and its expression prior know of the relation between genes. They follow the panel in the result,
+            and `var["in_panel"]` is False.
         progress
             Whether to show a bar (only in a terminal).
 
@@ -291,9 +297,10 @@ class HingePipeline(DiffusionPipeline):
         DataError
             The slide has no image and no features are given, or a file does not fit.
         ConfigError
-            More steps than the model was trained with.
+            More steps than the model was trained with, or the backbone does not know one of `genes`.
         """
         settings = self.settings
+        outside = None if genes is None else self.outside_genes(genes)
         given = {
             "num_draws": num_draws,
             "seed": seed,
@@ -316,8 +323,39 @@ class HingePipeline(DiffusionPipeline):
         expected = np.zeros(values.shape[1:], dtype=np.float32)
         for part, draws in self.draw_parts(inputs, sampling, progress=progress):
             values[:, part], expected[part] = draws.values, draws.expected
-        about = self.provenance(sampling, encoder, digest, "" if observed is None else observed_digest(observed))
-        return draws_of_slide(values, expected, slide, settings.genes, about)
+        about = self.provenance(
+            sampling,
+            encoder,
+            digest,
+            "" if observed is None else observed_digest(observed),
+            outside.genes if outside else None,
+        )
+        if outside is None:
+            return draws_of_slide(values, expected, slide, settings.genes, about)
+        values, expected = outside.append(values, expected, inputs.spots, sampling)
+        return draws_of_slide(values, expected, slide, [*settings.genes, *outside.genes], about)
+
+    def outside_genes(self, genes: list[str]) -> OutsideGenes:
+        """Return the distribution of genes outside the panel given the panel; genes of the panel are left out.
+
+        Raises
+        ------
+        ConfigError
+            The backbone does not know a gene, or it has no expression prior.
+        """
+        settings, backbone = self.settings, self.model.backbone
+        outside = [gene for gene in dict.fromkeys(genes) if gene not in set(settings.genes)]
+        known = {name: number for number, name in enumerate(getattr(backbone.config, "gene_names", None) or [], 1)}
+        missing = [gene for gene in outside if gene not in known]
+        if missing or not outside:
+            raise ConfigError(
+                f"the backbone does not know {len(missing)} of {len(outside)} genes outside the panel (--genes): "
+                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+                if missing
+                else "all genes of --genes are in the panel, and are drawn without it"
+            )
+        ids = torch.tensor([known[gene] for gene in outside])
+        return OutsideGenes(backbone, torch.tensor(settings.gene_ids), ids, outside, settings.transform)
 
     def draw_parts(
         self,
@@ -331,7 +369,12 @@ class HingePipeline(DiffusionPipeline):
         return draw_parts(self.model, self.scheduler, gene_ids, inputs, sampling, parts, progress)
 
     def provenance(
-        self, sampling: SamplingSettings, encoder: str, encoder_digest: str, observed: str = ""
+        self,
+        sampling: SamplingSettings,
+        encoder: str,
+        encoder_digest: str,
+        observed: str = "",
+        genes: list[str] | None = None,
     ) -> dict[str, Any]:
         """Return what is needed to repeat draws, for `uns["hinge"]` of their AnnData.
 
@@ -343,8 +386,11 @@ class HingePipeline(DiffusionPipeline):
             Name and digest of the encoder of the features.
         observed
             Digest of the measured values; empty without any.
+        genes
+            Genes outside the panel; None for none.
         """
-        return {
+        outside = {} if genes is None else {"outside_panel": list(genes)}
+        return outside | {
             "transform": self.settings.transform,
             "seed": sampling.seed,
             "draws": sampling.num_draws,

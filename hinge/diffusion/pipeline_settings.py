@@ -12,6 +12,7 @@ from hinge.backbones.hgnc import GeneNames
 from hinge.backbones.vocabulary import OnMissing
 from hinge.data.panel import Panel
 from hinge.diffusion.inputs import SamplingSettings
+from hinge.encoders.names import with_pooling
 from hinge.utils import checksums
 from hinge.utils.errors import DataError, WeightsError, one_line
 from hinge.utils.files import read_json
@@ -146,7 +147,7 @@ def settings_of_run(folder: Path) -> PipelineSettings:
             genes=genes,
             gene_ids=gene_ids,
             transform=config["transform"],
-            encoder=features["encoder"],
+            encoder=with_pooling(features["encoder"], features.get("pooling")),
             patch_um=features.get("patch_um"),
             feature_batch_size=features.get("batch_size", 64),
             neighbourhood=features.get("neighbourhood", features.get("neighbours", False)),

@@ -33,6 +33,7 @@ class Stream(Enum):
     SPOT_NORMALS = "normal"
     SLIDE = "slide"
     LIKELIHOOD_ORDER = "order of"
+    OUTSIDE_PANEL = "outside the panel"
 
 
 def random_generator(stream: Stream, seed: int, name: str, draw: int, remasking: int = 0) -> np.random.Generator:

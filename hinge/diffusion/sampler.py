@@ -300,6 +300,7 @@ class _Sampler:
             scheduler.fill_masked(values, visible, batch.fill)[rows],
             visible[rows],
             batch.typical_condition[rows],
+            self.gene_ids,
             batch.typical_shift,
             None if batch.typical_library_sizes is None else batch.typical_library_sizes[rows],
         )
@@ -379,7 +380,7 @@ class _Sampler:
         """Return the values (B, G) that genes take if they are revealed together in step `number`."""
         filled = self.scheduler.fill_masked(values, visible, batch.fill)
         output, left = self.model.read_out(
-            h, filled, visible, batch.condition, batch.shift, batch.library_sizes, subset
+            h, filled, visible, batch.condition, self.gene_ids, batch.shift, batch.library_sizes, subset
         )
         normal = self._tensor(numbers.value)
         factors = self.model.gene_factor_model

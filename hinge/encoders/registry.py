@@ -1,6 +1,5 @@
 """Load a histology encoder by name: published, from timm or the Hugging Face Hub, or from a local folder."""
 
-import contextlib
 import hashlib
 import importlib.metadata
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch import nn
 
 from hinge.encoders import stain_texture
 from hinge.encoders.encoder import Encoder, Joined, Preprocess
+from hinge.encoders.names import STAGES, WITHOUT_STAGES, split_name, with_pooling
 from hinge.encoders.networks import AttentionPooledViT, PooledStages, PooledTokens
 from hinge.encoders.recipes import PATCH_UM, RECIPES, Recipe, build
 from hinge.encoders.weights import load_weights
@@ -25,8 +25,6 @@ from hinge.utils.files import arrays_digest, read_json
 # largest network that a config.json may describe
 _LARGEST_SIZE, _MOST_BLOCKS = 1 << 16, 1000
 RANDOM_SEED = 0
-_STAGES = "stages:"
-_WITHOUT_STAGES = ("stain-texture",)
 
 
 def load_encoder(
@@ -84,21 +82,12 @@ def load_encoder(
         name = f"{name}@{weights}"
     if pooling not in (None, "stages"):
         raise ConfigError(f"pooling of an encoder is 'stages' or None, not {pooling!r}")
-    parts = [name] if _is_path(name.partition("@")[2] or name.removeprefix(_STAGES)) else name.split("+")
-    if pooling == "stages":
-        parts = [part if part in _WITHOUT_STAGES else f"{_STAGES}{part.removeprefix(_STAGES)}" for part in parts]
-    encoders = [_load_one(part, device) for part in parts]
+    encoders = [_load_one(part, device) for part in split_name(with_pooling(name, pooling))]
     return encoders[0] if len(encoders) == 1 else _join(encoders)
 
 
-def _is_path(name: str) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(name).exists()
-    return False
-
-
 def _load_one(name: str, device: torch.device) -> Encoder:
-    if name.startswith(_STAGES):
+    if name.startswith(STAGES):
         return _with_stages(name, device)
     if name == "stain-texture":
         return _stain_texture(device)
@@ -128,8 +117,8 @@ def _load_one(name: str, device: torch.device) -> Encoder:
 
 def _with_stages(name: str, device: torch.device) -> Encoder:
     """Return an encoder whose network is pooled by stages."""
-    plain = name.removeprefix(_STAGES)
-    if plain in _WITHOUT_STAGES:
+    plain = name.removeprefix(STAGES)
+    if plain in WITHOUT_STAGES:
         raise ConfigError(f"encoder {plain} has no stages")
     encoder = _load_one(plain, device)
     if isinstance(encoder.module, PooledStages):
@@ -140,7 +129,7 @@ def _with_stages(name: str, device: torch.device) -> Encoder:
     with torch.inference_mode():
         px = encoder.patch_px
         dim = module(torch.zeros(1, 3, px, px, device=device)).shape[1]
-    digest = hashlib.sha256(f"{_STAGES}{encoder.digest}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{STAGES}{encoder.digest}".encode()).hexdigest()
     return replace(encoder, name=name, module=module, dim=dim, digest=digest)
 
 

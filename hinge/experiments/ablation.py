@@ -99,7 +99,7 @@ def _run_waiting(waiting: list[Cell], jobs: int) -> list[Failure]:
         cell.error_path.unlink(missing_ok=True)
         data, features = cell.config.data, cell.config.features
         for slide in (*data.train, *data.test):
-            patches[f"{features.encoder} features of {data.path}/{slide} in {features.folder}"] = (cell, slide)
+            patches[f"{features.encoder_name} features of {data.path}/{slide} in {features.folder}"] = (cell, slide)
     # an error here appears again in every cell that needs these features
     run_tasks("features", extract, patches, jobs)
     foundations = {str(cell.foundation.output): (cell.foundation,) for cell in waiting if cell.foundation is not None}

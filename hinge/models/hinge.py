@@ -287,7 +287,7 @@ class HingeModel(ModelMixin, ConfigMixin):
             features = self.with_library_size(features, library_size)
         subset = None if present is None else GeneSubset(None, present)
         h = self.tokens(values, visible, timestep, dropped, gene_ids, next_visible, subset)  # (B, P + G, D)
-        return self.read_out(h, values, visible, features, slide_shift, library_size, subset)[0]
+        return self.read_out(h, values, visible, features, gene_ids, slide_shift, library_size, subset)[0]
 
     def read_out(
         self,
@@ -295,6 +295,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         values: Tensor,
         visible: Tensor,
         features: Tensor,
+        gene_ids: Tensor,
         slide_shift: Tensor | None = None,
         library_size: Tensor | None = None,
         subset: GeneSubset | None = None,
@@ -309,7 +310,7 @@ class HingeModel(ModelMixin, ConfigMixin):
             Distribution over (B, G), and W (B, K, G) for `GeneFactorModel.innovation`, None without gene factors.
         """
         factors, log_scale, left = self.gene_factor_model, None, None
-        location = self.decode(h, subset)  # (B, n)
+        location = self.decode(h, values, visible, gene_ids, subset)  # (B, n)
         h = h[:, self.backbone.num_prefix_tokens :]  # (B, n, D)
         if subset is not None and subset.index is not None:
             # a gene without a token gets the offset, which the gene factor model takes as no prediction
@@ -354,9 +355,17 @@ class HingeModel(ModelMixin, ConfigMixin):
         h = backbone.embed(values, visible, gene_ids)  # (B, P + n, D)
         return self.modulation(backbone, h, parts, backbone.layer_inputs(visible, present), partial(run_layer, self))
 
-    def decode(self, h: Tensor, subset: GeneSubset | None = None) -> Tensor:
-        """Return the backbone's prediction (B, n), in units of values, of tokens (B, P + n, D)."""
+    def decode(
+        self, h: Tensor, values: Tensor, visible: Tensor, gene_ids: Tensor, subset: GeneSubset | None = None
+    ) -> Tensor:
+        """Return the backbone's prediction (B, n), in units of values, of tokens (B, P + n, D).
+
+        Other arguments as those of `tokens`.
+        """
         decoded = at_least_float32(self.backbone.decode(h))
+        expected = self.backbone.expected(values, visible, gene_ids)
+        if expected is not None:
+            decoded = decoded + (expected if subset is None else subset.gather(expected))
         if self.value_bins is None:
             return decoded
         return self.value_bins.decode(decoded, None if subset is None else subset.index)

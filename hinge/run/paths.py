@@ -82,8 +82,7 @@ class RunPaths:
     def features(self, slide: str) -> Path:
         """The feature file of a slide."""
         settings = self._settings.features
-        encoder = settings.encoder if settings.pooling is None else f"{settings.pooling}:{settings.encoder}"
-        encoder = encoder.replace("/", "_").replace(":", "_")
+        encoder = settings.encoder_name.replace("/", "_").replace(":", "_")
         own = self.folder / "features" / f"{slide}.{encoder}.h5"
         if settings.folder is None:
             return own

@@ -16,13 +16,15 @@ import numpy as np
 from anndata import AnnData
 
 from hinge.config import RunConfig
+from hinge.data.count_table import CountTable, panel_counts, read_counts
 from hinge.data.features import difference_from, read_features
 from hinge.data.neighbourhood import slide_features
 from hinge.data.panel import Panel, read_panel, select_panel
 from hinge.data.readers import read_slide, table
 from hinge.data.readers.h5ad import positive_length
 from hinge.data.slide import slide_name
-from hinge.data.spots import SpotTable, concatenate_spots, load_spots, panel_values, stack_values
+from hinge.data.spots import SpotTable, concatenate_spots, load_spots
+from hinge.data.transforms import get_transform
 from hinge.run.genes import GeneMatcher
 from hinge.run.paths import RunPaths
 from hinge.utils import checksums
@@ -132,8 +134,8 @@ class Preparation:
         """The histology encoder."""
         from hinge.encoders import load_encoder
 
-        settings, digest = self.config.features, self._of_model.get("encoder_digest")
-        encoder = load_encoder(settings.encoder, pooling=settings.pooling)
+        digest = self._of_model.get("encoder_digest")
+        encoder = load_encoder(self.config.features.encoder_name)
         if digest is not None and encoder.digest != digest:
             raise WeightsError(
                 f"the encoder {encoder.name} has other weights, or another pooling, than the model in "
@@ -251,18 +253,25 @@ class Preparation:
                 counts = torch.from_numpy(slide.X[rows][:, known.index].toarray().astype(np.float32))
                 ranked = backbone.encode_values(counts, counts.sum(dim=1), torch.from_numpy(known.ids)).numpy()
                 of_slide[rows, there] = ranked[:, [column[panel[number]] for number in there]]
-            kept = panel_values(slide, panel, self.config.transform, drop_empty=False)
-            values.append(np.nan_to_num(kept))
+            found, sizes = panel_counts(slide, panel)
+            values.append(get_transform(self.config.transform).forward(np.nan_to_num(found), sizes))
             bins.append(of_slide)
         return np.concatenate(values), np.concatenate(bins)
 
-    def pretraining_values(self) -> np.ndarray:
-        """Return transformed counts (n, G), on the panel, of the slides to pre-train the backbone on."""
+    def pretraining_counts(self) -> CountTable:
+        """Return the counts, on the panel, of the slides to pre-train the backbone on."""
         genes, data = self.panel().genes, self.config.data
         if not data.pretrain:
             logger.info("data.pretrain names no samples: the expression model is pre-trained on the training slides")
         slides = (self.slide(name, require_image=False) for name in data.pretrain or data.train)
-        return stack_values([panel_values(slide, genes, self.config.transform) for slide in slides], genes)
+        return read_counts(slides, genes, self.patient)
+
+    def patient(self, name: str) -> str:
+        """Return the patient of a sample: of the table of slides, or the first characters of its name."""
+        data = self.config.data
+        if table.recognises(data.path) and (patient := table.read_table(data.path)[name]["patient"]):
+            return patient
+        return name if data.patient_prefix is None else name[: data.patient_prefix]
 
 
 def spot_names(spots: SpotTable) -> list[str]:

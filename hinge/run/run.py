@@ -14,6 +14,7 @@ import numpy as np
 from anndata import AnnData
 
 from hinge.config import RunConfig, load_config
+from hinge.data.count_table import CountTable
 from hinge.data.panel import Panel
 from hinge.data.spots import SpotTable
 from hinge.run.paths import read_run_config
@@ -98,6 +99,7 @@ class Run:
         seed: int | None = None,
         batch_size: int | None = None,
         observed: Path | None = None,
+        genes: list[str] | None = None,
     ) -> Path:
         """Draw the expression of a slide's spots; finished draws with the same settings are kept.
 
@@ -116,6 +118,9 @@ class Run:
         observed
             h5ad with measured counts of some genes in some or all spots: they are kept, and the others are drawn
             given them. See `hinge.data.observed.read_observed`.
+        genes
+            Genes outside the panel that are drawn too, see `HingePipeline.__call__`; the default file is then
+            `samples/<slide>.outside-panel.h5ad`.
 
         Returns
         -------
@@ -127,7 +132,7 @@ class Run:
             slide = self._inputs.slide_to_sample(name)
         from hinge.run.sampling import sample_slide
 
-        return sample_slide(self._inputs, slide, output, draws, steps, seed, batch_size, observed)
+        return sample_slide(self._inputs, slide, output, draws, steps, seed, batch_size, observed, genes)
 
     def fit_baselines(self, slides: list[str] | None = None) -> dict[str, Path]:
         """Fit the baselines on the training slides and predict slides by them; finished predictions are kept.
@@ -229,9 +234,9 @@ class Run:
         """Return the vocabulary ids (G,) of the panel."""
         return self._inputs.gene_ids(backbone)
 
-    def pretraining_values(self) -> np.ndarray:
-        """Return transformed counts (n, G), on the panel, of the slides to pre-train the backbone on."""
-        return self._inputs.pretraining_values()
+    def pretraining_counts(self) -> CountTable:
+        """Return the counts, on the panel, of the slides to pre-train the backbone on."""
+        return self._inputs.pretraining_counts()
 
     def pipeline(self) -> HingePipeline:
         """Return the trained model and its scheduler, ready to sample."""

@@ -72,6 +72,7 @@ def sample_slide(
     seed: int | None = None,
     batch_size: int | None = None,
     observed: Path | None = None,
+    genes: list[str] | None = None,
 ) -> Path:
     """Draw the expression of a slide's spots and return the file; see `Run.sample`."""
     config, diffusion = inputs.config.sampling, inputs.config.diffusion
@@ -81,11 +82,14 @@ def sample_slide(
             f"{settings.num_inference_steps} steps cannot be taken, the run has diffusion.num_train_timesteps "
             f"{diffusion.num_train_timesteps}"
         )
-    output = output or inputs.paths.samples(slide_name(slide))
+    name = slide_name(slide) if genes is None else f"{slide_name(slide)}.outside-panel"
+    output = output or inputs.paths.samples(name)
     pipeline = load_pipeline(inputs).to(PRECISIONS[config.precision])
+    outside = None if genes is None else pipeline.outside_genes(genes)
     encoder, digest = inputs.encoder, "" if observed is None else observed_digest(observed)
-    about = pipeline.provenance(settings, encoder.name, encoder.digest, digest)
-    if output.exists() and same_draws(output, about, slide, pipeline.genes):
+    about = pipeline.provenance(settings, encoder.name, encoder.digest, digest, outside.genes if outside else None)
+    drawn = [*pipeline.genes, *(outside.genes if outside else [])]
+    if output.exists() and same_draws(output, about, slide, drawn):
         remove_leftovers(output)
         logger.info("%s is finished", output)
         return output
@@ -96,7 +100,9 @@ def sample_slide(
         unfinished = _draw(pipeline, spots, settings, about, output, accelerator)
         if accelerator.is_main_process:
             values, expected = unfinished.read()
-            write_draws(output, values, expected, slide, inputs.panel().genes, about)
+            if outside is not None:
+                values, expected = outside.append(values, expected, spots.spots, settings)
+            write_draws(output, values, expected, slide, drawn, about)
             unfinished.remove()
             logger.info("wrote %s (%d draws of %d spots)", output, settings.num_draws, slide.n_obs)
         accelerator.wait_for_everyone()

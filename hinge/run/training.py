@@ -4,12 +4,13 @@ import contextlib
 import logging
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
 from hinge.backbones import CellFMConfig, CellFMModel, ExpressionBackbone, read_config
 from hinge.backbones.loading import MODELS
+from hinge.backbones.packaged import packaged_for
+from hinge.data.count_table import CountTable
 from hinge.data.readers import require_samples
 from hinge.data.spots import SpotTable
 from hinge.diffusion import MaskedDiffusionScheduler
@@ -43,9 +44,9 @@ def pretrain_backbone(inputs: Preparation) -> Path:
         with undone_on_error(paths):
             claim_folder(inputs.config, paths)
             finished = (paths.backbone / "config.json").exists()
-            values = None if finished else inputs.pretraining_values()
-        if values is not None:
-            _pretrain(inputs, values)
+            counts = None if finished else inputs.pretraining_counts()
+        if counts is not None:
+            _pretrain(inputs, counts)
             logger.info("wrote %s", paths.backbone)
         return paths.backbone
 
@@ -73,35 +74,50 @@ def train_model(inputs: Preparation) -> Path:
         # one process reads slides, selects genes and extracts features; the others then find them
         with accelerator.main_process_first(), undone_on_error(paths):
             claim_folder(inputs.config, paths)
-            spots, backbone, values = _prepare(inputs)
+            spots, backbone, counts = _prepare(inputs)
             if accelerator.is_main_process:
                 write_environment(paths.environment)
         if backbone is None:
-            backbone = _pretrain(inputs, values)
+            backbone = _pretrain(inputs, counts)
             accelerator = make_accelerator(inputs.config.training, paths.training)
         return _train(inputs, spots, backbone, accelerator)
 
 
-def _prepare(inputs: Preparation) -> tuple[SpotTable, ExpressionBackbone | None, np.ndarray | None]:
-    """Return training spots and the backbone, or the values to pre-train it on; errors of the input are raised here."""
+def _prepare(inputs: Preparation) -> tuple[SpotTable, ExpressionBackbone | None, CountTable | None]:
+    """Return training spots and the backbone, or the counts to pre-train it on; errors of the input are raised here."""
     data, settings = inputs.config.data, inputs.config.backbone
     # wrong names are reported before slides are read
     require_samples(data.path, [*data.train, *data.test, *data.pretrain], data.format)
     _ = inputs.encoder
     spots = inputs.spots(data.train)
-    if settings.weights == "random" and not inputs.paths.has_backbone:
-        _write_random_backbone(inputs)
     if not inputs.paths.has_backbone:
-        return spots, None, inputs.pretraining_values()
+        if settings.weights == "random":
+            _write_random_backbone(inputs)
+        elif not data.pretrain:
+            _write_packaged_backbone(inputs)
+    if not inputs.paths.has_backbone:
+        return spots, None, inputs.pretraining_counts()
     backbone = inputs.backbone()
     inputs.gene_ids(backbone)
     return spots, backbone, None
 
 
-def _pretrain(inputs: Preparation, values: np.ndarray) -> CellFMModel:
-    settings, genes = inputs.config.backbone, inputs.panel().genes
+def _pretrain(inputs: Preparation, counts: CountTable) -> CellFMModel:
+    settings = inputs.config.backbone
     size = CellFMConfig(transform=inputs.config.transform, **settings.architecture())
-    return pretrain_expression(values, genes, size, settings.pretrain, inputs.paths.backbone, seed=inputs.config.seed)
+    return pretrain_expression(counts, size, settings.pretrain, inputs.paths.backbone, seed=inputs.config.seed)
+
+
+def _write_packaged_backbone(inputs: Preparation) -> None:
+    """Write the packaged backbone as that of the run, where it knows the panel."""
+    genes = inputs.panel().genes
+    architecture = inputs.config.backbone.architecture()
+    model = packaged_for(inputs.config.transform, genes, architecture, inputs.config.seed)
+    if model is None:
+        return
+    with atomic_path(inputs.paths.backbone) as temporary:
+        model.save_pretrained(temporary)
+    logger.info("wrote %s (hinge-cellfm-mini)", inputs.paths.backbone)
 
 
 def _write_random_backbone(inputs: Preparation) -> None:

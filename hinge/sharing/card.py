@@ -191,7 +191,7 @@ def run_card(run: Run, repository: str, licence: str, encoder: str, title: str |
 def _inherited(run: Run) -> str:
     """Return sentences on the licences of the encoder and of a backbone from elsewhere."""
     sentences = []
-    encoder = encoder_licence(run.config.features.encoder)
+    encoder = encoder_licence(run.config.features.encoder_name)
     if encoder is not None:
         sentences.append(
             f"The weights of the histology encoder are not part of this repository; their licence: {_plain(encoder)}."

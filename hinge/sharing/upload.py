@@ -139,7 +139,7 @@ def prepare(
     if not (run.paths.model / HingeModel.config_name).exists():
         raise DataError(f"{run.folder} holds no trained model; run hinge train first")
     _check_identifier(licence)
-    encoder = encoder or run.config.features.encoder
+    encoder = encoder or run.config.features.encoder_name
     if any("@" in part or Path(part).expanduser().exists() for part in encoder.split("+")):
         raise ConfigError(
             f"the run's encoder {encoder} is a local file: upload it with hinge push and give its name with "

@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
+from anndata import AnnData
 from pydantic import ValidationError
 
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.config import BackboneConfig, explain
+from hinge.data.count_table import read_counts
 from hinge.data.panel import read_panel
 from hinge.data.readers import list_samples, listed_names, read_slide
-from hinge.data.spots import panel_values, stack_values
 from hinge.training import pretrain_expression
 from hinge.utils.errors import ConfigError, DataError
 
@@ -22,6 +24,8 @@ def pretrain_on_files(
     architecture: dict,
     settings: dict,
     seed: int,
+    patient_prefix: int | None = None,
+    num_genes: int | None = None,
 ) -> CellFMModel:
     """Pre-train an expression backbone on the counts of files and folders.
 
@@ -34,13 +38,17 @@ def pretrain_on_files(
     samples
         Names of the samples; None for all.
     panel
-        File with the genes of the vocabulary; None for the genes that all files share.
+        File with the genes of the vocabulary; None for the most expressed ones, see `num_genes`.
     transform
         Units of the values.
     architecture, settings
         Keys of `BackboneConfig` and of its `pretrain`.
     seed
         Seed of the weights and the masks.
+    patient_prefix
+        How many first characters of a sample's name are its patient; None: every sample is a patient.
+    num_genes
+        Most genes of the vocabulary where there is no panel; None: all that at least half of the samples have.
     """
     try:
         config = BackboneConfig.model_validate({**architecture, "pretrain": settings})
@@ -59,9 +67,24 @@ def pretrain_on_files(
     if panel is not None:
         genes = read_panel(panel).genes
     else:
-        genes = sorted(set.intersection(*(set(slide.var_names) for slide in slides)))
+        genes = most_expressed(slides, num_genes)
         if not genes:
-            raise DataError("the count files share no gene; give --panel")
-    values = stack_values([panel_values(slide, genes, transform) for slide in slides], genes)
+            raise DataError("no gene is in at least half of the samples; give --panel")
+    counts = read_counts(slides, genes, lambda name: name if patient_prefix is None else name[:patient_prefix])
     size = CellFMConfig(transform=transform, **config.architecture())
-    return pretrain_expression(values, genes, size, config.pretrain, output, seed=seed)
+    return pretrain_expression(counts, size, config.pretrain, output, seed=seed)
+
+
+def most_expressed(slides: list[AnnData], number: int | None) -> list[str]:
+    """Return the genes that at least half of the slides have and whose mean share of the counts is largest, sorted.
+
+    Each slide weighs the same, whatever its library sizes.
+    """
+    found: dict[str, list[float]] = {}
+    for slide in slides:
+        total = np.asarray(slide.X.sum(axis=0), dtype=np.float64).ravel()
+        for gene, share in zip(slide.var_names, total / max(total.sum(), 1), strict=True):
+            if share > 0:
+                found.setdefault(gene, []).append(share)
+    common = {gene: sum(shares) for gene, shares in found.items() if 2 * len(shares) >= len(slides)}
+    return sorted(sorted(common, key=lambda gene: -common[gene])[:number])

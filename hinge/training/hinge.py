@@ -316,6 +316,7 @@ def _initialise(
     of_training = initialise_gene_factors(model, scheduler, gene_ids, spots.subset(training), seed)
     # moving it along with residuals that are out of fold would undo the cross-validation of its penalty
     model.gene_factor_model.mean.requires_grad_(False)
+    model.gene_factor_model.log_scale.weight.requires_grad_(False)
     slide_shift = torch.zeros(spots.values.shape)
     for name in np.unique(spots.slide[training]):
         # a spot that is held out has its slide's shift, because its regression is out of fold already

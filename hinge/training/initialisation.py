@@ -15,6 +15,8 @@ from hinge.training.partly_masked import fit_visible_share, partly_masked_spots
 from hinge.training.spatial_correlation import SpatialCorrelation
 
 SMALLEST_SCALE = 0.05
+# of a gene's deviation, added to residuals before their logarithm is taken
+RESIDUAL_FLOOR = 0.1
 
 
 @torch.no_grad()
@@ -69,8 +71,9 @@ def initialise_gene_factors(
     ):
         write(parameter, content)
     _set_noise(factors, unexplained, SpatialCorrelation(spots.coords, slide_of))
+    _set_scale_weights(factors, x, unexplained, spot_groups(spots.slide, spots.coords, "fold"))
     partly = partly_masked_spots(factors, scheduler, backbone, offset, regression)
-    _set_scales(factors, partly, unexplained, 1 - model.config.masked_decoding)
+    _set_scales(factors, partly, unexplained, 1 - model.config.masked_decoding, x.mean(axis=0))
     return torch.from_numpy(regression - ridge.predict(x)).float()
 
 
@@ -111,7 +114,8 @@ class _Backbone:
             inputs = (filled[rows], visible[rows], timesteps[rows], self.condition[rows])
             inputs = (*(tensor.to(self.device) for tensor in inputs), self.gene_ids)
             tokens = self.model.tokens(*inputs, next_visible=following[rows].to(self.device))
-            parts.append(self.model.decode(tokens).float().cpu())
+            decoded = self.model.decode(tokens, inputs[0], inputs[1], self.gene_ids)
+            parts.append(decoded.float().cpu())
         return torch.cat(parts).double().numpy(), visible.double().numpy()
 
 
@@ -185,11 +189,24 @@ def _set_noise(factors: GeneFactorModel, unexplained: np.ndarray, spatial: Spati
     write(factors.log_noise, np.log(np.maximum(variance, SMALLEST_SCALE**2)))
 
 
-def _set_scales(factors: GeneFactorModel, partly: list, unexplained: np.ndarray, left_out: float) -> None:
+def _set_scale_weights(factors: GeneFactorModel, x: np.ndarray, unexplained: np.ndarray, groups: np.ndarray) -> None:
+    """Set how a gene's log-scale follows the features (n, d): ridge regression of the logarithm of the residuals.
+
+    The penalty is cross-validated, because spots are few: trained by gradients, the weights fit the training slides and
+    widen or narrow the distributions of another slide at random.
+    """
+    floor = RESIDUAL_FLOOR * unexplained.std(axis=0) + SMALLEST_SCALE
+    fit = fit_ridge(x, 0.5 * np.log(unexplained**2 + floor**2), groups)
+    write(factors.log_scale.weight, fit.weight)
+
+
+def _set_scales(
+    factors: GeneFactorModel, partly: list, unexplained: np.ndarray, left_out: float, centre: np.ndarray
+) -> None:
     """Set how backbone, regression and factors are weighed, and log-scales, over the share of visible genes.
 
     partly is of `partly_masked_spots`, unexplained (n, G) what is left of fully masked spots, left_out the share of the
-    decoded values that does not count where no gene is visible.
+    decoded values that does not count where no gene is visible, centre (d,) the mean of the features.
     """
     phi, variances = np.zeros(1), unexplained.var(axis=0)[None]
     if partly:
@@ -207,5 +224,6 @@ def _set_scales(factors: GeneFactorModel, partly: list, unexplained: np.ndarray,
     num_spots, num_genes = unexplained.shape
     counts = np.array([num_spots, *(each.weight.sum() / num_genes for each in partly)])
     line = np.polynomial.polynomial.polyfit(phi, log_scales, 1 if len(phi) > 1 else 0, w=np.sqrt(counts))
-    write(factors.log_scale.bias, line[0])
+    # the log-scales above are of a typical spot
+    write(factors.log_scale.bias, line[0] - factors.log_scale.weight.cpu().double().numpy() @ centre)
     write(factors.visible_log_scale, line[1] if len(line) > 1 else np.zeros(num_genes))

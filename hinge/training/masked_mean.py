@@ -67,7 +67,7 @@ class _MaskedSpots:
     """Training spots without any visible gene, and the tokens that the backbone makes of them."""
 
     def __init__(self, model, scheduler, gene_ids: Tensor, features: Tensor, batch_size: int):
-        self.model, device = model, model.feature_mean.device
+        self.model, self.gene_ids, device = model, gene_ids, model.feature_mean.device
         enough = min(MEAN_SPOTS, max(32, MEAN_NUMBERS // (len(gene_ids) * model.config.hidden_size)))
         chosen = np.linspace(0, len(features) - 1, min(len(features), enough)).astype(int)
         self.condition = model.standardise(features[torch.from_numpy(chosen)].to(device))
@@ -89,8 +89,8 @@ class _MaskedSpots:
         """Return the location or the mean (n, G) of the head's distributions whose locations are shifted by (n, G)."""
         parts = []
         for rows, tokens in zip(self.batches, self.tokens, strict=True):
-            inputs = (tokens, self.filled[rows], self.nothing[rows], self.condition[rows], shift[rows].float())
+            inputs = (tokens, self.filled[rows], self.nothing[rows], self.condition[rows], self.gene_ids)
             known = None if self.library_size is None else self.library_size[rows]
-            output, _ = self.model.read_out(*inputs, known)
+            output, _ = self.model.read_out(*inputs, shift[rows].float(), known)
             parts.append(getattr(output, part).double())
         return torch.cat(parts)

@@ -91,6 +91,10 @@ class PretrainConfig(BaseModel):
     steps: int = Field(3000, ge=1, description="a number of optimiser steps")
     batch_size: int = Field(64, ge=1, description="the spots of a step, over all processes")
     learning_rate: float = Field(1e-3, gt=0, description="the largest learning rate, a number above 0")
+    genes_per_step: int = Field(512, ge=1, description="the genes of a step, at random where the vocabulary has more")
+    expression_prior: bool = Field(
+        True, description="whether the network corrects a factor model of the counts, fitted first in closed form"
+    )
     precision: Precision = Field("no", description="no for float32, or bf16 for mixed precision")
     evaluate_every: int | None = Field(
         None, ge=1, description="the steps between evaluations, each with a checkpoint; null: once an epoch"
@@ -98,4 +102,5 @@ class PretrainConfig(BaseModel):
 
     def loop(self) -> LoopConfig:
         """Return the settings of the training loop."""
-        return LoopConfig(**self.model_dump(), checkpoint_every=self.evaluate_every, warmup_steps=100)
+        settings = self.model_dump(exclude={"genes_per_step", "expression_prior"})
+        return LoopConfig(**settings, checkpoint_every=self.evaluate_every, warmup_steps=100, ema_decay=0.99)

@@ -68,7 +68,7 @@ def test_absent_tokens_equal_hidden_ones(backbone, options, ragged):
     features = model.standardise(given.pop("features"))
     h = model.tokens(**given, features=features, gene_ids=IDS, subset=subset)
     assert h.shape[1] == model.backbone.num_prefix_tokens + subset.index.shape[1]
-    output, _ = model.read_out(h, given["values"], visible, features, subset=subset)
+    output, _ = model.read_out(h, given["values"], visible, features, IDS, subset=subset)
     there = present > 0
     torch.testing.assert_close(output.mean[there], hidden.mean[there], atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(output.stddev[there], hidden.stddev[there], atol=2e-5, rtol=1e-5)

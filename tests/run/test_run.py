@@ -108,6 +108,7 @@ def test_the_folder_holds_what_is_needed_to_understand_the_run(finished):
         "backbone/config.json",
         "backbone/model.safetensors",
         "backbone-training/log.jsonl",
+        "backbone-training/masked_genes.json",
         "backbone-training/latest.safetensors",
         "backbone-training/best.safetensors",
         "training/log.jsonl",
@@ -457,7 +458,7 @@ def test_without_slides_to_pretrain_on_the_training_slides_serve(slides, tmp_pat
         run.pretrain()
     assert "the expression model is pre-trained on the training slides" in caplog.text
     spots = sum(int((read_slide(slides, name)[:, run.panel().genes].X.sum(1) > 0).sum()) for name in ("sim0", "sim1"))
-    assert len(run.pretraining_values()) == spots
+    assert len(run.pretraining_counts()) == spots
     assert (run.paths.backbone / "config.json").exists()
 
 

@@ -19,8 +19,8 @@ from PIL import Image
 
 from hinge.config import check_config, save_config
 from hinge.data import SlideImage, read_slide, simulate_slides
+from hinge.data.count_table import read_counts
 from hinge.data.draws import write_draws
-from hinge.data.spots import panel_values
 from hinge.evaluation import correlation_matrix
 from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, DataError
@@ -55,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
     for name in ("sim0", "sim1"):
         slide = read_slide(data / "slides", name)
         genes = slide.var_names[:24].tolist()
-        values = panel_values(slide, genes, "log2p1")
+        values = read_counts([slide], genes).values("log2p1")
         draws = np.maximum(0, values + rng.normal(0, 0.7, (N_DRAWS, *values.shape))).astype(np.float32)
         path = data / "run" / "samples" / f"{name}.h5ad"
         write_draws(path, draws, values * 0.8, slide, genes, {"transform": "log2p1", "draws": N_DRAWS})

@@ -1,0 +1,50 @@
+"""The small expression backbone that is part of this package; its card is docs/hinge-cellfm-mini.md."""
+
+from pathlib import Path
+
+from hinge.backbones.cellfm import CellFMModel
+
+PACKAGED = {
+    "hinge-cellfm-mini": Path(__file__).with_name("hinge-cellfm-mini") / "log1p_cp10k",
+    "hinge-cellfm-mini-log2p1": Path(__file__).with_name("hinge-cellfm-mini") / "log2p1",
+}
+"""Folders of packaged backbones by their name for `load_backbone`."""
+
+LEAST_KNOWN_SHARE = 0.5
+"""Share of a panel that the packaged backbone must know to be of use."""
+
+
+def packaged_for(transform: str, genes: list[str], architecture: dict[str, int], seed: int) -> CellFMModel | None:
+    """Return the packaged backbone of a transform with all genes of a panel in its vocabulary.
+
+    Genes that it does not know get new embeddings.
+
+    Parameters
+    ----------
+    transform
+        Name of the transform of the values.
+    genes
+        The panel, G symbols.
+    architecture
+        The size that is wanted; keys of `CellFMConfig`.
+    seed
+        Seed of the new embeddings.
+
+    Returns
+    -------
+    CellFMModel or None
+        In float32 and eval mode; None if there is none of this size and transform, or if it knows fewer than
+        `LEAST_KNOWN_SHARE` of the genes.
+    """
+    for folder in PACKAGED.values():
+        if folder.name != transform:
+            continue
+        model = CellFMModel.from_pretrained(folder, dtype="float32")
+        known = set(model.config.gene_names)
+        unknown = [gene for gene in genes if gene not in known]
+        fits = all(getattr(model.config, name) == size for name, size in architecture.items())
+        if not fits or len(unknown) > (1 - LEAST_KNOWN_SHARE) * len(genes):
+            return None
+        model.add_genes({gene: model.config.num_genes + 1 + number for number, gene in enumerate(unknown)}, seed)
+        return model
+    return None
