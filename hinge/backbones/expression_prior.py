@@ -26,7 +26,10 @@ class ExpressionPrior(nn.Module):
         self.log_noise = nn.Parameter(torch.zeros(num_rows), requires_grad=False)
 
     def forward(self, values: Tensor, visible: Tensor, gene_ids: Tensor) -> Tensor:
-        """Return the conditional mean of every gene given the visible ones.
+        """Return the conditional mean of masked genes given the visible ones, and the mean of visible genes.
+
+        Of a visible gene nothing is predicted; a denoiser of noisy values, to whom all genes are visible, must not get
+        the noise back.
 
         Parameters
         ----------
@@ -57,7 +60,7 @@ class ExpressionPrior(nn.Module):
             else:
                 right = (residual.unsqueeze(1) @ loadings).squeeze(1)
             factors = torch.cholesky_solve(right.unsqueeze(-1), torch.linalg.cholesky(system))
-            return mean + (loadings @ factors).squeeze(-1)
+            return mean + torch.where(seen > 0, 0.0, (loadings @ factors).squeeze(-1))
 
     @torch.no_grad()
     def add_rows(self, num_rows: int, new: list[int]) -> None:

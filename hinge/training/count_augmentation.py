@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
@@ -38,11 +39,8 @@ class CountAugmentation:
             if len(own) < MOST_POOLED:
                 continue
             index = torch.from_numpy(own)
-            values = get_transform("log1p_cp10k").forward(counts[index], library_size[index])
-            centred = values - values.mean(dim=0)
-            rank = min(COMPONENTS, *centred.shape)
-            left, sizes, _ = torch.svd_lowrank(centred.double(), q=rank, niter=4)
-            places = (left * sizes).numpy()
+            values = get_transform("log1p_cp10k").forward(counts[index], library_size[index]).numpy()
+            places = PCA(min(COMPONENTS, *values.shape), svd_solver="randomized", random_state=0).fit_transform(values)
             nearest = NearestNeighbors(n_neighbors=MOST_POOLED).fit(places).kneighbors(places, return_distance=False)
             # a spot is its own nearest neighbour, but for spots that are equal
             nearest[:, 0] = np.arange(len(own))
