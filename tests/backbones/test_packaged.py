@@ -28,7 +28,7 @@ def test_it_loads_by_name_and_is_small(name):
     assert torch.isfinite(found).all()
 
 
-@pytest.mark.parametrize("transform", ["log2p1", "log1p_cp10k"])
+@pytest.mark.parametrize("transform", [folder.name for folder in PACKAGED.values()])
 def test_runs_without_counts_to_pretrain_on_start_from_it(transform):
     architecture = BackboneConfig().architecture()
     known = ["ERBB2", "CD74", "COL1A1", "ACTB", "GAPDH"]
