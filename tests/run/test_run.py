@@ -428,7 +428,10 @@ def test_a_run_that_cannot_start_leaves_nothing(slides, finished, tmp_path):
         ({"panel": {"method": "file", "file": str(genes)}}, "lacks 1 of the panel's 2 genes: MISSING1"),
         ({"panel": {"method": "file", "file": str(tmp_path / "none.txt")}}, "no file"),
         ({"features": {"encoder": "resnet-unknown"}}, "no encoder 'resnet-unknown'"),
-        ({"features": {"folder": str(external), "encoder": "stain-texture"}}, "sim1.stain-texture.h5 was made by another encoder"),
+        (
+            {"features": {"folder": str(external), "encoder": "stain-texture"}},
+            "sim1.stain-texture.h5 was made by another encoder",
+        ),
         ({"backbone": {"path": str(tmp_path)}}, "holds no backbone"),
     ):
         run = make_run(slides, tmp_path / "run", **changes)
@@ -446,7 +449,9 @@ def test_pretraining_needs_every_gene_of_the_panel_somewhere(slides, finished, t
     for name in ("sim10", "sim11"):
         slide = ad.read_h5ad(folder / f"{name}.h5ad")
         slide[:, slide.var_names != absent].copy().write_h5ad(folder / f"{name}.h5ad")
-    run = make_run(folder, tmp_path / "run", features={"folder": str(finished.folder / "features"), "encoder": "stain-texture"})
+    run = make_run(
+        folder, tmp_path / "run", features={"folder": str(finished.folder / "features"), "encoder": "stain-texture"}
+    )
     with pytest.raises(DataError, match=f"1 genes of the panel are in none of the files.*{absent}"):
         run.train()
     assert not run.folder.exists()
