@@ -22,6 +22,7 @@ from hinge.utils.errors import DataError
 HOST = socket.gethostname()
 
 _ROOM = 1 << 20
+_OF_HDF5 = re.compile(r"error message = '([^']+)'")
 _MOST_FLUSHED = 256
 # of the C libraries of Linux and macOS
 _WORKING_FOLDER, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2
@@ -171,7 +172,9 @@ def _why_not_written(error: Exception, holder: Path) -> str | None:
     if isinstance(error, OSError):
         # an error that names another file is one of reading
         ours = error.filename is None or str(error.filename).startswith(str(holder))
-        return (error.strerror or " ".join(str(error).split())) if ours else None
+        of_hdf5 = _OF_HDF5.search(str(error))
+        reason = of_hdf5[1] if of_hdf5 else error.strerror or " ".join(str(error).split())
+        return reason if ours else None
     # libraries have own messages: try to write
     try:
         with open(holder / "room", "wb") as file:
