@@ -20,6 +20,7 @@ from hinge.data import Panel
 from hinge.diffusion import HingePipeline, MaskedDiffusionScheduler
 from hinge.diffusion.pipeline import write_model_index
 from hinge.encoders import load_encoder
+from hinge.encoders.encoder import Encoder
 from hinge.encoders.recipes import RECIPES
 from hinge.models import HingeModel
 from hinge.run.run import Run
@@ -33,6 +34,7 @@ from hinge.utils.hub import is_repository
 from hinge.utils.licences import BACKBONE_LICENCES, forbids_sharing
 
 GENES = [f"G{i}" for i in range(10)]
+ENCODER = Encoder("e", 8, 112.0, 224, "1" * 64, torch.nn.Identity(), torch.nn.Identity())
 
 
 @pytest.fixture
@@ -149,7 +151,7 @@ def test_the_card(run, hub):
 
 
 def test_the_index_of_the_pipeline_goes_along(run, hub, tmp_path):
-    write_model_index(run.folder, run.pipeline().model, MaskedDiffusionScheduler(50), "1" * 64)
+    write_model_index(run.folder, run.pipeline().model, MaskedDiffusionScheduler(50), ENCODER)
     push_run(run, "lab/small", "mit", encoder="hf-hub:lab/encoder")
     pipe = HingePipeline.from_pretrained("lab/small")
     assert (pipe.settings.encoder, pipe.settings.encoder_digest) == ("hf-hub:lab/encoder", "1" * 64)
@@ -159,7 +161,7 @@ def test_the_index_of_the_pipeline_goes_along(run, hub, tmp_path):
     (run.folder / "backbone").rename(external)
     backbone = run.config.backbone.model_copy(update={"path": external})
     save_config(run.config.model_copy(update={"backbone": backbone}), run.paths.config)
-    write_model_index(run.folder, pipe.model, pipe.scheduler, "1" * 64)
+    write_model_index(run.folder, pipe.model, pipe.scheduler, ENCODER)
     push_run(Run.open(run.folder), "lab/apart", "mit")
     assert str(tmp_path) not in (hub / "lab" / "apart" / "model_index.json").read_text()
     fetched = fetch_run("lab/apart", tmp_path / "fetched", backbone=external)
