@@ -15,7 +15,7 @@ _HOME = {
     "HingePipeline": "hinge.diffusion.pipeline",
     "MaskedDiffusionScheduler": "hinge.diffusion.scheduler",
     "Run": "hinge.run.run",
-    "check_slide": "hinge.data.slide",
+    "check_slide": "hinge.data.checks",
     "evaluate": "hinge.run.run",
     "extract_features": "hinge.encoders.extract",
     "list_samples": "hinge.data.readers",

@@ -46,6 +46,12 @@ class DataConfig(_Section):
         "place of train, test and pretrain"
     )
     format: str | None = Field(None, description="the name of its format; null: recognised")
+    images: dict[str, AbsolutePath] = Field(
+        {}, description="full-resolution images by sample, where the data set has none or another is meant"
+    )
+    um_per_px: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="µm per full-resolution pixel by sample, where the data set does not state it"
+    )
     train: list[str] = Field(min_length=1, description="a list of training samples")
     test: list[str] = Field([], description="a list of samples to draw and score")
     pretrain: list[str] = Field(
@@ -284,6 +290,7 @@ PATHS = (
     ("output",),
     ("data", "path"),
     ("data", "table"),  # of version 0.1
+    ("data", "images"),
     ("panel", "file"),
     ("features", "folder"),
     ("evaluation", "gene_sets"),

@@ -11,7 +11,18 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hinge.cli import configuration, evaluation, experiments, histology, sampling, sharing, slides, training, viewing
+from hinge.cli import (
+    checking,
+    configuration,
+    evaluation,
+    experiments,
+    histology,
+    sampling,
+    sharing,
+    slides,
+    training,
+    viewing,
+)
 from hinge.utils.errors import HingeError, Interrupted
 from hinge.utils.threads import prepare_cpu
 
@@ -83,6 +94,7 @@ def _register() -> None:
     probe = _group("probe", "Test what an encoder's features predict, on held-out slides.")
     commands: dict[str, Callable[..., None]] = {
         "demo": experiments.demo,
+        "check": checking.check,
         "run": training.run,
         "train": training.train,
         "sample": sampling.sample,

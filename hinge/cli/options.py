@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hinge.utils.errors import DataError
+from hinge.utils.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from hinge.run.run import Run
@@ -19,10 +19,25 @@ DataSet = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)]
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML file of a run.", show_default=False)]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Go on despite this finding of hinge check, by its code; repeat for several.", show_default=False
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Settings, e.g. training.epochs=10.", metavar="KEY=VALUE", show_default=False),
 ]
+
+
+def _by_sample(given: list[str] | None, option: str) -> dict[str, str]:
+    """Return the values of SAMPLE=VALUE by sample."""
+    pairs = [text.partition("=") for text in given or []]
+    for name, equals, value in pairs:
+        if not (name and equals and value):
+            raise ConfigError(f"{option} takes SAMPLE=VALUE with the name of a sample, not {name + equals + value!r}")
+    return {name: value for name, _, value in pairs}
 
 
 def open_folder(folder: Path, trained: bool = False) -> "Run":
@@ -44,11 +59,31 @@ def existing(path: Path) -> Path:
     return path
 
 
-def open_run(config: Path, overrides: list[str] | None) -> "Run":
+Images = Annotated[
+    list[str] | None,
+    typer.Option("--image", help="SAMPLE=FILE: the image of a sample that has none; repeat for several."),
+]
+Resolutions = Annotated[
+    list[str] | None, typer.Option("--um-per-px", help="SAMPLE=NUMBER: its resolution; repeat for several.")
+]
+
+
+def open_run(
+    config: Path, overrides: list[str] | None, images: list[str] | None = None, um_per_px: list[str] | None = None
+) -> "Run":
     """Return the run of a configuration file and settings on the command line."""
-    from hinge.config import load_config
+    from hinge.config import DataConfig, load_config
 
     loaded = load_config(config, overrides)
+    if images or um_per_px:
+        given = {"images": _by_sample(images, "--image"), "um_per_px": _by_sample(um_per_px, "--um-per-px")}
+        data = loaded.data.model_dump()
+        for key, values in given.items():
+            data[key] = {**data[key], **values}
+        try:
+            loaded = loaded.model_copy(update={"data": DataConfig.model_validate(data)})
+        except ValueError as error:
+            raise ConfigError("--um-per-px takes SAMPLE=NUMBER with a number above 0, such as C5=0.5") from error
     if not (loaded.output / "model").exists():
         existing(loaded.data.path)
     from hinge.run.run import Run

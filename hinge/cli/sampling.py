@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hinge.cli.options import RunFolder, existing, open_folder
+from hinge.cli.options import Allow, RunFolder, existing, open_folder
 from hinge.utils.errors import ConfigError
 
 
@@ -24,6 +24,7 @@ def sample(
     um_per_px: Annotated[
         float | None, typer.Option(help="µm per pixel, where the file of another slide does not state it.")
     ] = None,
+    image: Annotated[Path | None, typer.Option(help="Image, where a slide from elsewhere does not name it.")] = None,
     observed: Annotated[
         Path | None,
         typer.Option(help="h5ad with measured genes; the other genes are drawn given them.", show_default=False),
@@ -36,6 +37,7 @@ def sample(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="h5ad to write, for one slide.")] = None,
+    allow: Allow = None,
 ) -> None:
     """Draw the expression of every spot of a slide, several times.
 
@@ -45,6 +47,7 @@ def sample(
     Example: hinge sample runs/her2st --slide C5 --draws 20 --steps 20 --seed 0, or: hinge sample runs/her2st --slide
     biopsy.svs
     """
+    from hinge.data.checks import require_codes
     from hinge.data.panel import read_panel
     from hinge.utils.parallel import each_slide, work_alone
 
@@ -56,6 +59,9 @@ def sample(
         raise ConfigError("--output takes the draws of one slide; leave it out for several")
     if observed is not None and len(names) > 1:
         raise ConfigError("--observed takes measurements of one slide; leave it out for several")
+    if image is not None and len(names) > 1:
+        raise ConfigError("--image is the image of one slide; name it with --slide")
+    require_codes(allow or ())
     outside = None if genes is None else read_panel(genes).genes
     if len(names) > 1:
         work_alone()  # processes share the slides, and the spots of a slide that is alone
@@ -63,7 +69,12 @@ def sample(
     def draw(name: str) -> Path:
         data, path = opened.config.data, Path(name)
         is_path = path.is_file() or (path.is_dir() and name not in [*data.train, *data.test, *data.pretrain])
-        source = {"slide": opened.slide_at(path, um_per_px)} if is_path else {"name": name}
+        if is_path:
+            source = {"slide": opened.slide_at(path, um_per_px, image)}
+        elif (image, um_per_px) != (None, None):
+            source = {"slide": opened.slide_at(data.path, um_per_px, image, name)}
+        else:
+            source = {"name": name}
         return opened.sample(
             **source,
             output=output,
@@ -73,6 +84,7 @@ def sample(
             batch_size=batch_size,
             observed=observed,
             genes=outside,
+            allow=allow or (),
         )
 
     for _, written in each_slide(names, draw, opened.folder / "samples"):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hinge.cli.options import DataSet, existing
+from hinge.cli.options import Allow, DataSet, existing
 from hinge.config import FeaturesConfig, PanelConfig
 from hinge.models.options import DEFAULT_TRANSFORM
 from hinge.utils.errors import ConfigError
@@ -33,6 +33,7 @@ def features(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace feature files that other settings made.")
     ] = False,
+    allow: Allow = None,
 ) -> None:
     """Extract histology features, one patch a spot, into one HDF5 file a slide.
 
@@ -41,8 +42,10 @@ def features(
     Example: hinge features her2st --sample C5 --encoder stain-texture --output features
     """
     existing(data)
-    from hinge.data.readers import read_slide, require_samples
+    from hinge.data.checks import Context, check_slide, require_codes, stop_on_errors
+    from hinge.data.readers import build_slide, require_samples
 
+    require_codes(allow or ())
     names = require_samples(data, sample)
     if image is not None and len(names) > 1:
         raise ConfigError("--image is the image of one slide; name the slide with --sample")
@@ -50,11 +53,13 @@ def features(
     from hinge.utils.parallel import each_slide, work_alone
 
     loaded = load_encoder(encoder, pooling=pooling)
+    context = Context((patch_um or loaded.patch_um) / loaded.patch_px)
     work_alone()
     file_part = loaded.name.replace("/", "_").replace(":", "_")
 
     def extract(name: str) -> Path:
-        slide = read_slide(data, name, image=image, um_per_px=um_per_px, require_counts=False)
+        slide = build_slide(data, name, image=image, um_per_px=um_per_px, require_counts=False)
+        stop_on_errors(slide, check_slide(slide, context), allow or ())
         target = output / f"{name}.{file_part}.h5"
         return extract_features(
             slide, loaded, target, views=views, batch_size=batch_size, patch_um=patch_um, overwrite=overwrite

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hinge.cli.console import print_scores
-from hinge.cli.options import ConfigFile, Overrides, Seed, open_run
+from hinge.cli.options import Allow, ConfigFile, Images, Overrides, Resolutions, Seed, open_run
 from hinge.config import BackboneConfig, PretrainConfig
 from hinge.models.options import DEFAULT_TRANSFORM
 
@@ -85,28 +85,42 @@ def pretrain_histology(config: ConfigFile, overrides: Overrides = None) -> None:
     print(f"encoder: {pretrain(load_pretraining(config, overrides))}")
 
 
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    image: Images = None,
+    um_per_px: Resolutions = None,
+    allow: Allow = None,
+) -> None:
     """Train HINGE: panel, features, backbone (pre-trained where no weights are given) and conditioning layers.
+
+    Slides are checked first, as by hinge check.
 
     Example: hinge train --config configs/her2st.yaml training.epochs=10. On several devices:
     accelerate launch scripts/train.py --config configs/her2st.yaml
     """
-    print(f"model: {open_run(config, overrides).train()}")
+    print(f"model: {open_run(config, overrides, image, um_per_px).train(allow or ())}")
 
 
-def run(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Run all stages: train, sample the test slides, evaluate, report. Finished stages are skipped.
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    image: Images = None,
+    um_per_px: Resolutions = None,
+    allow: Allow = None,
+) -> None:
+    """Run all stages: check, train, sample the test slides, evaluate, report. Finished stages are skipped.
 
     Example: hinge run --config configs/her2st.yaml
     """
-    opened = open_run(config, overrides)
+    opened = open_run(config, overrides, image, um_per_px)
     from hinge.report import report_run
     from hinge.utils.locks import lock_folder
 
     with lock_folder(opened.folder):
-        opened.train()
+        opened.train(allow or (), check=opened.config.data.test)
         for name in opened.config.data.test:
-            opened.sample(name)
+            opened.sample(name, allow=allow or ())
         opened.evaluate()
         path = report_run(opened)
     print_scores(opened.paths.scores)

@@ -25,6 +25,7 @@ from scipy.spatial import KDTree
 
 from hinge.data.slide import slide_name
 from hinge.utils.errors import DataError
+from hinge.utils.notices import tell_once
 from hinge.utils.safe_hdf5 import check_hdf5
 
 _logger = logging.getLogger(__name__)
@@ -171,6 +172,13 @@ def read_features_at(path: str | Path, coords: np.ndarray) -> Features:
     if side is None:
         raise DataError(
             f"{path} has no patch size: 'coords' needs the attribute patch_size_level0, or two different places"
+        )
+    if header.level0_px is None:
+        tell_once(
+            _logger,
+            f"{path} has no patch size: {side:g} px, the distance between patches, is taken for their side, which is "
+            "wrong for patches that overlap; set the attribute patch_size_level0 of 'coords'",
+            logging.WARNING,
         )
     centres = stored.coords + side / 2
     coords = np.asarray(coords, dtype=np.float64)

@@ -1,20 +1,22 @@
 """Image pyramids of chunked arrays: OME-TIFF (through tifffile) and OME-Zarr, also in SpatialData stores."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openslide
 import tifffile
 import zarr
 from PIL import Image
 
+from hinge.data.tiff_facts import TIFF_SUFFIXES, tiff_facts
 from hinge.utils.errors import DataError
 from hinge.utils.safe_hdf5 import inside
 from hinge.utils.safe_zarr import CheckedArray
 
-_TIFF_SUFFIXES = {".tif", ".tiff", ".btf", ".tf2", ".tf8"}
 _UM = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3}
 _BAND_ROWS, _BAND_PIXELS = 2048, 1 << 26
 
@@ -44,13 +46,14 @@ class ArrayPyramid:
     def __init__(
         self, name: str, levels: list[Any], axes: str, um_per_px: float | None, close: Callable[[], None]
     ) -> None:
-        self.um_per_px, self.close = um_per_px, close
+        self.um_per_px, self.close, self.channels = um_per_px, close, 1
         self._levels, self._axes = levels, axes.upper()
         if "Y" not in self._axes or "X" not in self._axes:
             raise DataError(f"{name} has the axes {axes}, and an image with the axes Y and X is needed")
         long = [axis for axis in "CS" if axis in self._axes and self._size(0, axis) > 1]
         self._channels = long[0] if long else None
         n = self._size(0, self._channels) if self._channels else 1
+        self.channels = n
         if len(long) > 1 or n not in (1, 3, 4):
             raise DataError(f"{name} has {n} channels, and an RGB image is needed")
         if levels[0].dtype != np.uint8:
@@ -112,7 +115,7 @@ def reduce_by_bands(size: tuple[int, int], max_px: int, read: Callable[[int, int
 
 
 def open_arrays(path: Path) -> ArrayPyramid | None:
-    """Open an OME-TIFF or an OME-Zarr folder; return None for other files.
+    """Open an OME-TIFF, an OME-Zarr folder, or a TIFF that only tifffile reads; return None for other files.
 
     Raises
     ------
@@ -121,28 +124,50 @@ def open_arrays(path: Path) -> ArrayPyramid | None:
     """
     if path.is_dir():
         return _open_ome_zarr(path)
-    if path.suffix.lower() not in _TIFF_SUFFIXES:
+    if path.suffix.lower() not in TIFF_SUFFIXES:
         return None
     try:
         file = tifffile.TiffFile(path)
     except tifffile.TiffFileError:
         return None
-    if not file.is_ome:
+    if not file.is_ome and not _only_tifffile_reads(path):
         file.close()
         return None
     try:
         # macro and label images are series of their own; the slide is the largest
-        series = max(file.series, key=lambda each: each.sizes.get("width", 0) * each.sizes.get("height", 0))
+        number = max(range(len(file.series)), key=lambda each: _area(file.series[each]))
+        series = file.series[number]
         levels = [zarr.open_array(series.aszarr(level=level), mode="r") for level in range(len(series.levels))]
-        return ArrayPyramid(str(path), levels, series.axes, _ome_um_per_px(file), file.close)
+        um_per_px = _ome_um_per_px(file, number) if file.is_ome else None
+        return ArrayPyramid(str(path), levels, series.axes, um_per_px, file.close)
     except BaseException:
         file.close()
         raise
 
 
-def _ome_um_per_px(file: tifffile.TiffFile) -> float | None:
+def _only_tifffile_reads(path: Path) -> bool:
+    """Return whether a TIFF of no scanner's vendor needs tifffile; OpenSlide knows the pages of vendors."""
+    facts = tiff_facts(path)
+    return (
+        facts is not None and facts.needs_tifffile and openslide.OpenSlide.detect_format(path) in (None, "generic-tiff")
+    )
+
+
+def _area(series: tifffile.TiffPageSeries) -> int:
+    return series.sizes.get("width", 0) * series.sizes.get("height", 0)
+
+
+def _ome_um_per_px(file: tifffile.TiffFile, number: int) -> float | None:
+    """Return the resolution of the image that is the series of this number."""
     images = tifffile.xml2dict(file.ome_metadata)["OME"]["Image"]
-    pixels = (images[0] if isinstance(images, list) else images)["Pixels"]
+    images = images if isinstance(images, list) else [images]
+    series = file.series[number]
+    sizes = [(int(each["Pixels"].get("SizeX", 0)), int(each["Pixels"].get("SizeY", 0))) for each in images]
+    wanted = (series.sizes.get("width", 0), series.sizes.get("height", 0))
+    # the numbers of images and series differ where a file leaves out an image
+    if number >= len(images) or sizes[number] != wanted:
+        number = sizes.index(wanted) if wanted in sizes else min(number, len(images) - 1)
+    pixels = images[number]["Pixels"]
     size, unit = pixels.get("PhysicalSizeX"), _UM.get(pixels.get("PhysicalSizeXUnit", "µm"))
     return None if size is None or unit is None else float(size) * unit
 
@@ -155,12 +180,21 @@ def _open_ome_zarr(path: Path) -> ArrayPyramid | None:
     datasets = scales["datasets"]
     folders = [inside(path, each["path"], path) for each in datasets]
     levels = [CheckedArray(zarr.open_array(folder, mode="r"), folder) for folder in folders]
-    um_per_px = None
+    x = axes.index("x")
+    # the finest level is the first by the standard, not by every writer
+    order = sorted(range(len(levels)), key=lambda number: -levels[number].shape[x])
     unit = next((_UM.get(axis.get("unit", "")) for axis in scales["axes"] if axis["name"] == "x"), None)
-    steps = [each["scale"] for each in datasets[0].get("coordinateTransformations", []) if each["type"] == "scale"]
-    if unit and steps:
-        um_per_px = float(steps[0][axes.index("x")]) * unit
-    return ArrayPyramid(str(path), levels, "".join(axes), um_per_px, lambda: None)
+    # the whole image may be scaled after its levels are
+    steps = [
+        float(each["scale"][x])
+        for each in (
+            *datasets[order[0]].get("coordinateTransformations", []),
+            *scales.get("coordinateTransformations", []),
+        )
+        if each["type"] == "scale"
+    ]
+    um_per_px = math.prod(steps) * unit if unit and steps else None
+    return ArrayPyramid(str(path), [levels[number] for number in order], "".join(axes), um_per_px, lambda: None)
 
 
 def _multiscales(path: Path) -> dict[str, Any] | None:

@@ -51,12 +51,11 @@ class PatchReader:
         name = slide_name(slide)
         facts = slide.uns["hinge"]
         if not facts.get("image_path"):
-            raise DataError(f"slide {name} has no image, and patches need one: give --image (image= in Python)")
+            raise DataError(f"slide {name} has no image, and patches need one: give --image")
         um_per_px = float(facts.get("um_per_px", math.nan))
         if not (math.isfinite(um_per_px) and um_per_px > 0):
             raise DataError(
                 f"slide {name} has {um_per_px} µm per pixel, and patches need a positive number: give --um-per-px "
-                "(um_per_px= in Python)"
             )
         self.image_path = facts["image_path"]
         self.um_per_px = um_per_px

@@ -1,11 +1,13 @@
-"""The definition of a slide, an AnnData of raw counts with its image, and its checks.
+"""The definition of a slide, an AnnData of raw counts with its image, and what makes an AnnData one.
 
 X                    (n, G) CSR float32, raw integer counts; G = 0 for a slide that is an image alone
 obs_names            unique barcodes, var_names unique gene symbols
 obsm["spatial"]      (n, 2) float64, x and y in full-resolution pixels
 uns["spatial"][name] images and scalefactors as scanpy and squidpy write them (slides with an image)
 uns["hinge"]         name, image_path (absolute; slides with an image), um_per_px, spot_pitch_um,
-                     spot_diameter_um, source_format; unknown lengths are NaN
+                     spot_diameter_um, source_format; unknown lengths are NaN; source, what the reader found out:
+                     resolutions (µm per px by where it is told), um_per_px_from, counts (where they lie), left_out
+                     (spots and genes, by reason), and what else `hinge.data.checks` compares
 """
 
 import math
@@ -49,6 +51,7 @@ def describe_slide(
     spot_pitch_um: float,
     spot_diameter_um: float,
     source_format: str,
+    source: dict[str, Any] | None = None,
 ) -> AnnData:
     """Write the metadata and thumbnails of a slide to `slide.uns`.
 
@@ -64,6 +67,8 @@ def describe_slide(
         Lengths in µm; NaN where unknown.
     source_format
         Name of the reader.
+    source
+        What the reader found out beside that, for the checks.
 
     Returns
     -------
@@ -81,6 +86,7 @@ def describe_slide(
         "spot_pitch_um": float(spot_pitch_um),
         "spot_diameter_um": float(spot_diameter_um),
         "source_format": source_format,
+        "source": source or {},
     }
     slide.uns.pop("spatial", None)
     if image_path is None:
@@ -108,8 +114,8 @@ def describe_slide(
     return slide
 
 
-def check_slide(slide: AnnData, require_image: bool = True, require_counts: bool = True) -> None:
-    """Check that an AnnData is a slide.
+def require_slide(slide: AnnData, require_image: bool = True, require_counts: bool = True) -> None:
+    """Require that an AnnData is a slide; `hinge.data.checks.check_slide` finds what else may be wrong with it.
 
     Parameters
     ----------
@@ -150,9 +156,9 @@ def check_slide(slide: AnnData, require_image: bool = True, require_counts: bool
 
 
 def validate_slide(slide: AnnData, require_image: bool = True, require_counts: bool = True) -> None:
-    """Deprecated: use `check_slide`."""
+    """Deprecated: use `check_slide`, which returns findings."""
     warnings.warn("validate_slide is deprecated; use check_slide", DeprecationWarning, stacklevel=2)
-    check_slide(slide, require_image, require_counts)
+    require_slide(slide, require_image, require_counts)
 
 
 def _check_counts(slide: AnnData, name: str) -> None:
@@ -204,21 +210,25 @@ def _check_coordinates(slide: AnnData, name: str) -> None:
 def _check_image(slide: AnnData, name: str) -> None:
     facts: dict[str, Any] = slide.uns["hinge"]
     if not facts.get("image_path"):
-        raise DataError(f"slide {name} has no image: give one with --image (image= in Python)")
+        raise DataError(f"slide {name} has no image: give one with --image")
     um_per_px = facts.get("um_per_px", math.nan)
     if not (math.isfinite(um_per_px) and um_per_px > 0):
+        raise DataError(f"slide {name} has {um_per_px} µm per pixel, and a positive number is needed: give --um-per-px")
+    outside = spots_outside(slide)
+    if outside.mean() > 0.5:
         raise DataError(
-            f"slide {name} has {um_per_px} µm per pixel, and a positive number is needed: give --um-per-px "
-            "(um_per_px= in Python)"
+            f"slide {name}: {int(outside.sum())} of {slide.n_obs} spots, most of them, lie outside the image "
+            f"{facts['image_path']}; positions must be full-resolution pixels of this image: give the image that they "
+            "belong to with --image"
         )
-    with SlideImage(facts["image_path"]) as image:
+
+
+def spots_outside(slide: AnnData) -> np.ndarray:
+    """Return which spots lie outside the slide's image, bool (n,); none does where there is no image."""
+    path = slide.uns["hinge"].get("image_path")
+    if not path:
+        return np.zeros(slide.n_obs, dtype=bool)
+    with SlideImage(path) as image:
         width, height = image.dimensions
     x, y = np.asarray(slide.obsm["spatial"]).T
-    wrong = (x < 0) | (y < 0) | (x > width) | (y > height)
-    if wrong.any():
-        first = int(np.flatnonzero(wrong)[0])
-        raise DataError(
-            f"slide {name}, spot {slide.obs_names[first]} at pixel ({x[first]:g}, {y[first]:g}) lies outside "
-            f"the {width} x {height} image {facts['image_path']} ({int(wrong.sum())} such spots): "
-            "coordinates must be full-resolution pixels of this image"
-        )
+    return (x < 0) | (y < 0) | (x > width) | (y > height)

@@ -10,6 +10,7 @@ import re
 import struct
 import threading
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,6 +20,7 @@ import openslide
 from PIL import Image
 
 from hinge.data.image_pyramids import open_arrays, reduce_by_bands
+from hinge.data.tiff_facts import TiffFacts, tiff_facts
 from hinge.utils.errors import DataError
 from hinge.utils.packages import require
 from hinge.utils.safe_hdf5 import UNPACKED_ANYWAY, check_size
@@ -39,7 +41,6 @@ MAX_REGION_PX = 9_000
 # The resolution tags of a TIFF are often a printer's default (72 dpi is 353 µm/px): used in this range only.
 PLAUSIBLE_UM_PER_PX = (0.05, 10.0)
 
-_TIFF_RESOLUTION_UNIT_UM = {2: 25_400.0, 3: 10_000.0}  # inch, centimetre
 _pillow_limit_lock = threading.Lock()
 
 
@@ -91,15 +92,48 @@ class SlideImage:
     @property
     def um_per_px(self) -> float | None:
         """Microns per full-resolution pixel in the metadata of the file, None if absent or implausible."""
-        value = 0.0
-        if self._arrays:
-            value = self._arrays.um_per_px or 0.0
-        elif self._pyramid:
-            value = float(self._pyramid.properties.get(openslide.PROPERTY_NAME_MPP_X) or 0)
-        elif tags := getattr(self._flat, "tag_v2", None):
-            pixels, unit = float(tags.get(282, 0)), _TIFF_RESOLUTION_UNIT_UM.get(tags.get(296), 0.0)
-            value = unit / pixels if pixels else 0.0
+        value = self.resolution[1]
         return value if PLAUSIBLE_UM_PER_PX[0] <= value <= PLAUSIBLE_UM_PER_PX[1] else None
+
+    @property
+    def resolution(self) -> tuple[str, float]:
+        """Where the file has its resolution, and µm per pixel there.
+
+        "image" stands for a scanner's or OME's metadata, "tag" for the resolution tags of a TIFF, which many programs
+        fill with a printer's default or keep when they resize; NaN if there is none.
+        """
+        if self._arrays and self._arrays.um_per_px:
+            return "image", self._arrays.um_per_px
+        if self._pyramid:
+            vendor = self._pyramid.properties.get(openslide.PROPERTY_NAME_VENDOR)
+            value = float(self._pyramid.properties.get(openslide.PROPERTY_NAME_MPP_X) or math.nan)
+            return "tag" if vendor == "generic-tiff" else "image", value
+        return "tag", self.tags.um_per_px if self.tags else math.nan
+
+    @cached_property
+    def tags(self) -> TiffFacts | None:
+        """The tags of a plain TIFF, None for other formats."""
+        if self._pyramid and self._pyramid.properties.get(openslide.PROPERTY_NAME_VENDOR) != "generic-tiff":
+            return None
+        return tiff_facts(self.path)
+
+    @property
+    def channels(self) -> int:
+        """Channels as stored: 1 for grey, 3 for RGB, 4 with alpha."""
+        if self._arrays:
+            return self._arrays.channels
+        if self.tags:
+            return 3 if self.tags.palette else self.tags.channels
+        if self._pyramid:
+            return 3
+        return {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3}.get(self._flat.mode, len(self._flat.getbands()))
+
+    @property
+    def orientation(self) -> int:
+        """The tag that says how a camera turned the picture; 1 if it did not. Pixels are read as they are stored."""
+        if self.tags:
+            return self.tags.orientation
+        return int(self._flat.getexif().get(274, 1)) if self._flat is not None else 1
 
     def read_region(
         self, center_xy_px: tuple[float, float] | np.ndarray, size_um: float, size_px: int, um_per_px: float

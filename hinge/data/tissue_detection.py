@@ -11,6 +11,7 @@ from scipy.ndimage import uniform_filter
 from skimage.filters import apply_hysteresis_threshold, gaussian, threshold_otsu
 from skimage.morphology import remove_small_holes, remove_small_objects
 
+from hinge.data.resolution import choose_resolution
 from hinge.data.slide import describe_slide
 from hinge.data.slide_image import SlideImage, image_name
 from hinge.utils.errors import DataError
@@ -51,7 +52,14 @@ def find_tissue(image: SlideImage, um_per_px: float) -> np.ndarray:
     """
     width, height = image.dimensions
     small = image.thumbnail(max(16, math.ceil(max(width, height) * um_per_px / _MASK_UM)))
-    step_um = width * um_per_px / small.shape[1]
+    return tissue_mask(small, width * um_per_px / small.shape[1])
+
+
+def tissue_mask(small: np.ndarray, step_um: float) -> np.ndarray:
+    """Return the mask of tissue, bool (h, w), in a small RGB image (h, w, 3) with `step_um` µm per pixel.
+
+    `find_tissue` describes the method.
+    """
     colour = small.astype(np.float32)
     brightest = colour.max(axis=2)
     saturation = (brightest - colour.min(axis=2)) / np.maximum(brightest, 1)
@@ -135,12 +143,11 @@ def slide_from_image(
     """
     path = Path(image)
     with SlideImage(path) as opened:
+        where, stored = opened.resolution
+        known, _, origin = choose_resolution({"option": um_per_px or math.nan, where: stored})
         um_per_px = um_per_px or opened.um_per_px
         if um_per_px is None:
-            raise DataError(
-                f"{path} has no resolution in its metadata: give --um-per-px, µm per full-resolution pixel "
-                "(um_per_px= in Python)"
-            )
+            raise DataError(f"{path} has no resolution in its metadata: give --um-per-px, µm per full-resolution pixel")
         dimensions = opened.dimensions
         mask = find_tissue(opened, um_per_px)
     pitch_px = spot_pitch_um / um_per_px
@@ -163,6 +170,7 @@ def slide_from_image(
         spot_pitch_um=spot_pitch_um,
         spot_diameter_um=spot_diameter_um,
         source_format="image",
+        source={"resolutions": known, "um_per_px_from": origin},
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,12 +17,14 @@ import numpy as np
 from anndata import AnnData
 
 from hinge.config import RunConfig
+from hinge.data.checks import Context, check_slide, require_codes, stop_on_errors
+from hinge.data.checks.species import species_of_genes
 from hinge.data.count_table import CountTable, panel_counts, read_counts
 from hinge.data.features import difference_from, read_features
 from hinge.data.neighbourhood import slide_features
 from hinge.data.panel import Panel, read_panel, select_panel
-from hinge.data.readers import read_slide, table
-from hinge.data.readers.h5ad import positive_length
+from hinge.data.readers import build_slide, table
+from hinge.data.resolution import positive_length
 from hinge.data.slide import slide_name
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots
 from hinge.data.transforms import get_transform
@@ -64,6 +67,7 @@ class Preparation:
         self.matcher = GeneMatcher(config.backbone, self.paths.backbone)
         self._read = lru_cache(maxsize=SLIDES_KEPT)(self._read_slide)
         self._grids: dict[str, dict[str, float]] = {}
+        self._species: dict[str, str] = {}
 
     # --- slides ----------------------------------------------------------------------------------
 
@@ -73,9 +77,59 @@ class Preparation:
 
     def _read_slide(self, name: str, require_image: bool) -> AnnData:
         data = self.config.data
-        slide = read_slide(data.path, name, format=data.format, require_image=require_image)
+        slide = build_slide(
+            data.path,
+            name,
+            format=data.format,
+            image=data.images.get(name) if require_image else None,
+            um_per_px=data.um_per_px.get(name),
+            require_image=require_image,
+        )
         self._grids[name] = {key: slide.uns["hinge"][key] for key in _GRID}
         return slide
+
+    def check(self, names: Sequence[str], allow: Collection[str] = ()) -> None:
+        """Check slides that are trained on or scored, before anything is computed; each is checked once.
+
+        Raises
+        ------
+        DataError
+            A slide has a finding that is an error and whose code is not allowed, or slides are of several species.
+        """
+        require_codes(allow)
+        context = Context(self._target_um_per_px(), self._given_panel())
+        for name in names:
+            if name in self._species:
+                continue
+            slide = self.slide(name)
+            stop_on_errors(slide, check_slide(slide, context), allow)
+            self._species[name] = species_of_genes(slide.var_names)
+        kinds = {species: name for name, species in self._species.items() if species}
+        if len(kinds) > 1 and "genes-species" not in allow:
+            told = ", ".join(f"{name} has genes of {species}" for species, name in kinds.items())
+            raise DataError(f"the slides are of several species: {told}; take slides of one, or --allow genes-species")
+
+    def check_to_sample(self, slide: AnnData, allow: Collection[str] = ()) -> None:
+        """Check a slide that is sampled, which may lack genes of the panel.
+
+        Raises
+        ------
+        DataError
+            It has a finding that is an error and whose code is not allowed.
+        """
+        panel = self.panel().genes if self.paths.panel.exists() else ()
+        findings = check_slide(slide, Context(self._target_um_per_px(), panel))
+        stop_on_errors(slide, [each for each in findings if each.code != "genes-panel"], allow)
+
+    def _target_um_per_px(self) -> float:
+        return (self.config.features.patch_um or self.encoder.patch_um) / self.encoder.patch_px
+
+    def _given_panel(self) -> Sequence[str]:
+        """Return the panel if it does not depend on the slides; genes that the backbone has are looked up later."""
+        if self.paths.panel.exists():
+            return self.panel().genes
+        settings = self.config.panel
+        return read_panel(settings.file).genes if settings.method == "file" and settings.file else ()
 
     def slide_to_sample(self, name: str) -> AnnData:
         """Return a slide of the data set; on an image without counts, place spots at the pitch of training."""
@@ -84,11 +138,19 @@ class Preparation:
             return self.slide_at(path, sample=name)
         return self.slide(name)
 
-    def slide_at(self, path: Path, um_per_px: float | None = None, sample: str | None = None) -> AnnData:
+    def slide_at(
+        self, path: Path, um_per_px: float | None = None, sample: str | None = None, image: Path | None = None
+    ) -> AnnData:
         """Return a slide outside the data set; on an image without counts, place spots at the pitch of training."""
         pitch, diameter = self.spot_grid()
-        return read_slide(
-            path, sample, um_per_px=um_per_px, require_counts=False, spot_pitch_um=pitch, spot_diameter_um=diameter
+        return build_slide(
+            path,
+            sample,
+            image=image,
+            um_per_px=um_per_px,
+            require_counts=False,
+            spot_pitch_um=pitch,
+            spot_diameter_um=diameter,
         )
 
     def spot_grid(self) -> tuple[float, float]:

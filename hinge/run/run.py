@@ -7,6 +7,7 @@ Each stage reads what the one before wrote, recognises what is finished and can 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,17 +78,26 @@ class Run:
 
         return pretrain_backbone(self._inputs)
 
-    def train(self) -> Path:
+    def train(self, allow: Collection[str] = (), check: Collection[str] = ()) -> Path:
         """Make panel, features, backbone and model, as far as they are missing; return the folder of the model.
+
+        Parameters
+        ----------
+        allow
+            Codes of findings that do not stop the training, see `hinge.check_slide`.
+        check
+            Names of slides to be checked beside the training slides.
 
         Raises
         ------
         ConfigError
             The folder holds a run with other settings.
+        DataError
+            A slide has a finding that is an error.
         """
         from hinge.run.training import train_model
 
-        return train_model(self._inputs)
+        return train_model(self._inputs, [*self.config.data.train, *check], allow)
 
     def sample(
         self,
@@ -100,6 +110,7 @@ class Run:
         batch_size: int | None = None,
         observed: Path | None = None,
         genes: list[str] | None = None,
+        allow: Collection[str] = (),
     ) -> Path:
         """Draw the expression of a slide's spots; finished draws with the same settings are kept.
 
@@ -121,6 +132,8 @@ class Run:
         genes
             Genes outside the panel that are drawn too, see `HingePipeline.__call__`; the default file is then
             `samples/<slide>.outside-panel.h5ad`.
+        allow
+            Codes of findings that do not stop it, see `hinge.check_slide`.
 
         Returns
         -------
@@ -132,7 +145,7 @@ class Run:
             slide = self._inputs.slide_to_sample(name)
         from hinge.run.sampling import sample_slide
 
-        return sample_slide(self._inputs, slide, output, draws, steps, seed, batch_size, observed, genes)
+        return sample_slide(self._inputs, slide, output, draws, steps, seed, batch_size, observed, genes, allow)
 
     def fit_baselines(self, slides: list[str] | None = None) -> dict[str, Path]:
         """Fit the baselines on the training slides and predict slides by them; finished predictions are kept.
@@ -197,9 +210,11 @@ class Run:
         """Return a slide of the data set by name."""
         return self._inputs.slide(name, require_image)
 
-    def slide_at(self, path: Path, um_per_px: float | None = None) -> AnnData:
+    def slide_at(
+        self, path: Path, um_per_px: float | None = None, image: Path | None = None, sample: str | None = None
+    ) -> AnnData:
         """Return a slide outside the data set; on an image without counts, place spots at the pitch of training."""
-        return self._inputs.slide_at(path, um_per_px)
+        return self._inputs.slide_at(path, um_per_px, sample, image)
 
     def spot_grid(self) -> tuple[float, float]:
         """Return the distance between the training slides' spots and their diameter, µm."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def sample_slide(
     batch_size: int | None = None,
     observed: Path | None = None,
     genes: list[str] | None = None,
+    allow: Collection[str] = (),
 ) -> Path:
     """Draw the expression of a slide's spots and return the file; see `Run.sample`."""
     config, diffusion = inputs.config.sampling, inputs.config.diffusion
@@ -93,6 +95,7 @@ def sample_slide(
         remove_leftovers(output)
         logger.info("%s is finished", output)
         return output
+    inputs.check_to_sample(slide, allow)
     with lock_file(output):
         accelerator = make_accelerator(inputs.config.training)
         spots = _spots(inputs, slide, observed, accelerator)

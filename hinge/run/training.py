@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -51,8 +52,10 @@ def pretrain_backbone(inputs: Preparation) -> Path:
         return paths.backbone
 
 
-def train_model(inputs: Preparation) -> Path:
+def train_model(inputs: Preparation, checked: Sequence[str], allow: Collection[str] = ()) -> Path:
     """Make what is missing of panel, features, backbone and model; return the folder of the trained model.
+
+    The slides `checked` are checked before; findings with a code in `allow` do not stop the training.
 
     Raises
     ------
@@ -74,6 +77,8 @@ def train_model(inputs: Preparation) -> Path:
         # one process reads slides, selects genes and extracts features; the others then find them
         with accelerator.main_process_first(), undone_on_error(paths):
             claim_folder(inputs.config, paths)
+            if accelerator.is_main_process:
+                _check(inputs, checked, allow)
             spots, backbone, counts = _prepare(inputs)
             if accelerator.is_main_process:
                 write_environment(paths.environment)
@@ -83,12 +88,17 @@ def train_model(inputs: Preparation) -> Path:
         return _train(inputs, spots, backbone, accelerator)
 
 
+def _check(inputs: Preparation, names: Sequence[str], allow: Collection[str]) -> None:
+    """Check the names of slides, the encoder and the slides, in the order of the time it takes."""
+    data = inputs.config.data
+    require_samples(data.path, [*data.train, *data.test, *data.pretrain], data.format)
+    _ = inputs.encoder
+    inputs.check(names, allow)
+
+
 def _prepare(inputs: Preparation) -> tuple[SpotTable, ExpressionBackbone | None, CountTable | None]:
     """Return training spots and the backbone, or the counts to pre-train it on; errors of the input are raised here."""
     data, settings = inputs.config.data, inputs.config.backbone
-    # wrong names are reported before slides are read
-    require_samples(data.path, [*data.train, *data.test, *data.pretrain], data.format)
-    _ = inputs.encoder
     spots = inputs.spots(data.train)
     if not inputs.paths.has_backbone:
         if settings.weights == "random":

@@ -34,7 +34,11 @@ def read_settings(
         for key in keys[:-1]:
             section = section.get(key) if isinstance(section, dict) else None
         if isinstance(section, dict) and isinstance(section.get(keys[-1]), str):
-            section[keys[-1]] = str(path.absolute().parent / os.path.expanduser(section[keys[-1]]))
+            section[keys[-1]] = _beside(path, section[keys[-1]])
+        elif isinstance(section, dict) and isinstance(named := section.get(keys[-1]), dict):
+            section[keys[-1]] = {
+                key: _beside(path, each) if isinstance(each, str) else each for key, each in named.items()
+            }
     for override in overrides or []:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -51,6 +55,11 @@ def read_settings(
                 raise ConfigError(f"{key} cannot be set: {part} is not a section")
         section[keys[-1]] = value
     return content
+
+
+def _beside(path: Path, name: str) -> str:
+    """Return the path of a file that is named relative to another file's folder."""
+    return str(path.absolute().parent / os.path.expanduser(name))
 
 
 def parse_yaml(text: bytes | str) -> Any:

@@ -95,10 +95,6 @@ def test_an_image_beside_several_samples_serves_none(tmp_path):
             lambda outs: shutil.copy(outs.parent / "full.tif", outs.parent / "second.tif"),
             r"V1 has 2 images, not one: give the image with --image",
         ),
-        (
-            lambda outs: shutil.copy(outs / "spatial" / "tissue_lowres_image.png", outs.parent / "full.tif"),
-            r"full\.tif has 600 x 600 pixels, and Space Ranger was run on an image of about \d+ x \d+: give that",
-        ),
         (lambda outs: rewrite(outs, lambda table: table.drop(columns="array_row")), r"csv has no column array_row"),
         (
             lambda outs: rewrite(outs, lambda table: table.assign(pxl_row_in_fullres="left")),
@@ -110,7 +106,7 @@ def test_an_image_beside_several_samples_serves_none(tmp_path):
         ),
         (
             lambda outs: rewrite(outs, lambda table: table.assign(pxl_row_in_fullres=table["pxl_row_in_fullres"] * 9)),
-            r"lies outside the \d+ x \d+ image",
+            r"38 of 38 spots, most of them, lie outside the image",
         ),
         (lambda outs: rewrite(outs, lambda table: table.assign(in_tissue=0)), r"slide V1 has no spots"),
     ],

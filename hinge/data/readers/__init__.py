@@ -6,12 +6,19 @@ The module of a format has `LAYOUT` (a description of its files), `recognises(pa
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from anndata import AnnData
 
+from hinge.data.checks import check_slide, tell
 from hinge.data.readers import h5ad, her2st, hest, image_only, spatialdata, table, visium
-from hinge.data.slide import check_slide
+from hinge.data.readers.gene_names import tidy_genes
+from hinge.data.readers.unknown_layout import describe_unknown
+from hinge.data.slide import require_slide, spots_outside
 from hinge.utils.errors import DataError
+
+MOST_OUTSIDE = 0.2
+"""Share of spots outside the image up to which they are left out."""
 
 FORMATS: dict[str, ModuleType] = {
     "her2st": her2st,
@@ -30,14 +37,13 @@ def recognise_format(path: str | Path) -> str:
     Raises
     ------
     DataError
-        The path does not exist, or its format is unknown; the message describes all formats.
+        The path does not exist, or its format is unknown; the message tells what is there and the nearest format.
     """
     path = _existing(path)
     for name, reader in FORMATS.items():
         if reader.recognises(path):
             return name
-    layouts = "; ".join(f"{name}: {reader.LAYOUT}" for name, reader in FORMATS.items())
-    raise DataError(f"{path} holds no slides in a known format ({layouts})")
+    raise DataError(describe_unknown(path, FORMATS))
 
 
 def list_samples(path: str | Path, format: str | None = None) -> list[str]:
@@ -85,7 +91,7 @@ def read_slide(
     require_counts: bool = True,
     **grid: float,
 ) -> AnnData:
-    """Read one slide and check it.
+    """Read one slide and check it; what the checks find is logged once, and only what is no slide raises an error.
 
     Parameters
     ----------
@@ -114,8 +120,34 @@ def read_slide(
     Raises
     ------
     DataError
-        The path, the sample or its image is missing or damaged, or `check_slide` finds a fault.
+        The path, the sample or its image is missing or damaged, or it holds no slide.
     """
+    slide = build_slide(
+        path,
+        sample,
+        format=format,
+        image=image,
+        um_per_px=um_per_px,
+        require_image=require_image,
+        require_counts=require_counts,
+        **grid,
+    )
+    tell(slide, check_slide(slide))
+    return slide
+
+
+def build_slide(
+    path: str | Path,
+    sample: str | None = None,
+    *,
+    format: str | None = None,
+    image: str | Path | None = None,
+    um_per_px: float | None = None,
+    require_image: bool = True,
+    require_counts: bool = True,
+    **grid: float,
+) -> AnnData:
+    """Read one slide as `read_slide`, without checks beyond what makes it a slide."""
     path = _existing(path)
     reader = _reader(path, format)
     samples = reader.list_samples(path)
@@ -125,7 +157,7 @@ def read_slide(
         asked = "no sample was named" if sample is None else f"there is no sample {sample!r}"
         raise DataError(f"{asked} in {path}, which has {listed_names(samples)}")
     if um_per_px is not None and not 0 < um_per_px < float("inf"):
-        raise DataError(f"um_per_px must be a positive number of microns per pixel, not {um_per_px}")
+        raise DataError(f"--um-per-px takes a positive number of microns per pixel, not {um_per_px}")
     if reader is image_only and require_counts:
         raise DataError(
             f"{path} is an image without counts: training and evaluation need counts, hinge sample does not"
@@ -138,8 +170,23 @@ def read_slide(
         require_image=require_image,
         **(grid if reader in (image_only, table) else {}),
     )
-    check_slide(slide, require_image=require_image, require_counts=require_counts)
-    return slide
+    notes = slide.uns["hinge"].setdefault("source", {})
+    if slide.n_vars:
+        slide = tidy_genes(slide, notes)
+    require_slide(slide, require_image=require_image, require_counts=require_counts)
+    return _without_outside(slide, notes)
+
+
+def _without_outside(slide: AnnData, notes: dict[str, Any]) -> AnnData:
+    """Return a slide without the spots outside its image, if they are few; many mean a wrong image, which is told."""
+    outside = spots_outside(slide)
+    if not outside.any():
+        return slide
+    if outside.mean() >= MOST_OUTSIDE:
+        notes["outside"] = int(outside.sum())
+        return slide
+    notes.setdefault("left_out", {})["outside"] = int(outside.sum())
+    return slide[~outside].copy()
 
 
 def _existing(path: str | Path) -> Path:

@@ -7,17 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 from anndata import AnnData
-from scipy.spatial import KDTree
 
+from hinge.data.counts_source import take_counts
+from hinge.data.resolution import (
+    VISIUM_PITCH_UM,
+    choose_resolution,
+    fit_array,
+    lattice_pitch_px,
+    pitch_in_px,
+    positive_length,
+    um_per_px_of_array,
+)
 from hinge.data.slide import describe_slide
 from hinge.data.slide_image import IMAGE_SUFFIXES, SlideImage
 from hinge.utils.errors import DataError
 from hinge.utils.safe_hdf5 import read_h5ad
 
 LAYOUT = (
-    "a file <sample>.h5ad or a folder of them, each with raw counts in X or layers['counts'], pixel x and y "
+    "a file <sample>.h5ad or a folder of them, each with raw counts in X, layers['counts'] or raw, pixel x and y "
     f"in obsm['spatial'], and an image <sample>.tif beside it (or {', '.join(IMAGE_SUFFIXES)})"
 )
 
@@ -33,32 +41,37 @@ def list_samples(path: Path) -> list[str]:
 
 
 def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None, require_image: bool) -> AnnData:
-    """Read one file; its other layers, obs, obsm and uns are kept."""
+    """Read one file without its spots off tissue; its other layers, obs, obsm and uns are kept."""
     file = next(file for file in _files(path) if file.stem == sample)
-    slide = open_h5ad(file)
+    slide, notes = open_h5ad(file)
+    slide = without_off_tissue(slide, notes)
     coordinates = slide.obsm["spatial"]
     facts = slide.uns.get("hinge", {})
     facts = facts if isinstance(facts, Mapping) else {}
     image = image or _find_image(file, facts, require_image)
-    pitch_px = pitch_in_px(coordinates)
-    pitch_um = positive_length(facts, "spot_pitch_um")
-    if um_per_px is None:
-        um_per_px = positive_length(facts, "um_per_px")
-        if math.isnan(um_per_px):
-            um_per_px = pitch_um / pitch_px
-        if math.isnan(um_per_px) and image:
-            with SlideImage(image) as opened:
-                um_per_px = opened.um_per_px or math.nan
+    pitch_px, pitch_um = pitch_in_px(coordinates), positive_length(facts, "spot_pitch_um")
+    hexagonal = is_hexagonal(slide)
+    if math.isnan(pitch_um) and hexagonal:
+        pitch_um = VISIUM_PITCH_UM
+    known = {
+        "option": um_per_px or math.nan,
+        "metadata": positive_length(facts, "um_per_px"),
+        "array": _um_per_px_of_spots(slide, pitch_um, hexagonal),
+        **image_resolution(image),
+        "scalefactors": 65 / _spot_diameter_px(slide) if hexagonal else math.nan,
+    }
+    known, um_per_px, origin = choose_resolution(known)
+    if math.isnan(um_per_px):
+        um_per_px = pitch_um / pitch_px
         if math.isnan(um_per_px) and require_image:
             raise DataError(
-                f"neither {file} nor its image contains the resolution: give --um-per-px, µm per full-resolution "
-                "pixel (um_per_px= in Python)"
+                f"neither {file} nor its image contains the resolution: give --um-per-px, µm per full-resolution pixel"
             )
     if math.isnan(pitch_um):
         pitch_um = pitch_px * um_per_px
     diameter_um = positive_length(facts, "spot_diameter_um")
     if math.isnan(diameter_um):
-        diameter_um = _spot_diameter_px(slide) * um_per_px
+        diameter_um = 55.0 if hexagonal else _spot_diameter_px(slide) * um_per_px
     return describe_slide(
         slide,
         sample,
@@ -67,19 +80,28 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
         spot_pitch_um=pitch_um,
         spot_diameter_um=diameter_um,
         source_format="h5ad",
+        source={**notes, "resolutions": known, "um_per_px_from": origin},
     )
 
 
-def open_h5ad(file: Path) -> AnnData:
+def open_h5ad(file: Path) -> tuple[AnnData, dict[str, Any]]:
     """Read a file's raw counts into X, CSR float32, and its coordinates into obsm["spatial"], float64 (n, 2).
+
+    Returns
+    -------
+    tuple
+        The slide, and notes: where the counts were, and the names of the libraries in uns["spatial"].
 
     Raises
     ------
     DataError
         If the file is damaged or lacks either.
     """
-    slide = read_h5ad(file)
-    slide.X = scipy.sparse.csr_matrix(raw_counts(slide, file), dtype=np.float32)
+    slide, where = take_counts(read_h5ad(file), file)
+    libraries = slide.uns.get("spatial")
+    notes: dict[str, Any] = {"counts": where}
+    if isinstance(libraries, Mapping) and len(libraries) > 1:
+        notes["libraries"] = [str(name) for name in libraries]
     coordinates = slide.obsm.get("spatial")
     if coordinates is None or np.ndim(coordinates) != 2 or np.shape(coordinates)[1] != 2:
         raise DataError(f"{file} needs pixel x and y of each spot, shape ({slide.n_obs}, 2), in obsm['spatial']")
@@ -88,29 +110,58 @@ def open_h5ad(file: Path) -> AnnData:
     except (TypeError, ValueError) as error:
         raise DataError(f"{file} has coordinates in obsm['spatial'] that are not numbers") from error
     slide.obsm["spatial"] = coordinates
-    return slide
+    return slide, notes
+
+
+def without_off_tissue(slide: AnnData, notes: dict[str, Any]) -> AnnData:
+    """Return a slide without the spots that Space Ranger found off tissue; all where the column says so of all."""
+    if "in_tissue" not in slide.obs:
+        return slide
+    marks = slide.obs["in_tissue"].astype(str).str.strip().str.lower()
+    off = marks.isin(["0", "0.0", "false"]).to_numpy()
+    if off.all() or not off.any():
+        return slide
+    notes.setdefault("left_out", {})["off_tissue"] = int(off.sum())
+    notes["spots"] = slide.n_obs
+    return slide[~off].copy()
+
+
+def is_hexagonal(slide: AnnData) -> bool:
+    """Return whether the columns array_row and array_col are those of a Visium array."""
+    fit = fit_array(array, slide.obsm["spatial"]) if (array := array_of(slide)) is not None else None
+    return fit is not None and fit.hexagonal
+
+
+def array_of(slide: AnnData) -> np.ndarray | None:
+    """Return array row and column, float (n, 2); None where there are none."""
+    if not {"array_row", "array_col"} <= set(slide.obs):
+        return None
+    try:
+        return slide.obs[["array_row", "array_col"]].to_numpy(np.float64)
+    except (TypeError, ValueError):
+        return None
+
+
+def image_resolution(image: Path | None) -> dict[str, float]:
+    """Return what an image says of its resolution, by source; a value that no scan has is left out."""
+    if image is None:
+        return {}
+    with SlideImage(image) as opened:
+        return {opened.resolution[0]: opened.um_per_px or math.nan}
+
+
+def _um_per_px_of_spots(slide: AnnData, pitch_um: float, hexagonal: bool) -> float:
+    coordinates = slide.obsm["spatial"]
+    if hexagonal:
+        array = array_of(slide)
+        return um_per_px_of_array(array, coordinates)
+    return pitch_um / lattice_pitch_px(coordinates)
 
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(path.glob("[!.]*.h5ad"))
     return [path] if path.suffix == ".h5ad" and path.is_file() else []
-
-
-def raw_counts(slide: AnnData, file: Path) -> Any:
-    """Return X if it holds integers, else the layer `counts`, which is removed from the layers."""
-    if slide.X is not None and _integral(slide.X):
-        return slide.X
-    if "counts" not in slide.layers:
-        held = "nothing" if slide.X is None else "values that are not integers"
-        raise DataError(f"{file} has no raw counts: X holds {held} and there is no layers['counts']")
-    return slide.layers.pop("counts")
-
-
-def _integral(matrix: Any) -> bool:
-    values = np.asarray(matrix.data if scipy.sparse.issparse(matrix) else matrix)
-    # NaN and infinities are left for check_slide to name
-    return values.dtype.kind in "iub" or bool((np.isnan(values) | (values == np.round(values))).all())
 
 
 def _find_image(file: Path, facts: Mapping[str, Any], require_image: bool) -> Path | None:
@@ -126,33 +177,15 @@ def _find_image(file: Path, facts: Mapping[str, Any], require_image: bool) -> Pa
         missing = f"its uns['hinge']['image_path'] {named} does not exist and " if named else ""
         raise DataError(
             f"{file} has no image: {missing}there is no {file.stem}{{{','.join(IMAGE_SUFFIXES)}}} beside it; "
-            "give --image (image= in Python, or require_image=False for counts alone)"
+            "give --image"
         )
     return None
-
-
-def positive_length(facts: Mapping[str, Any], key: str) -> float:
-    """Return a positive length, NaN if there is none."""
-    try:
-        value = float(facts[key])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return math.nan
-    return value if 0 < value < math.inf else math.nan
-
-
-def pitch_in_px(coordinates: np.ndarray) -> float:
-    """Return the median distance from a spot to its nearest neighbour, NaN for fewer than two spots."""
-    coordinates = coordinates[np.isfinite(coordinates).all(axis=1)]
-    if len(coordinates) < 2:
-        return math.nan
-    distances = KDTree(coordinates).query(coordinates, k=2)[0][:, 1]
-    return float(np.median(distances)) or math.nan
 
 
 def _spot_diameter_px(slide: AnnData) -> float:
     """Return the spot diameter in scanpy's scale factors, NaN if there is none."""
     try:
-        (library,) = slide.uns["spatial"].values()
+        library = next(iter(slide.uns["spatial"].values()))
         return positive_length(library["scalefactors"], "spot_diameter_fullres")
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
         return math.nan

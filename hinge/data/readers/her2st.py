@@ -12,8 +12,11 @@ import scipy.sparse
 from anndata import AnnData
 from scipy.spatial.distance import pdist
 
+from hinge.data.readers.h5ad import image_resolution
+from hinge.data.resolution import choose_resolution
 from hinge.data.slide import describe_slide
 from hinge.utils.errors import DataError
+from hinge.utils.notices import tell_once
 from hinge.utils.safe_hdf5 import check_gzip
 
 LAYOUT = (
@@ -46,17 +49,22 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
     kept = counts.index.isin(positions.index)
     n_without_counts = int((~positions.index.isin(counts.index)).sum())
     if n_without_counts or not kept.all():
-        _logger.info(
-            "%s: left out %d selected spots without counts and %d spots with counts that are not selected",
-            sample,
-            n_without_counts,
-            int((~kept).sum()),
+        tell_once(
+            _logger,
+            f"{sample}: left out {n_without_counts} selected spots without counts and {int((~kept).sum())} spots with "
+            "counts that are not selected",
         )
     counts = counts[kept]
     positions = positions.loc[counts.index]
     coordinates = positions[["pixel_x", "pixel_y"]].to_numpy(np.float64)
-    if um_per_px is None:
-        um_per_px = _um_per_px(positions[["x", "y"]].to_numpy(np.float64), coordinates)
+    image = image or _find_image(root / "ST-imgs" / sample[0] / sample, require_image)
+    known, um_per_px, origin = choose_resolution(
+        {
+            "option": um_per_px or math.nan,
+            "array": _um_per_px(positions[["x", "y"]].to_numpy(np.float64), coordinates),
+            **image_resolution(image),
+        }
+    )
     slide = AnnData(
         X=scipy.sparse.csr_matrix(counts.to_numpy(np.float32)),
         obs=pd.DataFrame(
@@ -68,11 +76,12 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
     return describe_slide(
         slide,
         sample,
-        image_path=image or _find_image(root / "ST-imgs" / sample[0] / sample, require_image),
+        image_path=image,
         um_per_px=um_per_px,
         spot_pitch_um=SPOT_PITCH_UM,
         spot_diameter_um=SPOT_DIAMETER_UM,
         source_format="her2st",
+        source={"resolutions": known, "um_per_px_from": origin},
     )
 
 
@@ -142,9 +151,7 @@ def _find_image(folder: Path, require_image: bool) -> Path | None:
     if len(images) == 1:
         return images[0]
     if len(images) > 1:
-        raise DataError(f"{folder} has {len(images)} images, not one: give the image with --image (image= in Python)")
+        raise DataError(f"{folder} has {len(images)} images, not one: give the image with --image")
     if require_image:
-        raise DataError(
-            f"there is no image in {folder}: give --image (image= in Python, or require_image=False for counts alone)"
-        )
+        raise DataError(f"there is no image in {folder}: give --image")
     return None

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from anndata import AnnData
 
-from hinge.data.readers.h5ad import open_h5ad, pitch_in_px, positive_length
+from hinge.data.readers.h5ad import image_resolution, open_h5ad
+from hinge.data.resolution import choose_resolution, lattice_pitch_px, pitch_in_px, positive_length
 from hinge.data.slide import describe_slide
-from hinge.data.slide_image import SlideImage
 from hinge.utils.errors import DataError
 from hinge.utils.files import read_json
 
@@ -26,7 +26,7 @@ def list_samples(path: Path) -> list[str]:
 
 def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None, require_image: bool) -> AnnData:
     """Read one sample; repeated gene symbols get a suffix from the second on, as in scanpy."""
-    slide = open_h5ad(path / "st" / f"{sample}.h5ad")
+    slide, notes = open_h5ad(path / "st" / f"{sample}.h5ad")  # its column in_tissue means nothing
     slide.var_names_make_unique()
     file = path / "metadata" / f"{sample}.json"
     facts = read_json(file) if file.is_file() else {}
@@ -36,22 +36,24 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
         image = path / "wsis" / f"{sample}.tif"
         if not image.is_file():
             if require_image:
-                raise DataError(
-                    f"there is no image {image}: run hinge download hest, or give --image (image= in Python, or "
-                    "require_image=False for counts alone)"
-                )
+                raise DataError(f"there is no image {image}: run hinge download hest, or give --image")
             image = None
-    if um_per_px is None:
-        um_per_px = positive_length(facts, "pixel_size_um_estimated")
-        if math.isnan(um_per_px) and image is not None:
-            with SlideImage(image) as opened:
-                um_per_px = opened.um_per_px or math.nan
-        if math.isnan(um_per_px) and require_image:
-            raise DataError(
-                f"neither {file} nor the image contains the resolution: give --um-per-px, µm per full-resolution pixel "
-                "(um_per_px= in Python)"
-            )
     pitch_um = positive_length(facts, "inter_spot_dist")
+    known = {
+        "option": um_per_px or math.nan,
+        "metadata": positive_length(facts, "pixel_size_um_estimated"),
+        **image_resolution(image),
+        "array": pitch_um / lattice_pitch_px(slide.obsm["spatial"]),
+    }
+    known, um_per_px, origin = choose_resolution(known)
+    if math.isnan(um_per_px) and require_image:
+        raise DataError(
+            f"neither {file} nor the image contains the resolution: give --um-per-px, µm per full-resolution pixel"
+        )
+    notes |= {"resolutions": known, "um_per_px_from": origin}
+    for key, name in (("species", "species"), ("st_technology", "technology"), ("organ", "organ")):
+        if facts.get(key):
+            notes[name] = str(facts[key])
     return describe_slide(
         slide,
         sample,
@@ -61,4 +63,5 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
         spot_pitch_um=pitch_in_px(slide.obsm["spatial"]) * um_per_px if math.isnan(pitch_um) else pitch_um,
         spot_diameter_um=positive_length(facts, "spot_diameter"),
         source_format="hest",
+        source=notes,
     )

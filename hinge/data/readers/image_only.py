@@ -34,9 +34,7 @@ def read(
     """Return a slide with a grid of spots on the tissue of one image, and 0 genes."""
     files = [file for file in _files(path) if image_name(file) == sample]
     if len(files) > 1 and image is None:
-        raise DataError(
-            f"{path} has {len(files)} images of {sample}, not one: give the image with --image (image= in Python)"
-        )
+        raise DataError(f"{path} has {len(files)} images of {sample}, not one: give the image with --image")
     return slide_from_image(image or files[0], um_per_px, spot_pitch_um, spot_diameter_um, name=sample)
 
 

@@ -4,9 +4,10 @@
     P1_A,scans/P1_A.svs,visium/P1_A,,,P1,train,tumour
     P2_A,scans/P2_A.svs,,,0.25,P2,test,tumour
 
-`slide` is needed, and `image` or `counts`. Paths are relative to the table. `sample` names the slide within `counts`,
-where there are several; a slide without counts can be sampled. `patient` and `condition` go into `uns["hinge"]`;
-a run (`data.path`) reads `split`.
+`slide` is needed, and `image` or `counts`; further columns are not read. Fields are separated by commas, semicolons or
+tabs, and capitals in the first line do not matter. Paths are relative to the table. `sample` names the slide within
+`counts`, where there are several; a slide without counts can be sampled. `patient` and `condition` go into
+`uns["hinge"]`; a run (`data.path`) reads `split`.
 """
 
 import csv
@@ -23,14 +24,24 @@ _MOST_BYTES = 20 << 20
 
 def recognises(path: Path) -> bool:
     """Return whether a path has this layout."""
-    if path.suffix.lower() != ".csv" or not path.is_file():
+    if path.suffix.lower() not in (".csv", ".tsv") or not path.is_file():
         return False
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            head = next(csv.reader([file.readline(10_000)]), [])
+            line = file.readline(10_000)
+        head = _names(next(csv.reader([line], delimiter=_delimiter(line)), []))
     except (OSError, UnicodeDecodeError, csv.Error):
         return False
     return "slide" in head and bool({"image", "counts"} & set(head))
+
+
+def _delimiter(line: str) -> str:
+    """Return what separates the fields of a first line."""
+    return max(",;\t", key=line.count)
+
+
+def _names(head: list[str]) -> list[str]:
+    return [name.strip().lower() for name in head]
 
 
 def read_table(path: str | Path) -> dict[str, dict[str, str]]:
@@ -39,7 +50,7 @@ def read_table(path: str | Path) -> dict[str, dict[str, str]]:
     Raises
     ------
     DataError
-        The table is missing or damaged, a column is unknown, or a slide has no name, a name that is not a file name,
+        The table is missing or damaged, a column occurs twice, or a slide has no name, a name that is not a file name,
         the name of another slide, or neither image nor counts.
     """
     path = Path(path)
@@ -47,16 +58,18 @@ def read_table(path: str | Path) -> dict[str, dict[str, str]]:
         if path.stat().st_size > _MOST_BYTES:
             raise DataError(f"{path} is too large to be a table of slides")
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            head, rows = reader.fieldnames or [], list(reader)
+            delimiter = _delimiter(file.readline())
+            file.seek(0)
+            reader = csv.DictReader(file, strict=True, delimiter=delimiter)
+            reader.fieldnames = head = _names(list(reader.fieldnames or []))
+            rows = list(reader)
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a readable table: {error}") from error
-    unknown = [str(column) for column in head if column not in COLUMNS]
-    if unknown or "slide" not in head or len(set(head)) < len(head):
-        wrong = f"the column {unknown[0]!r}" if unknown else "no column slide, or one twice"
-        raise DataError(f"{path} has {wrong}; a table of slides has {', '.join(COLUMNS)}")
+    known = [column for column in head if column in COLUMNS]
+    if "slide" not in known or len(set(known)) < len(known):
+        raise DataError(f"{path} has no column slide, or a column twice; a table of slides has {', '.join(COLUMNS)}")
     found: dict[str, dict[str, str]] = {}
     for line, row in enumerate(rows, 2):
         if None in row:
@@ -111,7 +124,7 @@ def read(
     path: Path, sample: str, *, image: Path | None, um_per_px: float | None, require_image: bool, **grid: float
 ) -> AnnData:
     """Read one slide from where the table says it is; `grid` is for slides without counts."""
-    from hinge.data.readers import image_only, read_slide, recognise_format
+    from hinge.data.readers import build_slide, image_only, recognise_format
     from hinge.data.readers import list_samples as list_others
 
     fields = read_table(path)[sample]
@@ -136,7 +149,7 @@ def read(
             raise DataError(f"{path}: the counts of slide {sample} are another table of slides")
         others = list_others(counts)
         inside = fields["sample"] or (sample if sample in others and len(others) > 1 else None)
-        slide = read_slide(counts, inside, image=image, um_per_px=um_per_px, require_image=require_image)
+        slide = build_slide(counts, inside, image=image, um_per_px=um_per_px, require_image=require_image)
     return _renamed(slide, sample, {key: fields[key] for key in ("patient", "condition") if fields[key]})
 
 

@@ -1,0 +1,86 @@
+"""The command that checks slides."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hinge.cli.options import Allow, existing
+from hinge.utils.errors import ConfigError, DataError
+
+
+def check(
+    path: Annotated[Path, typer.Argument(metavar="DATA", help="Slide or data set.", show_default=False)],
+    sample: Annotated[list[str] | None, typer.Option(help="Sample of the data set; repeat for several.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image, where the slide does not name it.")] = None,
+    um_per_px: Annotated[float | None, typer.Option(help="Resolution, where the slide does not say.")] = None,
+    panel: Annotated[Path | None, typer.Option(help="Genes that the slides need: panel.json or a list.")] = None,
+    target_um_per_px: Annotated[float, typer.Option(help="Resolution of the encoder's patches.", min=0.01)] = 0.5,
+    json: Annotated[Path | None, typer.Option("--json", help="Write summaries and findings to this file.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with the spots on the image.")] = None,
+    allow: Allow = None,
+) -> None:
+    """Check slides before anything is computed: one line a slide, and what is wrong with it or may be.
+
+    Exit code 2 if there are errors. Each code has a section in the reference, on the page Findings.
+
+    Example: hinge check her2st --sample C5 --html check.html
+    """
+    existing(path)
+    from hinge.data.checks import Context, check_slide, require_codes, unreadable
+    from hinge.data.checks.summary import as_json, line_of, page_of, picture, summarise
+    from hinge.data.panel import read_panel
+    from hinge.data.readers import build_slide, list_samples
+    from hinge.utils.files import atomic_path, write_json
+
+    require_codes(allow or [])
+    names = sample or list_samples(path)
+    if not names:
+        raise DataError(f"{path} has no slides")
+    if image is not None and len(names) > 1:
+        raise ConfigError("--image is the image of one slide; name it with --sample")
+    context = Context(target_um_per_px, read_panel(panel).genes if panel else ())
+    slides: list[tuple[dict[str, Any], list, bytes | None]] = []
+    errors = 0
+    for name in names:
+        summary: dict[str, Any] = {"slide": name}
+        drawn = None
+        try:
+            slide = _build(build_slide, path, name, image, um_per_px)
+        except DataError as error:
+            findings = [unreadable(error)]
+            print(f"{name}: no slide")
+        else:
+            findings, summary = check_slide(slide, context), summarise(slide)
+            drawn = picture(slide) if html is not None else None
+            print(line_of(summary))
+        for finding in findings:
+            allowed = finding.code in (allow or [])
+            errors += finding.level == "error" and not allowed
+            print(f"  {finding.level}{' (allowed)' if allowed else ''}: {finding}")
+        slides.append((summary, findings, drawn))
+    if json is not None:
+        write_json(json, {"slides": [as_json(summary, findings) for summary, findings, _ in slides]})
+    if html is not None:
+        with atomic_path(html) as temporary:
+            temporary.write_text(page_of(slides), encoding="utf-8")
+    if errors:
+        raise typer.Exit(2)
+
+
+def _build(build, path: Path, name: str, image: Path | None, um_per_px: float | None):
+    """Return a slide; without its image where it has none, which only some commands need."""
+    from hinge.data.readers import recognise_format
+
+    try:
+        return build(path, name, image=image, um_per_px=um_per_px, require_counts=False)
+    except DataError as error:
+        if image is not None or "image" not in str(error) or recognise_format(path) == "image":
+            raise
+        try:
+            slide = build(path, name, um_per_px=um_per_px, require_image=False, require_counts=False)
+        except DataError:
+            raise error from None
+        if slide.uns["hinge"].get("image_path"):
+            raise
+        return slide
