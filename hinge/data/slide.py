@@ -214,13 +214,6 @@ def _check_image(slide: AnnData, name: str) -> None:
     um_per_px = facts.get("um_per_px", math.nan)
     if not (math.isfinite(um_per_px) and um_per_px > 0):
         raise DataError(f"slide {name} has {um_per_px} µm per pixel, and a positive number is needed: give --um-per-px")
-    outside = spots_outside(slide)
-    if outside.mean() > 0.5:
-        raise DataError(
-            f"slide {name}: {int(outside.sum())} of {slide.n_obs} spots, most of them, lie outside the image "
-            f"{facts['image_path']}; positions must be full-resolution pixels of this image: give the image that they "
-            "belong to with --image"
-        )
 
 
 def spots_outside(slide: AnnData) -> np.ndarray:

@@ -148,6 +148,8 @@ def slide_from_image(
         um_per_px = um_per_px or opened.um_per_px
         if um_per_px is None:
             raise DataError(f"{path} has no resolution in its metadata: give --um-per-px, µm per full-resolution pixel")
+        if opened.channels not in (3, 4):
+            raise DataError(f"{path} has {opened.channels} channel, and H&E has three: give the H&E image")
         dimensions = opened.dimensions
         mask = find_tissue(opened, um_per_px)
     pitch_px = spot_pitch_um / um_per_px

@@ -41,6 +41,15 @@ def bright_field(slide: AnnData, context: Context) -> Iterator[Finding]:
             "save the image as it is shown, without the tag, if positions refer to that",
         )
     grey = small.astype(np.float32).mean(axis=2)
+    if tags and tags.bits > 8 and np.quantile(grey, 0.999) < 128:
+        yield Finding(
+            "error",
+            "image-bits",
+            f"{name} has {tags.bits} bits a channel and fills a part of them: its brightest pixels are "
+            f"{np.quantile(grey, 0.999):.0f} of 255",
+            "save the image with 8 bits a channel",
+        )
+        return
     if grey.std() < _FLAT:
         transparent = " or all of it is transparent" if channels == 4 else ""
         yield Finding(
@@ -50,15 +59,7 @@ def bright_field(slide: AnnData, context: Context) -> Iterator[Finding]:
             f"save the image without an alpha channel, or {_GIVE}",
         )
         return
-    if tags and tags.bits > 8 and np.quantile(grey, 0.999) < 128:
-        yield Finding(
-            "error",
-            "image-bits",
-            f"{name} has {tags.bits} bits a channel and fills a part of them: its brightest pixels are "
-            f"{np.quantile(grey, 0.999):.0f} of 255",
-            "save the image with 8 bits a channel",
-        )
-    elif _is_dark(slide, grey, small):
+    if _is_dark(slide, grey, small):
         yield Finding(
             "error",
             "image-dark",

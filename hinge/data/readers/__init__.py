@@ -132,7 +132,10 @@ def read_slide(
         require_counts=require_counts,
         **grid,
     )
-    tell(slide, check_slide(slide))
+    findings = check_slide(slide)
+    if slide.uns["hinge"]["source"].get("outside", 0) > slide.n_obs / 2:
+        raise DataError(f"slide {slide.uns['hinge']['name']}: {findings[0]}")
+    tell(slide, findings)
     return slide
 
 

@@ -152,8 +152,8 @@ def image_resolution(image: Path | None) -> dict[str, float]:
 
 def _um_per_px_of_spots(slide: AnnData, pitch_um: float, hexagonal: bool) -> float:
     coordinates = slide.obsm["spatial"]
-    if hexagonal:
-        array = array_of(slide)
+    array = array_of(slide)
+    if hexagonal and array is not None and pitch_um == VISIUM_PITCH_UM:
         return um_per_px_of_array(array, coordinates)
     return pitch_um / lattice_pitch_px(coordinates)
 
