@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
-from hinge.cli.options import Allow, existing
+from hinge.cli.options import Allow, DataSet, existing
 from hinge.utils.errors import ConfigError, DataError
 
 
 def check(
-    path: Annotated[Path, typer.Argument(metavar="DATA", help="Slide or data set.", show_default=False)],
+    data: DataSet,
     sample: Annotated[list[str] | None, typer.Option(help="Sample of the data set; repeat for several.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image, where the slide does not name it.")] = None,
     um_per_px: Annotated[float | None, typer.Option(help="Resolution, where the slide does not say.")] = None,
@@ -26,17 +26,17 @@ def check(
 
     Example: hinge check her2st --sample C5 --html check.html
     """
-    existing(path)
+    existing(data)
     from hinge.data.checks import Context, check_slide, require_codes, unreadable
     from hinge.data.checks.summary import as_json, line_of, page_of, picture, summarise
     from hinge.data.panel import read_panel
-    from hinge.data.readers import build_slide, list_samples
+    from hinge.data.readers import build_slide, require_samples
     from hinge.utils.files import atomic_path, write_json
 
     require_codes(allow or [])
-    names = sample or list_samples(path)
+    names = require_samples(data, sample)
     if not names:
-        raise DataError(f"{path} has no slides")
+        raise DataError(f"{data} has no slides")
     if image is not None and len(names) > 1:
         raise ConfigError("--image is the image of one slide; name it with --sample")
     context = Context(target_um_per_px, read_panel(panel).genes if panel else ())
@@ -46,7 +46,7 @@ def check(
         summary: dict[str, Any] = {"slide": name}
         drawn = None
         try:
-            slide = _build(build_slide, path, name, image, um_per_px)
+            slide = _build(build_slide, data, name, image, um_per_px)
         except DataError as error:
             findings = [unreadable(error)]
             print(f"{name}: no slide")

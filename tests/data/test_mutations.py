@@ -281,7 +281,10 @@ H5AD = {
     ),
     "shuffled array": (
         "spots-array",
-        h5ad(lambda slide: set_obs(array_col=RNG.permutation(slide.obs["array_col"].to_numpy()))(slide), options={"um_per_px": 1.0}),
+        h5ad(
+            lambda slide: set_obs(array_col=RNG.permutation(slide.obs["array_col"].to_numpy()))(slide),
+            options={"um_per_px": 1.0},
+        ),
     ),
 }  # fmt: skip
 
