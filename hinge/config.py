@@ -52,6 +52,9 @@ class DataConfig(_Section):
     um_per_px: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {}, description="µm per full-resolution pixel by sample, where the data set does not state it"
     )
+    spot_um: float | None = Field(
+        None, gt=0, description="side in µm of the pseudo-spots that cells are pooled in; null: each cell is a spot"
+    )
     train: list[str] = Field(min_length=1, description="a list of training samples")
     test: list[str] = Field([], description="a list of samples to draw and score")
     pretrain: list[str] = Field(

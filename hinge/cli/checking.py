@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hinge.cli.options import Allow, DataSet, existing
+from hinge.cli.options import Allow, DataSet, SpotSide, existing
 from hinge.utils.errors import ConfigError, DataError
 
 
@@ -18,6 +18,7 @@ def check(
     target_um_per_px: Annotated[float, typer.Option(help="Resolution of the encoder's patches.", min=0.01)] = 0.5,
     json: Annotated[Path | None, typer.Option("--json", help="Write summaries and findings to this file.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page with the spots on the image.")] = None,
+    spot_um: SpotSide = None,
     allow: Allow = None,
 ) -> None:
     """Check slides before anything is computed: one line a slide, and what is wrong with it or may be.
@@ -46,7 +47,7 @@ def check(
         summary: dict[str, Any] = {"slide": name}
         drawn = None
         try:
-            slide = _build(build_slide, data, name, image, um_per_px)
+            slide = _build(build_slide, data, name, image, um_per_px, spot_um)
         except DataError as error:
             findings = [unreadable(error)]
             print(f"{name}: no slide")
@@ -68,17 +69,17 @@ def check(
         raise typer.Exit(2)
 
 
-def _build(build, path: Path, name: str, image: Path | None, um_per_px: float | None):
+def _build(build, path: Path, name: str, image: Path | None, um_per_px: float | None, spot_um: float | None):
     """Return a slide; without its image where it has none, which only some commands need."""
     from hinge.data.readers import recognise_format
 
     try:
-        return build(path, name, image=image, um_per_px=um_per_px, require_counts=False)
+        return build(path, name, image=image, um_per_px=um_per_px, require_counts=False, spot_um=spot_um)
     except DataError as error:
         if image is not None or "image" not in str(error) or recognise_format(path) == "image":
             raise
         try:
-            slide = build(path, name, um_per_px=um_per_px, require_image=False, require_counts=False)
+            slide = build(path, name, um_per_px=um_per_px, require_image=False, require_counts=False, spot_um=spot_um)
         except DataError:
             raise error from None
         if slide.uns["hinge"].get("image_path"):

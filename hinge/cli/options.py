@@ -25,6 +25,9 @@ Allow = Annotated[
         help="Go on despite this finding of hinge check, by its code; repeat for several.", show_default=False
     ),
 ]
+SpotSide = Annotated[
+    float | None, typer.Option("--spot-um", help="Side of the pseudo-spots that cells are pooled in, µm.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Settings, e.g. training.epochs=10.", metavar="KEY=VALUE", show_default=False),

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hinge.cli.options import Allow, DataSet, existing
+from hinge.cli.options import Allow, DataSet, SpotSide, existing
 from hinge.config import FeaturesConfig, PanelConfig
 from hinge.models.options import DEFAULT_TRANSFORM
 from hinge.utils.errors import ConfigError
@@ -33,6 +33,7 @@ def features(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace feature files that other settings made.")
     ] = False,
+    spot_um: SpotSide = None,
     allow: Allow = None,
 ) -> None:
     """Extract histology features, one patch a spot, into one HDF5 file a slide.
@@ -58,7 +59,7 @@ def features(
     file_part = loaded.name.replace("/", "_").replace(":", "_")
 
     def extract(name: str) -> Path:
-        slide = build_slide(data, name, image=image, um_per_px=um_per_px, require_counts=False)
+        slide = build_slide(data, name, image=image, um_per_px=um_per_px, require_counts=False, spot_um=spot_um)
         stop_on_errors(slide, check_slide(slide, context), allow or ())
         target = output / f"{name}.{file_part}.h5"
         return extract_features(

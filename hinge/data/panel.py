@@ -1,5 +1,7 @@
 """Gene panels: the genes of a model, the method of their selection and its slides."""
 
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hinge.data.slide import slide_name
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import read_json, write_json
+from hinge.utils.notices import tell_once
 from hinge.utils.packages import VERSION
 
 # As the paper prints them and taken literally, so that its panels can be made again: MT* is meant for the
@@ -19,6 +22,8 @@ from hinge.utils.packages import VERSION
 EXCLUDED_PREFIXES = ("MT", "RPS", "RPL")
 
 _VARIABLE_GENES_PER_SLIDE = 2000
+_MITOCHONDRIAL = re.compile(r"MT[-.]", re.IGNORECASE).match
+_logger = logging.getLogger(__name__)
 
 
 class Panel(BaseModel):
@@ -152,6 +157,15 @@ def read_panel(path: Path) -> Panel:
 def _hmhvg(slides: Sequence[AnnData], shared: list[str], n_genes: int) -> list[str]:
     variable = set().union(*(_variable_genes(slide) for slide in slides))
     genes = [gene for gene in shared if gene in variable and not gene.upper().startswith(EXCLUDED_PREFIXES)]
+    nuclear = [
+        gene for gene in sorted(variable & set(shared)) if gene.upper().startswith("MT") and not _MITOCHONDRIAL(gene)
+    ]
+    if nuclear:
+        tell_once(
+            _logger,
+            f"panel: left out {len(nuclear)} nuclear genes whose names start with MT ({', '.join(nuclear[:5])}), as "
+            "the published method does; hinge panel --list takes a list with them",
+        )
     n_spots, total, squares = 0, np.zeros(len(genes)), np.zeros(len(genes))
     for slide in slides:
         # sums of integers are exact in float64: ranks depend on neither the order of slides nor the machine

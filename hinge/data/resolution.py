@@ -18,6 +18,7 @@ SOURCES = {
     "option": "--um-per-px",
     "metadata": "the metadata",
     "array": "the distance between spots",
+    "alignment": "the alignment matrix",
     "image": "the header of the image",
     "tag": "the resolution tag of the TIFF",
     "scalefactors": "the spot diameter in the scale factors",

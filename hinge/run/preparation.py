@@ -84,6 +84,7 @@ class Preparation:
             image=data.images.get(name) if require_image else None,
             um_per_px=data.um_per_px.get(name),
             require_image=require_image,
+            spot_um=data.spot_um,
         )
         self._grids[name] = {key: slide.uns["hinge"][key] for key in _GRID}
         return slide

@@ -11,7 +11,8 @@ from typing import Any
 from anndata import AnnData
 
 from hinge.data.checks import check_slide, tell
-from hinge.data.readers import h5ad, her2st, hest, image_only, spatialdata, table, visium
+from hinge.data.pseudo_spots import pool_cells
+from hinge.data.readers import h5ad, her2st, hest, image_only, spatialdata, table, visium, xenium
 from hinge.data.readers.gene_names import tidy_genes
 from hinge.data.readers.unknown_layout import describe_unknown
 from hinge.data.slide import require_slide, spots_outside
@@ -23,6 +24,7 @@ MOST_OUTSIDE = 0.2
 FORMATS: dict[str, ModuleType] = {
     "her2st": her2st,
     "hest": hest,
+    "xenium": xenium,
     "visium": visium,
     "spatialdata": spatialdata,
     "h5ad": h5ad,
@@ -89,6 +91,7 @@ def read_slide(
     um_per_px: float | None = None,
     require_image: bool = True,
     require_counts: bool = True,
+    spot_um: float | None = None,
     **grid: float,
 ) -> AnnData:
     """Read one slide and check it; what the checks find is logged once, and only what is no slide raises an error.
@@ -109,6 +112,9 @@ def read_slide(
         False also reads slides without an image; their `um_per_px` may be NaN.
     require_counts
         False also reads images without counts: the slide has a grid of spots on the detected tissue and no genes.
+    spot_um
+        Side of the pseudo-spots in which cells are pooled, µm; None for the cells themselves. Only for cells (Xenium,
+        CosMx, segmented Visium HD).
     **grid
         `spot_pitch_um` and `spot_diameter_um` of that grid; ignored for slides with counts.
 
@@ -130,6 +136,7 @@ def read_slide(
         um_per_px=um_per_px,
         require_image=require_image,
         require_counts=require_counts,
+        spot_um=spot_um,
         **grid,
     )
     findings = check_slide(slide)
@@ -148,6 +155,7 @@ def build_slide(
     um_per_px: float | None = None,
     require_image: bool = True,
     require_counts: bool = True,
+    spot_um: float | None = None,
     **grid: float,
 ) -> AnnData:
     """Read one slide as `read_slide`, without checks beyond what makes it a slide."""
@@ -177,7 +185,8 @@ def build_slide(
     if slide.n_vars:
         slide = tidy_genes(slide, notes)
     require_slide(slide, require_image=require_image, require_counts=require_counts)
-    return _without_outside(slide, notes)
+    slide = _without_outside(slide, notes)
+    return slide if spot_um is None else pool_cells(slide, spot_um)
 
 
 def _without_outside(slide: AnnData, notes: dict[str, Any]) -> AnnData:
