@@ -54,7 +54,8 @@ def features(
     from hinge.utils.parallel import each_slide, work_alone
 
     loaded = load_encoder(encoder, pooling=pooling)
-    context = Context((patch_um or loaded.patch_um) / loaded.patch_px)
+    side = patch_um if patch_um is not None and patch_um > 0 else loaded.patch_um
+    context = Context(side / loaded.patch_px)
     work_alone()
     file_part = loaded.name.replace("/", "_").replace(":", "_")
 

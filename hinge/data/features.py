@@ -134,6 +134,13 @@ def read_features(path: str | Path, barcodes: Sequence[str] | None = None, diges
         first = int(np.flatnonzero(wrong)[0])
         spot = first if header.barcodes is None else header.barcodes[first]
         raise DataError(f"{path}, spot {spot}: a feature is not a finite number ({int(wrong.sum())} such spots)")
+    if len(values) > 2 and np.array_equal(values.min(axis=0), values.max(axis=0)):
+        tell_once(
+            _logger,
+            f"{path}: the features of all {len(values)} spots are equal, so that nothing can be predicted from them; run "
+            "hinge check, since the image may be blank",
+            logging.WARNING,
+        )
     rows = slice(None) if barcodes is None else _rows(header, list(barcodes), path)
     return Features(
         features=values[rows].astype(np.float32),

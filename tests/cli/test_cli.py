@@ -96,6 +96,7 @@ def trained_on_two_processes(config) -> Path:
 def test_commands():
     assert COMMANDS == [
         "demo",
+        "check",
         "run",
         "train",
         "sample",
@@ -324,7 +325,7 @@ def missing_coordinate(slide):
 
 
 def outside_the_image(slide):
-    slide.obsm["spatial"][4] = 10_000
+    slide.obsm["spatial"][4:14] = 10_000
 
 
 def repeated_barcode(slide):
@@ -341,10 +342,10 @@ def no_coordinates(slide):
 
 BAD_SLIDES = {
     negative_count: "spot 3x0, gene GENE7: count -1 is below 0",
-    fractional_count: "there is no layers['counts']",
+    fractional_count: "none of them holds whole numbers only",
     missing_count: "spot 3x0, gene GENE7: count nan is not a finite number",
     missing_coordinate: "spot 4x0: its coordinates are not finite numbers",
-    outside_the_image: "spot 4x0 at pixel (10000, 10000) lies outside",
+    outside_the_image: "10 of 30 spots lie outside the image",
     repeated_barcode: "has barcode 0x0 more than once",
     repeated_gene: "has gene GENE1 more than once",
     no_coordinates: "needs pixel x and y of each spot",
@@ -440,7 +441,7 @@ def test_features_of_another_encoder(fails, call_cli, trained, tiny_slide, slide
         ),
         (
             ["features", "{slides}", "--sample", "sim0", "--um-per-px", "0", "-o", "{tmp}/out"],
-            "um_per_px must be",
+            "--um-per-px takes",
         ),
         (["features", "{slides}", "--image", "{tmp}/x.png", "-o", "{tmp}/out"], "image of one slide"),
         (["features", "{slides}", "--sample", "sim0", "-o", "{config}/out"], "cannot write"),

@@ -444,7 +444,7 @@ def test_unknown_formats_list_what_there_is(tmp_path):
     with pytest.raises(DataError, match=nearest):
         read_slide(tmp_path)
     (tmp_path / "V1.tar.gz").write_bytes(b"")
-    with pytest.raises(DataError, match=r"is no slide in a known format\. .* lacks unpacking: tar -xf\.$"):
+    with pytest.raises(DataError, match=r"holds no slides in a known format\. .* lacks unpacking: tar -xf\.$"):
         read_slide(tmp_path / "V1.tar.gz")
     with pytest.raises(DataError, match="there is no format 'merfish'; choose one of her2st, hest, "):
         read_slide(tmp_path, format="merfish")

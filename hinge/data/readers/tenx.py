@@ -60,7 +60,9 @@ def _read_hdf5(file: Path) -> AnnData:
         groups = [content["matrix"]] if "matrix" in content else [content[name] for name in content]
         parts = []
         for group in groups:
-            arrays = tuple(group[name][:] for name in ("data", "indices", "indptr"))
+            # converted while read: a second copy of the counts would double the memory
+            kinds = {"data": np.float32, "indices": np.int32, "indptr": np.int64}
+            arrays = tuple(group[name].astype(kind)[:] for name, kind in kinds.items())
             # the file holds genes x barcodes by column, which is spots x genes by row
             counts = scipy.sparse.csr_matrix(arrays, shape=tuple(group["shape"][:])[::-1])
             counts.check_format(full_check=True)
@@ -133,4 +135,4 @@ def _as_slide(counts: scipy.sparse.csr_matrix, barcodes: np.ndarray, var: pd.Dat
         raise DataError(f"counts of shape {counts.shape} for {len(barcodes)} barcodes and {len(var)} features")
     var.index = pd.Index(var["symbol"].astype(str), name=None)
     obs = pd.DataFrame(index=pd.Index(np.asarray(barcodes, dtype=str)))
-    return AnnData(X=counts.astype(np.float32), obs=obs, var=var)
+    return AnnData(X=counts.astype(np.float32, copy=False), obs=obs, var=var)

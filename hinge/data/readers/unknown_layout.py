@@ -38,7 +38,7 @@ def describe_unknown(path: Path, formats: Iterable[str]) -> str:
         found = f"{path} holds no slides in a known format: it has {shown or 'no files'}"
     else:
         names, below = [path.name], []
-        found = f"{path} is no slide in a known format"
+        found = f"{path} holds no slides in a known format"
     for there in (names, below):
         for format, sign, lacking in _SIGNS:
             if any(_matches(name.rstrip("/"), sign) for name in there):

@@ -127,7 +127,8 @@ def _place_spots(slide: AnnData, files: SampleFiles, sample: str, notes: dict[st
         notes |= {"barcodes": slide.n_obs, "not_on_tissue": left_out, "without_counts": len(on_tissue) - len(positions)}
     if left_out:
         tell_once(_logger, f"{sample}: left out {left_out} barcodes that are not on tissue")
-    slide = slide[positions.index].copy()
+    if not slide.obs_names.equals(positions.index):
+        slide = slide[positions.index].copy()
     slide.obs[["array_row", "array_col"]] = positions[["array_row", "array_col"]]
     slide.obsm["spatial"] = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(np.float64)
     return slide
