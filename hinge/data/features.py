@@ -137,8 +137,8 @@ def read_features(path: str | Path, barcodes: Sequence[str] | None = None, diges
     if len(values) > 2 and np.array_equal(values.min(axis=0), values.max(axis=0)):
         tell_once(
             _logger,
-            f"{path}: the features of all {len(values)} spots are equal, so that nothing can be predicted from them; run "
-            "hinge check, since the image may be blank",
+            f"{path}: the features of all {len(values)} spots are equal, so that nothing can be predicted from them; "
+            "run hinge check, since the image may be blank",
             logging.WARNING,
         )
     rows = slice(None) if barcodes is None else _rows(header, list(barcodes), path)

@@ -15,7 +15,7 @@ from scipy.spatial import KDTree
 
 from hinge.config import check_config, save_config
 from hinge.data import read_slide
-from hinge.data.slide import check_slide
+from hinge.data.slide import require_slide
 from hinge.evaluation.baselines import baseline_predictions
 from hinge.run.run import Run
 from hinge.tasks.dense import RunPredictor, map_slide, open_predictor
@@ -108,7 +108,7 @@ def test_the_map_is_a_slide_of_its_grid(folder, mapped):
     np.testing.assert_allclose(distance, 25.0)
     counts = dense.copy()
     counts.X = np.zeros(dense.shape, np.float32)  # values are no counts; all the rest is a slide's
-    check_slide(counts)
+    require_slide(counts)
     assert "hires" in dense.uns["spatial"]["sim2"]["images"]
 
 
