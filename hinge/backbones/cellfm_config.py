@@ -39,6 +39,9 @@ class CellFMConfig(PretrainedConfig):
         Factors of an `ExpressionPrior`, the linear-Gaussian model of the pre-training counts that the network then
         corrects; 0 for none, as in the published model. With it, the value of a masked gene is encoded as its
         conditional mean, plus the mask token.
+    num_spot_factors
+        The first of them, which describe differences between spots of one patient; the others describe differences
+        between patients.
     transform
         Name of the transform from counts to the values that the model takes, see `hinge.data.transforms`:
         `log1p_cp10k` for the published weights.
@@ -61,6 +64,7 @@ class CellFMConfig(PretrainedConfig):
         gene_names: list[str] | None = None,
         transform: str = "log1p_cp10k",
         num_prior_factors: int = 0,
+        num_spot_factors: int = 0,
         **kwargs,
     ):
         self.num_genes = num_genes
@@ -75,6 +79,7 @@ class CellFMConfig(PretrainedConfig):
         self.technical_tokens = technical_tokens
         self.gene_names = gene_names
         self.num_prior_factors = num_prior_factors
+        self.num_spot_factors = num_spot_factors
         self.transform = get_transform(transform).name
         for name, allowed in {
             "masked_input": ("mask_token", "value_plus_zero_token"),

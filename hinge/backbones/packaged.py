@@ -6,6 +6,7 @@ from hinge.backbones.cellfm import CellFMModel
 
 PACKAGED = {
     "hinge-cellfm-mini": Path(__file__).with_name("hinge-cellfm-mini") / "log1p_cp10k",
+    "hinge-cellfm-mini-log2p1": Path(__file__).with_name("hinge-cellfm-mini") / "log2p1",
 }
 """Folders of packaged backbones by their name for `load_backbone`."""
 

@@ -13,7 +13,7 @@ from hinge.data.count_table import CountTable
 from hinge.data.transforms import get_transform
 from hinge.evaluation.masked_genes import lost_to, masked_gene_table, masked_gene_text
 from hinge.training.count_augmentation import CountAugmentation
-from hinge.training.expression_prior import fit_expression_prior, num_prior_factors
+from hinge.training.expression_prior import fit_expression_prior, num_prior_factors, num_spot_factors
 from hinge.training.loop import make_accelerator, run_loop, step_generator
 from hinge.training.settings import PretrainConfig
 from hinge.utils.errors import ConfigError, DataError
@@ -130,6 +130,7 @@ def _new_model(data: "_MaskedRows", architecture: CellFMConfig, config: Pretrain
     if config.expression_prior:
         size = (len(rows), len(table.genes), len(np.unique(patients)))
         architecture.num_prior_factors = num_prior_factors(*size, transform)
+        architecture.num_spot_factors = num_spot_factors(*size[:2])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CellFMModel(architecture)

@@ -69,10 +69,11 @@ def fit_expression_prior(
 def num_prior_factors(num_spots: int, num_genes: int, num_patients: int, transform: str) -> int:
     """Return the number of columns of the loadings that `fit_expression_prior` returns."""
     between = num_patients if num_patients > 1 else 0
-    return _num_factors(num_spots, num_genes) + between + (COMMON_VARIANCE[transform] > 0)
+    return num_spot_factors(num_spots, num_genes) + between + (COMMON_VARIANCE[transform] > 0)
 
 
-def _num_factors(num_spots: int, num_genes: int) -> int:
+def num_spot_factors(num_spots: int, num_genes: int) -> int:
+    """Return the number of factors of the differences between spots of one patient."""
     return max(1, min(FACTORS, num_genes // 2, num_spots // 10))
 
 
@@ -88,7 +89,7 @@ def _factor_analysis(centred: NDArray[np.float64], seed: int) -> tuple[NDArray, 
     """Return loadings (G, K), noise variances (G,) and scores (n, K)."""
     exact = centred.shape[1] <= MOST_GENES_EXACT
     analysis = FactorAnalysis(
-        _num_factors(*centred.shape),
+        num_spot_factors(*centred.shape),
         svd_method="lapack" if exact else "randomized",
         tol=0.1,
         max_iter=60 if exact else 15,

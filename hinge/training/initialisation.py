@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from sklearn.decomposition import FactorAnalysis
 from torch import Tensor
 
 from hinge.data.spots import SpotTable, spot_groups
@@ -12,6 +11,7 @@ from hinge.models.gene_factors import GeneFactorModel
 from hinge.models.hinge import HingeModel
 from hinge.training.loop import step_generator
 from hinge.training.partly_masked import fit_visible_share, partly_masked_spots
+from hinge.training.prior_covariance import fit_factors, prior_correlation
 from hinge.training.spatial_correlation import SpatialCorrelation
 
 SMALLEST_SCALE = 0.05
@@ -70,8 +70,9 @@ def initialise_gene_factors(
         (factors.slide_loadings, _slide_loadings(shifts, factors.slide_loadings.shape)),
     ):
         write(parameter, content)
-    _set_noise(factors, unexplained, SpatialCorrelation(spots.coords, slide_of))
-    _set_scale_weights(factors, x, unexplained, spot_groups(spots.slide, spots.coords, "fold"))
+    groups, correlation = spot_groups(spots.slide, spots.coords, "fold"), prior_correlation(model.backbone, gene_ids)
+    _set_noise(factors, unexplained, SpatialCorrelation(spots.coords, slide_of), groups, correlation)
+    _set_scale_weights(factors, x, unexplained, groups)
     partly = partly_masked_spots(factors, scheduler, backbone, offset, regression)
     _set_scales(factors, partly, unexplained, 1 - model.config.masked_decoding, x.mean(axis=0))
     return torch.from_numpy(regression - ridge.predict(x)).float()
@@ -166,8 +167,17 @@ def _slide_loadings(shifts: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return loadings
 
 
-def _set_noise(factors: GeneFactorModel, unexplained: np.ndarray, spatial: SpatialCorrelation) -> None:
-    """Set loadings, noise and spatial correlation from what is unexplained within slides (n, G)."""
+def _set_noise(
+    factors: GeneFactorModel,
+    unexplained: np.ndarray,
+    spatial: SpatialCorrelation,
+    groups: np.ndarray,
+    correlation: np.ndarray | None,
+) -> None:
+    """Set loadings, noise and spatial correlation from what is unexplained within slides (n, G).
+
+    correlation (G, G) is that of the pre-training counts, towards which that of the residuals is shrunk; None for none.
+    """
     num_spots, num_genes = unexplained.shape
     spatial_range = spatial.range(unexplained)
     write(factors.spatial_range, spatial_range)
@@ -176,7 +186,7 @@ def _set_noise(factors: GeneFactorModel, unexplained: np.ndarray, spatial: Spati
     loadings = np.zeros(tuple(factors.loadings.shape))
     variance, left_over = unexplained.var(axis=0), unexplained
     if num_factors:
-        analysis = FactorAnalysis(num_factors, svd_method="lapack").fit(unexplained)
+        analysis = fit_factors(unexplained, groups, num_factors, correlation)
         loadings[:, :num_factors] = analysis.components_.T
         variance = analysis.noise_variance_
         scores = analysis.transform(unexplained)

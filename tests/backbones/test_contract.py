@@ -44,7 +44,7 @@ def moved(model: HingeModel) -> HingeModel:
 def alone(model: HingeModel, given: dict) -> torch.Tensor:
     """Return what the backbone predicts without modulation, in units of values."""
     values = given["values"] if model.value_bins is None else model.value_bins.encode(given["values"])
-    return model.decode(model.backbone(values, given["visible"], IDS))
+    return model.decode(model.backbone(values, given["visible"], IDS), given["values"], given["visible"], IDS)
 
 
 @every_backbone
@@ -131,7 +131,7 @@ def test_absent_tokens_equal_hidden_ones(name, gene_factors):
     arguments = (given["values"], given["visible"], given["timestep"], features, IDS)
     h = model.tokens(*arguments, subset=subset)
     assert h.shape[1] == model.backbone.num_prefix_tokens + subset.index.shape[1] < h.shape[0] + GENES
-    output, _ = model.read_out(h, given["values"], given["visible"], features, subset=subset)
+    output, _ = model.read_out(h, given["values"], given["visible"], features, IDS, subset=subset)
     there = present > 0
     torch.testing.assert_close(output.mean[there], hidden.mean[there], atol=2e-5, rtol=1e-5)
     # in the generative pattern that is what a pass with all tokens predicts, too

@@ -16,7 +16,16 @@ _TRANSFORMER = {
     "intermediate_size": 24,
     "tokens": ["<pad>", *[f"G{number}" for number in range(8)], "<cls>", "<drug>", "<eoc>"],
 }
+
+
+def _with_prior() -> CellFMModel:
+    model = CellFMModel(CellFMConfig(num_genes=8, num_value_bins=8, num_prior_factors=3, **_SIZE))
+    model.set_expression_prior(torch.rand(8).numpy() + 1, torch.randn(8, 3).numpy(), 0.1 + torch.rand(8).numpy())
+    return model
+
+
 SMALL = {
+    "cellfm-prior": _with_prior,
     "cellfm": lambda: CellFMModel(CellFMConfig(num_genes=8, num_value_bins=8, **_SIZE)),
     "cellfm-80m": lambda: CellFMModel(CellFMConfig(num_genes=8, num_value_bins=8, technical_tokens=True, **_SIZE)),
     "scgpt": lambda: ScGPTModel(ScGPTConfig(**_TRANSFORMER)),

@@ -17,9 +17,10 @@ SIZE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "nu
 
 def make(backbone=None, moved=True, **options) -> HingeModel:
     torch.manual_seed(0)
-    model = HingeModel.from_backbone(
-        CellFMModel(CellFMConfig(num_genes=GENES, **SIZE, **(backbone or {}))), FEATURES, GENES, **options
-    ).eval()
+    frozen = CellFMModel(CellFMConfig(num_genes=GENES, **SIZE, **(backbone or {})))
+    if frozen.expression_prior is not None:
+        frozen.set_expression_prior(np.ones(GENES), torch.randn(GENES, 3).numpy(), np.full(GENES, 0.2))
+    model = HingeModel.from_backbone(frozen, FEATURES, GENES, **options).eval()
     if moved:
         with torch.no_grad():
             for parameter in model.parameters():
@@ -48,6 +49,7 @@ def inputs(visible, seed=2) -> dict[str, torch.Tensor]:
 
 VARIANTS = [
     ({}, {"head": "rounded_gaussian", "transform": "log2p1"}),
+    ({"num_prior_factors": 3}, {"head": "rounded_gaussian", "transform": "log2p1"}),
     ({"technical_tokens": True, "masked_input": "value_plus_zero_token"}, {"head": "gaussian", "gene_factors": False}),
     ({}, {"head": "rounded_mixture", "transform": "log2p1", "injection": "concatenation"}),
     ({}, {"head": "point", "injection": "cross_attention"}),
@@ -77,15 +79,17 @@ def test_absent_tokens_equal_hidden_ones(backbone, options, ragged):
 
 
 @torch.no_grad()
-def test_a_new_model_equals_its_backbone_on_any_subset():
-    model = make(moved=False, head="gaussian", gate="linear")
+@pytest.mark.parametrize("backbone", [{}, {"num_prior_factors": 3}])
+def test_a_new_model_equals_its_backbone_on_any_subset(backbone):
+    model = make(backbone, moved=False, head="gaussian", gate="linear")
     visible, present = masks(ragged=False)
     given = inputs(visible)
     predicted = model(**given, gene_ids=IDS, present=present).location
     for row in range(len(visible)):
         chosen = present[row].nonzero().squeeze(1)
-        tokens = model.backbone(given["values"][row : row + 1, chosen], visible[row : row + 1, chosen], IDS[chosen])
-        alone = model.backbone.decode(tokens)
+        alone = model.backbone.predict(
+            given["values"][row : row + 1, chosen], visible[row : row + 1, chosen], IDS[chosen]
+        )
         torch.testing.assert_close(predicted[row : row + 1, chosen], alone, atol=2e-4, rtol=1e-4)
 
 
