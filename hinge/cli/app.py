@@ -89,9 +89,6 @@ def _group(name: str, help: str) -> typer.Typer:
 
 def _register() -> None:
     """Name the commands, in the order in which the help lists them."""
-    from hinge.cli.verifying import check
-
-    app.command("check")(check)
     download = _group("download", "Download slides and runs.")
     convert = _group("convert", "Convert published weights to hinge's format, and a trained model to the authors'.")
     probe = _group("probe", "Test what an encoder's features predict, on held-out slides.")

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from hinge.cli.options import Allow, DataSet, SpotSide, existing
+from hinge.cli.verifying import check_run
 from hinge.utils.errors import ConfigError, DataError
 
 
@@ -20,14 +21,23 @@ def check(
     html: Annotated[Path | None, typer.Option("--html", help="Write a page with the spots on the image.")] = None,
     spot_um: SpotSide = None,
     allow: Allow = None,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="A run: accept its files as they are, after an intended change.")
+    ] = False,
 ) -> None:
     """Check slides before anything is computed: one line a slide, and what is wrong with it or may be.
 
-    Exit code 2 if there are errors. Each code has a section in the reference, on the page Findings.
+    Exit code 2 if there are errors. Each code has a section in the reference, on the page Findings. For the folder of a
+    run, its files are compared with their checksums.
 
     Example: hinge check her2st --sample C5 --html check.html
     """
     existing(data)
+    if (data / "config.yaml").is_file():
+        check_run(data, accept)
+        return
+    if accept:
+        raise ConfigError(f"--accept is for the folder of a run, and {data} is none")
     from hinge.data.checks import Context, check_slide, require_codes, unreadable
     from hinge.data.checks.summary import as_json, line_of, page_of, picture, summarise
     from hinge.data.panel import read_panel

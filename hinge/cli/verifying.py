@@ -1,25 +1,8 @@
-"""The command that compares the files of a run with their checksums."""
+"""The part of `hinge check` that compares the files of a run with their checksums."""
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
-
-from hinge.cli.options import RunFolder
-from hinge.utils.errors import ConfigError
-
-
-def check(
-    run: RunFolder,
-    accept: Annotated[bool, typer.Option("--accept", help="Accept the files as they are, after a change.")] = False,
-) -> None:
-    """Compare the files of a run with their checksums: exit code 2 if one was changed or damaged.
-
-    Example: hinge check runs/her2st. After an intended change of a file: hinge check runs/her2st --accept
-    """
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run} is not the folder of a run, which hinge check and --accept need")
-    check_run(run, accept)
 
 
 def check_run(folder: Path, accept: bool) -> None:
