@@ -61,7 +61,7 @@ def main(
     print("| modulation | trainable | with gradient and Adam | checkpointed layers | activations | sum |")
     print("| --- | --- | --- | --- | --- | --- |")
     for rank in (32, None):
-        trainable = model_of(layers, rank, genes, "meta").num_trainable()
+        trainable = model_of(layers, rank, genes, "meta").num_parameters(only_trainable=True)
         # float32 weight, gradient and two moments, and the copy in bfloat16 that autocast makes
         fixed = (16 + 2) * trainable
         for checkpointed in (False, True):

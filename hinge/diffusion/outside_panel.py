@@ -59,6 +59,29 @@ class OutsideGenes:
         self.shared = (loadings["outside"] @ root).numpy()  # (E, K)
         self.own = noise["outside"].sqrt().numpy()  # (E,)
 
+    @classmethod
+    def of_genes(
+        cls, backbone: ExpressionBackbone, panel: list[str], panel_ids: Tensor, genes: list[str], transform: str
+    ) -> "OutsideGenes":
+        """Return the distribution of those of `genes` that are not in the panel.
+
+        Raises
+        ------
+        ConfigError
+            The backbone does not know a gene, all are in the panel, or the backbone has no expression prior.
+        """
+        outside = [gene for gene in dict.fromkeys(genes) if gene not in set(panel)]
+        known = {name: number for number, name in enumerate(getattr(backbone.config, "gene_names", None) or [], 1)}
+        missing = [gene for gene in outside if gene not in known]
+        if not outside:
+            raise ConfigError("all genes of --genes are in the panel, and are drawn without it")
+        if missing:
+            raise ConfigError(
+                f"the backbone does not know {len(missing)} of {len(outside)} genes outside the panel (--genes): "
+                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+            )
+        return cls(backbone, panel_ids, torch.tensor([known[gene] for gene in outside]), outside, transform)
+
     def _ids(self) -> dict[str, Tensor]:
         return {"panel": self.panel_ids, "outside": self.outside_ids}
 

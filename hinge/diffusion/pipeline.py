@@ -323,39 +323,18 @@ class HingePipeline(DiffusionPipeline):
         expected = np.zeros(values.shape[1:], dtype=np.float32)
         for part, draws in self.draw_parts(inputs, sampling, progress=progress):
             values[:, part], expected[part] = draws.values, draws.expected
-        about = self.provenance(
-            sampling,
-            encoder,
-            digest,
-            "" if observed is None else observed_digest(observed),
-            outside.genes if outside else None,
-        )
+        seen = "" if observed is None else observed_digest(observed)
+        about = self.provenance(sampling, encoder, digest, seen, outside.genes if outside else None)
         if outside is None:
             return draws_of_slide(values, expected, slide, settings.genes, about)
         values, expected = outside.append(values, expected, inputs.spots, sampling)
         return draws_of_slide(values, expected, slide, [*settings.genes, *outside.genes], about)
 
     def outside_genes(self, genes: list[str]) -> OutsideGenes:
-        """Return the distribution of genes outside the panel given the panel; genes of the panel are left out.
-
-        Raises
-        ------
-        ConfigError
-            The backbone does not know a gene, or it has no expression prior.
-        """
-        settings, backbone = self.settings, self.model.backbone
-        outside = [gene for gene in dict.fromkeys(genes) if gene not in set(settings.genes)]
-        known = {name: number for number, name in enumerate(getattr(backbone.config, "gene_names", None) or [], 1)}
-        missing = [gene for gene in outside if gene not in known]
-        if missing or not outside:
-            raise ConfigError(
-                f"the backbone does not know {len(missing)} of {len(outside)} genes outside the panel (--genes): "
-                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
-                if missing
-                else "all genes of --genes are in the panel, and are drawn without it"
-            )
-        ids = torch.tensor([known[gene] for gene in outside])
-        return OutsideGenes(backbone, torch.tensor(settings.gene_ids), ids, outside, settings.transform)
+        """Return the distribution of genes outside the panel given the panel; see `OutsideGenes.of_genes`."""
+        known = self.settings
+        ids = torch.tensor(known.gene_ids)
+        return OutsideGenes.of_genes(self.model.backbone, self.genes, ids, genes, known.transform)
 
     def draw_parts(
         self,

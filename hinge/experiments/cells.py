@@ -62,7 +62,7 @@ def _run_cell(cell: Cell, trained: Cell | None) -> None:
     scores = read_json(run.evaluate())
     model = run.pipeline().model
     of_model = {
-        "trainable": model.num_trainable(),
+        "trainable": model.num_parameters(only_trainable=True),
         "seconds_training": _seconds_of_training(run.folder / "training"),
     }
     rows: list[dict[str, Any]] = []

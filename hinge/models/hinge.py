@@ -28,7 +28,7 @@ from hinge.models.options import DEFAULT_HEAD, DEFAULT_TRANSFORM, check_options
 from hinge.models.precision import at_least_float32, keep_float32
 from hinge.models.soft_adaln import ConditionEmbedding, SoftAdaLN
 from hinge.models.subset import GeneSubset
-from hinge.models.tuning import cast_frozen, check_backbone, frozen_names, prepare_backbone, run_layer
+from hinge.models.tuning import check_backbone, frozen_names, prepare_backbone, run_layer
 from hinge.models.value_bins import ValueBins
 from hinge.utils.errors import WeightsError
 from hinge.utils.files import arrays_digest
@@ -194,10 +194,6 @@ class HingeModel(ModelMixin, ConfigMixin):
         else:
             self.tuned_backbone = backbone
         return self
-
-    def cast_backbone(self, dtype: torch.dtype) -> None:
-        """Cast the frozen weights of the backbone to `dtype`; what is trained stays in float32."""
-        cast_frozen(self.backbone, dtype)
 
     def _apply(self, function, recurse=True):
         # .to(), .cuda(), .half() … move and cast the backbone along with the model
@@ -378,9 +374,6 @@ class HingeModel(ModelMixin, ConfigMixin):
         """Return the state dict without what is frozen: weights of a backbone that has adapters."""
         frozen = frozen_names(self)
         return {name: tensor for name, tensor in self.state_dict().items() if name not in frozen}
-
-    def num_trainable(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     def save_pretrained(
         self,

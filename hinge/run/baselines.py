@@ -99,6 +99,7 @@ def _train_generative(inputs: Preparation, method: str, train: SpotTable) -> Pat
 
     from hinge.diffusion.gaussian import Denoiser, NoiseSchedule
     from hinge.models import HingeModel
+    from hinge.models.tuning import cast_frozen
     from hinge.training import train_denoiser
 
     logger.info("fitting baselines: %s (trains a model)", method)
@@ -114,7 +115,7 @@ def _train_generative(inputs: Preparation, method: str, train: SpotTable) -> Pat
             standardise_features=config.features.standardise_slide,
             **config.model.model_dump(exclude={"head"}),
         )
-    model.cast_backbone(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
+    cast_frozen(model.backbone, torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
     denoiser = Denoiser(model, NoiseSchedule(method), inputs.gene_ids(backbone), torch.from_numpy(train.values))
     with lock_folder(folder):
         train_denoiser(denoiser, train, config.training, folder / "training", seed=config.seed)

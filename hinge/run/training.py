@@ -19,6 +19,7 @@ from hinge.diffusion.pipeline import write_model_index
 from hinge.models import HingeModel
 from hinge.models.heads import needs_library_size
 from hinge.models.pretrained import genes_digest
+from hinge.models.tuning import cast_frozen
 from hinge.run.paths import claim_folder, undone_on_error
 from hinge.run.preparation import Preparation
 from hinge.training import pretrain_expression, split_spots, train_hinge
@@ -165,7 +166,7 @@ def _new_model(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbo
     if model.value_bins is not None:
         values, bins = inputs.ranked_values(backbone)
         model.value_bins.fit(values, bins, backbone.config.gene_scale(inputs.gene_ids(backbone).numpy()))
-    model.cast_backbone(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
+    cast_frozen(model.backbone, torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
     return model
 
 
@@ -177,7 +178,9 @@ def _train(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbone, 
     if accelerator.is_main_process:
         _write_split(inputs, spots)
         frozen = sum(parameter.numel() for parameter in backbone.parameters() if not parameter.requires_grad)
-        logger.info("%s trainable parameters, %s frozen", f"{model.num_trainable():,}", f"{frozen:,}")
+        logger.info(
+            "%s trainable parameters, %s frozen", f"{model.num_parameters(only_trainable=True):,}", f"{frozen:,}"
+        )
     result = train_hinge(
         model,
         scheduler,

@@ -55,7 +55,6 @@ REMOVED: dict[str, Any] = {
     "backbone.pretrain.patience": None,
     "backbone.pretrain.tracker": "none",
     "backbone.pretrain.min_mask_ratio": 0.05,
-    "backbone.pretrain.genes_per_step": 2048,
     "backbone.pretrain.validation_share": 0.1,
 }
 

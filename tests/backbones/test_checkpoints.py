@@ -489,7 +489,7 @@ def test_released_configuration_on_published_weights(tissue, panel, published, t
     assert "2 dropped from the panel" in caplog.text
     model = run.pipeline().model
     frozen = sum(parameter.numel() for parameter in model.backbone.parameters())
-    assert f"{model.num_trainable():,} trainable parameters, {frozen:,} frozen" in caplog.text
+    assert f"{model.num_parameters(only_trainable=True):,} trainable parameters, {frozen:,} frozen" in caplog.text
     known = GeneVocabulary.load(vocabulary)
     assert run.gene_ids(model.backbone).tolist() == known.match(run.panel().genes).ids.tolist()
     assert (model.backbone.config.negative_slope, model.config.gate) == (0.01, "linear")

@@ -9,6 +9,7 @@ from helpers.draws import draw_features
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.models import HingeModel
+from hinge.models.tuning import cast_frozen
 from hinge.utils.errors import WeightsError
 
 GENES, FEATURES = 10, 6
@@ -224,7 +225,7 @@ def test_a_tuned_model_wants_its_own_backbone_and_all_of_its_weights(tuning, tmp
 @pytest.mark.parametrize("tuning", ["frozen", "full", "lora"])
 def test_what_is_trained_stays_in_float32(tuning):
     model = make({"tuning": tuning})
-    model.cast_backbone(torch.bfloat16)
+    cast_frozen(model.backbone, torch.bfloat16)
     for parameter in itertools.chain(model.parameters(), model.backbone.parameters()):
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):

@@ -99,7 +99,7 @@ def test_gradient_checkpointing_is_switched_by_the_verbs_of_diffusers():
 def test_sizes():
     model = make()
     assert model.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
-    assert model.num_parameters(only_trainable=True) == model.num_trainable()
+    assert model.num_parameters(only_trainable=True) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert model.get_memory_footprint() > 0
 
 
