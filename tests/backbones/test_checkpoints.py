@@ -446,7 +446,7 @@ def released_run(tissue: Path, output: Path, *overrides: str) -> Run:
         f"output={output}",
         f"data={{path: {tissue}, train: [sim0, sim1], test: [sim2]}}",
         "panel.genes=12",
-        "features={encoder: stain-texture, views: 8}",
+        "features={encoder: stain-texture, views: 8, standardise_slide: false}",
         "training.epochs=null",
         "training.steps=2",
         "training.batch_size=8",
@@ -458,7 +458,8 @@ def released_run(tissue: Path, output: Path, *overrides: str) -> Run:
 
 def test_the_released_configuration_says_what_the_released_code_does():
     config = load_config(RELEASED)
-    assert RELEASED_MODEL.items() <= config.model.model_dump().items()
+    standardise = {"standardise_features": config.features.standardise_slide}
+    assert RELEASED_MODEL.items() <= (config.model.model_dump() | standardise).items()
     assert RELEASED_DIFFUSION.items() <= config.diffusion.model_dump().items()
     assert (config.training.loss_on, config.training.weighting) == ("revealed", "gene")
     assert config.backbone.constants() == {
@@ -569,7 +570,7 @@ def test_a_run_needs_the_genes_of_its_weights(tissue, published, tmp_path):
     )
     with pytest.raises(WeightsError, match="does not belong to these weights"):
         run.train()
-    with pytest.raises(ConfigError, match=r"backbone: masked_input says how to read given weights"):
+    with pytest.raises(ConfigError, match="backbone: masked_input is for given weights and needs path"):
         load_config(RELEASED, ["backbone.path=null", "data.pretrain=[C1]"])
 
 

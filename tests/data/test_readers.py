@@ -313,7 +313,8 @@ def array_section(tmp_path):
     root = tmp_path / "her2st"
     for folder in ("ST-cnts", "ST-spotfiles", "ST-imgs/Z/Z1"):
         (root / "data" / folder).mkdir(parents=True)
-    Image.new("RGB", (900, 900), "pink").save(root / "data/ST-imgs/Z/Z1/section.jpg")
+    tissue = np.random.default_rng(0).integers(100, 255, (900, 900, 3), dtype=np.uint8)
+    Image.fromarray(tissue).save(root / "data/ST-imgs/Z/Z1/section.jpg")
 
     def write(counts=counts, table=table):
         counts.to_csv(root / "data/ST-cnts/Z1.tsv.gz", sep="\t")
