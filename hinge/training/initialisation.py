@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
-from hinge.evaluation.ridge import RidgeFit, fit_ridge
+from hinge.evaluation.ridge import fit_ridge
 from hinge.models.gene_factors import GeneFactorModel
 from hinge.models.hinge import HingeModel
 from hinge.training.loop import step_generator
@@ -58,8 +58,7 @@ def initialise_gene_factors(
     decoded, _ = backbone.decode(scheduler.config.num_train_timesteps)
     offset = decoded.mean(axis=0)
     residual = backbone.target - decoded
-    groups = spot_groups(spots.slide, spots.coords, "fold")
-    ridge = _fit_regression(x, residual, groups, model.config.feature_dim)
+    ridge = fit_ridge(x, residual, spot_groups(spots.slide, spots.coords, "fold"))
     shifts, slide_of = slide_shifts(residual - ridge.held_out, spots.slide)
     regression = ridge.held_out + shifts[slide_of]
     unexplained = residual - ridge.held_out - shifts[slide_of]
@@ -71,27 +70,12 @@ def initialise_gene_factors(
         (factors.slide_loadings, _slide_loadings(shifts, factors.slide_loadings.shape)),
     ):
         write(parameter, content)
-    correlation = prior_correlation(model.backbone, gene_ids)
+    groups, correlation = spot_groups(spots.slide, spots.coords, "fold"), prior_correlation(model.backbone, gene_ids)
     _set_noise(factors, unexplained, SpatialCorrelation(spots.coords, slide_of), groups, correlation)
     _set_scale_weights(factors, x, unexplained, groups)
     partly = partly_masked_spots(factors, scheduler, backbone, offset, regression)
     _set_scales(factors, partly, unexplained, 1 - model.config.masked_decoding, x.mean(axis=0))
     return torch.from_numpy(regression - ridge.predict(x)).float()
-
-
-def _fit_regression(x: np.ndarray, residual: np.ndarray, groups: np.ndarray, feature_dim: int) -> RidgeFit:
-    """Fit ridge regression on the features, and least squares of what it leaves on how unusual the library size is.
-
-    x is (n, d) or, with the library size in the last column, (n, d + 1). The penalty is that of the features alone,
-    because a new slide's library sizes are not known: with them as a regressor, a smaller penalty would be chosen.
-    """
-    ridge = fit_ridge(x[:, :feature_dim], residual, groups)
-    unusual = x[:, feature_dim:]
-    if not unusual.shape[1]:
-        return ridge
-    slope = unusual.T @ (residual - ridge.held_out) / (unusual**2).sum()
-    weight = np.concatenate([ridge.weight, slope.T], axis=1)
-    return RidgeFit(weight, ridge.bias, ridge.held_out + unusual @ slope, ridge.penalty)
 
 
 class _Backbone:
