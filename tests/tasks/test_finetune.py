@@ -51,7 +51,7 @@ def test_what_was_trained_comes_back_from_disk(slides, tmp_path, tune):
     shutil.copytree(tmp_path / "folds" / "sim2", tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "folds")
     model, encoder, about = load_regressor(tmp_path / "elsewhere")
-    spots = load_spots(slide, Panel.from_list(about["genes"]), "log1p_cp10k")
+    spots = load_spots(slide, Panel.from_list(about["genes"]), about["transform"])
     read = read_prediction(PredictionFiles("tuned", (str(tmp_path / "predictions" / "{slide}.h5ad"),)), spots)
     kept = slide.obs_names.get_indexer(spots.barcodes)
     predicted = predict_slide(model, slide, encoder, about["patch_um"])[kept]

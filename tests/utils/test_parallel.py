@@ -64,9 +64,8 @@ def test_a_slide_without_counts_gets_spots(cohort):
     "content, says",
     [
         ("slide,image\n", "has no slides"),
-        ("slide,image,stain\na,b,c\n", "the column 'stain'"),
         ("image,counts\na,b\n", "no column slide"),
-        ("slide,image,image\na,b,c\n", "one twice"),
+        ("slide,image,image\na,b,c\n", "a column twice"),
         ("slide,image\na,x.png\na,y.png\n", "line 3: slide a occurs twice"),
         ("slide,image\na,\n", "neither image nor counts"),
         ("slide,image\n../a,x.png\n", "cannot be the name"),
