@@ -242,7 +242,11 @@ def trained(slides, tmp_path_factory) -> Run:
     [
         ("train --config {out}.json", lock_folder, "out"),
         ("run --config {out}.json", lock_folder, "out"),
-        ("features {slides} --sample sim0 --encoder stain-texture --output {out}", lock_file, "out/sim0.stain-texture.h5"),
+        (
+            "features {slides} --sample sim0 --encoder stain-texture --output {out}",
+            lock_file,
+            "out/sim0.stain-texture.h5",
+        ),
         ("sample {run} --output {out}/sim2.h5ad", lock_file, "out/sim2.h5ad"),
         ("pretrain-expression {slides} --steps 2 --output {out}", lock_folder, "out-training"),
         ("pretrain-histology --config {out}.encoder.json", lock_folder, "out-training"),
