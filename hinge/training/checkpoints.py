@@ -188,9 +188,10 @@ def load_best(path: Path, trained: TrainedState) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors and metadata as one safetensors file."""
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-    state = json.dumps(metadata)
+    content = {"progress": metadata, "sha256": _digest(tensors, json.dumps(metadata))}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"state": state, "sha256": _digest(tensors, state)})
+        # one key: safetensors writes several in an order that differs from call to call
+        save_file(tensors, temporary, metadata={"state": json.dumps(content)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -204,9 +205,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-        state = json.loads(about["state"])
-        # version 0.1 wrote no checksum
-        right = set(about) == {"state"} or about.get("sha256") == _digest(tensors, about["state"])
+        state, right = json.loads(about["state"]), set(about) == {"state"}
+        if set(state) & {"progress", "sha256"}:  # version 0.1 wrote no checksum
+            content, state = state, state["progress"]
+            right = right and content["sha256"] == _digest(tensors, json.dumps(state))
     except Exception as error:
         raise DamagedError(f"{path} is not a checkpoint of this package: {error}; {_REMEDY}") from error
     if not right:
