@@ -141,7 +141,9 @@ def read_slide(
     )
     findings = check_slide(slide)
     if slide.uns["hinge"]["source"].get("outside", 0) > slide.n_obs / 2:
-        raise DataError(f"slide {slide.uns['hinge']['name']}: {findings[0]}")
+        # other findings on such an image may follow from this one
+        first = next((each for each in findings if each.code == "spots-outside"), findings[0])
+        raise DataError(f"slide {slide.uns['hinge']['name']}: {first}")
     tell(slide, findings)
     return slide
 
