@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from hinge.backbones.cellfm import CellFMModel
+from hinge.backbones.cellfm_config import CellFMConfig
+from hinge.backbones.weights import read_our_config
 
 PACKAGED = {
     "hinge-cellfm-mini": Path(__file__).with_name("hinge-cellfm-mini") / "log1p_cp10k",
@@ -36,15 +38,15 @@ def packaged_for(transform: str, genes: list[str], architecture: dict[str, int],
         In float32 and eval mode; None if there is none of this size and transform, or if it knows fewer than
         `LEAST_KNOWN_SHARE` of the genes.
     """
-    for folder in PACKAGED.values():
-        if folder.name != transform:
-            continue
-        model = CellFMModel.from_pretrained(folder, dtype="float32")
-        known = set(model.config.gene_names)
-        unknown = [gene for gene in genes if gene not in known]
-        fits = all(getattr(model.config, name) == size for name, size in architecture.items())
-        if not fits or len(unknown) > (1 - LEAST_KNOWN_SHARE) * len(genes):
-            return None
-        model.add_genes({gene: model.config.num_genes + 1 + number for number, gene in enumerate(unknown)}, seed)
-        return model
-    return None
+    folder = next((folder for folder in PACKAGED.values() if folder.name == transform), None)
+    if folder is None:
+        return None
+    config = CellFMConfig.from_dict(read_our_config(folder, CellFMConfig.model_type))
+    known = set(config.gene_names or [])
+    unknown = [gene for gene in genes if gene not in known]
+    fits = all(getattr(config, name) == size for name, size in architecture.items())
+    if not fits or len(unknown) > (1 - LEAST_KNOWN_SHARE) * len(genes):
+        return None
+    model = CellFMModel.from_pretrained(folder, dtype="float32")
+    model.add_genes({gene: config.num_genes + number for number, gene in enumerate(unknown, 1)}, seed)
+    return model

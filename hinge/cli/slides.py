@@ -51,18 +51,18 @@ def features(
     if image is not None and len(names) > 1:
         raise ConfigError("--image is the image of one slide; name the slide with --sample")
     from hinge.encoders import extract_features, load_encoder
+    from hinge.encoders.names import features_file
     from hinge.utils.parallel import each_slide, work_alone
 
     loaded = load_encoder(encoder, pooling=pooling)
     side = patch_um if patch_um is not None and patch_um > 0 else loaded.patch_um
     context = Context(side / loaded.patch_px)
     work_alone()
-    file_part = loaded.name.replace("/", "_").replace(":", "_")
 
     def extract(name: str) -> Path:
         slide = build_slide(data, name, image=image, um_per_px=um_per_px, require_counts=False, spot_um=spot_um)
         stop_on_errors(slide, check_slide(slide, context), allow or ())
-        target = output / f"{name}.{file_part}.h5"
+        target = features_file(output, name, loaded.name)
         return extract_features(
             slide, loaded, target, views=views, batch_size=batch_size, patch_um=patch_um, overwrite=overwrite
         )

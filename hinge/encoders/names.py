@@ -22,3 +22,8 @@ def with_pooling(name: str, pooling: str | None) -> str:
         return name
     parts = split_name(name)
     return "+".join(part if part in WITHOUT_STAGES else f"{STAGES}{part.removeprefix(STAGES)}" for part in parts)
+
+
+def features_file(folder: Path, slide: str, encoder: str) -> Path:
+    """Return the path of the feature file of a slide and an encoder in a folder."""
+    return folder / f"{slide}.{encoder.replace('/', '_').replace(':', '_')}.h5"

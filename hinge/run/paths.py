@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hinge.config import RunConfig, load_config, save_config
+from hinge.encoders.names import features_file
 from hinge.utils import checksums
 from hinge.utils.errors import ConfigError, DataError
 
@@ -82,8 +83,7 @@ class RunPaths:
     def features(self, slide: str) -> Path:
         """The feature file of a slide."""
         settings = self._settings.features
-        encoder = settings.encoder_name.replace("/", "_").replace(":", "_")
-        own = self.folder / "features" / f"{slide}.{encoder}.h5"
+        own = features_file(self.folder / "features", slide, settings.encoder_name)
         if settings.folder is None:
             return own
         given = settings.folder / own.name

@@ -11,6 +11,7 @@ from hinge.data.neighbourhood import slide_features
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import slide_name
 from hinge.encoders import Encoder, extract_features
+from hinge.encoders.names import features_file
 from hinge.utils.errors import DataError
 
 
@@ -36,11 +37,6 @@ def read_slides(data: Path, samples: Iterable[str] | None, require_counts: bool 
     if repeated:
         raise DataError(f"sample {repeated[0]} is named more than once")
     return {name: read_slide(data, name, require_counts=require_counts) for name in names}
-
-
-def features_file(folder: Path, slide: str, encoder: str) -> Path:
-    """Return the feature file of a slide and an encoder, named as by `hinge features`."""
-    return folder / f"{slide}.{encoder.replace('/', '_').replace(':', '_')}.h5"
 
 
 def embed(

@@ -13,7 +13,7 @@ from hinge.data.count_table import CountTable
 from hinge.data.transforms import get_transform
 from hinge.evaluation.masked_genes import lost_to, masked_gene_table, masked_gene_text
 from hinge.training.count_augmentation import CountAugmentation
-from hinge.training.expression_prior import fit_expression_prior, num_prior_factors, num_spot_factors
+from hinge.training.expression_prior import fit_expression_prior, num_spot_factors
 from hinge.training.loop import make_accelerator, run_loop, step_generator
 from hinge.training.settings import PretrainConfig
 from hinge.utils.errors import ConfigError, DataError
@@ -126,17 +126,16 @@ def split_patients(table: CountTable, seed: int) -> tuple[np.ndarray, np.ndarray
 def _new_model(data: "_MaskedRows", architecture: CellFMConfig, config: PretrainConfig, seed: int) -> CellFMModel:
     """Return a model with random weights and the expression prior of the training rows."""
     table, rows, transform = data.table, data.training, architecture.transform
-    patients = table.patient[rows]
+    prior = None
     if config.expression_prior:
-        size = (len(rows), len(table.genes), len(np.unique(patients)))
-        architecture.num_prior_factors = num_prior_factors(*size, transform)
-        architecture.num_spot_factors = num_spot_factors(*size[:2])
+        prior = fit_expression_prior(table.values(transform, rows), table.patient[rows], transform, seed)
+        architecture.num_prior_factors = prior[1].shape[1]
+        architecture.num_spot_factors = num_spot_factors(len(rows), len(table.genes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CellFMModel(architecture)
-    if model.expression_prior is not None:
-        mean, loadings, noise = fit_expression_prior(table.values(transform, rows), patients, transform, seed)
-        model.set_expression_prior(mean, loadings, noise)
+    if prior is not None:
+        model.set_expression_prior(*prior)
     return model
 
 

@@ -66,12 +66,6 @@ def fit_expression_prior(
     return mean, np.concatenate(parts, axis=1), np.maximum(noise, SMALLEST_VARIANCE)
 
 
-def num_prior_factors(num_spots: int, num_genes: int, num_patients: int, transform: str) -> int:
-    """Return the number of columns of the loadings that `fit_expression_prior` returns."""
-    between = num_patients if num_patients > 1 else 0
-    return num_spot_factors(num_spots, num_genes) + between + (COMMON_VARIANCE[transform] > 0)
-
-
 def num_spot_factors(num_spots: int, num_genes: int) -> int:
     """Return the number of factors of the differences between spots of one patient."""
     return max(1, min(FACTORS, num_genes // 2, num_spots // 10))

@@ -28,8 +28,9 @@ def initialise_gene_factors(
     1. Ridge regression on the features predicts what the backbone leaves unexplained in fully masked spots.
     2. The out-of-fold residuals are divided into the shift of each slide and the rest. A draw shifts a slide as a
        whole, so the factors must not contain differences between slides.
-    3. A factor analysis of the rest gives loadings and noise. The correlation of neighbouring spots gives the share
-       and the range of the smooth part of a draw's noise.
+    3. A factor analysis of the rest, its correlations shrunk towards those of the pre-training counts, gives loadings
+       and noise. The correlation of neighbouring spots gives the share and the range of the smooth part of a draw's
+       noise. Ridge regression of the logarithm of the rest gives how log-scales follow the features.
     4. Least squares on partly masked spots decides how backbone, regression and factors are weighed once genes are
        visible (`mix`, biases, log-scales, saturation). It uses the out-of-fold regression, so that the weights suit a
        new slide.
@@ -58,7 +59,8 @@ def initialise_gene_factors(
     decoded, _ = backbone.decode(scheduler.config.num_train_timesteps)
     offset = decoded.mean(axis=0)
     residual = backbone.target - decoded
-    ridge = fit_ridge(x, residual, spot_groups(spots.slide, spots.coords, "fold"))
+    groups = spot_groups(spots.slide, spots.coords, "fold")
+    ridge = fit_ridge(x, residual, groups)
     shifts, slide_of = slide_shifts(residual - ridge.held_out, spots.slide)
     regression = ridge.held_out + shifts[slide_of]
     unexplained = residual - ridge.held_out - shifts[slide_of]
@@ -70,7 +72,7 @@ def initialise_gene_factors(
         (factors.slide_loadings, _slide_loadings(shifts, factors.slide_loadings.shape)),
     ):
         write(parameter, content)
-    groups, correlation = spot_groups(spots.slide, spots.coords, "fold"), prior_correlation(model.backbone, gene_ids)
+    correlation = prior_correlation(model.backbone, gene_ids)
     _set_noise(factors, unexplained, SpatialCorrelation(spots.coords, slide_of), groups, correlation)
     _set_scale_weights(factors, x, unexplained, groups)
     partly = partly_masked_spots(factors, scheduler, backbone, offset, regression)
