@@ -66,6 +66,8 @@ def test_names_are_checked_before_anything_is_loaded(tmp_path, tiny_slide):
 
 STOPPED = """
 import os, signal, sys
+# a shell's background job, such as a CI runner, inherits SIGINT as ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Stop:
     def find_spec(name, path=None, target=None):
         if name == {name!r}:
