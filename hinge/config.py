@@ -27,9 +27,6 @@ def _absolute(path: str | Path) -> Path:
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
-VALUE_BINS = 64
-"""Number of soft bins of a backbone that is pre-trained here."""
-
 # the published implementations of a backbone differ in these
 PUBLISHED_CONSTANTS = ("masked_input", "negative_slope", "layer_norm_eps", "attention")
 
@@ -139,7 +136,7 @@ class BackboneConfig(_Section):
     path: AbsolutePath | None = Field(
         None,
         description="weights of CellFM, scGPT or Tahoe-x1, published or in a folder that hinge wrote; null: pre-train "
-        "a CellFM on data.pretrain, or, without these, start from hinge-cellfm-mini",
+        "one on data.pretrain, or, without these, start from hinge-cellfm-mini",
     )
     vocabulary: AbsolutePath | None = Field(None, description="a table of the genes in the vocabulary of the weights")
     gene_names: AbsolutePath | None = Field(None, description="HGNC's table, to find genes by previous symbols")
@@ -156,6 +153,9 @@ class BackboneConfig(_Section):
     attention: Literal["generative", "full"] | None = Field(
         None,
         description="generative (masked genes attend to visible genes) or full (to all); null: as in the weights",
+    )
+    architecture: Literal["cellfm", "scgpt", "tahoe"] = Field(
+        "cellfm", description="of a backbone that is pre-trained here: cellfm, scgpt or tahoe"
     )
     hidden_size: int = Field(64, ge=8, description="the width of a token")
     num_hidden_layers: int = Field(4, ge=2, description="the number of layers")
@@ -178,15 +178,29 @@ class BackboneConfig(_Section):
 
     @model_validator(mode="after")
     def _of_given_weights(self):
+        if self.path is not None:
+            if self.architecture != "cellfm":
+                raise ValueError("architecture is for a backbone that is pre-trained here and does not go with path")
+            return self
         for key in ("vocabulary", *PUBLISHED_CONSTANTS):
-            if self.path is None and getattr(self, key) is not None:
+            if getattr(self, key) is not None and not (key == "attention" and self.architecture != "cellfm"):
                 raise ValueError(f"{key} is for given weights and needs path")
         return self
 
-    def architecture(self) -> dict[str, Any]:
-        """Return the size of a CellFM that is pre-trained here."""
-        size = self.model_dump(include={"hidden_size", "num_hidden_layers", "num_attention_heads"})
-        return {**size, "num_value_bins": VALUE_BINS}
+    @model_validator(mode="after")
+    def _prior_of_cellfm(self):
+        if self.architecture != "cellfm":
+            if self.pretrain.expression_prior and "expression_prior" in self.pretrain.model_fields_set:
+                raise ValueError(
+                    f"pretrain.expression_prior is of the architecture cellfm; {self.architecture} has none"
+                )
+            self.pretrain = self.pretrain.model_copy(update={"expression_prior": False})
+        return self
+
+    def size(self) -> dict[str, Any]:
+        """Architecture and size of a backbone that is pre-trained here; arguments of `new_config`."""
+        keys = {"architecture", "hidden_size", "num_hidden_layers", "num_attention_heads", "attention"}
+        return self.model_dump(include=keys)
 
     def constants(self) -> dict[str, Any]:
         """Constants that replace those of the weights; arguments of `load_backbone`."""

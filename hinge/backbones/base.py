@@ -74,12 +74,47 @@ class ExpressionBackbone(PreTrainedModel):
 
     # --- values ----------------------------------------------------------------------------------
 
-    def encode_values(self, counts: Tensor, library_size: Tensor) -> Tensor:
-        """Return values (..., G) of the model, float32, of raw counts (..., G) of spots with library sizes (...)."""
+    def encode_values(self, counts: Tensor, library_size: Tensor, gene_ids: Tensor | None = None) -> Tensor:
+        """Return values of the model of spots.
+
+        Parameters
+        ----------
+        counts
+            (..., G) raw counts; of all genes of a spot where `value_space` is `"bins"`, because ranks depend on them.
+        library_size
+            (...); bins do not depend on it.
+        gene_ids
+            (G,) vocabulary ids, for a backbone that divides counts by the genes' means.
+
+        Returns
+        -------
+        Tensor
+            float32 (..., G).
+        """
         raise NotImplementedError
 
-    def decode_values(self, values: Tensor, library_size: Tensor) -> Tensor:
-        """Return counts (..., G), not rounded, of values of the model; the inverse of `encode_values`."""
+    def decode_values(
+        self,
+        values: Tensor,
+        library_size: Tensor,
+        spots: Tensor | None = None,
+        gene_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return counts, not rounded, of values of the model; the inverse of `encode_values` up to the width of a bin.
+
+        Parameters
+        ----------
+        values, library_size, gene_ids
+            (..., G), (...) and (G,), as in `encode_values`.
+        spots
+            (..., G) raw counts of the spots whose bins the values are; needed where `value_space` is `"bins"`.
+            While a spot is drawn they do not exist, and `hinge.models.value_bins` takes the place of this method.
+
+        Returns
+        -------
+        Tensor
+            float32 (..., G).
+        """
         raise NotImplementedError
 
     # --- tokens ----------------------------------------------------------------------------------

@@ -54,6 +54,30 @@ def tahoe_bins(values: np.ndarray, num_bins: int = NUM_BINS) -> np.ndarray:
     return (torch.bucketize(row, edges) + 1).numpy()
 
 
+def bin_values(bins: np.ndarray, values: np.ndarray, num_bins: int = NUM_BINS) -> np.ndarray:
+    """Return the values at the lower edges of bins of one cell, 0 for the bin 0; linear between bins.
+
+    Parameters
+    ----------
+    bins
+        (G,) real numbers; those outside the bins become the first or the last one.
+    values
+        (H,) values of the cell from which the edges are, 0 for no count.
+    num_bins
+        As in `scgpt_bins`.
+
+    Returns
+    -------
+    ndarray
+        float64 (G,).
+    """
+    expressed = values[values != 0]
+    if not len(expressed):
+        return np.zeros(len(bins))
+    edges = np.quantile(expressed, np.linspace(0, 1, num_bins - 1))
+    return np.interp(bins, np.arange(num_bins), [0.0, *edges])
+
+
 @dataclass(frozen=True)
 class CellSequences:
     """Cells as sequences of their expressed genes.

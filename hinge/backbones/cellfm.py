@@ -148,25 +148,18 @@ class CellFMModel(ExpressionBackbone):
         """Tokens before the genes: CLS, and two technical tokens if the model has them."""
         return 3 if self.config.technical_tokens else 1
 
-    def encode_values(self, counts: Tensor, library_size: Tensor) -> Tensor:
-        """Transform counts to the values that the model takes.
-
-        Parameters
-        ----------
-        counts
-            (..., G) raw counts.
-        library_size
-            (...) counts over all genes of each spot.
-
-        Returns
-        -------
-        Tensor
-            float32 (..., G), by the transform `config.transform`.
-        """
+    def encode_values(self, counts: Tensor, library_size: Tensor, gene_ids: Tensor | None = None) -> Tensor:
+        """Return counts by the transform `config.transform`, see `ExpressionBackbone`."""
         return get_transform(self.config.transform).forward(counts, library_size)
 
-    def decode_values(self, values: Tensor, library_size: Tensor) -> Tensor:
-        """Transform values of the model back to counts, not rounded; the inverse of `encode_values`."""
+    def decode_values(
+        self,
+        values: Tensor,
+        library_size: Tensor,
+        spots: Tensor | None = None,
+        gene_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return counts by the inverse of the transform, see `ExpressionBackbone`."""
         return get_transform(self.config.transform).inverse(values, library_size)
 
     def embed(self, values: Tensor, visible: Tensor, gene_ids: Tensor, nonzero: Tensor | None = None) -> Tensor:

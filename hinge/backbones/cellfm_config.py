@@ -96,6 +96,10 @@ class CellFMConfig(PretrainedConfig):
         """Rows of the gene embedding."""
         return (self.num_genes + 1 + 7) // 8 * 8
 
+    def set_genes(self, genes: list[str]) -> None:
+        """Make genes the vocabulary of a model that is to be pre-trained, with the ids 1, 2, 3 …"""
+        self.num_genes, self.gene_names = len(genes), list(genes)
+
     def read_vocabulary(self, file: str | Path | None = None) -> GeneVocabulary | None:
         """Return the genes that the weights know, of a file or stored with them; None if there are none."""
         if file is not None:

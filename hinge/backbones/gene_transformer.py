@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from hinge.backbones.base import ExpressionBackbone
-from hinge.backbones.binning import CellSequences, cell_sequences
+from hinge.backbones.binning import CellSequences, bin_values, cell_sequences
 from hinge.backbones.transformer_config import CLS, PAD, GeneTransformerConfig
 from hinge.backbones.transformer_layers import CellDecoder, ContinuousValueEncoder, TransformerBlock
 from hinge.backbones.weights import Weights, build, find_weights
+from hinge.utils.errors import ConfigError
 
 
 class GeneTransformer(ExpressionBackbone):
@@ -102,32 +103,40 @@ class GeneTransformer(ExpressionBackbone):
         raise NotImplementedError
 
     def encode_values(self, counts: Tensor, library_size: Tensor, gene_ids: Tensor | None = None) -> Tensor:
-        """Return the bins of counts, each row by the edges of its own values.
-
-        Parameters
-        ----------
-        counts
-            (..., G) raw counts of all genes of a spot: the edges depend on them.
-        library_size
-            (...); bins do not depend on it.
-        gene_ids
-            (G,) vocabulary ids: scGPT-spatial divides counts by the genes' means.
-        """
-        rows = counts.detach().cpu().double().numpy().reshape(-1, counts.shape[-1])
-        if gene_ids is not None:
-            rows = rows / self.config.gene_scale(gene_ids.cpu().numpy())
+        """Return the bins of counts, each row by the edges of its own values; see `ExpressionBackbone`."""
+        rows, scale = counts.detach().cpu().numpy().reshape(-1, counts.shape[-1]), self._scale(counts, gene_ids)
         binned = np.zeros(rows.shape, dtype=np.float32)
         for number, row in enumerate(rows):
-            if (row != 0).any():
-                binned[number, row != 0] = self.bins(row[row != 0])
+            expressed = row != 0
+            if expressed.any():
+                binned[number, expressed] = self.bins(row[expressed].astype(np.float64) / scale[expressed])
         return torch.from_numpy(binned).reshape(counts.shape).to(counts.device)
 
-    def decode_values(self, values: Tensor, library_size: Tensor) -> Tensor:
-        """Not offered: the edges of a spot's bins are those of its own counts.
+    def decode_values(
+        self,
+        values: Tensor,
+        library_size: Tensor,
+        spots: Tensor | None = None,
+        gene_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return the counts at the lower edges of bins, linear between them; see `ExpressionBackbone`.
 
-        A `HingeModel` has edges that are the same for all spots, see `hinge.models.value_bins`.
+        Raises
+        ------
+        ConfigError
+            There are no `spots`: bins are ranks within a spot.
         """
-        raise NotImplementedError("bins have no counts without edges; hinge.models.value_bins fits edges to spots")
+        if spots is None:
+            raise ConfigError("bins are ranks within a spot: decode_values needs the counts of the spots")
+        scale = self._scale(spots, gene_ids)
+        rows = spots.detach().cpu().double().numpy().reshape(-1, spots.shape[-1]) / scale
+        bins = values.detach().cpu().double().numpy().reshape(rows.shape)
+        found = [bin_values(of_spot, row, self.config.num_bins) for of_spot, row in zip(bins, rows, strict=True)]
+        return torch.from_numpy(np.stack(found) * scale).float().reshape(values.shape).to(values.device)
+
+    def _scale(self, counts: Tensor, gene_ids: Tensor | None) -> np.ndarray:
+        """Return by what counts (..., G) of genes (G,) are divided before they are ranked, float64 (G,)."""
+        return np.ones(counts.shape[-1]) if gene_ids is None else self.config.gene_scale(gene_ids.cpu().numpy())
 
     def sequences(self, counts: np.ndarray, gene_ids: np.ndarray, *further: str) -> CellSequences:
         """Return cells as the published code feeds them to the model; none of their genes is left out.

@@ -8,14 +8,19 @@ import torch
 
 from hinge.backbones.base import ExpressionBackbone
 from hinge.backbones.cellfm import CellFMModel
+from hinge.backbones.cellfm_config import CellFMConfig
 from hinge.backbones.packaged import PACKAGED
 from hinge.backbones.published_cellfm import read_cellfm
 from hinge.backbones.published_scgpt import is_scgpt, read_scgpt
 from hinge.backbones.published_tahoe import is_tahoe, read_tahoe
 from hinge.backbones.scgpt import ScGPTModel
 from hinge.backbones.tahoe import TahoeModel
+from hinge.backbones.transformer_config import ScGPTConfig, TahoeConfig
 from hinge.backbones.weights import Weights, build, find_weights, holds_our_config, is_folder, read_our_config
 from hinge.utils.errors import ConfigError
+
+VALUE_BINS = 64
+"""Number of soft bins of a CellFM that is pre-trained here."""
 
 MODELS: dict[str, type[ExpressionBackbone]] = {"cellfm": CellFMModel, "scgpt": ScGPTModel, "tahoe": TahoeModel}
 _READERS: dict[str, Callable[..., Weights]] = {"cellfm": read_cellfm, "scgpt": read_scgpt, "tahoe": read_tahoe}
@@ -70,6 +75,49 @@ def load_backbone(path: str | Path, dtype: torch.dtype | str | None = None, **op
 def read_config(path: str | Path, **options: Any) -> Any:
     """Return size and variant of a backbone without reading its weights; arguments and errors as `load_backbone`."""
     return read_weights(path, **options)[1].config
+
+
+def new_config(
+    architecture: str,
+    transform: str,
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    attention: str | None = None,
+) -> Any:
+    """Return the configuration of a backbone that is to be pre-trained; its `set_genes` gives it a vocabulary.
+
+    Parameters
+    ----------
+    architecture
+        A name in `MODELS`.
+    transform
+        Transform of the values of a CellFM. The others take ranks of counts, which are the same for all transforms.
+    hidden_size, num_hidden_layers, num_attention_heads
+        The feed-forward networks are as wide as a token in scGPT, and four times as wide in Tahoe-x1, as published.
+    attention
+        `"generative"` or `"full"`, for scGPT and Tahoe-x1; None: generative.
+
+    Raises
+    ------
+    ConfigError
+        The architecture has no `attention`.
+    """
+    size: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+    }
+    if attention is not None:
+        if "attention" not in _OPTIONS[architecture]:
+            raise ConfigError(f"a {architecture} has no attention to choose; leave it out (backbone.attention)")
+        size["attention"] = attention
+    if architecture == "cellfm":
+        return CellFMConfig(transform=transform, num_value_bins=VALUE_BINS, **size)
+    if architecture == "scgpt":
+        # the flags of masked genes are part of the generative pattern
+        return ScGPTConfig(intermediate_size=hidden_size, with_flag=attention != "full", **size)
+    return TahoeConfig(intermediate_size=4 * hidden_size, **size)
 
 
 def recognise(path: str | Path) -> str:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
 from hinge.backbones.cellfm import CellFMModel
 from hinge.backbones.cellfm_config import CellFMConfig
 from hinge.backbones.weights import read_our_config
@@ -15,36 +17,38 @@ PACKAGED = {
 LEAST_KNOWN_SHARE = 0.5
 """Share of a panel that the packaged backbone must know to be of use."""
 
+_SIZE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_value_bins")
 
-def packaged_for(transform: str, genes: list[str], architecture: dict[str, int], seed: int) -> CellFMModel | None:
-    """Return the packaged backbone of a transform with all genes of a panel in its vocabulary.
+
+def packaged_for(wanted: PretrainedConfig, genes: list[str], seed: int) -> CellFMModel | None:
+    """Return the packaged backbone of a transform and size with all genes of a panel in its vocabulary.
 
     Genes that it does not know get new embeddings.
 
     Parameters
     ----------
-    transform
-        Name of the transform of the values.
+    wanted
+        Configuration of the model that would be pre-trained otherwise.
     genes
         The panel, G symbols.
-    architecture
-        The size that is wanted; keys of `CellFMConfig`.
     seed
         Seed of the new embeddings.
 
     Returns
     -------
     CellFMModel or None
-        In float32 and eval mode; None if there is none of this size and transform, or if it knows fewer than
-        `LEAST_KNOWN_SHARE` of the genes.
+        In float32 and eval mode; None if there is none of this architecture, size and transform, or if it knows
+        fewer than `LEAST_KNOWN_SHARE` of the genes.
     """
-    folder = next((folder for folder in PACKAGED.values() if folder.name == transform), None)
+    if not isinstance(wanted, CellFMConfig):
+        return None
+    folder = next((folder for folder in PACKAGED.values() if folder.name == wanted.transform), None)
     if folder is None:
         return None
     config = CellFMConfig.from_dict(read_our_config(folder, CellFMConfig.model_type))
     known = set(config.gene_names or [])
     unknown = [gene for gene in genes if gene not in known]
-    fits = all(getattr(config, name) == size for name, size in architecture.items())
+    fits = all(getattr(config, name) == getattr(wanted, name) for name in _SIZE)
     if not fits or len(unknown) > (1 - LEAST_KNOWN_SHARE) * len(genes):
         return None
     model = CellFMModel.from_pretrained(folder, dtype="float32")

@@ -87,6 +87,11 @@ class GeneTransformerConfig(PretrainedConfig):
         """Rows of the gene embedding."""
         return self.vocab_size
 
+    def set_genes(self, genes: list[str]) -> None:
+        """Make genes the vocabulary of a model that is to be pre-trained, with the ids 1, 2, 3 …"""
+        self.tokens = [PAD, *genes, CLS]
+        self.vocab_size = len(self.tokens)
+
     def token_id(self, token: str) -> int:
         """Return the id of a token.
 

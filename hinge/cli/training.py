@@ -24,7 +24,13 @@ def pretrain_expression(
         int | None,
         typer.Option(help="Without --panel: the most expressed genes.  [default: all in half of the samples]"),
     ] = None,
-    transform: Annotated[str, typer.Option(help="log2p1 or log1p_cp10k.")] = DEFAULT_TRANSFORM,
+    transform: Annotated[
+        str, typer.Option(help="log2p1 or log1p_cp10k; cellfm only, the others take ranks.")
+    ] = DEFAULT_TRANSFORM,
+    architecture: Annotated[str, typer.Option(help="cellfm, scgpt or tahoe.")] = _BACKBONE.architecture,
+    attention: Annotated[
+        str | None, typer.Option(help="generative or full, for scgpt and tahoe.  [default: generative]")
+    ] = _BACKBONE.attention,
     hidden_size: Annotated[int, typer.Option(help="Width of a token.")] = _BACKBONE.hidden_size,
     num_hidden_layers: Annotated[int, typer.Option(help="Number of layers.")] = _BACKBONE.num_hidden_layers,
     num_attention_heads: Annotated[
@@ -43,7 +49,7 @@ def pretrain_expression(
     ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Pre-train an expression backbone (CellFM's architecture) on counts, by predicting masked genes.
+    """Pre-train an expression backbone on counts, by predicting masked genes.
 
     Example: hinge pretrain-expression her2st --sample A1 --sample D1 --panel panel.json --output backbone
     """
@@ -56,6 +62,8 @@ def pretrain_expression(
         panel=panel,
         transform=transform,
         architecture={
+            "architecture": architecture,
+            "attention": attention,
             "hidden_size": hidden_size,
             "num_hidden_layers": num_hidden_layers,
             "num_attention_heads": num_attention_heads,

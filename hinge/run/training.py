@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from hinge.backbones import CellFMConfig, CellFMModel, ExpressionBackbone, read_config
-from hinge.backbones.loading import MODELS
+from hinge.backbones import ExpressionBackbone, read_config
+from hinge.backbones.loading import MODELS, new_config
 from hinge.backbones.packaged import packaged_for
 from hinge.data.count_table import CountTable
 from hinge.data.readers import require_samples
@@ -113,17 +113,17 @@ def _prepare(inputs: Preparation) -> tuple[SpotTable, ExpressionBackbone | None,
     return spots, backbone, None
 
 
-def _pretrain(inputs: Preparation, counts: CountTable) -> CellFMModel:
+def _pretrain(inputs: Preparation, counts: CountTable) -> ExpressionBackbone:
     settings = inputs.config.backbone
-    size = CellFMConfig(transform=inputs.config.transform, **settings.architecture())
-    return pretrain_expression(counts, size, settings.pretrain, inputs.paths.backbone, seed=inputs.config.seed)
+    wanted = new_config(transform=inputs.config.transform, **settings.size())
+    return pretrain_expression(counts, wanted, settings.pretrain, inputs.paths.backbone, seed=inputs.config.seed)
 
 
 def _write_packaged_backbone(inputs: Preparation) -> None:
     """Write the packaged backbone as that of the run, where it knows the panel."""
     genes = inputs.panel().genes
-    architecture = inputs.config.backbone.architecture()
-    model = packaged_for(inputs.config.transform, genes, architecture, inputs.config.seed)
+    wanted = new_config(transform=inputs.config.transform, **inputs.config.backbone.size())
+    model = packaged_for(wanted, genes, inputs.config.seed)
     if model is None:
         return
     with atomic_path(inputs.paths.backbone) as temporary:
@@ -135,9 +135,8 @@ def _write_random_backbone(inputs: Preparation) -> None:
     """Write a backbone with the random weights that pre-training starts from."""
     settings, genes = inputs.config.backbone, inputs.panel().genes
     if settings.path is None:
-        config = CellFMConfig(
-            num_genes=len(genes), gene_names=genes, transform=inputs.config.transform, **settings.architecture()
-        )
+        config = new_config(transform=inputs.config.transform, **settings.size())
+        config.set_genes(genes)
     else:
         config = read_config(settings.path)
     with torch.random.fork_rng(devices=[]):

@@ -6,7 +6,8 @@ import numpy as np
 from anndata import AnnData
 from pydantic import ValidationError
 
-from hinge.backbones import CellFMConfig, CellFMModel
+from hinge.backbones import ExpressionBackbone
+from hinge.backbones.loading import new_config
 from hinge.config import BackboneConfig, explain
 from hinge.data.count_table import read_counts
 from hinge.data.panel import read_panel
@@ -26,7 +27,7 @@ def pretrain_on_files(
     seed: int,
     patient_prefix: int | None = None,
     num_genes: int | None = None,
-) -> CellFMModel:
+) -> ExpressionBackbone:
     """Pre-train an expression backbone on the counts of files and folders.
 
     Parameters
@@ -40,7 +41,7 @@ def pretrain_on_files(
     panel
         File with the genes of the vocabulary; None for the most expressed ones, see `num_genes`.
     transform
-        Units of the values.
+        Units of the values of a CellFM.
     architecture, settings
         Keys of `BackboneConfig` and of its `pretrain`.
     seed
@@ -71,8 +72,8 @@ def pretrain_on_files(
         if not genes:
             raise DataError("no gene is in at least half of the samples; give --panel")
     counts = read_counts(slides, genes, lambda name: name if patient_prefix is None else name[:patient_prefix])
-    size = CellFMConfig(transform=transform, **config.architecture())
-    return pretrain_expression(counts, size, config.pretrain, output, seed=seed)
+    wanted = new_config(transform=transform, **config.size())
+    return pretrain_expression(counts, wanted, config.pretrain, output, seed=seed)
 
 
 def most_expressed(slides: list[AnnData], number: int | None) -> list[str]:

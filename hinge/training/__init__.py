@@ -5,7 +5,7 @@ from hinge.utils.lazy import lazy_names
 __getattr__, __all__ = lazy_names(
     __name__,
     {
-        "cellfm": ("pretrain_expression",),
+        "expression": ("pretrain_expression",),
         "gaussian": ("train_denoiser",),
         "hinge": ("split_spots", "train_hinge"),
         "settings": ("PretrainConfig", "TrainingConfig"),

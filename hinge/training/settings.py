@@ -93,7 +93,7 @@ class PretrainConfig(BaseModel):
     learning_rate: float = Field(1e-3, gt=0, description="the largest learning rate, a number above 0")
     genes_per_step: int = Field(512, ge=1, description="the genes of a step, at random where the vocabulary has more")
     expression_prior: bool = Field(
-        True, description="whether the network corrects a factor model of the counts, fitted first in closed form"
+        True, description="whether a CellFM corrects a factor model of the counts, fitted first in closed form"
     )
     precision: Precision = Field("no", description="no for float32, or bf16 for mixed precision")
     evaluate_every: int | None = Field(

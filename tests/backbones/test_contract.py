@@ -13,6 +13,7 @@ from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.models import HingeModel
 from hinge.models.subset import GeneSubset
 from hinge.models.value_bins import ValueBins
+from hinge.utils.errors import ConfigError
 
 IDS = torch.arange(1, GENES + 1)
 FAST = ("scgpt", "tahoe-3b")  # both attention patterns, post-norm and pre-norm; the others run in CI
@@ -139,6 +140,32 @@ def test_absent_tokens_equal_hidden_ones(name, gene_factors):
     same = torch.allclose(everything.mean[there], hidden.mean[there], atol=2e-5, rtol=1e-5)
     assert same == model.backbone.masked_give_no_keys
     assert model.drops_masked == (gene_factors or model.backbone.masked_give_no_keys)
+
+
+@every_backbone
+def test_values_and_back(name):
+    """Counts survive the value space of a backbone up to the width of a bin, and the vocabulary can be replaced."""
+    backbone = small_backbone(name)
+    counts = torch.randint(1, 60, (2, 3, 7), generator=torch.Generator().manual_seed(0)).float()
+    counts[..., 0] = 0
+    counts[1, 1] = 0
+    sizes, ids = counts.sum(dim=-1) + 9, IDS[:7]
+    values = backbone.encode_values(counts, sizes, ids)
+    back = backbone.decode_values(values, sizes, spots=counts, gene_ids=ids)
+    assert values.dtype == back.dtype == torch.float32 and values.shape == back.shape == counts.shape
+    assert (back[counts == 0] == 0).all()
+    if backbone.value_space == "transform":
+        torch.testing.assert_close(back, counts)
+    else:
+        low, high = (backbone.decode_values(values + step, sizes, counts, ids) for step in (-1, 1))
+        there = counts > 0
+        assert (low <= counts * (1 + 1e-6))[there].all() and (counts <= high * (1 + 1e-6))[there].all()
+        assert (low < high)[there].all() and values.max() == backbone.config.num_bins - 1
+        with pytest.raises(ConfigError, match="needs the counts of the spots"):
+            backbone.decode_values(values, sizes)
+    config = type(backbone.config)(**backbone.config.to_diff_dict())
+    config.set_genes(["B", "A"])
+    assert config.read_vocabulary().ids(["A", "B"]).tolist() == [2, 1] and config.num_embeddings >= 3
 
 
 @every_backbone

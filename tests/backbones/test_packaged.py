@@ -6,6 +6,7 @@ import safetensors
 import torch
 
 from hinge.backbones import load_backbone
+from hinge.backbones.loading import new_config
 from hinge.backbones.packaged import PACKAGED, packaged_for
 from hinge.config import BackboneConfig
 
@@ -30,15 +31,18 @@ def test_it_loads_by_name_and_is_small(name):
 
 @pytest.mark.parametrize("transform", [folder.name for folder in PACKAGED.values()])
 def test_runs_without_counts_to_pretrain_on_start_from_it(transform):
-    architecture = BackboneConfig().architecture()
+    def wanted(**settings):
+        return new_config(transform=transform, **BackboneConfig(**settings).size())
+
     known = ["ERBB2", "CD74", "COL1A1", "ACTB", "GAPDH"]
-    model = packaged_for(transform, [*known, "NOT-A-GENE"], architecture, seed=0)
+    model = packaged_for(wanted(), [*known, "NOT-A-GENE"], seed=0)
     assert model.config.gene_names[-1] == "NOT-A-GENE" and model.dtype == torch.float32
     ids = torch.tensor([model.config.gene_names.index(gene) + 1 for gene in [*known, "NOT-A-GENE"]])
     visible = torch.tensor([[1.0, 1, 1, 1, 0, 0]])
     with torch.no_grad():
         found = model.predict(torch.full((1, 6), 3.0), visible, ids).numpy()
     assert np.isfinite(found).all()
-    # a panel of another species, or another size of the network, is pre-trained on the training slides
-    assert packaged_for(transform, ["Erbb2", "Cd74", "Actb"], architecture, seed=0) is None
-    assert packaged_for(transform, known, architecture | {"hidden_size": 128}, seed=0) is None
+    # a panel of another species, or another size or architecture of the network, is pre-trained on the training slides
+    assert packaged_for(wanted(), ["Erbb2", "Cd74", "Actb"], seed=0) is None
+    assert packaged_for(wanted(hidden_size=128), known, seed=0) is None
+    assert packaged_for(wanted(architecture="scgpt"), known, seed=0) is None

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import typing
 
 import anndata
 import numpy as np
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from hinge.backbones import load_backbone, read_config
 from hinge.backbones.hgnc import GeneNames
-from hinge.backbones.loading import recognise
+from hinge.backbones.loading import MODELS, recognise
+from hinge.config import BackboneConfig
 from hinge.utils.errors import ConfigError, HingeError, WeightsError
 
 FOLDERS = {
@@ -232,3 +234,43 @@ def test_a_run_from_published_files_to_scores(backbones, tiny_slides, tmp_path, 
     again = anndata.read_h5ad(tmp_path / "again.h5ad")
     np.testing.assert_array_equal(again.X, draws.X)
     assert (tmp_path / "run" / "samples" / "sim2.h5ad").read_bytes() == before
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [("scgpt", []), ("scgpt", ["backbone.attention=full"]), ("tahoe", []), ("tahoe", ["backbone.weights=random"])],
+)
+def test_a_run_that_pretrains_an_architecture(tiny_slides, tmp_path, call_cli, architecture, options):
+    settings = tiny_settings(tiny_slides, tmp_path / "run", backbone__architecture=architecture)
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    done = call_cli("run", "--config", tmp_path / "run.yaml", *options)
+    assert done.code == 0, done.err
+    config = read_config(tmp_path / "run" / "backbone")
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == (architecture, 16, 2)
+    assert config.attention == ("full" if "backbone.attention=full" in options else "generative")
+    panel = json.loads((tmp_path / "run" / "panel.json").read_text())["genes"]
+    assert config.read_vocabulary().genes == panel
+    if not options:
+        report = json.loads((tmp_path / "run" / "backbone-training" / "masked_genes.json").read_text())
+        assert report["transform"] == "bins"
+    # the configuration in the folder is that of the same run
+    assert call_cli("run", "--config", tmp_path / "run" / "config.yaml").code == 0
+    assert json.loads((tmp_path / "run" / "scores.json").read_text())["rows"]
+
+
+def test_settings_of_a_backbone_that_is_pretrained():
+    names = typing.get_args(BackboneConfig.model_fields["architecture"].annotation)
+    assert set(names) == set(MODELS)
+    for given, message in [
+        ({"path": "weights", "architecture": "scgpt"}, "does not go with path"),
+        ({"attention": "full"}, "attention is for given weights"),
+        ({"architecture": "tahoe", "pretrain": {"expression_prior": True}}, "tahoe has none"),
+        ({"architecture": "scgpt", "masked_input": "mask_token"}, "masked_input is for given weights"),
+        ({"architecture": "geneformer"}, "'cellfm', 'scgpt' or 'tahoe'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            BackboneConfig(**given)
+    settings = BackboneConfig(architecture="scgpt", attention="full")
+    assert BackboneConfig(**settings.model_dump()) == settings and not settings.pretrain.expression_prior
+    assert BackboneConfig().pretrain.expression_prior

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-import hinge.training.cellfm as cellfm
+import hinge.training.expression as expression
 import hinge.training.loop as loop
 from hinge.backbones import CellFMConfig, CellFMModel
+from hinge.backbones.loading import MODELS, new_config
 from hinge.data.count_table import CountTable
 from hinge.evaluation.masked_genes import conditional_mean, draw_masks, lost_to, masked_gene_table
 from hinge.training import PretrainConfig, pretrain_expression
-from hinge.training.cellfm import backbone_predictor, split_patients
 from hinge.training.count_augmentation import CountAugmentation
+from hinge.training.expression import backbone_predictor, split_patients
 from hinge.training.expression_prior import fit_expression_prior
 from hinge.utils.errors import ConfigError, DataError
 
@@ -34,12 +35,20 @@ def counts(n=120, genes=12, seed=0, samples=4):
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_value_bins": 8}
 
 
+def tiny(architecture: str, **options):
+    """Return the configuration of a tiny backbone without genes."""
+    return new_config(architecture, "log1p_cp10k", 16, 2, 2, **options)
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("prior", [True, False])
-def test_pretraining_learns_and_resumes_to_the_same_weights(tmp_path, monkeypatch, prior):
+@pytest.mark.parametrize(
+    ("architecture", "prior"),
+    [("cellfm", True), ("cellfm", False), ("scgpt", False), ("tahoe", False)],
+)
+def test_pretraining_learns_and_resumes_to_the_same_weights(tmp_path, monkeypatch, architecture, prior):
     table = counts()
     config = PretrainConfig(steps=100, batch_size=32, learning_rate=3e-3, evaluate_every=10, expression_prior=prior)
-    whole = pretrain_expression(table, CellFMConfig(**TINY), config, tmp_path / "whole")
+    whole = pretrain_expression(table, tiny(architecture), config, tmp_path / "whole")
     log = [json.loads(line) for line in (tmp_path / "whole-training" / "log.jsonl").read_text().splitlines()]
     scores = [record["validation_loss"] for record in log if "validation_loss" in record]
     # these counts have no more structure than the prior describes
@@ -57,24 +66,50 @@ def test_pretraining_learns_and_resumes_to_the_same_weights(tmp_path, monkeypatc
 
     monkeypatch.setattr(loop, "save_checkpoint", save_then_stop)
     with pytest.raises(Stop):
-        pretrain_expression(table, CellFMConfig(**TINY), config, tmp_path / "parts")
+        pretrain_expression(table, tiny(architecture), config, tmp_path / "parts")
     monkeypatch.undo()
-    parts = pretrain_expression(table, CellFMConfig(**TINY), config, tmp_path / "parts")
+    parts = pretrain_expression(table, tiny(architecture), config, tmp_path / "parts")
     assert parts.digest() == whole.digest()
     # a finished folder is loaded, not trained again
-    assert pretrain_expression(table, CellFMConfig(**TINY), config, tmp_path / "whole").digest() == whole.digest()
+    assert pretrain_expression(table, tiny(architecture), config, tmp_path / "whole").digest() == whole.digest()
 
 
-def test_genes_a_file_lacks_are_never_targets(tmp_path):
+@pytest.mark.parametrize("architecture", ["cellfm", "tahoe"])
+def test_genes_a_file_lacks_are_never_targets(tmp_path, architecture):
     table = counts()
     table.counts[:60, 3] = np.nan
-    model = pretrain_expression(
-        table,
-        CellFMConfig(**TINY),
-        PretrainConfig(steps=3, batch_size=16),
-        tmp_path / "b",
-    )
+    config = PretrainConfig(steps=3, batch_size=16, expression_prior=architecture == "cellfm")
+    model = pretrain_expression(table, tiny(architecture), config, tmp_path / "b")
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("attention", ["generative", "full"])
+def test_ranks_are_those_among_all_genes(tmp_path, attention):
+    """A step that sees five of the genes gives the model their bins among all twelve, as a run does."""
+    table, seen = counts(), []
+    config = tiny("scgpt", attention=attention)
+    config.set_genes(table.genes)
+    model = MODELS["scgpt"](config)
+    settings = PretrainConfig(genes_per_step=5, expression_prior=False)
+    rows = expression._MaskedRows(table, np.arange(100), np.arange(100, 120), model, settings, 0, torch.device("cpu"))
+
+    def module(values, visible, gene_ids):
+        seen.append((values, gene_ids))
+        return torch.zeros_like(values)
+
+    generator = torch.Generator().manual_seed(0)
+    rows.batch_loss(module, 0, np.arange(8), np.arange(8), generator)
+    rows.evaluate(module, np.arange(8))
+    values, ids = seen[1]
+    of_all = model.encode_values(torch.from_numpy(table.counts[100:108]), torch.ones(8))
+    assert torch.equal(values, of_all[:, ids - 1]) and len(ids) == 5
+    # without genes outside the step the highest of them would have the last bin in every spot
+    assert (values.amax(dim=1) < 50).any() and seen[0][0].shape == (8, 5)
+    # every weight that is trained is used
+    task = expression._MaskedReconstruction(model)
+    task(values, (torch.rand(8, 5) < 0.5).float(), ids).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None and bool(parameter.grad.any())), name
 
 
 def test_pretraining_refuses_what_it_cannot_use(tmp_path):
@@ -82,6 +117,12 @@ def test_pretraining_refuses_what_it_cannot_use(tmp_path):
         pretrain_expression(counts(5, samples=1), CellFMConfig(**TINY), PretrainConfig(steps=1), tmp_path / "a")
     table = counts()
     pretrain_expression(table, CellFMConfig(**TINY), PretrainConfig(steps=1), tmp_path / "a")
+    with pytest.raises(ConfigError, match="holds a cellfm, not a scgpt"):
+        pretrain_expression(table, tiny("scgpt"), PretrainConfig(steps=1, expression_prior=False), tmp_path / "a")
+    with pytest.raises(ConfigError, match="has no expression prior"):
+        pretrain_expression(table, tiny("tahoe"), PretrainConfig(steps=1), tmp_path / "b")
+    with pytest.raises(ConfigError, match="has no attention"):
+        tiny("cellfm", attention="full")
     with pytest.raises(ConfigError, match="other genes"):
         turned = replace(table, genes=table.genes[::-1])
         pretrain_expression(turned, CellFMConfig(**TINY), PretrainConfig(steps=1), tmp_path / "a")
@@ -179,16 +220,18 @@ def test_counts_are_pooled_and_thinned():
     assert all(set(table.sample[augment.similar[row]]) == {table.sample[row]} for row in rows)
 
 
-@pytest.mark.parametrize("genes_per_step", [2048, 5])
-def test_validation_does_not_depend_on_how_rows_are_split(genes_per_step):
+@pytest.mark.parametrize(("architecture", "genes_per_step"), [("cellfm", 2048), ("cellfm", 5), ("scgpt", 5)])
+def test_validation_does_not_depend_on_how_rows_are_split(architecture, genes_per_step):
     """Several processes and other batches score the same masks."""
     torch.manual_seed(0)
-    model = CellFMModel(CellFMConfig(num_genes=12, **TINY)).eval()
-    task, rows = cellfm._MaskedReconstruction(model), np.arange(12)
+    config = tiny(architecture)
+    config.set_genes([f"G{number}" for number in range(12)])
+    model = MODELS[architecture](config).eval()
+    table, task, rows = counts(samples=10), expression._MaskedReconstruction(model), np.arange(12)
     totals = []
     for batch_size, parts in ((16, 1), (16, 2), (5, 1)):
         config = PretrainConfig(batch_size=batch_size, genes_per_step=genes_per_step)
-        data = cellfm._MaskedRows(counts(samples=10), "log1p_cp10k", config, 3, torch.device("cpu"))
+        data = expression._MaskedRows(table, *split_patients(table, 3), model, config, 3, torch.device("cpu"))
         with torch.no_grad():
             totals.append(sum(data.evaluate(task, part) for part in np.array_split(rows, parts)))
     assert totals[0][1] == len(rows) == len(data.held)

@@ -1,4 +1,4 @@
-"""Masked-expression pre-training of a CellFM on counts alone."""
+"""Masked-expression pre-training of a backbone on counts alone."""
 
 import logging
 from pathlib import Path
@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from hinge.backbones import CellFMConfig, CellFMModel
+from hinge.backbones import ExpressionBackbone
+from hinge.backbones.loading import MODELS, load_backbone
 from hinge.data.count_table import CountTable
-from hinge.data.transforms import get_transform
 from hinge.evaluation.masked_genes import lost_to, masked_gene_table, masked_gene_text
 from hinge.training.count_augmentation import CountAugmentation
 from hinge.training.expression_prior import fit_expression_prior, num_spot_factors
@@ -31,35 +32,36 @@ REPORTED_GENES = 400
 
 def pretrain_expression(
     table: CountTable,
-    architecture: CellFMConfig,
+    architecture: PretrainedConfig,
     config: PretrainConfig,
     folder: str | Path,
     seed: int = 0,
     accelerator: Accelerator | None = None,
     continue_with: str = "the same command",
-) -> CellFMModel:
-    """Pre-train a CellFM to fill in masked genes.
+) -> ExpressionBackbone:
+    """Pre-train a backbone to fill in masked genes.
 
-    A factor model of the counts is fitted first (`fit_expression_prior`); the network learns the difference from it.
     Each step masks a share of the genes of every spot and regresses their values from the visible ones (mean squared
-    error). Counts are thinned and pooled at random, so that the model meets library sizes beyond those of the data.
-    Whole patients are held out. On them, the error of masked genes is written beside that of linear models to
-    `<folder>-training/masked_genes.json`, with a warning if the backbone is worse. A finished folder is loaded and
-    returned; a stopped one is continued.
+    error), in the value space of the backbone: transformed counts for CellFM, ranks among all genes of the table for
+    scGPT and Tahoe-x1. For CellFM a factor model of the counts is fitted first (`fit_expression_prior`); the network
+    learns the difference from it. Counts are thinned and pooled at random, so that the model meets library sizes beyond
+    those of the data. Whole patients are held out. On them, the error of masked genes is written beside that of linear
+    models to `<folder>-training/masked_genes.json`, with a warning if the backbone is worse. A finished folder is
+    loaded and returned; a stopped one is continued.
 
     Parameters
     ----------
     table
         Counts; its genes become the vocabulary, ids 1…G.
     architecture
-        Size of the model and its transform; `num_genes`, `gene_names` and `num_prior_factors` are set here.
+        Kind and size of the model (`hinge.backbones.loading.new_config`); genes and size of the prior are set here.
     config, folder, seed
         `folder` gets the finished model for `from_pretrained`; log and checkpoint are beside it in
         `<folder>-training`.
 
     Returns
     -------
-    CellFMModel
+    ExpressionBackbone
         In eval mode, float32.
 
     Raises
@@ -67,22 +69,21 @@ def pretrain_expression(
     DataError
         Fewer than ten spots.
     ConfigError
-        The folder holds a backbone of other genes.
+        The folder holds a backbone of another architecture or of other genes, or an expression prior is asked of an
+        architecture that has none.
     """
     folder = Path(folder)
     if len(table) < 10:
         raise DataError(f"pre-training needs at least 10 spots, there are {len(table)}")
-    architecture.num_genes, architecture.gene_names = len(table.genes), list(table.genes)
+    architecture.set_genes(list(table.genes))
     if (folder / "config.json").exists():
-        model = CellFMModel.from_pretrained(folder)
-        if model.config.gene_names != list(table.genes):
-            raise ConfigError(f"{folder} holds a backbone pre-trained on other genes; choose another folder")
-        return model.eval()
+        return _finished(folder, architecture)
 
     training_folder, loop = folder.with_name(f"{folder.name}-training"), config.loop()
     accelerator = accelerator or make_accelerator(loop, training_folder)
-    data = _MaskedRows(table, architecture.transform, config, seed, accelerator.device)
-    model = _new_model(data, architecture, config, seed)
+    training, held = split_patients(table, seed)
+    model = _new_model(table, training, architecture, config, seed)
+    data = _MaskedRows(table, training, held, model, config, seed, accelerator.device)
     with lock_folder(training_folder):
         run_loop(
             _MaskedReconstruction(model),
@@ -123,38 +124,57 @@ def split_patients(table: CountTable, seed: int) -> tuple[np.ndarray, np.ndarray
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def _new_model(data: "_MaskedRows", architecture: CellFMConfig, config: PretrainConfig, seed: int) -> CellFMModel:
-    """Return a model with random weights and the expression prior of the training rows."""
-    table, rows, transform = data.table, data.training, architecture.transform
+def _finished(folder: Path, architecture: PretrainedConfig) -> ExpressionBackbone:
+    """Return the backbone of a finished pre-training, which must be of this architecture and these genes."""
+    model = load_backbone(folder)
+    if model.config.model_type != architecture.model_type:
+        raise ConfigError(
+            f"{folder} holds a {model.config.model_type}, not a {architecture.model_type}; choose another folder"
+        )
+    known = model.config.read_vocabulary()
+    if known is None or known.genes != architecture.read_vocabulary().genes:
+        raise ConfigError(f"{folder} holds a backbone pre-trained on other genes; choose another folder")
+    return model
+
+
+def _new_model(
+    table: CountTable, training: np.ndarray, architecture: PretrainedConfig, config: PretrainConfig, seed: int
+) -> ExpressionBackbone:
+    """Return a model with random weights and, for CellFM, the expression prior of the training rows."""
     prior = None
     if config.expression_prior:
-        prior = fit_expression_prior(table.values(transform, rows), table.patient[rows], transform, seed)
+        if architecture.model_type != "cellfm":
+            raise ConfigError(
+                f"a {architecture.model_type} has no expression prior; set expression_prior to false "
+                "(backbone.pretrain.expression_prior)"
+            )
+        transform = architecture.transform
+        prior = fit_expression_prior(table.values(transform, training), table.patient[training], transform, seed)
         architecture.num_prior_factors = prior[1].shape[1]
-        architecture.num_spot_factors = num_spot_factors(len(rows), len(table.genes))
+        architecture.num_spot_factors = num_spot_factors(len(training), len(table.genes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = CellFMModel(architecture)
+        model = MODELS[architecture.model_type](architecture)
     if prior is not None:
         model.set_expression_prior(*prior)
     return model
 
 
-def _report(model: CellFMModel, data: "_MaskedRows", folder: Path, seed: int) -> None:
-    """Write and log the error of masked genes on the held-out rows, beside linear models."""
-    table, transform = data.table, data.transform
+def _report(model: ExpressionBackbone, data: "_MaskedRows", folder: Path, seed: int) -> None:
+    """Write and log the error of masked genes on the held-out rows, beside linear models of the same values."""
+    table = data.table
     genes = np.arange(len(table.genes))
     if len(genes) > REPORTED_GENES:
         genes = np.sort(np.random.default_rng(seed).choice(genes, REPORTED_GENES, replace=False))
     held = {
-        name: table.values(transform, data.held[table.sample[data.held] == name])[:, genes]
+        name: data.values(data.held[table.sample[data.held] == name])[:, genes]
         for name in np.unique(table.sample[data.held])
     }
-    rows = masked_gene_table(
-        backbone_predictor(model, genes + 1), table.values(transform, data.training)[:, genes], held, seed
-    )
+    rows = masked_gene_table(backbone_predictor(model, genes + 1), data.values(data.training)[:, genes], held, seed)
     patients = sorted(set(table.patient[data.held]))
-    write_json(folder / "masked_genes.json", {"held_out": patients, "transform": transform, "rows": rows})
-    logger.info("error of masked genes, %s held out:\n%s", ", ".join(patients[:5]), masked_gene_text(rows))
+    units = getattr(model.config, "transform", model.value_space)
+    write_json(folder / "masked_genes.json", {"held_out": patients, "transform": units, "rows": rows})
+    logger.info("error of masked genes (%s), %s held out:\n%s", units, ", ".join(patients[:5]), masked_gene_text(rows))
     if lost_to(rows):
         logger.warning(
             "the backbone predicts masked genes worse than a linear-Gaussian model of the same counts (%s): "
@@ -163,7 +183,7 @@ def _report(model: CellFMModel, data: "_MaskedRows", folder: Path, seed: int) ->
         )
 
 
-def backbone_predictor(model: CellFMModel, gene_ids: np.ndarray, batch_size: int = 64):
+def backbone_predictor(model: ExpressionBackbone, gene_ids: np.ndarray, batch_size: int = 64):
     """Return the predictions of a backbone on genes with vocabulary ids (G,), for `masked_gene_table`."""
     ids = torch.from_numpy(np.asarray(gene_ids, dtype=np.int64))
 
@@ -189,22 +209,36 @@ class _MaskedRows:
     ----------
     table
         Counts. A gene that a sample lacks is neither visible nor part of the loss.
-    transform
-        Name of the transform of the model's values.
+    training, held
+        Rows to train on and held-out rows.
+    model
+        It says what its values are.
     config
         Batch size, and the genes that one step sees.
     seed
-        Of the split and of the masks.
+        Of the masks.
     device
         Where the model is.
     """
 
-    def __init__(self, table: CountTable, transform: str, config: PretrainConfig, seed: int, device: torch.device):
-        self.table, self.transform, self.config, self.seed, self.device = table, transform, config, seed, device
+    def __init__(
+        self,
+        table: CountTable,
+        training: np.ndarray,
+        held: np.ndarray,
+        model: ExpressionBackbone,
+        config: PretrainConfig,
+        seed: int,
+        device: torch.device,
+    ):
+        self.table, self.training, self.held = table, training, held
+        self.config, self.seed, self.device = config, seed, device
+        self.encode_values = model.encode_values
+        # ranks depend on the genes that a step does not see, too
+        self.ranks = model.value_space == "bins"
         self.known = torch.from_numpy(np.isfinite(table.counts))
         self.counts = torch.from_numpy(np.nan_to_num(table.counts, nan=0.0).astype(np.float32))
         self.library_size = torch.from_numpy(np.asarray(table.library_size, dtype=np.float32))
-        self.training, self.held = split_patients(table, seed)
         self.augmentation = CountAugmentation(self.counts, self.library_size, table.sample, self.training)
 
     def genes(self, generator: torch.Generator) -> Tensor:
@@ -214,11 +248,25 @@ class _MaskedRows:
             return torch.arange(num_genes)
         return torch.randperm(num_genes, generator=generator)[: self.config.genes_per_step].sort().values
 
+    def counted(self, genes: Tensor) -> Tensor:
+        """Return the genes whose counts the values of `genes` depend on."""
+        return torch.arange(self.counts.shape[1]) if self.ranks else genes
+
+    def values(self, rows: np.ndarray) -> np.ndarray:
+        """Return values (n, G) of the model of some rows; NaN where a gene was not measured."""
+        values = self.encode_values(self.counts[rows], self.library_size[rows])
+        return values.masked_fill(~self.known[rows], torch.nan).numpy()
+
     def loss(
         self, module: nn.Module, counts: Tensor, library_size: Tensor, known: Tensor, genes: Tensor, hidden: Tensor
     ) -> Tensor:
-        """Return the sum over spots (B,) of the mean error of their genes that are hidden; all else (B, G)."""
-        values = get_transform(self.transform).forward(counts, library_size)
+        """Return the sum over spots of the mean error of their hidden genes.
+
+        `counts` (B, n) are of the `counted` genes, `known` and `hidden` (B, G) of the step's genes (G,).
+        """
+        values = self.encode_values(counts, library_size)
+        if self.ranks:
+            values = values[:, genes]
         visible = (~hidden & known).float()
         target = (hidden & known).float()
         weight = target / target.sum(dim=1, keepdim=True).clamp_min(1)
@@ -230,7 +278,7 @@ class _MaskedRows:
         # everything random is drawn for the whole global batch on every process, then each takes its rows
         genes = self.genes(generator)
         hidden = _hidden(len(rows), len(genes), generator)
-        counts, library_size = self.augmentation(self.training[rows], genes, generator)
+        counts, library_size = self.augmentation(self.training[rows], self.counted(genes), generator)
         known = self.known[self.training[rows]][:, genes]
         drawn = (counts[positions], library_size[positions], known[positions], genes, hidden[positions])
         return self.loss(module, *drawn) / len(rows)
@@ -244,7 +292,8 @@ class _MaskedRows:
             spots = self.held[part]
             # one generator a row: the masks of a held-out spot are the same on any number of processes
             masks = [_hidden(1, len(genes), step_generator(self.seed, 11, int(row))) for row in part]
-            measured = (self.counts[spots][:, genes], self.library_size[spots], self.known[spots][:, genes])
+            counts = self.counts[spots][:, self.counted(genes)]
+            measured = (counts, self.library_size[spots], self.known[spots][:, genes])
             total += torch.tensor([self.loss(module, *measured, genes, torch.cat(masks)).item(), len(part)])
         return total
 
@@ -258,16 +307,18 @@ def _hidden(batch: int, num_genes: int, generator: torch.Generator) -> Tensor:
 class _MaskedReconstruction(nn.Module):
     """Squared errors of a model, in a forward so that several processes share gradients.
 
-    Without an expression prior, both decoders are trained, as CellFM does; with it, the gene-wise one.
+    The decoders of genes and of the whole cell are both trained, as published; with an expression prior, the former.
     """
 
-    def __init__(self, model: CellFMModel):
+    def __init__(self, model: ExpressionBackbone):
         super().__init__()
         self.model = model
-        # without gradient: rows of padding, and tokens that this pre-training does not use
-        self.model.zero_token.requires_grad_(False)
-        if model.expression_prior is not None:
-            self.model.cell_decoder.requires_grad_(False)
+        self.both = not getattr(model.config, "num_prior_factors", 0)
+        # without gradient: what this pre-training does not use
+        for name, parameter in model.named_parameters():
+            unused = name.startswith(model.unused_parameters())
+            if unused and not (self.both and name.startswith("cell_decoder")):
+                parameter.requires_grad_(False)
 
     def forward(self, values: Tensor, visible: Tensor, gene_ids: Tensor) -> Tensor:
         """values, visible (B, G), gene_ids (G,) → error (B, G)."""
@@ -276,5 +327,5 @@ class _MaskedReconstruction(nn.Module):
         expected = self.model.expected(values, visible, gene_ids)
         if expected is not None:
             return (expected + decoded - values) ** 2
-        cell_wise = (self.model.decode_cell(tokens, gene_ids).float() - values) ** 2
-        return (decoded - values) ** 2 + cell_wise
+        of_cell = self.model.decode_cell(tokens, gene_ids).float()
+        return (decoded - values) ** 2 + (of_cell - values) ** 2
