@@ -10,6 +10,7 @@ split.json         slides and validation spots
 training/          log and checkpoints
 model/             the trained HingeModel and its scheduler
 samples/           draws, one h5ad a slide
+regions/           regions saved from the viewer or QuPath, one GeoJSON a slide, which report and viewer read
 baselines/         predictions of the baselines, one npz a slide; models of the generative baselines
 scores/            scores of each slide, kept for the next evaluation
 model_index.json   panel, encoder and sampling defaults, for `HingePipeline.from_pretrained`
@@ -92,6 +93,10 @@ class RunPaths:
     def samples(self, slide: str) -> Path:
         """The draws of a slide."""
         return self.folder / "samples" / f"{slide}.h5ad"
+
+    def regions(self, slide: str) -> Path:
+        """The regions of a slide, which the user may put there."""
+        return self.folder / "regions" / f"{slide}.geojson"
 
     def baseline_predictions(self, slide: str) -> Path:
         """The predictions of the baselines for a slide."""

@@ -143,7 +143,8 @@ def _root_of(path: Path) -> Path | None:
 def is_recorded(name: Path) -> bool:
     """Return whether a file of this name in the folder has a checksum there."""
     trained = any(part == "training" or part.endswith("-training") for part in name.parts)
-    return not trained and name.name != NAME and not any(part.startswith(".") for part in name.parts)
+    edited = name.parts[:1] == ("regions",)  # the user's own files
+    return not trained and not edited and name.name != NAME and not any(part.startswith(".") for part in name.parts)
 
 
 def _expected(root: Path, path: Path) -> Entries:

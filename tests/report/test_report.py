@@ -17,11 +17,14 @@ from PIL import Image
 from scipy import sparse
 
 from hinge.config import check_config, save_config
+from hinge.data.draws import read_draws
+from hinge.data.regions import Region, write_regions
 from hinge.data.transforms import get_transform
 from hinge.evaluation.metrics.accuracy import gene_pcc
 from hinge.evaluation.metrics.coexpression import coexpression_scores, correlation_matrix
 from hinge.report import ReportSlide, report_run, report_slide, write_report
 from hinge.run.run import Run
+from hinge.tasks.regions import compare_regions
 from hinge.utils.errors import DataError
 
 HOSTILE = [
@@ -122,6 +125,9 @@ def test_loads_nothing_and_runs_only_its_own_script(two_slides):
     assert not re.search(r"@import|url\(", page.styles[0])
     assert not re.search(r"https?://|\bimport\b|\bfetch\(|XMLHttpRequest|WebSocket|innerHTML|\beval\(", script)
     metas = [attributes for tag, attributes in page.elements if tag == "meta"]
+    assert [attributes["id"] for tag, attributes in page.elements if tag == "section"] == (
+        ["slide", "calibration", "coexpression", "genes", "regions", "scores", "configuration"]
+    )
     policy = next(meta["content"] for meta in metas if "http-equiv" in meta)
     digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
     assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
@@ -229,7 +235,7 @@ def test_size_of_a_slide_of_200_genes_and_200_spots(tmp_path):
 
 
 def test_fewer_draws_are_kept_of_a_large_slide(tmp_path, monkeypatch):
-    monkeypatch.setattr("hinge.report.html.VALUES_SHOWN", 3 * 60 * 12 + 1)
+    monkeypatch.setattr("hinge.report.content.VALUES_SHOWN", 3 * 60 * 12 + 1)
     slide = make_slide(n_draws=6)
     shown = Page(write_report(tmp_path / "r.html", {}, [slide])).data["slides"][0]
     assert len(shown["draws"]) == 3 and shown["n_draws"] == 6
@@ -394,6 +400,15 @@ def test_report_in_a_browser(chromium, tmp_path):
     shown = float(re.search(r"measured\s+([\d.]+)", tip)[1])
     assert shown == pytest.approx(slides[0].measured[7, 0], abs=0.02)
 
+    assert page.locator("#scores-table thead th").count() <= 5
+    page.fill("#genes-search", "GENE3")
+    assert page.locator("#genes-table tbody tr").count() == 1
+    page.locator("#genes-table tbody button").click()
+    assert page.inner_text("#gene-line strong") == "GENE3"
+    page.locator("#panels .view canvas").nth(1).focus()
+    page.keyboard.press("ArrowRight")
+    assert "GENE3 · spot " in page.locator("#spoken").text_content()
+
     # noise-ceiling has the highest PCC of all, ridge-cv the highest of those that compete
     best = page.locator("#scores-table td.best")
     assert best.count() == 1 and best.first.locator("xpath=..").inner_text().startswith("ridge-cv")
@@ -405,6 +420,96 @@ def test_report_in_a_browser(chromium, tmp_path):
     assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
     assert page.title() == "A run"
     page.close()
+
+
+@pytest.mark.parametrize("scheme, width", [("light", 1440), ("dark", 900)])
+def test_the_report_has_no_serious_fault_of_accessibility(chromium, tmp_path, scheme, width):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+    slides = [replace(make_slide("S1"), comparison=make_comparison()), make_slide("S2", seed=1)]
+    path = write_report(tmp_path / "r.html", make_scores(), slides, "A run", {"seed": 1})
+    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, bypass_csp=True)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    page.wait_for_selector("body[data-slide=S1]")
+    for fold in page.locator("summary:visible").all():
+        fold.click()
+    found = axe.Axe().run(page).response["violations"]
+    assert [
+        (fault["id"], fault["nodes"][0]["html"]) for fault in found if fault["impact"] in ("serious", "critical")
+    ] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    context.close()
+
+
+def make_comparison() -> dict:
+    table = compare_regions(make_draws(), np.arange(60) < 20, np.arange(60) >= 40)
+    return {
+        "first": {"name": HOSTILE[0], "spots": 20, "mm2": 0.5},
+        "second": {"name": "B", "spots": 20, "mm2": float("nan")},
+        "table": table,
+    }
+
+
+def make_draws() -> AnnData:
+    slide = make_slide()
+    draws = AnnData(slide.draws.mean(axis=0))
+    draws.var_names, draws.uns["hinge"] = slide.genes, {"name": "S1", "transform": "log2p1"}
+    for number, draw in enumerate(slide.draws):
+        draws.layers[f"draw_{number:03d}"] = draw
+    return draws
+
+
+def test_a_comparison_of_regions_is_shown_and_printed(chromium, tmp_path):
+    comparison = make_comparison()
+    path = write_report(tmp_path / "r.html", {}, [replace(make_slide(), comparison=comparison)])
+    page = chromium.new_page(viewport={"width": 1200, "height": 900})
+    page.goto(path.as_uri())
+    page.wait_for_selector("body[data-slide=S1]")
+    largest = comparison["table"]["difference"].abs().idxmax()
+    row = page.locator("#regions-table tbody tr").first.inner_text().split("\t")
+    assert row[0].strip() == largest
+    shown = float(row[1].replace("−", "-"))
+    assert shown == pytest.approx(comparison["table"].loc[largest, "difference"], abs=0.006)
+    assert HOSTILE[0] in page.inner_text("#regions-text")
+    printed = page.pdf(path=tmp_path / "r.pdf", prefer_css_page_size=True)
+    assert re.search(rb"/MediaBox ?\[0 0 59[45][.\d]* 84[12]", printed)  # A4
+    page.close()
+
+
+def test_no_path_of_the_machine_is_in_the_report(tmp_path):
+    settings = {
+        "data": {"path": tmp_path / "my slides", "images": {"C2": tmp_path / "C2.tif"}, "train": ["C2"]},
+        "features": {"encoder": f"stain-texture+{tmp_path}/enc.safetensors", "folder": r"C:\Users\me\features"},
+        "backbone": {"path": "~/weights/cellfm", "names": [f"{tmp_path}/a.csv", "hf-hub:owner/name"]},
+    }
+    path = write_report(tmp_path / "r.html", {}, [make_slide()], settings=settings)
+    shown, text = Page(path).data["settings"], path.read_text(encoding="utf-8")
+    assert shown == {
+        "data.path": "my slides",
+        "data.images.C2": "C2.tif",
+        "data.train": "C2",
+        "features.encoder": "stain-texture+enc.safetensors",
+        "features.folder": "features",
+        "backbone.path": "cellfm",
+        "backbone.names": "a.csv, hf-hub:owner/name",
+    }
+    assert str(tmp_path) not in text and tmp_path.parent.name not in text and "Users" not in text
+    assert "trained on 1 slide: C2" in text
+
+
+def test_the_report_of_a_run_has_verdict_regions_and_no_path(copied_tiny_run):
+    draws = read_draws(copied_tiny_run.paths.samples("sim2"))
+    left = np.asarray(draws.obsm["spatial"])[:, 0] < np.median(draws.obsm["spatial"][:, 0])
+    regions = {"left": Region("left", left), "right": Region("right", ~left)}
+    write_regions(copied_tiny_run.paths.regions("sim2"), regions, draws)
+    path = report_run(copied_tiny_run)
+    text, data = path.read_text(encoding="utf-8"), Page(path).data
+    for folder in (copied_tiny_run.folder, Path(copied_tiny_run.config.data.path), Path.home()):
+        assert str(folder) not in text
+    assert "On this slide the predicted mean is " in text and "36 spots of slide sim2" in text
+    found, expected = data["slides"][0]["comparison"], compare_regions(draws, left, ~left)
+    assert (found["first"]["name"], found["first"]["spots"]) == ("left", int(left.sum()))
+    np.testing.assert_allclose(found["table"]["difference"], expected["difference"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_without_scores_has_no_report(tmp_path):

@@ -44,13 +44,13 @@ def write_geojson(draws: AnnData, path: str | Path, genes: Sequence[str] | None 
     DataError
         The draws lack a gene or the size of the spots.
     """
-    name, facts = slide_name(draws), draws.uns["hinge"]
+    name = slide_name(draws)
     genes = list(draws.var_names) if genes is None else list(genes)
     columns = draws.var_names.get_indexer(genes)
     if (columns < 0).any():
         missing = [gene for gene, column in zip(genes, columns, strict=True) if column < 0]
         raise DataError(f"the draws of {name} lack {', '.join(missing[:5])}")
-    outline = _outline(facts, name)
+    outline = spot_outline(draws)
     mean, deviation = np.asarray(draws.X)[:, columns], np.asarray(draws.layers["std"])[:, columns]
     namespace = uuid.uuid5(uuid.NAMESPACE_URL, f"hinge/{name}")
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -79,8 +79,9 @@ def write_geojson(draws: AnnData, path: str | Path, genes: Sequence[str] | None 
     return Path(path)
 
 
-def _outline(facts: dict, name: str) -> np.ndarray:
-    """Return a closed ring around a spot's centre, pixels (corners + 1, 2)."""
+def spot_outline(slide: AnnData) -> np.ndarray:
+    """Return a closed ring around the centre of a spot of a slide, full-resolution pixels (corners + 1, 2)."""
+    name, facts = slide_name(slide), slide.uns["hinge"]
     diameter = facts.get("spot_diameter_um", math.nan)
     if not math.isfinite(diameter):
         diameter = facts.get("spot_pitch_um", math.nan) / 2
