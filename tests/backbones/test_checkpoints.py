@@ -1,14 +1,13 @@
 """Published weights into ours and back, at little memory; the published sizes."""
 
-import gc
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT
+from helpers.memory import peak_of
 from helpers.mindspore import content_of, value
 from helpers.runs import finish
 from safetensors import safe_open
@@ -321,22 +320,6 @@ def big(request, tmp_path_factory) -> Path:
     else:
         save_file(state, path)
     return path
-
-
-def peak_of(action: Callable[[], object]) -> int:
-    """Bytes by which an action raises the memory in use at its peak, mapped pages of files included."""
-
-    def memory(field: str) -> int:
-        return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
-
-    gc.collect()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is in use now
-        before = memory("VmRSS")
-    except OSError:
-        pytest.skip("the peak memory of a running process can be measured on Linux only")
-    action()
-    return memory("VmHWM") - before
 
 
 @pytest.mark.full

@@ -1,12 +1,19 @@
-"""The published sizes of scGPT, scGPT-spatial and Tahoe-x1: every name, shape and count, without storage."""
+"""The published sizes of scGPT, scGPT-spatial and Tahoe-x1: names, shapes and counts, and memory of a conversion."""
+
+import json
+import math
 
 import pytest
 import torch
+import yaml
+from helpers.memory import peak_of
+from safetensors.torch import save_file
 
-from hinge.backbones import ScGPTConfig, ScGPTModel, TahoeConfig, TahoeModel
+from hinge.backbones import ScGPTConfig, ScGPTModel, TahoeConfig, TahoeModel, load_backbone
 from hinge.backbones.published_scgpt import published_names as scgpt_names
 from hinge.backbones.published_tahoe import published_names as tahoe_names
 from hinge.models import HingeModel
+from hinge.sharing.convert import convert_transformer
 
 # rows of the tables of genes and of drugs and the width of a fingerprint are those of the files and may differ
 SCGPT_ROWS, TAHOE_ROWS, DRUGS, FINGERPRINT = 60697, 62720, 380, 2048
@@ -134,3 +141,53 @@ def test_low_rank_modulation_is_a_small_share(name):
             )
         counts[rank] = model.num_parameters(only_trainable=True)
     assert counts[32] < 0.07 * frozen and counts[32] < 0.2 * counts[None]
+
+
+def write_published(name, folder, parts=1) -> int:
+    """Write published files of a size with a repeated pattern as weights, in some parts; return their bytes."""
+    _, options, width, layers, inner = SIZES[name]
+    pattern = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+    shapes = expected_shapes(name)
+    state = {
+        key: pattern.repeat(math.prod(shape) // len(pattern) + 1)[: math.prod(shape)].reshape(shape).clone()
+        for key, shape in shapes.items()
+    }
+    rows = options["vocab_size"]
+    tokens = ["<pad>", "<cls>", "<eoc>", *[f"ENSG{number:011d}" for number in range(rows - 3)]]
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    if name.startswith("scgpt"):
+        torch.save(state, folder / "best_model.pt")
+        sizes = {"embsize": width, "nheads": 8, "d_hid": inner, "nlayers": layers}
+        (folder / "args.json").write_text(json.dumps(sizes))
+        (folder / "all_dict_mean_std.csv").write_text(",mean\n5,2.5\n")
+    else:
+        keys = list(state)
+        for part in range(parts):
+            end = f"-{part + 1:05d}-of-{parts:05d}" if parts > 1 else ""
+            save_file({f"model.{key}": state[key] for key in keys[part::parts]}, folder / f"model{end}.safetensors")
+        sizes = {
+            "vocab_size": rows,
+            "d_model": width,
+            "n_heads": options["num_attention_heads"],
+            "n_layers": layers,
+            "expansion_ratio": inner // width,
+            "transformer_activation": "relu",
+            "expression_decoder": {"n_layers": 1, "activation": "leaky_relu"},
+        }
+        (folder / "model_config.yml").write_text(yaml.safe_dump(sizes))
+        (folder / "collator_config.yml").write_text("pad_token_id: 0")
+    return sum(4 * math.prod(shape) for shape in shapes.values())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "parts"), [("scgpt", 1), ("scgpt-spatial", 1), ("tahoe-70m", 1), ("tahoe-70m", 3)])
+def test_converting_and_loading_need_little_memory(name, parts, tmp_path):
+    total = write_published(name, tmp_path, parts)
+    rows, width = SIZES[name][1]["vocab_size"], SIZES[name][2]
+    largest = 4 * rows * width
+    kind = name.partition("-")[0]
+    convert = peak_of(lambda: convert_transformer(kind, tmp_path, tmp_path / "out", "bf16"))
+    load = peak_of(lambda: load_backbone(tmp_path, dtype=torch.bfloat16))
+    # the largest tensor, the pages of one mapping, and the vocabulary
+    assert convert < largest + 50 * 2**20
+    assert load < total / 2 + largest + 50 * 2**20
