@@ -42,12 +42,14 @@ _DEPRECATED = {
     "write_report": "hinge.report.write_report",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", "pl", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if name == "pl":
+        return import_module("hinge.pl")
     if name in _DEPRECATED:
         now = _DEPRECATED[name]
         warnings.warn(f"hinge.{name} is deprecated; use {now}", DeprecationWarning, stacklevel=2)

@@ -55,7 +55,19 @@ def draws_of_slide(values: np.ndarray, expected: np.ndarray, slide: AnnData, gen
     result.obsm["spatial"] = slide.obsm["spatial"]
     result.uns["spatial"] = slide.uns.get("spatial", {})
     result.uns["hinge"] = {**slide.uns["hinge"], **about}
+    result.uns["hinge"]["summary"] = _summary(result, len(values), about)
     return result
+
+
+def _summary(draws: AnnData, count: int, about: dict) -> str:
+    """Return one line that says what draws are of, for a look at `uns["hinge"]`."""
+    kinds = (
+        f"{count} draws of {draws.n_vars} genes at {draws.n_obs} spots of slide {slide_name(draws)}",
+        f"in units of {about.get('transform', 'the transform')}",
+        f"mean {draws.X.mean():.2f}",
+        f"mean standard deviation {draws.layers['std'].mean():.2f}",
+    )
+    return ", ".join(kinds)
 
 
 def write_draws(

@@ -422,6 +422,7 @@ def test_report_in_a_browser(chromium, tmp_path):
     page.close()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("scheme, width", [("light", 1440), ("dark", 900)])
 def test_the_report_has_no_serious_fault_of_accessibility(chromium, tmp_path, scheme, width):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
@@ -459,6 +460,7 @@ def make_draws() -> AnnData:
     return draws
 
 
+@pytest.mark.full
 def test_a_comparison_of_regions_is_shown_and_printed(chromium, tmp_path):
     comparison = make_comparison()
     path = write_report(tmp_path / "r.html", {}, [replace(make_slide(), comparison=comparison)])
