@@ -235,7 +235,7 @@ def stream_safetensors(
     Raises
     ------
     WeightsError
-        A finite weight would become infinite.
+        A weight is not finite, or would become infinite.
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt", "converted_from": state.path.name}}
     at = 0
@@ -256,9 +256,9 @@ def stream_safetensors(
                 file.truncate()
             for source in sources[name]:
                 for part in _parts(state, source):
+                    check_weights({source: part}, state.path)
                     converted = part.to(dtype)
-                    infinite = converted.isinf()
-                    if infinite.any() and not part[infinite].isinf().all():
+                    if converted.isinf().any():
                         raise WeightsError(
                             f"{state.path}: {source} has weights beyond the range of {str(dtype)[6:]}; "
                             "convert to fp32 or bf16"

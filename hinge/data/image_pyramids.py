@@ -18,7 +18,7 @@ from hinge.utils.safe_hdf5 import inside
 from hinge.utils.safe_zarr import CheckedArray
 
 _UM = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3}
-_BAND_ROWS, _BAND_PIXELS = 2048, 1 << 26
+_BAND_ROWS, _BAND_PIXELS = 2048, 1 << 24
 
 
 class ArrayPyramid:
@@ -143,6 +143,22 @@ def open_arrays(path: Path) -> ArrayPyramid | None:
     except BaseException:
         file.close()
         raise
+
+
+def open_strips(path: Path) -> ArrayPyramid | None:
+    """Open the largest page of a plain TIFF to be read in bands; return None where tifffile cannot decode it."""
+    try:
+        file = tifffile.TiffFile(path)
+    except (OSError, tifffile.TiffFileError):
+        return None
+    try:
+        series = max(file.series, key=_area)
+        arrays = ArrayPyramid(str(path), [zarr.open_array(series.aszarr(), mode="r")], series.axes, None, file.close)
+        arrays.crop(0, 0, 1, 1, 0)  # the decoder may be missing
+        return arrays
+    except Exception:  # Pillow reads the file, or says what is wrong with it
+        file.close()
+        return None
 
 
 def _only_tifffile_reads(path: Path) -> bool:

@@ -1,5 +1,7 @@
 """Positions in units of the spot pitch, and features with their neighbourhood mean and standardisation per slide."""
 
+import math
+
 import numpy as np
 from scipy.spatial import cKDTree
 
@@ -7,13 +9,19 @@ from scipy.spatial import cKDTree
 NEIGHBOUR_DISTANCE = 1.5
 
 
+def spot_pitch(coords: np.ndarray) -> float:
+    """Return the median distance of a place to the nearest other one, NaN where all spots lie at one place.
+
+    Several spots at one place count once.
+    """
+    places = np.unique(np.asarray(coords, dtype=np.float64), axis=0)
+    return float(np.median(cKDTree(places).query(places, k=2)[0][:, 1])) if len(places) > 1 else math.nan
+
+
 def spot_positions(coords: np.ndarray) -> np.ndarray:
-    """Return coordinates (n, 2) in units of the spot pitch, the median distance to the nearest other spot."""
-    coords = np.asarray(coords, dtype=np.float64)
-    if len(coords) < 2:
-        return np.zeros_like(coords)
-    distance = cKDTree(coords).query(coords, k=2)[0][:, 1]
-    return coords / max(float(np.median(distance)), 1e-12)
+    """Return coordinates (n, 2) in units of the spot pitch; zeros where all spots lie at one place."""
+    coords, pitch = np.asarray(coords, dtype=np.float64), spot_pitch(coords)
+    return np.zeros_like(coords) if math.isnan(pitch) else coords / pitch
 
 
 def slide_features(features: np.ndarray, coords: np.ndarray, neighbours: bool, standardise: bool) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from hinge.data.image_pyramids import open_arrays, reduce_by_bands
+from hinge.data.image_pyramids import open_arrays, open_strips, reduce_by_bands
 from hinge.data.tiff_facts import TiffFacts, tiff_facts
 from hinge.utils.errors import DataError
 from hinge.utils.packages import require
@@ -35,13 +35,16 @@ IMAGE_SUFFIXES = (
 # a gigapixel (4 GB in memory); images that are read by tile have no limit.
 MAX_DECODED_PIXELS = 1_000_000_000
 
+# A TIFF without tiles of more pixels is not decoded whole (three bytes a pixel) to make a thumbnail.
+DECODED_FOR_THUMBNAIL = 60_000_000
+
 # Longest side of a region in pixels of its level; a longer one means a wrong resolution.
 MAX_REGION_PX = 9_000
 
 # The resolution tags of a TIFF are often a printer's default (72 dpi is 353 µm/px): used in this range only.
 PLAUSIBLE_UM_PER_PX = (0.05, 10.0)
 
-_pillow_limit_lock = threading.Lock()
+_pillow_limit_lock = threading.RLock()
 
 
 class SlideImage:
@@ -227,8 +230,9 @@ class SlideImage:
             elif self._decoded:
                 small = self._flat.copy()
             else:  # a fresh handle: Pillow decodes a JPEG directly at reduced size
-                small = self._open_flat()
-            small.thumbnail((max_px, max_px), reducing_gap=3.0)
+                small = self._thumbnail_of_strips(max_px) or self._open_flat()
+            with _no_pillow_limit():
+                small.thumbnail((max_px, max_px), reducing_gap=3.0)
             return np.asarray(_to_rgb(small))
 
     def close(self) -> None:
@@ -269,6 +273,17 @@ class SlideImage:
 
         return reduce_by_bands(size, max_px, read)
 
+    def _thumbnail_of_strips(self, max_px: int) -> Image.Image | None:
+        """Return the thumbnail of a large RGB TIFF without tiles, read in bands of rows; None for other images."""
+        large = self._flat.width * self._flat.height > DECODED_FOR_THUMBNAIL
+        strips = open_strips(self.path) if large and self.tags and self._flat.mode == "RGB" else None
+        if strips is None:
+            return None
+        try:
+            return strips.thumbnail(max_px)
+        finally:
+            strips.close()
+
     def _crop(self, left: int, top: int, width: int, height: int, level: int, downsample: float) -> Image.Image:
         """Return a rectangle in pixels of one level, white outside the image."""
         if self._arrays:
@@ -278,7 +293,8 @@ class SlideImage:
             return _to_rgb(self._pyramid.read_region(corner, level, (width, height)))
         with self._decode_lock:
             if not self._decoded:
-                self._flat = _to_rgb(self._flat)
+                with _no_pillow_limit():
+                    self._flat = _to_rgb(self._flat)
                 self._decoded = True
         image_width, image_height = self._flat.size
         inside = (max(left, 0), max(top, 0), min(left + width, image_width), min(top + height, image_height))
@@ -290,12 +306,8 @@ class SlideImage:
         return canvas
 
     def _open_flat(self) -> Image.Image:
-        with _pillow_limit_lock:
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                image = Image.open(self.path)
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
+        with _no_pillow_limit():
+            image = Image.open(self.path)
         pixels = image.width * image.height
         if pixels > MAX_DECODED_PIXELS:
             raise DataError(
@@ -333,6 +345,17 @@ class SlideImage:
             if "'imagecodecs'" in str(error):  # tifffile needs it for this compression
                 require("imagecodecs", "ome-tiff", f"reading {self.path}")
             raise DataError(f"{self.path} is damaged or not an image that can be read: {error}") from error
+
+
+@contextlib.contextmanager
+def _no_pillow_limit() -> Iterator[None]:
+    """Lift Pillow's limit, which it applies when a file is opened and again when it is decoded."""
+    with _pillow_limit_lock:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def image_name(path: Path) -> str:

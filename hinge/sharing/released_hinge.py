@@ -16,6 +16,7 @@ from hinge.backbones.published_cellfm import PublishedCellFM, export_cellfm, rea
 from hinge.models.hinge import HingeModel
 from hinge.utils.errors import ConfigError, WeightsError
 from hinge.utils.files import atomic_path
+from hinge.utils.weights import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ def import_hinge(
     own = model.state_dict()
     for ours, theirs in names.items():
         parts = [read(name) for name in theirs]
+        check_weights(dict(zip(theirs, parts, strict=True)), path)
         joined = parts[0] if len(parts) == 1 else torch.stack(parts) if parts[0].ndim == 0 else torch.cat(parts)
         if joined.numel() != own[ours].numel():
             raise WeightsError(

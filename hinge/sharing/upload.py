@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from hinge.config import load_config, save_config
+from hinge.config import load_config
 from hinge.diffusion import HingePipeline
 from hinge.diffusion.pipeline_settings import BACKBONE_FOLDER
 from hinge.models import HingeModel
@@ -184,8 +184,16 @@ def fetch_run(repository: str, output: Path, backbone: Path | None = None, vocab
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} exists already; choose another folder with --output")
-    hub.fetch(repository, output)
-    path = output / "config.yaml"
+    with atomic_path(output) as folder:
+        hub.fetch(repository, folder)
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # of the hub's client
+        _complete(repository, folder, backbone, vocabulary)
+    return output
+
+
+def _complete(repository: str, folder: Path, backbone: Path | None, vocabulary: Path | None) -> None:
+    """Check what was downloaded, and name a backbone that is not part of it."""
+    path = folder / "config.yaml"
     if not path.is_file():
         raise DataError(f"{repository} holds no run of hinge: config.yaml is missing")
     if backbone is not None:
@@ -197,10 +205,9 @@ def fetch_run(repository: str, output: Path, backbone: Path | None = None, vocab
         section["vocabulary"] = None if vocabulary is None else str(vocabulary.absolute())
         with atomic_path(path) as temporary:
             temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-        if (output / MODEL_INDEX).is_file():
-            _write_index(output, read_json(output / MODEL_INDEX), backbone=str(backbone.absolute()))
-    save_config(load_config(path), path)  # checks the settings and makes paths absolute
-    return output
+        if (folder / MODEL_INDEX).is_file():
+            _write_index(folder, read_json(folder / MODEL_INDEX), backbone=str(backbone.absolute()))
+    load_config(path)  # its relative paths are relative to the folder, wherever it lies
 
 
 def _write_index(folder: Path, content: dict[str, Any], backbone: str, encoder: str | None = None) -> None:

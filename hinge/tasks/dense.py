@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from hinge.data.features import read_features
-from hinge.data.neighbourhood import feature_scale, slide_features, spot_positions
+from hinge.data.neighbourhood import feature_scale, slide_features, spot_pitch, spot_positions
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import slide_name
 from hinge.data.spots import spot_groups
@@ -45,6 +45,7 @@ from hinge.tasks.regressor import load_regressor
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import HOST, arrays_digest, atomic_path, process_mark
 from hinge.utils.locks import lock_file
+from hinge.utils.resumable import remove_leftovers
 from hinge.utils.safe_hdf5 import check_hdf5
 
 logger = logging.getLogger(__name__)
@@ -255,6 +256,7 @@ def map_slide(
     um_per_px = float(facts["um_per_px"])
     about = {**predictor.about, "transform": predictor.transform, "window_um": predictor.diameter_um, "channels": genes}
     if image_path.exists() and _same_map(path, slide, predictor.genes, about):
+        remove_leftovers(path)
         logger.info("%s is finished", path)
         return path, image_path
     # cells that are half on tissue, so that the map ends where the tissue does
@@ -359,9 +361,9 @@ def _predict_points(predictor, grid, lattice, features, raw, at_spots, pitch_um,
     um_per_px = float(grid.uns["hinge"]["um_per_px"])
     spots = at_spots.coords
     # positions as in Run.sample, so that draws of the map and of the spots share their smooth noise
-    pitch_px = predictor.pitch_um / um_per_px
-    if len(spots) > 1:
-        pitch_px = float(np.median(KDTree(spots).query(spots, k=2)[0][:, 1]))
+    pitch_px = spot_pitch(spots)
+    if math.isnan(pitch_px):
+        pitch_px = predictor.pitch_um / um_per_px
     offsets = neighbour_offsets(spots, pitch_px * um_per_px / pitch_um) if predictor.neighbours else None
     rows = 0 if offsets is None else int(np.abs(offsets[:, 1]).max())
     progress = tqdm(total=grid.n_obs, desc=f"map {slide_name(grid)}", unit="point", disable=None)

@@ -1,6 +1,8 @@
 """The image of a dense map: an OME-TIFF with one channel per gene."""
 
+import hashlib
 import math
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +35,11 @@ def write_ome_tiff(path: Path, planes: np.ndarray, names: list[str], grid: AnnDa
     cells = grid.obs[["array_x", "array_y"]].to_numpy(float)
     # centre of the first cell on the slide, in µm
     left, top = (np.asarray(grid.obsm["spatial"])[0] * facts["um_per_px"] - cells[0] * pitch_um).tolist()
-    channels = len(planes)
+    channels, content = len(planes), hashlib.sha256(repr((names, left, top, pitch_um)).encode())
+    for plane in planes:
+        content.update(plane.tobytes())
     metadata = {
+        "UUID": str(uuid.uuid5(uuid.NAMESPACE_URL, f"hinge/{content.hexdigest()}")),  # equal maps are equal files
         "axes": "CYX",
         "Name": f"{slide_name(grid)}, {facts['transform']}",
         "Channel": {"Name": names},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from hinge.data import SlideImage, slide_image
 from hinge.utils.errors import DataError
@@ -321,3 +321,28 @@ def test_grey_ome_tiff_is_shown_grey(tmp_path):
 def test_names_of_images():
     names = {"a.svs": "a", "b.1.ome.tif": "b.1", "c.OME.TIFF": "c", "d.TIF": "d", "e.h5ad": "", "f.zarr": ""}
     assert {name: slide_image.image_name(Path(name)) for name in names} == names
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "jpeg"])
+def test_an_image_beyond_pillows_limit(tmp_path, monkeypatch, compression):
+    """Pillow applies its limit when a TIFF is opened and again when it is decoded."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # twice as many are an error
+    path = tmp_path / "large.tif"
+    tifffile.imwrite(path, smooth_pixels(), photometric="rgb", compression=compression, rowsperstrip=16)
+    with SlideImage(path) as image:
+        small, region = image.thumbnail(100), image.read_pixels(90, 60, 40, 30)
+        assert small.shape == (67, 100, 3)
+    np.testing.assert_allclose(region.astype(int), smooth_pixels()[60:90, 90:130], atol=4)
+    assert Image.MAX_IMAGE_PIXELS == 10_000
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "deflate"])
+def test_a_large_striped_tiff_is_not_decoded_whole_for_its_thumbnail(tmp_path, monkeypatch, compression):
+    path = tmp_path / "striped.tif"
+    tifffile.imwrite(path, smooth_pixels(), photometric="rgb", compression=compression, rowsperstrip=16)
+    with SlideImage(path) as image:
+        wanted = image.thumbnail(60)
+    monkeypatch.setattr(slide_image, "DECODED_FOR_THUMBNAIL", 1000)
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    with SlideImage(path) as image:
+        np.testing.assert_allclose(image.thumbnail(60).astype(int), wanted, atol=2)

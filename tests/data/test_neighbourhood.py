@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hinge.data.neighbourhood import slide_features, spot_positions
+from hinge.data.neighbourhood import slide_features, spot_pitch, spot_positions
 
 
 def lattice(side=6, pitch=287.0):
@@ -14,6 +14,17 @@ def test_positions_are_in_spot_pitches():
     positions = spot_positions(lattice())
     assert np.isclose(np.ptp(positions, axis=0), 5).all()
     assert spot_positions(np.array([[3.0, 4.0]])).tolist() == [[0, 0]]
+
+
+def test_spots_at_one_place_have_no_pitch_and_are_at_zero():
+    one = np.full((5, 2), 300.0)
+    assert np.isnan(spot_pitch(one)) and not spot_positions(one).any()
+    features = np.random.default_rng(0).normal(size=(5, 1, 3)).astype(np.float32)
+    both = slide_features(features, one, neighbours=True, standardise=True)
+    assert np.isfinite(both).all()
+    # each place twice, as of two sections in one table: the pitch is that of the places
+    twice = np.repeat(lattice(), 2, axis=0)
+    assert spot_pitch(twice) == spot_pitch(lattice()) == 287.0
 
 
 def test_the_neighbourhood_is_the_mean_of_a_spot_and_those_around_it():
