@@ -17,7 +17,7 @@ from hinge.backbones.scgpt import ScGPTModel
 from hinge.backbones.tahoe import TahoeModel
 from hinge.backbones.transformer_config import ScGPTConfig, TahoeConfig
 from hinge.backbones.weights import Weights, build, find_weights, holds_our_config, is_folder, read_our_config
-from hinge.utils.errors import ConfigError
+from hinge.utils.errors import ConfigError, WeightsError
 
 VALUE_BINS = 64
 """Number of soft bins of a CellFM that is pre-trained here."""
@@ -133,6 +133,11 @@ def recognise(path: str | Path) -> str:
             return "scgpt"
         if is_tahoe(path):
             return "tahoe"
+        if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+            raise WeightsError(
+                f"{path} holds no backbone: config.json is missing, as are args.json of scGPT and model_config.yml of "
+                "Tahoe-x1"
+            )
     return str(read_our_config(path, *MODELS)["model_type"]) if is_folder(path) else "cellfm"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,9 +160,90 @@ def tokens_with_specials(id_of: dict[str, int], specials: tuple[str, ...], rows:
     return tokens
 
 
-def size_of(content: dict[str, Any], key: str, path: Path) -> int:
-    """Return a size of a model; a WeightsError if it is no whole number above 0."""
-    value = content.get(key)
+def size_of(content: dict[str, Any], key: str, path: Path, of_tensors: int | None = None) -> int:
+    """Return a size of a model.
+
+    Parameters
+    ----------
+    content, key, path
+        Published settings, the key of the size, and their file.
+    of_tensors
+        The size that the tensors have, which is the answer where there is no such key; None if they do not tell.
+
+    Raises
+    ------
+    WeightsError
+        The value is no whole number above 0, or not that of the tensors.
+    """
+    value = content.get(key, of_tensors)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if type(value) is not int or not 0 < value < 2**31:
         raise WeightsError(f"{path}: {key} must be a whole number above 0, not {value!r}")
+    if of_tensors not in (None, value):
+        raise WeightsError(f"{path}: {key} is {value:,} and the weights have {of_tensors:,}")
     return value
+
+
+def num_layers(shapes: Iterable[str], stack: str, path: Path) -> int:
+    """Return how many layers `<stack>.0`, `<stack>.1` … names of tensors have; a WeightsError if one is missing."""
+    found = {int(each[1]) for name in shapes if (each := re.match(rf"{re.escape(stack)}\.(\d+)\.", name))}
+    missing = [number for number in range(len(found) + 1) if number not in found]
+    if missing[0] < max(len(found), 1):
+        raise WeightsError(f"{path} lacks {stack}.{missing[0]}")
+    return len(found)
+
+
+def check_settings(content: dict[str, Any], only: dict[str, Any], path: Path) -> None:
+    """Check settings that change what a model computes.
+
+    Parameters
+    ----------
+    content
+        Published settings.
+    only
+        Dotted key → the only value that can be read, which is the default of the published code.
+    path
+        Of the settings, for the error.
+
+    Raises
+    ------
+    WeightsError
+        A setting has another value.
+    """
+    for key, value in only.items():
+        found = value_at(content, key, value)
+        if type(found) is not type(value) or found != value:
+            raise WeightsError(f"{path}: {key} is {found!r}, and only {value!r} can be read")
+
+
+def value_at(content: dict[str, Any], key: str, default: Any) -> Any:
+    """Return the value at a dotted key, the default where there is none."""
+    node: Any = content
+    for part in key.split("."):
+        if not isinstance(node, dict) or node.get(part) is None:
+            return default
+        node = node[part]
+    return node
+
+
+def weights_of(folder: Path, what: str) -> Path:
+    """Return the file of weights in a folder, or the folder where they are in several parts.
+
+    `best_model.pt` goes before others; of other files there must be one.
+
+    Raises
+    ------
+    WeightsError
+        There is none, or it is not clear which one is meant.
+    """
+    found = sorted(file for end in ("pt", "pth", "bin", "ckpt", "safetensors") for file in folder.glob(f"*.{end}"))
+    best = [file for file in found if file.stem == "best_model"][:1] or found
+    if len(best) == 1:
+        return best[0]
+    shards = any(folder.glob("*.safetensors.index.json")) or all("-of-" in file.stem for file in found)
+    if found and shards and all(file.suffix == ".safetensors" for file in found):
+        return folder
+    if not found:
+        raise WeightsError(f"{folder} holds no {what}: it has no file of weights (.pt, .pth, .bin or .safetensors)")
+    raise WeightsError(f"{folder} holds {len(found)} files of weights: name the one of the {what}, such as {found[0]}")

@@ -2,24 +2,34 @@
 
 import csv
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from hinge.backbones.published_files import (
     Table,
+    check_settings,
+    num_layers,
     prefix_of,
     read_json_object,
     read_tokens,
     size_of,
     tokens_with_specials,
+    weights_of,
 )
-from hinge.backbones.state_files import StateFile, open_state
+from hinge.backbones.state_files import open_state
 from hinge.backbones.transformer_config import ScGPTConfig
 from hinge.backbones.weights import Weights, built_from, holds_our_config, read_own
 from hinge.utils.errors import WeightsError
 
 ARGUMENTS, VOCABULARY, GENE_MEANS = "args.json", "vocab.json", "all_dict_mean_std.csv"
+# keys that change what the model computes → the only value that can be read
+_ONLY: dict[str, Any] = {
+    "input_style": "binned",
+    "input_emb_style": "continuous",
+    "pad_token": "<pad>",
+    "pre_norm": False,
+}
+_HEADS = ("nheads", "nhead", "n_heads")
 _SPECIALS = ("<pad>", "<cls>", "<eoc>")
 # of the classifier, which no output of the model needs
 _EXTRAS = r"cls_decoder\..+"
@@ -34,7 +44,7 @@ _ATTENTION = {
 
 def is_scgpt(path: str | Path) -> bool:
     """Return whether a folder, or the folder of a file, is laid out as published scGPT weights."""
-    return (_folder(path) / ARGUMENTS).is_file() and (_folder(path) / VOCABULARY).is_file()
+    return (_folder(path) / ARGUMENTS).is_file()
 
 
 def _folder(path: str | Path) -> Path:
@@ -62,12 +72,12 @@ def read_scgpt(path: str | Path, attention: str | None = None) -> Weights:
     if holds_our_config(path):
         return read_own(path, ScGPTConfig, attention=attention)
     folder = _folder(path)
-    state = open_state(_weights_file(Path(path)))
+    state = open_state(path if Path(path).is_file() else weights_of(folder, "scGPT"))
     arguments = read_json_object(folder / ARGUMENTS)
     prefix = prefix_of(state, "encoder.embedding.weight", "scGPT")
     shapes = {name.removeprefix(prefix): shape for name, shape in state.shapes.items()}
     with built_from(folder):
-        settings = _settings(arguments, shapes, state, folder / ARGUMENTS)
+        settings = _settings(arguments, shapes, state.path, folder / ARGUMENTS)
     table = published_names(shapes, settings)
     sources = table.sources(state, prefix, _EXTRAS)
     rows = shapes["encoder.embedding.weight"][0]
@@ -80,44 +90,28 @@ def read_scgpt(path: str | Path, attention: str | None = None) -> Weights:
     return Weights(state, config, sources)
 
 
-def _weights_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    found = sorted(file for suffix in ("*.pt", "*.pth", "*.safetensors") for file in path.glob(suffix))
-    best = [file for file in found if file.stem == "best_model"] or found
-    if len(best) != 1:
-        what = "no .pt file" if not found else f"{len(found)} files of weights, none of them best_model.pt"
-        raise WeightsError(f"{path} holds no scGPT: it has {what}")
-    return best[0]
-
-
 def _settings(
-    arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], state: StateFile, path: Path
+    arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], weights: Path, path: Path
 ) -> dict[str, Any]:
-    """Return arguments of `ScGPTConfig` from args.json, which must agree with the shapes of the tensors."""
-    expected = {"input_emb_style": "continuous", "pad_token": "<pad>"}
-    for key, value in expected.items():
-        if arguments.get(key, value) != value:
-            raise WeightsError(f"{path}: {key} is {arguments[key]!r}, and only {value!r} can be read")
+    """Return arguments of `ScGPTConfig` from the tensors and from args.json, which must agree."""
+    check_settings(arguments, _ONLY, path)
+    layers = num_layers(shapes, "transformer_encoder.layers", weights)
+    inner = shapes.get("transformer_encoder.layers.0.linear1.weight", (None,))[0]
+    heads = next((key for key in _HEADS if key in arguments), _HEADS[0])
     settings: dict[str, Any] = {
-        "hidden_size": size_of(arguments, "embsize", path),
-        "num_hidden_layers": size_of(arguments, "nlayers", path),
-        "num_attention_heads": size_of(arguments, "nheads", path),
-        "intermediate_size": size_of(arguments, "d_hid", path),
+        "hidden_size": size_of(arguments, "embsize", path, shapes["encoder.embedding.weight"][1]),
+        "num_hidden_layers": size_of(arguments, "nlayers", path, layers),
+        "num_attention_heads": size_of(arguments, heads, path),
+        "intermediate_size": size_of(arguments, "d_hid", path, inner),
         "num_bins": size_of({"n_bins": 51, **arguments}, "n_bins", path),
         "pad_value": float(arguments.get("pad_value", -2)),
         "mask_value": float(arguments.get("mask_value", -1)),
         "with_flag": "flag_encoder.weight" in shapes,
         "with_impute_decoder": any(name.startswith("impute_mvc_decoder.") for name in shapes),
     }
-    experts = {int(found[1]) for name in shapes if (found := re.match(r"decoder\.moe\.experts\.(\d+)\.", name))}
-    settings |= {"num_experts": len(experts), "num_chosen": min(_CHOSEN_EXPERTS, len(experts) or _CHOSEN_EXPERTS)}
-    layers = {int(found[1]) for name in shapes if (found := re.match(r"transformer_encoder\.layers\.(\d+)\.", name))}
-    if layers != set(range(len(layers))) or len(layers) != settings["num_hidden_layers"]:
-        raise WeightsError(
-            f"{path} announces {settings['num_hidden_layers']} layers and {state.path} has {len(layers)}"
-        )
-    return settings
+    mixture = any(name.startswith("decoder.moe.") for name in shapes)
+    experts = num_layers(shapes, "decoder.moe.experts", weights) if mixture else 0
+    return settings | {"num_experts": experts, "num_chosen": min(_CHOSEN_EXPERTS, experts or _CHOSEN_EXPERTS)}
 
 
 def published_names(shapes: dict[str, tuple[int, ...]], settings: dict[str, Any]) -> Table:
@@ -181,11 +175,20 @@ def _gene_means(path: Path, rows: int) -> list[float | None]:
     except (OSError, ValueError, csv.Error) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
     means: list[float | None] = [None] * rows
+    seen: set[int] = set()
     for line in lines:
-        label, mean = next(iter(line.values())), line.get("mean")
-        if label is None or not label.strip().isdigit() or int(label) >= rows or mean is None:
-            raise WeightsError(f"{path} must hold a row label (id below {rows:,}) and a column mean, not {line!r:.80}")
-        value = float(mean or "nan")
+        try:
+            label, value = float(next(iter(line.values()))), float(line["mean"] or "nan")
+        except (KeyError, TypeError, ValueError):
+            label, value = -1.0, math.nan
+        if not (0 <= label < rows and label.is_integer()) or value < 0:
+            raise WeightsError(
+                f"{path} must hold a row label (id below {rows:,}) and a mean of at least 0 in the column mean, "
+                f"not {line!r:.80}"
+            )
+        if int(label) in seen:
+            raise WeightsError(f"{path} has the row label {int(label)} twice")
+        seen.add(int(label))
         if math.isfinite(value) and value > 0:
             means[int(label)] = value
     return means

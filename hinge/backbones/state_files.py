@@ -4,11 +4,14 @@ A file is a MindSpore checkpoint (`.ckpt`), a torch state dict (`.pth`, `.pt`) o
 shapes and types; a tensor is read when it is needed. At most one tensor is held in memory in addition to the result.
 """
 
+import argparse
 import json
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 # keys under which training scripts save the state dict
-_WRAPPERS = ("model", "state_dict", "module", "net")
+_WRAPPERS = ("state", "model", "state_dict", "module", "net", "model_state_dict", "model_state")
 _PART_ELEMENTS = 2**20
 _MAPPED_BYTES = 64 * 2**20
 
@@ -75,7 +78,8 @@ def open_state(path: str | Path) -> StateFile:
     with open(path, "rb") as file:
         start = file.read(2)
     # a zip archive (torch since 1.6) or a pickle (before); any other file can only be a MindSpore checkpoint
-    if start in (b"PK", b"\x80\x02") and not is_mindspore(path):
+    pickled = start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    if (start == b"PK" or pickled) and not is_mindspore(path):
         return _open_torch(path)
     checkpoint = MindSporeCheckpoint(path)
     names = checkpoint.keys()
@@ -92,15 +96,19 @@ def _open_safetensors(path: Path, files: list[Path]) -> StateFile:
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     home: dict[str, Path] = {}
+    repeated = None
     for file in files:
         try:
             with safe_open(file, "pt") as content:
                 for name in content.keys():  # noqa: SIM118 (not a dictionary)
+                    repeated = repeated or (name if name in home else None)
                     part = content.get_slice(name)
                     shapes[name], home[name] = tuple(part.get_shape()), file
                     dtypes[name] = _SAFETENSORS_DTYPES.get(part.get_dtype(), torch.uint8)
         except Exception as error:  # safetensors has an exception class of its own, and OSError
             raise WeightsError(f"{file} is not a complete safetensors file: {one_line(error)}") from error
+        if repeated is not None:
+            raise WeightsError(f"{path} holds {repeated} in several files; keep the files of one model")
 
     opened = _Mapping(lambda file: safe_open(file, "pt"))
 
@@ -113,19 +121,29 @@ def _open_safetensors(path: Path, files: list[Path]) -> StateFile:
 
 def _open_torch(path: Path) -> StateFile:
     def load(mapped: bool) -> dict[str, Tensor]:
-        content = load_torch(path, mapped)
-        for _ in range(2):
+        # training scripts store their arguments as a Namespace, which holds no code
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = load_torch(path, mapped)
+        for _ in range(3):
             for key in _WRAPPERS:
                 if isinstance(content, dict) and isinstance(content.get(key), dict):
                     content = content[key]
         if not isinstance(content, dict):
             raise ValueError("it holds no dictionary of tensors")
-        return plain_tensors(content)
+        tensors = plain_tensors(content)
+        if not tensors:
+            raise ValueError(f"it holds no tensors, but {', '.join(map(repr, list(content)[:5])) or 'nothing'}")
+        return tensors
 
     with open(path, "rb") as file:
         mapped = file.read(2) == b"PK"
     try:
         tensors = load(mapped)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} is not a readable torch state dict: it holds objects other than tensors, which are not loaded, or "
+            "is damaged; save its state dict alone"
+        ) from error
     except Exception as error:  # torch raises many kinds of exception for a damaged archive
         raise WeightsError(f"{path} is not a readable torch state dict: {one_line(error)}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -176,7 +194,8 @@ def fill_parameters(model, state: StateFile, sources: dict[str, tuple[str, ...]]
     wrong = sorted(parameters.keys() ^ sources.keys())
     if wrong:
         raise WeightsError(f"the weights in {state.path} do not fit its config.json: {wrong[0]}")
-    stored = next(state.dtypes[theirs[0]] for theirs in sources.values() if theirs)
+    # the type that holds all of them, where norms are stored in float32 beside products in half precision
+    stored = reduce(torch.promote_types, {state.dtypes[each] for theirs in sources.values() for each in theirs})
     check_shapes(parameters, state, sources)
     for name, parameter in tqdm(parameters.items(), desc=state.path.name, delay=2, disable=None):
         own = torch.zeros(parameter.shape, dtype=dtype or stored)

@@ -15,6 +15,8 @@ from hinge.backbones.state_files import StateFile, fill_parameters, open_state
 from hinge.utils import hub
 from hinge.utils.errors import WeightsError, one_line
 
+MODEL_TYPES = ("cellfm", "scgpt", "tahoe")
+
 Model = TypeVar("Model", bound=ExpressionBackbone)
 
 
@@ -49,8 +51,17 @@ def is_folder(path: str | Path) -> bool:
 
 
 def holds_our_config(path: str | Path) -> bool:
-    """Return whether a path is a folder with a `config.json`, as `save_pretrained` writes it."""
-    return (Path(path) / "config.json").is_file()
+    """Return whether a path is a folder with a `config.json`, as `save_pretrained` writes it.
+
+    One that cannot be read counts, and one of another program does not.
+    """
+    try:
+        content = json.loads((Path(path) / "config.json").read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError, RecursionError):
+        return True
+    return not isinstance(content, dict) or content.get("model_type") in MODEL_TYPES
 
 
 def read_our_config(folder: str | Path, *model_types: str) -> dict[str, Any]:

@@ -132,8 +132,8 @@ def test_settings_that_change_the_model_are_refused(backbones, tmp_path):
     for change, message in [
         ({"use_glu": True}, "use_glu is True"),
         ({"norm_scheme": "post"}, "norm_scheme is 'post'"),
-        ({"vocab_size": content["vocab_size"] + 1}, f"announces {content['vocab_size'] + 1} tokens"),
-        ({"n_layers": content["n_layers"] + 1}, f"announces {content['n_layers'] + 1} layers"),
+        ({"vocab_size": content["vocab_size"] + 1}, f"vocab_size is {content['vocab_size'] + 1} and the weights have"),
+        ({"n_layers": content["n_layers"] + 1}, f"n_layers is {content['n_layers'] + 1} and the weights have"),
         ({"transformer_activation": "silu"}, "none of relu"),
     ]:
         (folder / "model_config.yml").write_text(yaml.safe_dump({**content, **change}))
@@ -144,7 +144,7 @@ def test_settings_that_change_the_model_are_refused(backbones, tmp_path):
     for change, message in [
         ({"input_emb_style": "category"}, "input_emb_style is 'category'"),
         ({"nheads": "four"}, "nheads must be a whole number"),
-        ({"nlayers": content["nlayers"] + 1}, f"announces {content['nlayers'] + 1} layers"),
+        ({"nlayers": content["nlayers"] + 1}, f"nlayers is {content['nlayers'] + 1} and the weights have"),
         ({"nheads": content["embsize"] + 1}, "not divisible"),
     ]:
         (folder / "args.json").write_text(json.dumps({**content, **change}))
