@@ -8,9 +8,10 @@
     slides/<i>/genes/<j>.bin                   one gene: measured, mean, deviation, draws; see `SlideContent.gene`
     slides/<i>/coexpression.bin                int8 matrices, measured and predicted
     slides/<i>/image.dzi, image_files/         deep-zoom tiles
+    slides/<i>/labels.json, region…, compare…  regions; see `hinge.viewer.regions`
 
-`hinge view` serves these paths, and `write_viewer` writes each to a file. Files that end in .bin are little-endian and
-deflated (RFC 1950). No path contains a name from a file.
+`hinge view` serves these paths, and `write_viewer` writes each to a file but the tables of regions, which depend on the
+request. Files that end in .bin are little-endian and deflated (RFC 1950). No path contains a name from a file.
 """
 
 import json
@@ -21,6 +22,7 @@ import struct
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib import resources
@@ -35,12 +37,14 @@ from tqdm import tqdm
 from hinge.data import get_transform, list_samples, slide_name
 from hinge.data.draws import read_draws
 from hinge.data.layers import draw_names
+from hinge.data.regions import Region, read_regions
 from hinge.evaluation import correlation_matrix, gene_pcc, matrix_scores
 from hinge.evaluation.metrics.coexpression import gene_order
 from hinge.run.run import Run
 from hinge.utils.errors import DataError, HingeError
 from hinge.utils.files import atomic_path
 from hinge.utils.packages import VERSION
+from hinge.viewer import regions
 from hinge.viewer.tiles import OVERLAP_PX, TILE_PX, TiledImage
 
 logger = logging.getLogger(__name__)
@@ -55,6 +59,7 @@ CONTENT_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".json": "application/json; charset=utf-8",
     ".txt": "text/plain; charset=utf-8",
+    ".csv": "text/csv; charset=utf-8",
     ".svg": "image/svg+xml",
     ".dzi": "application/xml; charset=utf-8",
     ".jpeg": "image/jpeg",
@@ -75,11 +80,13 @@ class SlideContent:
         Result of `hinge.data.draws.read_draws`.
     measured
         The slide with raw counts; None if there are none.
+    saved
+        Regions saved with the run.
     """
 
-    def __init__(self, draws: AnnData, measured: AnnData | None = None):
+    def __init__(self, draws: AnnData, measured: AnnData | None = None, saved: Mapping[str, Region] | None = None):
         facts = draws.uns["hinge"]
-        self._draws = draws
+        self._draws, self._measured, self._saved = draws, measured, saved or {}
         self._layers = draw_names(draws)
         self._transform = facts["transform"]
         self._counts = self._rows = self._total = None
@@ -179,6 +186,7 @@ class SlideContent:
             "spots": self._draws.n_obs,
             "draws": len(self._layers),
             "measured": self._counts is not None,
+            "scale": self._scale,
             "um_per_px": um_per_px if math.isfinite(um_per_px) else None,
             "spot_diameter_px": diameter if math.isfinite(diameter) and diameter > 0 else None,
             "image": {"width": width, "height": height, "tile": TILE_PX, "overlap": OVERLAP_PX},
@@ -200,8 +208,14 @@ class SlideContent:
         parts = [struct.pack("<2f", low, high), *(array.astype("<f2").tobytes() for array in arrays), steps.tobytes()]
         return zlib.compress(b"".join(parts))
 
-    def read(self, path: str) -> bytes | None:
+    def read(self, path: str, query: Mapping[str, str] | None = None) -> bytes | None:
         """Return the file at a path below `slides/<i>/`, None if there is none."""
+        if path in regions.TABLES:
+            counts = self._measured if self._counts is not None else None
+            found = regions.table(path, query or {}, self._draws, counts)
+            return found.encode() if isinstance(found, str) else _json(found)
+        if path == "labels.json":
+            return _json(regions.labels(self._measured, self._draws, self._saved, self._scale))
         if path == "slide.json":
             return _json(self.index())
         if path == "barcodes.json":
@@ -220,7 +234,7 @@ class SlideContent:
 
     def paths(self) -> list[str]:
         """Return all paths that `read` serves."""
-        paths = ["slide.json", "barcodes.json", "spots.bin", "coexpression.bin", "image.dzi"]
+        paths = ["slide.json", "barcodes.json", "spots.bin", "coexpression.bin", "labels.json", "image.dzi"]
         paths += [f"genes/{gene}.bin" for gene in range(self._draws.n_vars)]
         for level, (columns, rows) in enumerate(self.image.level_tiles):
             paths += [f"image_files/{level}/{x}_{y}.jpeg" for x in range(columns) for y in range(rows)]
@@ -264,8 +278,10 @@ class Viewer:
                 name = self.slides[number]
                 logger.info("reading %s", self.run.paths.samples(name))
                 measured, note = self._measured(name)
-                content = SlideContent(read_draws(self.run.paths.samples(name)), measured)
-                content.note = " ".join(filter(None, [content.note, note])) or None
+                draws = read_draws(self.run.paths.samples(name))
+                saved, warning = self._regions(name, draws)
+                content = SlideContent(draws, measured, saved)
+                content.note = " ".join(filter(None, [content.note, note, warning])) or None
                 self._open[number] = content
                 if len(self._open) > SLIDES_OPEN:
                     # closed with its last reference: another thread may still be cutting a tile
@@ -273,8 +289,8 @@ class Viewer:
             self._open.move_to_end(number)
             return self._open[number]
 
-    def read(self, path: str) -> bytes | None:
-        """Return the file at a path, None if there is none.
+    def read(self, path: str, query: Mapping[str, str] | None = None) -> bytes | None:
+        """Return the file at a path, None if there is none; tables of regions depend on the query.
 
         Raises
         ------
@@ -288,7 +304,7 @@ class Viewer:
         match = _OF_SLIDE.fullmatch(path)
         if match is None or int(match[1]) >= len(self.slides):
             return None
-        return self.slide(int(match[1])).read(match[2])
+        return self.slide(int(match[1])).read(match[2], query)
 
     def index(self) -> dict[str, Any]:
         """Return the content of `run.json`."""
@@ -311,6 +327,16 @@ class Viewer:
         except HingeError as error:
             logger.warning("%s is shown without measured values: %s", name, error)
             return None, "The measured slide could not be read."
+
+    def _regions(self, name: str, draws: AnnData) -> tuple[dict[str, Region], str | None]:
+        path = self.run.paths.regions(name)
+        if not path.exists():
+            return {}, None
+        try:
+            return read_regions(path, draws), None
+        except HingeError as error:
+            logger.warning("%s is shown without its saved regions: %s", name, error)
+            return {}, "The saved regions could not be read."
 
 
 def write_viewer(run: Run, output: str | Path | None = None, slides: list[str] | None = None) -> Path:

@@ -28,7 +28,7 @@ SECONDS = 10.0
 """In which the headers of a request must arrive, also those of the next one of a connection."""
 
 _WAITING = 512  # connections that the system keeps until they are accepted
-_MOST_BYTES = 16 << 10  # of the headers of a request; it has no body
+_MOST_BYTES = 64 << 10  # of the headers of a request, which has no body; regions of 100,000 spots fit
 _THREADS = 4
 
 CONTENT_SECURITY_POLICY = (
@@ -146,7 +146,9 @@ class _Handler(RequestHandler):
             return
         path = self.request.path.removeprefix("/") or "index.html"
         try:
-            content = await asyncio.get_running_loop().run_in_executor(self.server.pool, self.server.viewer.read, path)
+            query = {key: values[-1].decode("utf-8", "replace") for key, values in self.request.query_arguments.items()}
+            loop = asyncio.get_running_loop()
+            content = await loop.run_in_executor(self.server.pool, self.server.viewer.read, path, query)
         except HingeError as error:
             content = json.dumps({"error": str(error)}).encode()
             self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, content, ".json")

@@ -20,3 +20,10 @@ export const colour = (name) => getComputedStyle(document.documentElement).getPr
 
 /** Return a definition list of [name, value] pairs. */
 export const facts = (pairs) => make("dl", { class: "facts" }, ...pairs.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+
+/** Offer a text or a blob as a file. */
+export function download(name, content, type) {
+  const link = make("a", { download: name.replace(/[\\/:*?"<>|]/g, "_"), href: URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type })) });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}

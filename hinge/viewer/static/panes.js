@@ -15,7 +15,7 @@ const SCALE_BAR_PX = 110; // at most
 const LENGTHS_UM = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000];
 
 export class Panes {
-  /** `on` has functions layer(), hover(spot, event), choose(spot). */
+  /** `on` has functions layer(), hover(spot, event), choose(spot), draw(kind, place, factor), close(). */
   constructor(parent, on) {
     this.parent = parent;
     this.on = on;
@@ -23,6 +23,9 @@ export class Panes {
     this.opacity = 0.8;
     this.map = "viridis";
     this.hover = this.chosen = -1;
+    this.drawing = null; // corners of the region that is being drawn
+    this.outlined = []; // regions to outline: [region, colour]
+    this.tool = null;
   }
 
   get leader() {
@@ -82,6 +85,12 @@ export class Panes {
   mark(hover, chosen) {
     [this.hover, this.chosen] = [hover, chosen];
     for (const pane of this.panes) pane.drawMarks();
+  }
+
+  /** While a tool is chosen, the pointer draws instead of moving the slide. */
+  setTool(tool) {
+    this.tool = tool;
+    for (const pane of this.panes) pane.setTool(tool);
   }
 
   setOpacity(opacity) {
@@ -145,11 +154,29 @@ class Pane {
       this.view.addEventListener(name, () => panes.lead(this), { capture: true, passive: true });
     }
     this.view.addEventListener("pointermove", (event) => this.point(event));
+    for (const [name, kind] of [["pointerdown", "down"], ["pointermove", "move"], ["pointerup", "up"]]) {
+      this.view.addEventListener(name, (event) => panes.tool && this.drawAt(kind, event), { capture: true });
+    }
+    this.view.addEventListener("dblclick", () => panes.tool && panes.on.close());
     this.view.addEventListener("pointerleave", (event) => event.pointerType !== "touch" && panes.on.hover(-1));
     this.view.addEventListener("pointerdown", () => {
       this.view.classList.add("drags");
       addEventListener("pointerup", () => this.view.classList.remove("drags"), { once: true });
     });
+  }
+
+  setTool(tool) {
+    this.view.classList.toggle("selects", Boolean(tool));
+    this.viewer?.setMouseNavEnabled(!tool);
+  }
+
+  drawAt(kind, event) {
+    if (!this.ready || event.button > 0) return;
+    if (kind === "down") this.view.setPointerCapture(event.pointerId);
+    const box = this.view.getBoundingClientRect();
+    const { factor, left, top } = this.placing();
+    this.panes.on.draw(kind, [(event.clientX - box.left - left) / factor, (event.clientY - box.top - top) / factor], factor);
+    event.preventDefault();
   }
 
   change(setting) {
@@ -197,6 +224,7 @@ class Pane {
     this.viewer.canvas.setAttribute("role", "application");
     this.viewer.addHandler("open", () => {
       this.ready = true;
+      this.setTool(this.panes.tool);
       const leader = this.panes.leader;
       if (leader === this || !leader.ready) this.fit(true);
       else this.panes.follow(this);
@@ -206,7 +234,7 @@ class Pane {
     this.viewer.addHandler("update-viewport", () => this.draw());
     this.viewer.addHandler("after-resize", () => this.resize());
     this.viewer.addHandler("canvas-click", (event) => {
-      if (!event.quick) return;
+      if (!event.quick || this.panes.tool) return;
       const spot = this.spotAt(event.position.x, event.position.y);
       this.panes.on.choose(spot);
     });
@@ -342,6 +370,7 @@ class Pane {
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, this.view.clientWidth, this.view.clientHeight);
     const { slide, hover, chosen } = this.panes;
+    this.drawRegions(context);
     const radius = Math.max(slide.radius * this.placing().factor, 3) + 1;
     for (const [spot, width] of [[chosen, 3], [hover, 1.5]]) {
       if (spot < 0) continue;
@@ -351,6 +380,35 @@ class Pane {
         context.arc(x, y, radius, 0, 2 * Math.PI);
         context.strokeStyle = colour;
         context.lineWidth = line;
+        context.stroke();
+      }
+    }
+  }
+
+  drawRegions(context) {
+    const { factor, left, top } = this.placing();
+    const { slide, outlined, drawing } = this.panes;
+    const trace = (rings) => {
+      for (const ring of rings) {
+        ring.forEach(([x, y], i) => (i ? context.lineTo(left + factor * x, top + factor * y) : context.moveTo(left + factor * x, top + factor * y)));
+        context.closePath();
+      }
+    };
+    const radius = Math.max(slide.radius * factor, 2) + 1.5;
+    for (const [region, colour] of drawing ? [...outlined, [{ polygons: [[drawing]] }, "#111"]] : outlined) {
+      context.beginPath();
+      for (const polygon of region.polygons) trace(polygon);
+      if (!region.polygons.length) {
+        region.spots.forEach((one, spot) => {
+          if (!one) return;
+          const [x, y] = [left + factor * slide.places[2 * spot], top + factor * slide.places[2 * spot + 1]];
+          context.moveTo(x + radius, y);
+          context.arc(x, y, radius, 0, 2 * Math.PI);
+        });
+      }
+      for (const [stroke, width] of [["#fff", 4], [colour, 2]]) {
+        context.strokeStyle = stroke;
+        context.lineWidth = region.polygons.length ? width : width / 1.6;
         context.stroke();
       }
     }

@@ -4,9 +4,12 @@ import { drawStrip, interval, intervalName, showGene, showSpot } from "./charts.
 import { CoExpression } from "./coexpression.js";
 import { MAPS, TABLES, paintLegend } from "./colours.js";
 import { Slide, readJson } from "./data.js";
+import { Drawing } from "./drawing.js";
 import { GeneList } from "./genes.js";
 import { byId, fixed, make } from "./page.js";
 import { LAYERS, Panes } from "./panes.js";
+import { RegionPanel } from "./regionpanel.js";
+import { countOf, spotsIn } from "./regions.js";
 
 // OpenSeadragon would put a style into the page, which the page's policy forbids, unless it finds it there already
 document.head.append(document.createElementNS("urn:none", "style"));
@@ -23,15 +26,45 @@ const KEYS = [
   ["shift + arrows", "from spot to spot"],
   ["H", "hide or show the spots"],
   ["T", "light or dark"],
-  ["esc", "let go of the spot"],
+  ["R", "draw a region with the lasso"],
+  ["enter", "close a polygon"],
+  ["esc", "let go of the spot or the drawing"],
 ];
+const TABS = ["gene", "spot", "pairs", "regions"];
 const DEFAULTS = ["measured", "mean", "std", "draw"];
 
 const state = { run: null, number: 0, slide: null, gene: null, wanted: 0, spot: -1, settings: [], tab: "gene", hidden: false };
 
-const panes = new Panes(byId("panes"), { layer: () => (panes.paint(), remember()), hover, choose: chooseSpot });
+const panes = new Panes(byId("panes"), { layer: () => (panes.paint(), remember()), hover, choose: chooseSpot, draw: (...event) => drawing.event(...event), close: () => drawing.finish() });
 const genes = new GeneList((gene) => chooseGene(gene));
 const pairs = new CoExpression((gene) => chooseGene(gene));
+
+const REGION_COLOURS = { a: "#1d4ed8", b: "#c2410c" };
+const drawing = new Drawing({
+  changed: (corners) => {
+    panes.drawing = corners;
+    panes.mark(panes.hover, state.spot);
+  },
+  done: (corners) => {
+    const polygons = [[corners]];
+    const spots = spotsIn(state.slide, polygons);
+    regions.setTool(null);
+    if (countOf(spots)) regions.add([{ spots, polygons }]);
+    else byId("spoken").textContent = "The region holds no spot.";
+  },
+});
+const regions = new RegionPanel({
+  say: (text) => say(text, true),
+  chooseGene: (gene) => chooseGene(gene),
+  tool: (tool) => {
+    drawing.setTool(tool);
+    panes.setTool(tool);
+  },
+  changed: () => {
+    panes.outlined = regions.regions.map((region) => [region, REGION_COLOURS[["a", "b"].find((role) => regions.chosen[role] === region)] ?? "#4b5563"]);
+    panes.mark(panes.hover, state.spot);
+  },
+});
 
 function say(text, note = false) {
   byId("status").textContent = text;
@@ -59,6 +92,7 @@ async function chooseSlide(number, gene) {
     genes.open(slide.facts);
     say(slide.facts.note ?? "", true);
     await chooseGene(wanted >= 0 ? wanted : slide.facts.first_gene);
+    await regions.open(slide);
   } catch (error) {
     say(error.message);
   }
@@ -106,7 +140,7 @@ function chooseSpot(spot) {
 }
 
 function showTab() {
-  for (const name of ["gene", "spot", "pairs"]) {
+  for (const name of TABS) {
     const chosen = name === state.tab;
     byId(`tab-${name}`).setAttribute("aria-selected", chosen);
     byId(`tab-${name}`).tabIndex = chosen ? 0 : -1;
@@ -116,7 +150,7 @@ function showTab() {
   if (!gene) return;
   if (tab === "gene") showGene(byId("panel-gene"), gene, slide.facts.transform);
   else if (tab === "spot") showSpot(byId("panel-spot"), slide, gene, state.spot);
-  else slide.coexpression().then((found) => state.slide === slide && pairs.show(found, slide.facts.genes, gene.index), (error) => say(error.message));
+  else if (tab === "pairs") slide.coexpression().then((found) => state.slide === slide && pairs.show(found, slide.facts.genes, gene.index), (error) => say(error.message));
 }
 
 // ---------------------------------------------------------------- the spot under the pointer
@@ -231,12 +265,18 @@ function onKey(event) {
   else if (key === "+" || key === "=") panes.zoom(1.5);
   else if (key === "-") panes.zoom(1 / 1.5);
   else if (key === "0") panes.fit();
+  else if (key === "r") {
+    state.tab = "regions";
+    showTab();
+    regions.setTool("lasso");
+  } else if (key === "Enter" && drawing.tool) drawing.finish();
   else if (key === "h") setHidden(!state.hidden);
   else if (key === "t") otherTheme();
   else if (key === "?") byId("help-dialog").showModal();
   else if (key === "Escape") {
     hover(-1);
-    chooseSpot(-1);
+    if (drawing.tool) regions.setTool(null);
+    else chooseSpot(-1);
   } else return;
   event.preventDefault();
 }
@@ -258,7 +298,7 @@ async function setUp() {
   byId("theme").addEventListener("click", otherTheme);
   byId("help").addEventListener("click", () => byId("help-dialog").showModal());
   for (const button of document.querySelectorAll("dialog .close")) button.addEventListener("click", () => button.closest("dialog").close());
-  for (const name of ["gene", "spot", "pairs"]) {
+  for (const name of TABS) {
     byId(`tab-${name}`).addEventListener("click", () => {
       state.tab = name;
       showTab();
@@ -267,8 +307,7 @@ async function setUp() {
   document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
     const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!by) return;
-    const names = ["gene", "spot", "pairs"];
-    state.tab = names[(names.indexOf(state.tab) + by + 3) % 3];
+    state.tab = TABS[(TABS.indexOf(state.tab) + by + TABS.length) % TABS.length];
     showTab();
     byId(`tab-${state.tab}`).focus();
   });

@@ -1,0 +1,20 @@
+"""Names in the run that the tests of the viewer show, and looks at its page."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+HOSTILE_GENE = "<img src=x onerror=alert(1)>"
+HOSTILE_SPOT = '"><script>alert(2)</script>'
+N_DRAWS = 20
+
+
+def middle(page, pane: int = 0) -> tuple[float, float]:
+    box = page.locator(".pane .view").nth(pane).bounding_box()
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
+def pixels(page, pane: int) -> np.ndarray:
+    """What a pane shows."""
+    return np.asarray(Image.open(io.BytesIO(page.locator(".pane .view").nth(pane).screenshot())).convert("RGB"), float)
