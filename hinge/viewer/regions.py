@@ -49,7 +49,7 @@ def labels(measured: AnnData | None, draws: AnnData, saved: Mapping[str, Region]
         `columns`: name, labels, and the index of each spot's label (-1 for none); `regions`: name, spots (as in the
         requests) and polygons in pixels of the shown image.
     """
-    columns = []
+    columns: list[dict[str, Any]] = []
     for slide in (draws, measured):
         if slide is None:
             continue
@@ -90,8 +90,10 @@ def table(path: str, query: Mapping[str, str], draws: AnnData, measured: AnnData
             raise DataError(f"the threshold must be a number, not {query['threshold'][:40]!r}")
     names = ("spots",) if path.startswith("region") else ("first", "second")
     sets = [decode_spots(query.get(name, ""), draws.n_obs) for name in names]
-    made = region_table if len(sets) == 1 else compare_regions
-    found = made(draws, *sets, measured=measured, threshold=threshold)
+    if len(sets) == 1:
+        found = region_table(draws, sets[0], measured, threshold)
+    else:
+        found = compare_regions(draws, sets[0], sets[1], measured, threshold)
     found.index.name = "gene"
     if path.endswith(".csv"):
         return found.to_csv()
