@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hinge.cli.options import Allow, RunFolder, existing, open_folder
+from hinge.cli.options import Allow, RunFolder, SpotSide, existing, open_folder
 from hinge.utils.errors import ConfigError
 
 
@@ -25,6 +25,7 @@ def sample(
         float | None, typer.Option(help="µm per pixel, where the file of another slide does not state it.")
     ] = None,
     image: Annotated[Path | None, typer.Option(help="Image, where a slide from elsewhere does not name it.")] = None,
+    spot_um: SpotSide = None,
     observed: Annotated[
         Path | None,
         typer.Option(help="h5ad with measured genes; the other genes are drawn given them.", show_default=False),
@@ -70,9 +71,9 @@ def sample(
         data, path = opened.config.data, Path(name)
         is_path = path.is_file() or (path.is_dir() and name not in [*data.train, *data.test, *data.pretrain])
         if is_path:
-            source = {"slide": opened.slide_at(path, um_per_px, image)}
-        elif (image, um_per_px) != (None, None):
-            source = {"slide": opened.slide_at(data.path, um_per_px, image, name)}
+            source = {"slide": opened.slide_at(path, um_per_px, image, spot_um=spot_um)}
+        elif (image, um_per_px, spot_um) != (None, None, None):
+            source = {"slide": opened.slide_at(data.path, um_per_px, image, name, spot_um)}
         else:
             source = {"name": name}
         return opened.sample(

@@ -78,6 +78,7 @@ def panel(
     method: Annotated[str, typer.Option(help="hmhvg or hvg.")] = _PANEL.method,
     genes: Annotated[int, typer.Option(help="Number of genes.")] = _PANEL.genes,
     from_list: Annotated[Path | None, typer.Option("--list", help="Text file of the genes, one symbol a line.")] = None,
+    spot_um: SpotSide = None,
 ) -> None:
     """Choose the genes to predict, from training slides only.
 
@@ -88,7 +89,8 @@ def panel(
     from hinge.data.readers import read_slide, require_samples
     from hinge.data.spots import load_spots
 
-    slides = [read_slide(data, name, require_image=False) for name in require_samples(data, sample)]
+    names = require_samples(data, sample)
+    slides = [read_slide(data, name, require_image=False, spot_um=spot_um) for name in names]
     if from_list is None:
         chosen = select_panel(slides, method, genes)
     else:

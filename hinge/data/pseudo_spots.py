@@ -27,13 +27,18 @@ def pool_cells(slide: AnnData, spot_um: float) -> AnnData:
     Raises
     ------
     ConfigError
-        The slide has spots or bins, or `spot_um` is not above 0.
+        The slide has spots or bins, or no resolution, or `spot_um` is not above 0.
     """
     facts = slide.uns["hinge"]
     if facts.get("source", {}).get("objects") != "cells":
         raise ConfigError(f"--spot-um pools cells, and slide {slide_name(slide)} has spots of its own")
     if not spot_um > 0:
         raise ConfigError(f"--spot-um takes a number above 0, not {spot_um}")
+    if not facts["um_per_px"] > 0:
+        raise ConfigError(
+            f"--spot-um needs the resolution of slide {slide_name(slide)}, which has none: give --um-per-px, or "
+            "data.um_per_px in the configuration"
+        )
     side_px = spot_um / facts["um_per_px"]
     squares = np.floor(np.asarray(slide.obsm["spatial"], dtype=np.float64) / side_px).astype(np.int64)
     places, member = np.unique(squares, axis=0, return_inverse=True)

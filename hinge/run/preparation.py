@@ -23,6 +23,7 @@ from hinge.data.count_table import CountTable, panel_counts, read_counts
 from hinge.data.features import difference_from, read_features
 from hinge.data.neighbourhood import slide_features
 from hinge.data.panel import Panel, read_panel, select_panel
+from hinge.data.pseudo_spots import pool_cells
 from hinge.data.readers import build_slide, table
 from hinge.data.resolution import positive_length
 from hinge.data.slide import slide_name
@@ -140,19 +141,31 @@ class Preparation:
         return self.slide(name)
 
     def slide_at(
-        self, path: Path, um_per_px: float | None = None, sample: str | None = None, image: Path | None = None
+        self,
+        path: Path,
+        um_per_px: float | None = None,
+        sample: str | None = None,
+        image: Path | None = None,
+        spot_um: float | None = None,
     ) -> AnnData:
-        """Return a slide outside the data set; on an image without counts, place spots at the pitch of training."""
+        """Return a slide outside the data set; on an image without counts, place spots at the pitch of training.
+
+        Cells are pooled in squares of `spot_um`, by default as the cells that the run was trained on.
+        """
         pitch, diameter = self.spot_grid()
-        return build_slide(
+        slide = build_slide(
             path,
             sample,
             image=image,
             um_per_px=um_per_px,
             require_counts=False,
+            spot_um=spot_um,
             spot_pitch_um=pitch,
             spot_diameter_um=diameter,
         )
+        as_trained = self.config.data.spot_um
+        are_cells = slide.uns["hinge"].get("source", {}).get("objects") == "cells"
+        return pool_cells(slide, as_trained) if as_trained is not None and are_cells else slide
 
     def spot_grid(self) -> tuple[float, float]:
         """Return the distance between the training slides' spots and their diameter, µm."""

@@ -211,10 +211,18 @@ class Run:
         return self._inputs.slide(name, require_image)
 
     def slide_at(
-        self, path: Path, um_per_px: float | None = None, image: Path | None = None, sample: str | None = None
+        self,
+        path: Path,
+        um_per_px: float | None = None,
+        image: Path | None = None,
+        sample: str | None = None,
+        spot_um: float | None = None,
     ) -> AnnData:
-        """Return a slide outside the data set; on an image without counts, place spots at the pitch of training."""
-        return self._inputs.slide_at(path, um_per_px, sample, image)
+        """Return a slide outside the data set; on an image without counts, place spots at the pitch of training.
+
+        Cells are pooled in squares of `spot_um`, by default as the cells that the run was trained on.
+        """
+        return self._inputs.slide_at(path, um_per_px, sample, image, spot_um)
 
     def spot_grid(self) -> tuple[float, float]:
         """Return the distance between the training slides' spots and their diameter, µm."""

@@ -9,7 +9,10 @@ from helpers.sections import GENES, make_section, write_thumbnails, write_tiff
 from helpers.visium import write_matrix
 
 from hinge.data.checks import check_slide
+from hinge.data.panel import read_panel, select_panel
+from hinge.data.pseudo_spots import pool_cells
 from hinge.data.readers import build_slide, list_samples, read_slide, recognise_format
+from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, DataError
 
 PIXEL_UM = 0.2125
@@ -91,6 +94,33 @@ def test_pseudo_spots(section, cells, tmp_path):
         assert check_slide(slide) == []
     with pytest.raises(ConfigError, match="--spot-um takes a number above 0"):
         read_slide(folder, spot_um=-1)
+
+
+def test_pseudo_spots_need_a_resolution(section, cells, tmp_path):
+    slide = build_slide(write_xenium(tmp_path / "X1", section, cells))
+    slide.uns["hinge"]["um_per_px"] = float("nan")
+    with pytest.raises(ConfigError, match="--spot-um needs the resolution of slide X1, which has none"):
+        pool_cells(slide, 55)
+
+
+def test_panel_and_sample_take_pseudo_spots(section, cells, tmp_path, tiny_run, call_cli):
+    """Counts of most genes are 0 in most cells: the panel of squares is that of the pooled slide."""
+    folder = write_xenium(tmp_path / "X1", section, cells)
+    panels = {}
+    for side in (None, 100):
+        option = [] if side is None else ["--spot-um", side]
+        done = call_cli("panel", folder, "--genes", 20, "--output", tmp_path / "panel.json", *option)
+        assert done.code == 0, done.err
+        panels[side] = read_panel(tmp_path / "panel.json").genes
+        assert panels[side] == select_panel([read_slide(folder, spot_um=side)], "hmhvg", 20).genes
+    assert panels[None] != panels[100]
+    # as the slides that a run was trained on, or as asked
+    settings = tiny_run.config.model_copy(update={"data": tiny_run.config.data.model_copy(update={"spot_um": 100.0})})
+    run = Run(settings, opened=True)
+    assert run.slide_at(folder).uns["hinge"]["spot_pitch_um"] == 100
+    assert run.slide_at(folder, spot_um=55).uns["hinge"]["spot_pitch_um"] == 55
+    assert tiny_run.slide_at(folder).n_obs == 800
+    assert "--spot-um" in call_cli("sample", "--help").out
 
 
 def test_pseudo_spots_of_spots_are_refused(tiny_slide):

@@ -240,3 +240,16 @@ def test_spots_outside_all_patches(tmp_path):
     path = write_trident(tmp_path / "wrong.h5", GRID, side=-512)
     with pytest.raises(DataError, match=r"wrong\.h5: the patches' side must be above 0, not -512 px"):
         read_features_at(path, [(300, 300)])
+
+
+def test_features_that_do_not_differ_between_spots_are_told_once(tmp_path, caplog):
+    """A blank image, or a file whose rows were all overwritten: nothing can be predicted from it."""
+    path, names = tmp_path / "equal.h5", [f"s{number}" for number in range(5)]
+    with FeatureWriter(
+        path, names, np.zeros((5, 2)), 1, 3, encoder="e", digest="d", patch_um=112.0, patch_px=224
+    ) as writer:
+        writer.write(np.arange(5), np.tile(np.array([[[1.0, -2.0, 0.5]]]), (5, 1, 1)))
+    for _ in range(2):
+        assert read_features(path, barcodes=names).features.shape == (5, 1, 3)
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1 and "the features of all 5 spots are equal" in told[0] and "hinge check" in told[0]

@@ -1,7 +1,12 @@
 """The classifier two-sample test."""
 
+import contextlib
+import os
+import shutil
+
 import numpy as np
 import pytest
+import threadpoolctl
 
 from hinge.data.transforms import get_transform
 from hinge.evaluation.metrics import two_sample
@@ -88,3 +93,41 @@ def test_edges(spots):
         two_sample_auc(values[0], values, features[1:])
     with pytest.raises(DataError, match="150 spots, 6 genes"):
         two_sample_auc(values[0], values[:0])
+
+
+def threads() -> dict[str, int]:
+    """Return the number of threads of each library for numbers that is loaded."""
+    return {pool["filepath"]: pool["num_threads"] for pool in threadpoolctl.threadpool_info()}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_boosting_has_one_thread_and_the_process_has_its_own_again(monkeypatch, fails):
+    """Also from Python, where no command has set anything; and the environment is not touched."""
+    import sklearn.ensemble  # noqa: F401  # its library is loaded now and has its number of threads
+
+    inside = []
+
+    def noted(*arguments):
+        inside.append(threads())
+        if fails:
+            raise DataError("no score")
+        return 0.5
+
+    monkeypatch.setattr(two_sample, "_auc", noted)
+    values = np.random.default_rng(0).normal(size=(20, 3))
+    with threadpoolctl.threadpool_limits(limits=2):
+        before, environment = threads(), dict(os.environ)
+        with pytest.raises(DataError) if fails else contextlib.nullcontext():
+            two_sample_auc(values, values[None])
+        assert threads() == before and dict(os.environ) == environment
+    assert set(inside[0].values()) == {1} and max(before.values()) == 2
+
+
+@pytest.mark.full
+def test_an_evaluation_from_python_leaves_the_threads_of_the_process(copied_tiny_run):
+    copied_tiny_run.evaluate()  # all libraries are loaded
+    shutil.rmtree(copied_tiny_run.folder / "scores")
+    with threadpoolctl.threadpool_limits(limits=2):
+        before, environment = threads(), dict(os.environ)
+        copied_tiny_run.evaluate()
+        assert threads() == before and dict(os.environ) == environment
