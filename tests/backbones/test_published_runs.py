@@ -3,6 +3,7 @@
 import json
 import shutil
 import typing
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -13,9 +14,10 @@ from helpers.backbones import published_folder
 from helpers.runs import tiny_settings
 from safetensors.torch import load_file, save_file
 
-from hinge.backbones import load_backbone, read_config
+from hinge.backbones import CellFMConfig, CellFMModel, load_backbone, read_config
 from hinge.backbones.hgnc import GeneNames
 from hinge.backbones.loading import MODELS, recognise
+from hinge.backbones.published_cellfm import published_names as cellfm_names
 from hinge.config import BackboneConfig
 from hinge.utils.errors import ConfigError, HingeError, WeightsError
 
@@ -234,6 +236,57 @@ def test_a_run_from_published_files_to_scores(backbones, tiny_slides, tmp_path, 
     again = anndata.read_h5ad(tmp_path / "again.h5ad")
     np.testing.assert_array_equal(again.X, draws.X)
     assert (tmp_path / "run" / "samples" / "sim2.h5ad").read_bytes() == before
+
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "backbones"
+CONFIG_FOR = {
+    "cellfm-800m": None,
+    "scgpt-human": "scgpt_generative",
+    "scgpt-spatial": "scgpt_spatial",
+    "tahoe-70m": "tahoe_generative",
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CONFIG_FOR)
+def test_example_configurations(backbones, tiny_slides, tmp_path, call_cli, name):
+    """Each example runs on a small model of its kind, after the conversion that its first lines show."""
+    assert {path.stem for path in CONFIGS.iterdir()} == set(CONFIG_FOR)
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    convert = next(line for line in lines if line.startswith("# hinge convert")).split()[1:]
+    genes = list(anndata.read_h5ad(tiny_slides / "sim0.h5ad").var_names)
+    options = []
+    if name == "cellfm-800m":
+        size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_value_bins": 8}
+        model = CellFMModel(CellFMConfig(num_genes=47, **size))
+        published = {}
+        for ours, theirs in cellfm_names(2, False, "cellfm").items():
+            parts = model.state_dict()[ours].chunk(len(theirs))
+            published |= {key: part.clone() for key, part in zip(theirs, parts, strict=True)}
+        save_file(published, tmp_path / "weights.safetensors")
+        table = ["symbol", *genes, *[f"OTHER{number}" for number in range(47 - len(genes))]]
+        (tmp_path / "genes.csv").write_text("\n".join(table))
+        files = {"CellFM_800M_weight.ckpt": "weights.safetensors", "expand_gene_info.csv": "genes.csv"}
+        convert += ["--heads", "2"]
+    else:
+        ensembl = [f"ENSG{number:011d}" for number in range(len(genes))]
+        names = ensembl if name == "tahoe-70m" else genes
+        published_folder(backbones / f"{CONFIG_FOR[name]}.safetensors", tmp_path / "published", names)
+        files = {convert[3]: "published"}
+        if name == "tahoe-70m":
+            rows = [f"{gene}\t{number}" for gene, number in zip(genes, ensembl, strict=True)]
+            (tmp_path / "hgnc.tsv").write_text("\n".join(["symbol\tensembl_gene_id", *rows]))
+            options.append(f"backbone.gene_names={tmp_path / 'hgnc.tsv'}")
+    files[convert[4]] = "converted"
+    command = [str(tmp_path / files[word]) if word in files else word for word in convert[1:]]
+    done = call_cli(*command)
+    assert done.code == 0, done.err
+    small = ["panel.genes=20", "features.encoder=stain-texture", "training.steps=2", "training.batch_size=8"]
+    slides = [f"data.path={tiny_slides}", "data.train=[sim0,sim1]", "data.test=[sim2]", f"output={tmp_path / 'run'}"]
+    sampling = ["sampling.draws=2", "sampling.steps=2", f"backbone.path={tmp_path / 'converted'}"]
+    done = call_cli("run", "--config", CONFIGS / f"{name}.yaml", *slides, *small, *sampling, *options)
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "run" / "scores.json").read_text())["rows"]
 
 
 @pytest.mark.full
