@@ -140,6 +140,7 @@ def test_a_comparison_in_the_browser_equals_that_in_python(page, viewer, draws, 
     page.locator(f"body[data-gene='{largest}']").wait_for()
 
 
+@pytest.mark.full
 def test_files_of_regions_are_opened(page, draws, tmp_path):
     page.click("#tab-regions")
     spots = np.arange(81) % 9 < 3
@@ -160,6 +161,7 @@ def test_files_of_regions_are_opened(page, draws, tmp_path):
     page.locator("#region-text", has_text=re.compile("^Rest")).wait_for()
 
 
+@pytest.mark.full
 def test_a_polygon_is_closed_and_cancelled(page):
     page.click("#tab-regions")
     x, y = middle(page)

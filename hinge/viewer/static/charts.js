@@ -42,7 +42,7 @@ export const interval = (draws) => {
 };
 export const intervalName = (count) => (count >= 19 ? "90 % of draws" : "Range of draws");
 
-export function showGene(parent, gene, transform) {
+export function showGene(parent, gene, transform, note = "") {
   const known = gene.measured ? [...gene.measured.keys()].filter((i) => !Number.isNaN(gene.measured[i])) : [];
   const heading = make("div", { class: "heading" }, gene.name);
   const figure = make("div", { class: "chart", role: "img" });
@@ -51,7 +51,7 @@ export function showGene(parent, gene, transform) {
     const numbers = [["Mean", fixed(average(gene.mean))], ["Mean SD", fixed(average(gene.std))]];
     const bins = 24;
     const [low, high] = [Math.min(...gene.scale), Math.max(...gene.scale)];
-    parent.replaceChildren(heading, facts(numbers), figure, make("p", { class: "caption" }, "Predicted mean over the spots; no measured values."));
+    parent.replaceChildren(heading, facts(numbers), figure, make("p", { class: "caption" }, `Predicted mean over the spots; no measured values. ${note}`));
     return histogram(figure, gene.mean, low, high, bins, `${transform}`, null);
   }
   const [x, y] = [gene.measured, gene.mean].map((values) => known.map((i) => values[i]));
@@ -68,7 +68,7 @@ export function showGene(parent, gene, transform) {
     ["Mean SD", fixed(average(gene.std))],
   ];
   figure.setAttribute("aria-label", `${gene.name}: measured and predicted values of ${known.length} spots, correlation ${fixed(pearson(x, y))}`);
-  parent.replaceChildren(heading, facts(numbers), figure, make("p", { class: "caption" }, `One dot a spot, ${transform}. On the line, both are equal.`));
+  parent.replaceChildren(heading, facts(numbers), figure, make("p", { class: "caption" }, `One dot a spot, ${transform}. On the line, both are equal. ${note}`));
   const order = known.map((_, i) => i).sort((a, b) => x[a] - x[b]);
   const [low, high] = [Math.min(...x, ...y), Math.max(...x, ...y)];
   const rim = 0.04 * (high - low || 1);
@@ -137,7 +137,7 @@ export function showSpot(parent, slide, gene, spot) {
   const caption = `${gene.name}, ${gene.count} draws${Number.isNaN(measured) ? "" : "; the line is the measured value"}.`;
   parent.replaceChildren(make("div", { class: "heading" }, slide.barcodes[spot]), facts(numbers), figure, make("p", { class: "caption" }, caption));
   const all = [...draws, ...gene.scale, ...(Number.isNaN(measured) ? [] : [measured])];
-  histogram(figure, draws, Math.min(...all), Math.max(...all), 20, slide.facts.transform, measured);
+  histogram(figure, draws, Math.min(...all), Math.max(...all), 20, gene.unit, measured);
 }
 
 /** The draws of a spot as dots on a line, small enough for a tooltip. */

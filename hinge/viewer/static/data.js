@@ -51,6 +51,9 @@ class Gene {
     const { spots: n, draws: count, measured } = slide.facts;
     this.index = index;
     this.name = slide.facts.genes[index];
+    this.unit = slide.facts.transform;
+    this.ranges = new Map();
+    if (!buffer) return; // a gene set, which fills itself
     const view = new DataView(buffer);
     this.low = view.getFloat32(0, true);
     this.high = view.getFloat32(4, true);
@@ -66,12 +69,18 @@ class Gene {
     this.steps = new Uint8Array(buffer, at, n * count);
     this.count = count;
     this.n = n;
-    const shared = [this.measured, this.mean].filter(Boolean).flatMap((values) => [...thinned(values)]);
-    const drawn = thinned(this.steps);
-    for (const value of drawn) shared.push(this.value(value));
-    const [low, high] = [quantile(shared, 0.01), quantile(shared, 0.99)];
-    this.scale = [low, high > low ? high : low + 1];
-    this.spread = [0, quantile(thinned(this.std), 0.99) || 1];
+    this.scale = this.range(1);
+  }
+
+  /** Range of measured values, mean and draws together, without some percentiles at either end. */
+  range(clip) {
+    if (!this.ranges.has(clip)) {
+      const shared = [this.measured, this.mean].filter(Boolean).flatMap((values) => [...thinned(values)]);
+      for (const value of thinned(this.steps)) shared.push(this.value(value));
+      const [low, high] = [quantile(shared, clip / 100), quantile(shared, 1 - clip / 100)];
+      this.ranges.set(clip, [low, high > low ? high : low + 1]);
+    }
+    return this.ranges.get(clip);
   }
 
   value(step) {
@@ -86,6 +95,42 @@ class Gene {
   /** All draws of one spot. */
   drawsAt(spot) {
     return Float32Array.from({ length: this.count }, (_, number) => this.value(this.steps[number * this.n + spot]));
+  }
+}
+
+/**
+ * A gene set as a gene: the mean of its genes, each scaled to mean 0 and standard deviation 1 of its predicted mean over
+ * the spots. Measured values and draws are scaled by the same numbers.
+ */
+export class GeneSet extends Gene {
+  constructor(slide, name, genes) {
+    const { spots: n, draws: count } = slide.facts;
+    const scaled = genes
+      .map((gene) => {
+        const centre = gene.mean.reduce((sum, value) => sum + value, 0) / n;
+        const spread = Math.sqrt(gene.mean.reduce((sum, value) => sum + (value - centre) ** 2, 0) / n);
+        return { gene, centre, spread };
+      })
+      .filter(({ spread }) => spread > 1e-9);
+    const average = (values) => Float32Array.from({ length: n }, (_, spot) => scaled.reduce((sum, { gene, centre, spread }) => sum + (values(gene, spot) - centre) / spread, 0) / scaled.length);
+    const draws = Array.from({ length: count }, (_, number) => average((gene, spot) => gene.value(gene.steps[number * n + spot])));
+    super(slide, -1, null);
+    this.name = name;
+    this.unit = "scaled";
+    this.n = n;
+    this.count = count;
+    this.size = scaled.length;
+    this.measured = genes[0]?.measured ? average((gene, spot) => gene.measured[spot]) : null;
+    this.mean = average((gene, spot) => gene.mean[spot]);
+    this.std = Float32Array.from({ length: n }, (_, spot) => {
+      const centre = draws.reduce((sum, draw) => sum + draw[spot], 0) / count;
+      return Math.sqrt(draws.reduce((sum, draw) => sum + (draw[spot] - centre) ** 2, 0) / count);
+    });
+    const ends = draws.map((draw) => draw.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]));
+    [this.low, this.high] = [Math.min(...ends.map(([low]) => low)), Math.max(...ends.map(([, high]) => high))];
+    this.steps = new Uint8Array(n * count);
+    draws.forEach((draw, number) => draw.forEach((value, spot) => (this.steps[number * n + spot] = Math.round((255 * (value - this.low)) / (this.high - this.low || 1)))));
+    this.scale = this.range(1);
   }
 }
 

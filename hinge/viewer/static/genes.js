@@ -58,7 +58,7 @@ export class GeneList {
     });
     const rest = this.found.length - items.length;
     if (rest > 0) items.push(make("li", { class: "more" }, `and ${rest.toLocaleString("en")} more: type to find them`));
-    if (!this.found.length) items.push(make("li", { class: "more" }, "No gene has this in its name."));
+    if (!this.found.length) items.push(make("li", { class: "more" }, `No gene of the draws has this in its name. With hinge sample and --genes, genes outside the panel are drawn where the backbone knows them.`));
     this.list.replaceChildren(...items);
     const all = this.names.length;
     byId("gene-count").textContent = this.found.length === all ? `${all.toLocaleString("en")} genes` : `${this.found.length.toLocaleString("en")} of ${all.toLocaleString("en")} genes`;

@@ -106,6 +106,16 @@ export class RegionPanel {
     return this.update();
   }
 
+  /** A region of the address: one of the same spots that is known already, or a new one. */
+  async recall(role, name, text) {
+    const spots = await decodeSpots(text, this.slide.barcodes.length);
+    const same = this.regions.find((region) => String(region.spots) === String(spots));
+    const region = same ?? { name, spots, polygons: [] };
+    if (!same) this.regions.push(region);
+    this.chosen[role] = region;
+    await this.update();
+  }
+
   choose(region, role) {
     const other = role === "a" ? "b" : "a";
     if (this.chosen[role] === region) this.chosen[role] = null;

@@ -1,15 +1,19 @@
 // Puts the page together: what is shown is in `state`, and in the address, so that a view can be kept.
 
 import { drawStrip, interval, intervalName, showGene, showSpot } from "./charts.js";
+import { showCohort } from "./cohort.js";
 import { CoExpression } from "./coexpression.js";
 import { MAPS, TABLES, paintLegend } from "./colours.js";
 import { Slide, readJson } from "./data.js";
+import { DisplayPanel } from "./displaypanel.js";
 import { Drawing } from "./drawing.js";
 import { GeneList } from "./genes.js";
 import { byId, fixed, make } from "./page.js";
-import { LAYERS, Panes } from "./panes.js";
+import { LAYERS } from "./layers.js";
+import { Panes } from "./panes.js";
 import { RegionPanel } from "./regionpanel.js";
-import { countOf, spotsIn } from "./regions.js";
+import { countOf, encodeSpots, spotsIn } from "./regions.js";
+import { saveCsv, savePng, saveSvg } from "./snapshot.js";
 
 // OpenSeadragon would put a style into the page, which the page's policy forbids, unless it finds it there already
 document.head.append(document.createElementNS("urn:none", "style"));
@@ -30,14 +34,28 @@ const KEYS = [
   ["enter", "close a polygon"],
   ["esc", "let go of the spot or the drawing"],
 ];
-const TABS = ["gene", "spot", "pairs", "regions"];
+const TABS = ["gene", "spot", "pairs", "regions", "display"];
 const DEFAULTS = ["measured", "mean", "std", "draw"];
 
 const state = { run: null, number: 0, slide: null, gene: null, wanted: 0, spot: -1, settings: [], tab: "gene", hidden: false };
 
-const panes = new Panes(byId("panes"), { layer: () => (panes.paint(), remember()), hover, choose: chooseSpot, draw: (...event) => drawing.event(...event), close: () => drawing.finish() });
+const panes = new Panes(byId("panes"), { layer: () => (panes.paint(), remember()), hover, choose: chooseSpot, draw: (...event) => drawing.event(...event), close: () => drawing.finish(), moved: () => remember() });
 const genes = new GeneList((gene) => chooseGene(gene));
 const pairs = new CoExpression((gene) => chooseGene(gene));
+
+const display = new DisplayPanel(panes.display, {
+  changed: () => {
+    display.show(state.gene);
+    panes.paint();
+    remember();
+  },
+  layer: (name) => {
+    // in the pane used last, unless another one shows it already
+    if (!state.settings.some((setting) => setting.layer === name)) panes.leader.setting.layer = name;
+  },
+  gene: (gene) => showGeneOrSet(gene),
+  say: (text) => say(text, true),
+});
 
 const REGION_COLOURS = { a: "#1d4ed8", b: "#c2410c" };
 const drawing = new Drawing({
@@ -61,6 +79,7 @@ const regions = new RegionPanel({
     panes.setTool(tool);
   },
   changed: () => {
+    remember();
     panes.outlined = regions.regions.map((region) => [region, REGION_COLOURS[["a", "b"].find((role) => regions.chosen[role] === region)] ?? "#4b5563"]);
     panes.mark(panes.hover, state.spot);
   },
@@ -89,10 +108,18 @@ async function chooseSlide(number, gene) {
       setting.draw = Math.min(setting.draw, slide.facts.draws - 1);
     }
     panes.showSlide(slide);
+    display.open(slide);
     genes.open(slide.facts);
+    state.first = wanted >= 0 ? -1 : slide.facts.first_gene;
     say(slide.facts.note ?? "", true);
     await chooseGene(wanted >= 0 ? wanted : slide.facts.first_gene);
     await regions.open(slide);
+    if (state.slide !== slide) return;
+    display.setColumns(regions.columns);
+    await recallShared();
+    panes.paint();
+    state.recalled = true;
+    remember();
   } catch (error) {
     say(error.message);
   }
@@ -105,17 +132,23 @@ async function chooseGene(index) {
   try {
     const gene = await slide.gene(index);
     if (state.slide !== slide || state.wanted !== index) return; // another was chosen meanwhile
-    Object.assign(state, { gene, name: gene.name });
-    panes.gene = gene;
-    panes.paint();
-    showTab();
-    remember();
-    document.title = `${gene.name} · ${slide.facts.name} · hinge`;
-    document.body.dataset.gene = gene.name;
-    byId("spoken").textContent = `${gene.name} on ${slide.facts.name}`;
+    showGeneOrSet(gene);
   } catch (error) {
     say(error.message);
   }
+}
+
+function showGeneOrSet(gene) {
+  const { slide } = state;
+  Object.assign(state, { gene, name: gene.name });
+  panes.gene = gene;
+  panes.paint();
+  display.show(gene);
+  showTab();
+  remember();
+  document.title = `${gene.name} · ${slide.facts.name} · hinge`;
+  document.body.dataset.gene = gene.name;
+  byId("spoken").textContent = `${gene.name} on ${slide.facts.name}`;
 }
 
 function showPanes(count, layers = []) {
@@ -148,8 +181,9 @@ function showTab() {
   }
   const { slide, gene, tab } = state;
   if (!gene) return;
-  if (tab === "gene") showGene(byId("panel-gene"), gene, slide.facts.transform);
+  if (tab === "gene") showGene(byId("panel-gene"), gene, gene.unit, gene.index === state.first ? firstGeneText(slide.facts) : "");
   else if (tab === "spot") showSpot(byId("panel-spot"), slide, gene, state.spot);
+  else if (tab === "pairs" && gene.index < 0) slide.coexpression().then((found) => pairs.show(found, slide.facts.genes, found.genes[0]));
   else if (tab === "pairs") slide.coexpression().then((found) => state.slide === slide && pairs.show(found, slide.facts.genes, gene.index), (error) => say(error.message));
 }
 
@@ -208,6 +242,7 @@ function setTheme(theme, keep = true) {
     }
   }
   showTab();
+  panes.paint();
   pairs.refresh();
 }
 
@@ -218,12 +253,31 @@ function setHidden(hidden) {
   panes.setOpacity(hidden ? 0 : byId("opacity").value / 100);
 }
 
-function remember() {
-  if (!state.gene) return;
+const MOST_IN_ADDRESS = 3000; // characters of a region
+
+async function remember() {
+  const { gene, slide } = state;
+  if (!gene || !state.recalled) return;
   const layers = state.settings.map(({ layer, draw }) => (layer === "draw" ? `draw${draw + 1}` : layer)).join(",");
-  const found = new URLSearchParams({ slide: state.slide.facts.name, gene: state.name, panes: layers, colours: panes.map });
-  history.replaceState(null, "", `#${found}`);
+  const { map, clip, own, threshold, channels, label, low, high, brightness } = panes.display;
+  const name = gene.index < 0 ? slide.facts.genes[Math.max(0, state.wanted)] : gene.name;
+  const found = new URLSearchParams({ slide: slide.facts.name, gene: name, panes: layers, colours: map });
+  if (panes.view) found.set("view", panes.view.join(","));
+  if (clip !== 1 || own) found.set("range", `${clip}${own ? "own" : ""}`);
+  if (threshold !== null) found.set("threshold", threshold);
+  if (low !== null || high !== null) found.set("filter", `${low ?? ""},${high ?? ""}`);
+  if (channels.some(Boolean)) found.set("channels", channels.map((one) => one?.name ?? "").join(" "));
+  if (label) found.set("category", label.name);
+  if (brightness !== 100) found.set("brightness", brightness);
+  for (const role of ["a", "b"]) {
+    const region = regions.chosen[role];
+    const spots = region && (await encodeSpots(region.spots));
+    if (region && spots.length < MOST_IN_ADDRESS) found.set(role, `${region.name} ${spots}`);
+  }
+  if (state.gene === gene && state.slide === slide) history.replaceState(null, "", `#${found}`);
 }
+
+const numberOr = (text, other) => (text !== null && text !== undefined && text !== "" && Number.isFinite(Number(text)) ? Number(text) : other);
 
 function recall() {
   const asked = new URLSearchParams(location.hash.slice(1));
@@ -231,9 +285,36 @@ function recall() {
     const [, layer, draw] = /^([a-z]+)(\d{0,4})$/.exec(text) ?? [];
     if (layer in LAYERS) state.settings.push({ layer, draw: Math.max(0, Number(draw || 1) - 1) });
   }
-  if (MAPS.includes(asked.get("colours"))) panes.map = asked.get("colours");
+  const shared = panes.display;
+  if (MAPS.includes(asked.get("colours"))) shared.map = asked.get("colours");
+  const view = (asked.get("view") ?? "").split(",").map(Number);
+  if (view.length === 3 && view.every(Number.isFinite) && view[2] > 0) panes.wantedView = view;
+  const range = asked.get("range") ?? "1";
+  shared.own = range.endsWith("own");
+  shared.clip = [0, 1, 2, 5].includes(parseFloat(range)) ? parseFloat(range) : 1;
+  shared.threshold = numberOr(asked.get("threshold"), null);
+  [shared.low, shared.high] = [0, 1].map((end) => numberOr((asked.get("filter") ?? "").split(",")[end], null));
+  shared.brightness = Math.min(160, Math.max(40, numberOr(asked.get("brightness"), 100)));
+  state.asked = asked;
   return { slide: Math.max(0, state.run.slides.indexOf(asked.get("slide"))), gene: asked.get("gene") };
 }
+
+/** What the address asks for on the first slide: category, channels, regions. */
+async function recallShared() {
+  const { asked } = state;
+  if (!asked) return;
+  state.asked = null;
+  if (asked.get("category")) display.setCategory(asked.get("category"));
+  const names = (asked.get("channels") ?? "").split(" ");
+  for (const [i, name] of names.slice(0, 3).entries()) if (name) await display.setChannel(i, name, false);
+  for (const role of ["a", "b"]) {
+    const [, name, spots] = /^(.*) ([\w-]+)$/s.exec(asked.get(role) ?? "") ?? [];
+    if (spots) await regions.recall(role, name, spots).catch((error) => say(error.message, true));
+  }
+  display.show(state.gene);
+}
+
+const firstGeneText = (facts) => (facts.pcc ? "Opened first: its PCC is at the upper quartile of the genes." : "Opened first: its predicted mean varies most.");
 
 const nextLayer = () => {
   const setting = panes.leader.setting;
@@ -287,7 +368,7 @@ async function setUp() {
   [...byId("count").children].forEach((button, i) => button.addEventListener("click", () => showPanes(i + 1)));
   for (const name of MAPS) byId("colours").append(new Option(name, name));
   byId("colours").addEventListener("change", (event) => {
-    panes.map = event.target.value;
+    panes.display.map = event.target.value;
     panes.paint();
     remember();
   });
@@ -295,6 +376,10 @@ async function setUp() {
   byId("zoom-in").addEventListener("click", () => panes.zoom(1.5));
   byId("zoom-out").addEventListener("click", () => panes.zoom(1 / 1.5));
   byId("zoom-fit").addEventListener("click", () => panes.fit());
+  byId("save-png").addEventListener("click", () => savePng(panes, state.slide, state.gene));
+  byId("save-svg").addEventListener("click", () => saveSvg(panes, state.slide, state.gene));
+  byId("save-csv").addEventListener("click", () => saveCsv(panes, state.slide, state.gene));
+  byId("all-slides").addEventListener("click", () => state.gene?.index >= 0 && showCohort(state.run.slides, state.name, panes.display.map, chooseSlide));
   byId("theme").addEventListener("click", otherTheme);
   byId("help").addEventListener("click", () => byId("help-dialog").showModal());
   for (const button of document.querySelectorAll("dialog .close")) button.addEventListener("click", () => button.closest("dialog").close());
@@ -320,9 +405,10 @@ async function setUp() {
     return say(error.message);
   }
   byId("title").textContent = state.run.title;
+  byId("all-slides").hidden = state.run.slides.length < 2;
   state.run.slides.forEach((name, i) => byId("slide").append(new Option(name, i)));
   const { slide, gene } = recall();
-  byId("colours").value = panes.map;
+  byId("colours").value = panes.display.map;
   showPanes(state.settings.length || 2);
   await chooseSlide(slide, gene);
 }
