@@ -28,20 +28,29 @@ def view(
 def export(
     run: RunFolder,
     format: Annotated[
-        str, typer.Option(help="geojson (QuPath), spatialdata, cellxgene, zarr or torch-export.", show_default=False)
+        str,
+        typer.Option(
+            help="geojson (QuPath), spatialdata, cellxgene, vitessce, zarr or torch-export.", show_default=False
+        ),
     ],
     slide: Annotated[list[str] | None, typer.Option(help="Sample; repeat for several.  [default: test slides]")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File or folder to write, for one slide.")
     ] = None,
     gene: Annotated[
-        list[str] | None, typer.Option(help="geojson: gene to write; repeat for several.  [default: all]")
+        list[str] | None, typer.Option(help="geojson, vitessce: gene to write; repeat for several.  [default: all]")
     ] = None,
     full_image: Annotated[
         bool, typer.Option("--full-image", help="spatialdata: write the image at full resolution.")
     ] = False,
     metadata: Annotated[Path | None, typer.Option(help="cellxgene: YAML file of ontology terms.")] = None,
     gene_ids: Annotated[Path | None, typer.Option(help="cellxgene: table of symbols and Ensembl ids.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="geojson: write the share of draws above this value, in transform units.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="vitessce: where the folder will be served.  [default: http://127.0.0.1:8000]")
+    ] = None,
 ) -> None:
     """Write draws for other tools; scanpy and squidpy read RUN/samples/NAME.h5ad without an export.
 
@@ -61,4 +70,7 @@ def export(
     if output is not None and len(names) > 1:
         raise ConfigError("--output takes one slide; leave it out for several")
     for name in names:
-        print(f"{format}: {export_draws(opened, name, format, output, gene, full_image, metadata, gene_ids)}")
+        written = export_draws(
+            opened, name, format, output, gene, full_image, metadata, gene_ids, threshold=threshold, url=url
+        )
+        print(f"{format}: {written}")

@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor, nn
 
 from hinge.data.draws import read_draws
-from hinge.data.writers import write_cellxgene, write_draws_zarr, write_geojson, write_spatialdata
+from hinge.data.writers import write_cellxgene, write_draws_zarr, write_geojson, write_spatialdata, write_vitessce
 from hinge.models import HingeModel
 from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, DataError
@@ -18,7 +18,13 @@ from hinge.utils.yaml import parse_yaml
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = {"geojson": ".geojson", "spatialdata": ".spatialdata.zarr", "cellxgene": ".cellxgene.h5ad", "zarr": ".zarr"}
+SUFFIXES = {
+    "geojson": ".geojson",
+    "spatialdata": ".spatialdata.zarr",
+    "cellxgene": ".cellxgene.h5ad",
+    "vitessce": ".vitessce",
+    "zarr": ".zarr",
+}
 
 
 def export_draws(
@@ -30,6 +36,8 @@ def export_draws(
     full_image: bool = False,
     metadata: Path | None = None,
     gene_ids: Path | None = None,
+    threshold: float | None = None,
+    url: str | None = None,
 ) -> Path:
     """Write a sampled slide in another format.
 
@@ -44,11 +52,15 @@ def export_draws(
     output
         File or folder to write; by default `exports/<slide>` in the run's folder, with the format's ending.
     genes
-        For geojson: genes to write; None for all.
+        For geojson and vitessce: genes to write; None for all.
     full_image
         For spatialdata: the image at full resolution.
     metadata, gene_ids
         For cellxgene: YAML file of ontology terms, table of Ensembl ids.
+    threshold
+        For geojson: value whose share of draws above is written too.
+    url
+        For vitessce: address at which the folder will be served.
 
     Returns
     -------
@@ -63,9 +75,11 @@ def export_draws(
     output = output or run.folder / "exports" / f"{name}{SUFFIXES[format]}"
     draws = read_draws(source)
     if format == "geojson":
-        written = write_geojson(draws, output, genes)
+        written = write_geojson(draws, output, genes, threshold)
     elif format == "spatialdata":
         written = write_spatialdata(draws, output, full_image)
+    elif format == "vitessce":
+        written = write_vitessce(draws, output, genes, *([url] if url else []))
     elif format == "zarr":
         written = write_draws_zarr(draws, output)
     else:

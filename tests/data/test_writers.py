@@ -19,7 +19,14 @@ from hinge.data import draws as draws_module
 from hinge.data import read_slide
 from hinge.data.draws import read_draws, write_draws
 from hinge.data.layers import named_layers
-from hinge.data.writers import attach_draws, write_cellxgene, write_draws_zarr, write_geojson, write_spatialdata
+from hinge.data.writers import (
+    attach_draws,
+    write_cellxgene,
+    write_draws_zarr,
+    write_geojson,
+    write_spatialdata,
+    write_vitessce,
+)
 from hinge.utils.errors import ConfigError, DataError
 
 matplotlib.use("Agg")
@@ -101,6 +108,61 @@ def test_geojson_for_qupath(drawn, tmp_path):
         assert facts["measurements"]["GENE7 sd"] == pytest.approx(values[:, number, 2].std(), rel=1e-4)
     again = write_geojson(read_draws(path), tmp_path / "again.geojson", ["GENE7"])
     assert again.read_bytes() == (tmp_path / "tiny.geojson").read_bytes()
+
+
+def test_geojson_has_the_share_of_draws_above_a_threshold(drawn, tmp_path):
+    draws = read_draws(drawn[0])
+    content = json.loads(write_geojson(draws, tmp_path / "a.geojson", GENES[:1], threshold=1.5).read_text())
+    shares = [feature["properties"]["measurements"][f"{GENES[0]} P(> 1.5)"] for feature in content["features"]]
+    column = draws.var_names.get_loc(GENES[0])
+    each = [np.asarray(draws.layers[f"draw_{k:03d}"])[:, column] > 1.5 for k in range(3)]
+    np.testing.assert_allclose(shares, np.mean(each, axis=0), atol=1e-4)
+
+
+def test_vitessce_has_the_draws_the_image_and_one_configuration(drawn, tmp_path):
+    draws = read_draws(drawn[0])
+    folder = write_vitessce(draws, tmp_path / "v", url="https://example.org/a/")
+    config = json.loads((folder / "vitessce.json").read_text())
+    files = config["datasets"][0]["files"]
+    for file in files:
+        assert (folder / file["url"].removeprefix("https://example.org/a/")).is_dir()
+    table = anndata.read_zarr(folder / "draws.zarr")
+    np.testing.assert_array_equal(table.X, draws.X)
+    np.testing.assert_array_equal(table.layers["std"], draws.layers["std"])
+    np.testing.assert_allclose(table.obsm["spatial"], draws.obsm["spatial"])
+    assert [file["options"]["obsFeatureMatrix"]["path"] for file in files[:2]] == ["X", "layers/std"]
+    # the image lies in full-resolution pixels, as the spots do
+    image = zarr.open_group(folder / "image.ome.zarr", mode="r")
+    (multiscale,) = image.attrs["multiscales"]
+    library = next(iter(draws.uns["spatial"].values()))
+    hires, scale = library["images"]["hires"], library["scalefactors"]["tissue_hires_scalef"]
+    np.testing.assert_array_equal(image["0"][:], np.moveaxis(hires, -1, 0))
+    for dataset in multiscale["datasets"]:
+        factors = dataset["coordinateTransformations"][0]["scale"]
+        extent = np.array(image[dataset["path"]].shape[1:]) * factors[1:]
+        np.testing.assert_allclose(extent, np.array(hires.shape[:2]) / scale, rtol=0.02)
+    # every scope of a view is in the coordination space, and values are those of the files
+    space = config["coordinationSpace"]
+    for view in config["layout"]:
+        for scope, value in view["coordinationScopes"].items():
+            for one in value if isinstance(value, list) else [value]:
+                assert one in space[scope], (view["component"], scope)
+    for layers in space["metaCoordinationScopesBy"].values():
+        for scopes in layers.values():
+            for scope, values in scopes.items():
+                assert set(values.values()) <= set(space[scope])
+    assert set(space["featureValueType"].values()) == {
+        file["coordinationValues"]["featureValueType"] for file in files[:2]
+    }
+    assert space["featureSelection"]["A"][0] in draws.var_names
+    assert not list(folder.rglob("zarr.json"))  # version 2 of the format
+    one = write_vitessce(draws, tmp_path / "one", GENES[1:2])
+    assert list(anndata.read_zarr(one / "draws.zarr").var_names) == GENES[1:2]
+    with pytest.raises(DataError, match="lack NONE"):
+        write_vitessce(draws, tmp_path / "w", ["NONE"])
+    with pytest.raises(ConfigError, match="--url takes an address"):
+        write_vitessce(draws, tmp_path / "w", url="file:///x")
+    assert not (tmp_path / "w").exists()
 
 
 def test_geojson_is_read_by_geopandas(drawn, tmp_path):

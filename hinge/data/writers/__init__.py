@@ -7,6 +7,14 @@ Each takes an AnnData in the format of `hinge.data.draws.write_draws`: X the mea
 from hinge.data.writers.cellxgene import write_cellxgene
 from hinge.data.writers.geojson import write_geojson
 from hinge.data.writers.spatialdata import write_spatialdata
+from hinge.data.writers.vitessce import write_vitessce
 from hinge.data.writers.zarr import attach_draws, write_draws_zarr
 
-__all__ = ["attach_draws", "write_cellxgene", "write_draws_zarr", "write_geojson", "write_spatialdata"]
+__all__ = [
+    "attach_draws",
+    "write_cellxgene",
+    "write_draws_zarr",
+    "write_geojson",
+    "write_spatialdata",
+    "write_vitessce",
+]

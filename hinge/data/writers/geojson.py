@@ -10,6 +10,7 @@ import numpy as np
 from anndata import AnnData
 from tqdm import tqdm
 
+from hinge.data.layers import draw_names
 from hinge.data.slide import slide_name
 from hinge.utils.errors import DataError
 from hinge.utils.files import atomic_path
@@ -19,7 +20,9 @@ _COLOUR = [96, 96, 160]
 _DIGITS = 5  # significant ones of a measurement
 
 
-def write_geojson(draws: AnnData, path: str | Path, genes: Sequence[str] | None = None) -> Path:
+def write_geojson(
+    draws: AnnData, path: str | Path, genes: Sequence[str] | None = None, threshold: float | None = None
+) -> Path:
     """Write each spot as a polygon in full-resolution pixels, with measurements `<gene> mean` and `<gene> sd`.
 
     QuPath reads the file through "Import objects from file". Round spots become polygons of 24 corners, the bins of
@@ -33,6 +36,8 @@ def write_geojson(draws: AnnData, path: str | Path, genes: Sequence[str] | None 
         File to write, e.g. `C5.geojson`.
     genes
         Genes that become measurements; None for all.
+    threshold
+        Value in units of the transform: the share of draws above it becomes `<gene> P(> <threshold>)`; None for none.
 
     Returns
     -------
@@ -52,6 +57,12 @@ def write_geojson(draws: AnnData, path: str | Path, genes: Sequence[str] | None 
         raise DataError(f"the draws of {name} lack {', '.join(missing[:5])}")
     outline = spot_outline(draws)
     mean, deviation = np.asarray(draws.X)[:, columns], np.asarray(draws.layers["std"])[:, columns]
+    above = None
+    if threshold is not None:
+        each = [np.asarray(draws.layers[layer])[:, columns] > threshold for layer in draw_names(draws)]
+        if not each:
+            raise DataError(f"the draws of {name} have no layers draw_000, …, for shares above --threshold {threshold}")
+        above = np.mean(each, axis=0)
     namespace = uuid.uuid5(uuid.NAMESPACE_URL, f"hinge/{name}")
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         # spot by spot, so that the whole file is not held in memory
@@ -61,8 +72,11 @@ def write_geojson(draws: AnnData, path: str | Path, genes: Sequence[str] | None 
             tqdm(spots, total=draws.n_obs, desc=Path(path).name, unit="spot", disable=None)
         ):
             measurements = {}
-            for gene, value, sd in zip(genes, values, spread, strict=True):
-                measurements[f"{gene} mean"], measurements[f"{gene} sd"] = _short(value), _short(sd)
+            for column, gene in enumerate(genes):
+                measurements[f"{gene} mean"] = _short(values[column])
+                measurements[f"{gene} sd"] = _short(spread[column])
+                if above is not None:
+                    measurements[f"{gene} P(> {threshold:g})"] = _short(above[number, column])
             feature = {
                 "type": "Feature",
                 "id": str(uuid.uuid5(namespace, barcode)),
