@@ -58,6 +58,9 @@ class DataConfig(_Section):
         [],
         description="a list of samples to pre-train the backbone on, with or without images; []: those of train",
     )
+    train_spots: int | None = Field(
+        None, ge=10, description="the number of training spots, a random choice from all of train; null: all"
+    )
     patient_prefix: int | None = Field(
         None,
         ge=1,

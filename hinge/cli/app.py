@@ -98,6 +98,7 @@ def _register() -> None:
         "run": training.run,
         "train": training.train,
         "sample": sampling.sample,
+        "adapt": sampling.adapt,
         "evaluate": evaluation.evaluate,
         "report": evaluation.report,
         "view": viewing.view,

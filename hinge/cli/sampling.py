@@ -30,6 +30,26 @@ def sample(
         Path | None,
         typer.Option(help="h5ad with measured genes; the other genes are drawn given them.", show_default=False),
     ] = None,
+    bulk: Annotated[
+        Path | None,
+        typer.Option(
+            help="Bulk profile of the section, block or patient: table of gene and counts or TPM, or h5ad.",
+            show_default=False,
+        ),
+    ] = None,
+    bulk_sd: Annotated[
+        float | None, typer.Option(help="Platform effect of each gene of --bulk, SD of log2.  [default: 0.5]", min=0)
+    ] = None,
+    library_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Mean count of a spot over all genes to draw at: a number, slide, training or unknown.  [default: the "
+            "patient's slides; of a new patient the slide's own, or training without counts]",
+        ),
+    ] = None,
+    patient: Annotated[
+        str | None, typer.Option(help="Patient of the slide.  [default: as the data set names it, or a new one]")
+    ] = None,
     genes: Annotated[
         Path | None,
         typer.Option(
@@ -60,6 +80,8 @@ def sample(
         raise ConfigError("--output takes the draws of one slide; leave it out for several")
     if observed is not None and len(names) > 1:
         raise ConfigError("--observed takes measurements of one slide; leave it out for several")
+    if bulk is not None and len(names) > 1:
+        raise ConfigError("--bulk is of one slide; name it with --slide")
     if image is not None and len(names) > 1:
         raise ConfigError("--image is the image of one slide; name it with --slide")
     require_codes(allow or ())
@@ -86,10 +108,46 @@ def sample(
             observed=observed,
             genes=outside,
             allow=allow or (),
+            patient=patient,
+            bulk=bulk,
+            bulk_sd=bulk_sd,
+            library_size=_number_or_name(library_size),
         )
 
     for _, written in each_slide(names, draw, opened.folder / "samples"):
         print(f"draws: {written}")
+
+
+def adapt(
+    run: RunFolder,
+    slide: Annotated[str, typer.Option(help="Sample of the run's data set.", show_default=False)],
+    observed: Annotated[
+        Path, typer.Option(help="h5ad with the measured counts of some of its spots.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the new run, which must not exist.", show_default=False)
+    ],
+    library_size: Annotated[
+        float | None, typer.Option(help="Mean count of a spot over all genes, if it is known.", min=1)
+    ] = None,
+    patient: Annotated[str | None, typer.Option(help="Patient of the slide.  [default: as the data set names it]")] = (
+        None
+    ),
+) -> None:
+    """Adapt a run to a slide by some measured spots: its level and its regression, in seconds, as a run of its own.
+
+    Example: hinge adapt runs/her2st --slide B4 --observed B4-spots.h5ad --output runs/her2st-B4
+    """
+    from hinge.tasks.adapt import adapt_run
+
+    print(f"run: {adapt_run(open_folder(run, trained=True), slide, observed, output, patient, library_size)}")
+
+
+def _number_or_name(text: str | None) -> float | str | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def map_expression(

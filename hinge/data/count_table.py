@@ -72,7 +72,8 @@ def read_counts(slides: Iterable[AnnData], genes: list[str], patient_of: Callabl
             f"{len(missing)} genes of the panel are in none of the files to pre-train on: {', '.join(missing[:5])}"
         )
     sample = np.concatenate(names)
-    patient = np.array([patient_of(name) for name in sample], dtype=str)
+    patients = {name: patient_of(name) for name in np.unique(sample).tolist()}
+    patient = np.array([patients[name] for name in sample.tolist()], dtype=str)
     return CountTable(table, np.concatenate(sizes), sample, patient, list(genes))
 
 

@@ -14,7 +14,15 @@ from hinge.utils.safe_hdf5 import inside, read_h5ad
 MOST_BYTES_IN_LAYERS = 2 << 30  # draws; a Visium slide's 20 draws of 200 genes are 80 MB
 
 
-def draws_of_slide(values: np.ndarray, expected: np.ndarray, slide: AnnData, genes: list[str], about: dict) -> AnnData:
+def draws_of_slide(
+    values: np.ndarray,
+    expected: np.ndarray,
+    slide: AnnData,
+    genes: list[str],
+    about: dict,
+    levels: np.ndarray | None = None,
+    novelty: np.ndarray | None = None,
+) -> AnnData:
     """Return draws as AnnData: X the mean, layers std, expected and draw_000 ….
 
     Parameters
@@ -29,6 +37,12 @@ def draws_of_slide(values: np.ndarray, expected: np.ndarray, slide: AnnData, gen
         G symbols.
     about
         Settings that reproduce the draws, stored in `uns["hinge"]`.
+    levels
+        (1 + K, G) mean value over the slide's spots that was expected of each gene, and that each draw was given,
+        stored in `varm["slide_level"]`; NaN for genes outside the panel. None where there is no prior of slide levels.
+    novelty
+        (n,) stored in `obs["novelty"]`: how far the features of a spot are from those of training, 1 for the 99th
+        percentile of the training spots.
 
     Raises
     ------
@@ -52,6 +66,11 @@ def draws_of_slide(values: np.ndarray, expected: np.ndarray, slide: AnnData, gen
     result.layers["expected"] = np.asarray(expected)
     for number, draw in enumerate(values):
         result.layers[f"draw_{number:03d}"] = np.asarray(draw)  # anndata does not accept a memory map
+    if novelty is not None:
+        result.obs["novelty"] = np.asarray(novelty, dtype=np.float32)
+    if levels is not None:
+        result.varm["slide_level"] = np.full((len(genes), len(levels)), np.nan, dtype=np.float32)
+        result.varm["slide_level"][: levels.shape[1]] = levels.T
     result.obsm["spatial"] = slide.obsm["spatial"]
     result.uns["spatial"] = slide.uns.get("spatial", {})
     result.uns["hinge"] = {**slide.uns["hinge"], **about}
@@ -71,14 +90,21 @@ def _summary(draws: AnnData, count: int, about: dict) -> str:
 
 
 def write_draws(
-    path: str | Path, values: np.ndarray, expected: np.ndarray, slide: AnnData, genes: list[str], about: dict
+    path: str | Path,
+    values: np.ndarray,
+    expected: np.ndarray,
+    slide: AnnData,
+    genes: list[str],
+    about: dict,
+    levels: np.ndarray | None = None,
+    novelty: np.ndarray | None = None,
 ) -> None:
     """Write the AnnData of `draws_of_slide`, whose arguments these are, to the h5ad file `path`.
 
     Draws of more than `MOST_BYTES_IN_LAYERS` are written to a chunked array in `<slide>.draws.zarr` beside the file, so
     that scanpy opens the file quickly. `read_draws` reads both.
     """
-    result = draws_of_slide(values, expected, slide, genes, about)
+    result = draws_of_slide(values, expected, slide, genes, about, levels, novelty)
     if values.nbytes > MOST_BYTES_IN_LAYERS:
         store = write_draws_zarr(result, Path(path).with_suffix(".draws.zarr"))
         for number in range(len(values)):

@@ -28,6 +28,16 @@ LARGEST_COUNT = 2**31 - 1
 """Of a gene in a spot; what is larger is no count of molecules, and overflows in sums."""
 
 
+def patient_of_slide(slide: AnnData) -> str | None:
+    """Return the patient of a slide: of its table, or that `obs["patient"]` names for all spots; None: not known."""
+    if patient := slide.uns["hinge"].get("patient"):
+        return str(patient)
+    if "patient" not in slide.obs:
+        return None
+    names = slide.obs["patient"].dropna().astype(str).unique()
+    return names[0] if len(names) == 1 else None
+
+
 def slide_name(slide: AnnData) -> str:
     """Return the name of a slide.
 

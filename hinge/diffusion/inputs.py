@@ -1,16 +1,25 @@
 """What draws are made from: the spots of a slide and the settings."""
 
-from dataclasses import dataclass, replace
+import logging
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from anndata import AnnData
+from torch import Tensor
 
 from hinge.data.neighbourhood import spot_positions
 from hinge.data.slide import slide_name
 from hinge.diffusion.defaults import DEFAULT_BATCH_SIZE, DEFAULT_DRAWS, DEFAULT_STEPS
+from hinge.diffusion.scheduler import MaskedDiffusionScheduler
+from hinge.diffusion.slide_effect import LevelEffect, LoadingsEffect, SlideEffect, SlideEvidence
 from hinge.models.hinge import HingeModel
-from hinge.models.slide_effects import slide_effect_posterior
+from hinge.models.slide_loadings import slide_effect_posterior
 from hinge.utils.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+NOVEL_SHARE = 0.1
+"""Share of spots that are unlike those of training from which on a slide is warned of."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,10 @@ class SlideInputs:
         is drawn given them.
     library_size
         (n,) counts over all genes, NaN where not known; unknown ones are drawn.
+    evidence
+        What is known of the slide as a whole.
     slide_effect
-        Posterior mean (R,) and root (R, R) of the slide effect, as `slide_effect_posterior` gives them. None: from the
-        observed values of these spots.
+        Of the whole slide, where these are only some of its spots; None: from what is known of these spots.
     """
 
     slide: str
@@ -71,7 +81,8 @@ class SlideInputs:
     positions: np.ndarray | None = None
     observed: np.ndarray | None = None
     library_size: np.ndarray | None = None
-    slide_effect: tuple[np.ndarray, np.ndarray] | None = None
+    evidence: SlideEvidence = field(default_factory=SlideEvidence)
+    slide_effect: SlideEffect | None = None
 
     def __post_init__(self) -> None:
         if self.observed is not None:
@@ -84,10 +95,12 @@ class SlideInputs:
         features: np.ndarray,
         observed: np.ndarray | None = None,
         library_size: np.ndarray | None = None,
+        evidence: SlideEvidence | None = None,
     ) -> "SlideInputs":
         """Return the inputs of a whole slide, named and placed as the slide's spots are."""
         positions = spot_positions(slide.obsm["spatial"])
-        return cls(slide_name(slide), list(slide.obs_names), features, positions, observed, library_size)
+        evidence = evidence or SlideEvidence()
+        return cls(slide_name(slide), list(slide.obs_names), features, positions, observed, library_size, evidence)
 
     @property
     def spots(self) -> list[str]:
@@ -122,9 +135,46 @@ class SlideInputs:
                 f"observed values must be finite or NaN and of shape {shape}, these are of shape {self.observed.shape}"
             )
 
-    def with_slide_effect(self, model: HingeModel) -> "SlideInputs":
-        """The inputs with the posterior of the slide effect given all observed values, unless there is one already."""
-        if self.observed is None or self.slide_effect is not None:
+    def with_slide_effect(
+        self, model: HingeModel, scheduler: MaskedDiffusionScheduler, gene_ids: Tensor
+    ) -> "SlideInputs":
+        """The inputs with the slide effect given all that is known of the slide, unless there is one already."""
+        if self.slide_effect is not None:
             return self
-        effect = slide_effect_posterior(model, self.features, self.observed, self.library_size)
+        effect: SlideEffect
+        if model.slide_prior is not None:
+            effect = LevelEffect(
+                model, scheduler, gene_ids, self.features, self.evidence, self.observed, self.library_size
+            )
+        else:
+            posterior = None
+            if self.observed is not None:
+                posterior = slide_effect_posterior(model, self.features, self.observed, self.library_size)
+            effect = LoadingsEffect(model, len(gene_ids), posterior)
         return replace(self, slide_effect=effect)
+
+    def levels(self, settings: SamplingSettings) -> np.ndarray | None:
+        """Return the expected level of the slide and those of its draws, (1 + K, G); None where they are not known."""
+        if not isinstance(self.slide_effect, LevelEffect) or not settings.spatially_correlated:
+            return None
+        effect = self.slide_effect
+        drawn = [effect.draw(settings.seed, self.slide, number).level for number in range(settings.num_draws)]
+        return np.stack([effect.typical.level, *drawn])
+
+    def novelty(self) -> np.ndarray | None:
+        """Return how far the features of each spot are from those of training (n,), 1 for the 99th percentile there.
+
+        None where the model does not know. A warning names a slide where many spots are farther.
+        """
+        if not isinstance(self.slide_effect, LevelEffect):
+            return None
+        novelty = self.slide_effect.novelty(self.features)
+        share = float((novelty > 1).mean())
+        if share > NOVEL_SHARE:
+            logger.warning(
+                "slide %s: %.0f %% of the spots are farther from the training features than 99 %% of the training "
+                "spots; the draws of these spots are wider, and may be wrong",
+                self.slide,
+                100 * share,
+            )
+        return novelty

@@ -61,6 +61,11 @@ def chain_log_likelihood(
     measured = torch.from_numpy(np.asarray(values, dtype=np.float32))
     num_genes = measured.shape[1]
     result = np.zeros(len(measured))
+    sizes = shift = None
+    if library_size is not None:
+        sizes = torch.as_tensor(np.asarray(library_size)).float().to(device)
+        if model.slide_prior is not None and model.library_size_model is not None:
+            shift = model.library_size_model.slide_shift(model.standardise(features.to(device)), sizes)
     for start in range(0, len(measured), batch_size):
         rows = np.arange(start, min(start + batch_size, len(measured)))
         truth = measured[rows].to(device)
@@ -81,9 +86,8 @@ def chain_log_likelihood(
                 features=features[rows].to(device),
                 gene_ids=gene_ids.to(device),
                 next_visible=torch.maximum(visible, (rank < coming).float().to(device)),
-                library_size=None
-                if library_size is None
-                else torch.as_tensor(np.asarray(library_size)[rows]).float().to(device),
+                library_size=None if sizes is None else sizes[torch.from_numpy(rows)],
+                **({} if shift is None else {"library_shift": torch.full((len(rows),), shift, device=device)}),
             )
             # to the CPU before float64: not every accelerator has it
             hidden, log_prob = 1 - visible.cpu(), output.log_prob(truth).cpu().double()

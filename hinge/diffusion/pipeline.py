@@ -14,11 +14,13 @@ from anndata import AnnData
 from diffusers import DiffusionPipeline
 
 from hinge.backbones import ExpressionBackbone
+from hinge.data.bulk import Bulk
 from hinge.data.draws import draws_of_slide
 from hinge.data.features import read_features
 from hinge.data.neighbourhood import slide_features
 from hinge.data.observed import observed_digest, read_observed
-from hinge.data.slide import slide_name
+from hinge.data.slide import patient_of_slide, slide_name
+from hinge.diffusion.evidence import log_evidence, slide_evidence
 from hinge.diffusion.inputs import SamplingSettings, SlideInputs
 from hinge.diffusion.outside_panel import OutsideGenes
 from hinge.diffusion.pipeline_settings import (
@@ -31,12 +33,12 @@ from hinge.diffusion.pipeline_settings import (
     settings_of_run,
 )
 from hinge.diffusion.sampler import Draws, draw_parts
-from hinge.diffusion.scheduler import MaskedDiffusionScheduler
+from hinge.diffusion.scheduler import MaskedDiffusionScheduler, load_scheduler
 from hinge.encoders import Encoder, extract_features, load_encoder
 from hinge.models.hinge import HingeModel
 from hinge.models.pretrained import genes_digest
 from hinge.utils import hub
-from hinge.utils.errors import ConfigError, DataError, WeightsError, one_line
+from hinge.utils.errors import ConfigError, DataError, WeightsError
 from hinge.utils.files import atomic_path, read_json
 from hinge.utils.licences import check_licence, recorded_licence
 
@@ -263,6 +265,10 @@ class HingePipeline(DiffusionPipeline):
         features: np.ndarray | str | Path | None = None,
         genes: list[str] | None = None,
         progress: bool = True,
+        patient: str | None = None,
+        bulk: Bulk | None = None,
+        bulk_sd: float | None = None,
+        library_size: float | str | None = None,
     ) -> AnnData:
         """Draw the expression of every spot of a slide.
 
@@ -284,6 +290,8 @@ class HingePipeline(DiffusionPipeline):
             and `var["in_panel"]` is False.
         progress
             Whether to show a bar (only in a terminal).
+        patient, bulk, bulk_sd, library_size
+            What is known of the slide as a whole, see `hinge.diffusion.evidence.slide_evidence`.
 
         Returns
         -------
@@ -314,21 +322,28 @@ class HingePipeline(DiffusionPipeline):
             raise ConfigError(
                 f"{sampling.num_inference_steps} steps cannot be taken, the model was trained with {trained} timesteps"
             )
-        measured = library_size = None
+        measured = sizes = None
         if observed is not None:
-            measured, library_size = read_observed(observed, slide, settings.genes, settings.transform)
+            measured, sizes = read_observed(observed, slide, settings.genes, settings.transform)
         conditions, encoder, digest = self._conditions(slide, features)
-        inputs = SlideInputs.of_slide(slide, conditions, measured, library_size)
+        patient = patient or settings.patients.get(slide_name(slide)) or patient_of_slide(slide)
+        evidence, known = slide_evidence(self.model, slide, self.genes, patient, bulk, bulk_sd, library_size)
+        log_evidence(self.model, slide, known)
+        inputs = self.with_slide_effect(SlideInputs.of_slide(slide, conditions, measured, sizes, evidence))
         values = np.zeros((sampling.num_draws, len(inputs), len(settings.genes)), dtype=np.float32)
         expected = np.zeros(values.shape[1:], dtype=np.float32)
         for part, draws in self.draw_parts(inputs, sampling, progress=progress):
             values[:, part], expected[part] = draws.values, draws.expected
         seen = "" if observed is None else observed_digest(observed)
-        about = self.provenance(sampling, encoder, digest, seen, outside.genes if outside else None)
-        if outside is None:
-            return draws_of_slide(values, expected, slide, settings.genes, about)
-        values, expected = outside.append(values, expected, inputs.spots, sampling)
-        return draws_of_slide(values, expected, slide, [*settings.genes, *outside.genes], about)
+        about = known | self.provenance(sampling, encoder, digest, seen, outside.genes if outside else None)
+        if outside is not None:
+            values, expected = outside.append(values, expected, inputs.spots, sampling)
+        genes = settings.genes if outside is None else [*settings.genes, *outside.genes]
+        return draws_of_slide(values, expected, slide, genes, about, inputs.levels(sampling), inputs.novelty())
+
+    def with_slide_effect(self, inputs: SlideInputs) -> SlideInputs:
+        """Return the inputs of a whole slide with its effect, given what is known of it."""
+        return inputs.with_slide_effect(self.model, self.scheduler, torch.tensor(self.settings.gene_ids))
 
     def outside_genes(self, genes: list[str]) -> OutsideGenes:
         """Return the distribution of genes outside the panel given the panel; see `OutsideGenes.of_genes`."""
@@ -433,14 +448,3 @@ def write_model_index(folder: Path, model: HingeModel, scheduler: MaskedDiffusio
     pipeline = HingePipeline(model, scheduler, settings.to_dict())
     with atomic_path(folder / HingePipeline.config_name) as temporary:
         temporary.write_text(pipeline.to_json_string(), "utf-8")
-
-
-def load_scheduler(folder: Path) -> MaskedDiffusionScheduler:
-    """Return the scheduler of a run, beside its model, or of a saved pipeline; a WeightsError if there is none."""
-    places = [folder / "scheduler", folder / "model"]
-    path = next((place for place in places if (place / "scheduler_config.json").is_file()), places[-1])
-    path = path / "scheduler_config.json"
-    try:
-        return MaskedDiffusionScheduler.from_config(read_json(path))
-    except (TypeError, ValueError, AttributeError, OSError) as error:
-        raise WeightsError(f"{path} describes no scheduler: {one_line(error)}") from error

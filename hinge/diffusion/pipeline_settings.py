@@ -81,6 +81,8 @@ class PipelineSettings:
         Side of a patch in µm (None: the encoder's own), and patches in one forward pass.
     neighbourhood, standardise_slide
         As for `hinge.data.neighbourhood.slide_features`.
+    patients
+        Patient of each slide that the run names, by the slide's name.
     spot_pitch_um, spot_diameter_um
         Distance and diameter of the training slides' spots; None: unknown.
     sampling
@@ -100,6 +102,7 @@ class PipelineSettings:
     feature_batch_size: int = 64
     neighbourhood: bool = False
     standardise_slide: bool = False
+    patients: dict[str, str] = field(default_factory=dict)
     spot_pitch_um: float | None = None
     spot_diameter_um: float | None = None
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
@@ -152,6 +155,7 @@ def settings_of_run(folder: Path) -> PipelineSettings:
             feature_batch_size=features.get("batch_size", 64),
             neighbourhood=features.get("neighbourhood", features.get("neighbours", False)),
             standardise_slide=features.get("standardise_slide", False),
+            patients=grid.get("patients", {}),
             spot_pitch_um=grid.get("spot_pitch_um"),
             spot_diameter_um=grid.get("spot_diameter_um"),
             sampling=sampling_of_run(config),

@@ -14,13 +14,20 @@ import hashlib
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.special import ndtri
 
 from hinge.models.hinge import HingeModel
 
+if TYPE_CHECKING:
+    from hinge.diffusion.slide_effect import Shift, SlideEffect
+
 NUM_FREQUENCIES = 128
+
+NUM_INDEPENDENT = 32
+"""Draws of the slide effect that spots which are drawn independently choose from."""
 
 # float64 numbers of a slide's fields that are kept between batches: half a gigabyte
 MOST_NUMBERS_KEPT = 1 << 26
@@ -34,6 +41,7 @@ class Stream(Enum):
     SLIDE = "slide"
     LIKELIHOOD_ORDER = "order of"
     OUTSIDE_PANEL = "outside the panel"
+    SLIDE_EFFECT = "slide effect"
 
 
 def random_generator(stream: Stream, seed: int, name: str, draw: int, remasking: int = 0) -> np.random.Generator:
@@ -101,7 +109,7 @@ class SlideNoise:
         (C,) uniform numbers: one order of revealing for all spots. If every spot had its own order, genes that
         are revealed first here would be revealed last at a neighbour, and neighbours could not agree.
     normal
-        (C,) standard normal numbers for the slide as a whole.
+        (C,) standard normal numbers for the slide as a whole, see `LoadingsEffect`.
     """
 
     def __init__(
@@ -110,12 +118,12 @@ class SlideNoise:
         generator = random_generator(Stream.SLIDE, seed, slide, draw, remasking)
         self.order = _open_interval(generator.random(num_columns))
         self.normal = generator.standard_normal(num_columns)
-        self._generator, self._range = generator, spatial_range
+        self._generator, self._range, self._num_columns = generator, spatial_range, num_columns
 
     @cached_property
     def _waves(self) -> tuple[np.ndarray, np.ndarray]:
         """Frequencies (F, 2) and weights (2F, C), by far the most numbers: made when a field is first evaluated."""
-        generator, shape = self._generator, (2 * NUM_FREQUENCIES, len(self.normal))
+        generator, shape = self._generator, (2 * NUM_FREQUENCIES, self._num_columns)
         # the spectrum of exp(−r/ℓ) in the plane is a Cauchy distribution of scale 1/ℓ
         frequencies = generator.standard_normal((NUM_FREQUENCIES, 2))
         frequencies = frequencies / (self._range * np.abs(generator.standard_normal((NUM_FREQUENCIES, 1))))
@@ -130,7 +138,7 @@ class SlideNoise:
 
 @dataclass
 class DrawNumbers:
-    """Random numbers of B spot-draws, float64; all standard normal but `order` and `shift`.
+    """Random numbers of B spot-draws, float64; all standard normal but `order` and the shifts.
 
     Attributes
     ----------
@@ -144,8 +152,10 @@ class DrawNumbers:
         (B, G) in place of masked values.
     shift
         (B, G) the effect of the slide, in units of the values.
-    library_size, slide_library_size
-        (B,) behind the library size, of the spot and of its slide.
+    library_size
+        (B,) behind the library size.
+    library_shift
+        (B,) the effect of the slide on the logarithm of the library size.
     """
 
     order: np.ndarray
@@ -154,7 +164,7 @@ class DrawNumbers:
     fill: np.ndarray
     shift: np.ndarray
     library_size: np.ndarray
-    slide_library_size: np.ndarray
+    library_shift: np.ndarray
 
 
 class DrawNoise:
@@ -173,7 +183,9 @@ class DrawNoise:
     num_genes, num_steps
         G and the number of reverse steps.
     slide_effect
-        Posterior mean (R,) and root (R, R) of the slide effect; None for its prior.
+        Of the slide; a spot that is drawn independently takes one of `NUM_INDEPENDENT` of its draws at random.
+    coefficients
+        (n, R + 1) of the error of the regression at each spot, see `LevelEffect.coefficients`; None for no error.
     """
 
     def __init__(
@@ -185,28 +197,24 @@ class DrawNoise:
         positions: np.ndarray | None,
         num_genes: int,
         num_steps: int,
-        slide_effect: tuple[np.ndarray, np.ndarray] | None = None,
+        slide_effect: "SlideEffect",
+        coefficients: np.ndarray | None = None,
     ) -> None:
         self.seed, self.spots, self.slide, self.num_genes, self.num_steps = seed, spots, slide, num_genes, num_steps
         self.positions = None if positions is None else np.asarray(positions, dtype=np.float64)
         factors, library_size = model.gene_factor_model, model.library_size_model
-        self.num_factors, self.loadings, self.range, self.scale = 0, np.zeros((num_genes, 0)), 1.0, 1.0
+        self.num_factors, self.range, self.scale = 0, 1.0, 1.0
+        self.effect, self.coefficients = slide_effect, coefficients
         # columns: genes, library size, then the factors of every step
         share = np.zeros(num_genes + 1)
         if factors is not None:
             self.num_factors = factors.loadings.shape[1]
-            self.loadings = _float64(factors.slide_loadings)
             self.range, self.scale = float(factors.spatial_range), float(factors.spatial_scale)
             share[:num_genes] = _float64(factors.spatial_share)
             share = np.concatenate([share, np.tile(_float64(factors.factor_spatial_share), num_steps)])
         if library_size is not None:
             share[num_genes] = float(library_size.spatial_share)
         self.share = share if positions is not None else np.zeros_like(share)
-        self.mean, self.root = np.zeros(self.loadings.shape[1]), np.eye(self.loadings.shape[1])
-        self.typical_shift: np.ndarray | None = None
-        if slide_effect is not None:
-            self.mean, self.root = slide_effect
-            self.typical_shift = self.loadings @ self.mean
         self._slides: dict[tuple[int, int], SlideNoise] = {}
 
     def _slide(self, spot: int, draw: int, remasking: int) -> SlideNoise:
@@ -219,6 +227,12 @@ class DrawNoise:
             self._slides[draw, remasking] = noise
         return self._slides[draw, remasking]
 
+    def _effect(self, spot: int, draw: int, normal: np.ndarray) -> "Shift":
+        if self.slide is not None:
+            return self.effect.draw(self.seed, self.slide, draw, normal)
+        generator = random_generator(Stream.SLIDE_EFFECT, self.seed, self.spots[spot], draw)
+        return self.effect.draw(self.seed, "", int(generator.integers(NUM_INDEPENDENT)), normal)
+
     def numbers(self, spot_index: np.ndarray, draw_index: np.ndarray, remasking: int = 0) -> DrawNumbers:
         """Return the numbers of spot-draws: spots (B,), draws (B,), and the number of a remasking pass or 0."""
         genes = self.num_genes
@@ -227,23 +241,23 @@ class DrawNoise:
         further = 1 + self.num_factors * self.num_steps
         normals = [spot_normals(self.seed, spot, draw, further, remasking) for spot, draw in pairs]
         normal = np.hstack([ndtri(own[:, 1]), normals])
-        order, shift, slide_library_size = own[:, 0].copy(), np.zeros((len(own), genes)), np.zeros(len(own))
+        order, shift, library_shift = own[:, 0].copy(), np.zeros((len(own), genes)), np.zeros(len(own))
         for draw in np.unique(draw_index):
             rows = np.flatnonzero(draw_index == draw)
             groups = [rows] if self.slide is not None else [[row] for row in rows]
             for group in groups:
                 slide = self._slide(int(spot_index[group[0]]), int(draw), remasking)
-                shift[group] = self.loadings @ (self.mean + self.root @ slide.normal[: len(self.mean)])
-                slide_library_size[group] = slide.normal[genes]
+                effect = self._effect(int(spot_index[group[0]]), int(draw), slide.normal)
+                shift[group], library_shift[group] = effect.values, effect.library_size
+                if self.coefficients is not None and effect.weights is not None:
+                    shift[group] += self.coefficients[spot_index[group]] @ effect.weights
                 if self.slide is not None:
                     order[group] = slide.order[:genes]
                 if self.positions is not None and self.share.any():
                     field = self.scale * slide.field(self.positions[spot_index[group]])
                     normal[group] = np.sqrt(self.share) * field + np.sqrt(1 - self.share) * normal[group]
         factors = normal[:, genes + 1 :].reshape(len(own), self.num_steps, self.num_factors)
-        return DrawNumbers(
-            order, normal[:, :genes], factors, ndtri(own[:, 2]), shift, normal[:, genes], slide_library_size
-        )
+        return DrawNumbers(order, normal[:, :genes], factors, ndtri(own[:, 2]), shift, normal[:, genes], library_shift)
 
 
 def _float64(tensor) -> np.ndarray:

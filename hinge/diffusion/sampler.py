@@ -19,6 +19,9 @@ from tqdm import tqdm
 from hinge.diffusion.inputs import SamplingSettings, SlideInputs
 from hinge.diffusion.randomness import DrawNoise, DrawNumbers
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
+from hinge.diffusion.slide_effect import LevelEffect
+from hinge.diffusion.slide_frame import SlideFrame
+from hinge.models.distributions import ExpressionDistribution
 from hinge.models.hinge import HingeModel
 from hinge.models.library_size import LibrarySizeModel
 from hinge.models.subset import GeneSubset
@@ -85,8 +88,7 @@ def draw_parts(
         A range of spots and its draws.
     """
     parts = slide_parts(len(inputs), settings) if parts is None else list(parts)
-    if settings.spatially_correlated:
-        inputs = inputs.with_slide_effect(model)
+    inputs = inputs.with_slide_effect(model, scheduler, gene_ids)
     total, batch_size = sum(part.stop - part.start for part in parts), settings.batch_size
     with tqdm(total=total, desc=f"draws {inputs.slide}", unit="spot", disable=None if progress else True) as bar:
         for part in parts:
@@ -140,8 +142,7 @@ def draw_spots(
     """
     num_spots, num_genes, num_draws = len(inputs), len(gene_ids), settings.num_draws
     inputs.check(num_genes, settings)
-    if settings.spatially_correlated:
-        inputs = inputs.with_slide_effect(model)
+    inputs = inputs.with_slide_effect(model, scheduler, gene_ids)
     scheduler.set_timesteps(settings.num_inference_steps)
     sampler = _Sampler(model, scheduler, gene_ids, inputs, settings)
     values = np.zeros((num_draws, num_spots, num_genes), dtype=np.float32)
@@ -173,7 +174,9 @@ class _Batch:
     fill, shift
         (B, G) in place of masked values, and the slide effect.
     typical_shift
-        (G,) the posterior mean of the slide effect; None: 0.
+        (G,) the slide effect that gives the expected level.
+    frame, typical_frame
+        Of the two effects; None for a model without a prior of slide levels.
     numbers
         The other random numbers, on the CPU.
     """
@@ -186,7 +189,9 @@ class _Batch:
     typical_library_sizes: Tensor | None
     fill: Tensor
     shift: Tensor
-    typical_shift: Tensor | None
+    typical_shift: Tensor
+    frame: SlideFrame | None
+    typical_frame: SlideFrame | None
     numbers: DrawNumbers
 
 
@@ -205,6 +210,7 @@ class _Sampler:
         self.device = model.feature_mean.device
         self.gene_ids = gene_ids.to(self.device)
         self.features = self._tensor(inputs.features)
+        assert inputs.slide_effect is not None
         together = settings.spatially_correlated
         self.noise = DrawNoise(
             model,
@@ -214,7 +220,8 @@ class _Sampler:
             inputs.positions if together else None,
             len(gene_ids),
             settings.num_inference_steps,
-            inputs.slide_effect if together else None,
+            inputs.slide_effect,
+            inputs.slide_effect.coefficients(inputs.features),
         )
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -265,23 +272,36 @@ class _Sampler:
             typical_library_sizes=None,
             fill=tensor(numbers.fill),
             shift=tensor(numbers.shift),
-            typical_shift=None if self.noise.typical_shift is None else tensor(self.noise.typical_shift),
+            typical_shift=tensor(self.noise.effect.typical.values),
+            frame=None,
+            typical_frame=None,
             numbers=numbers,
         )
         if model.library_size_model is not None:
             self._add_library_size(batch, spot_index, model.library_size_model)
+        if isinstance(self.noise.effect, LevelEffect):
+            scale, typical = self._tensor(self.noise.effect.log_scale), batch.typical_shift.expand_as(batch.shift)
+            batch.frame = SlideFrame(model, batch.condition, batch.shift, scale, batch.library_sizes)
+            batch.typical_frame = SlideFrame(
+                model, batch.typical_condition, typical, scale, batch.typical_library_sizes
+            )
         return batch, values
 
     def _add_library_size(self, batch: _Batch, spot_index: np.ndarray, library_size: LibrarySizeModel) -> None:
         """Put drawn and typical library sizes, or the known ones, into the batch and its conditions."""
         model, numbers, features = self.model, batch.numbers, batch.condition
-        drawn = library_size(features, self._tensor(numbers.library_size), self._tensor(numbers.slide_library_size))
-        typical = library_size.typical(features)
+        shift, typical_shift = self._tensor(numbers.library_shift), self.noise.effect.typical.library_size
+        stretch = self.noise.effect.stretch
+        drawn = library_size(features, self._tensor(numbers.library_size), shift, stretch)
+        typical = library_size.typical(features, typical_shift, stretch)
         if self.inputs.library_size is not None:
             given = self._tensor(self.inputs.library_size[spot_index])
             drawn, typical = torch.where(given.isnan(), drawn, given), torch.where(given.isnan(), typical, given)
         batch.library_sizes, batch.typical_library_sizes = drawn, typical
-        batch.condition = model.with_library_size(features, drawn)
+        if model.slide_prior is None:  # its condition is the library size, whatever the slide
+            shift, typical_shift = torch.zeros_like(shift), 0.0
+        batch.condition = model.with_library_size(features, library_size.of_slide(drawn, shift, stretch))
+        typical = library_size.of_slide(typical, typical_shift, stretch)
         batch.typical_condition = model.with_library_size(features, typical)
 
     def _first_pass(self, batch: _Batch, values: Tensor, spot_index: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -295,14 +315,15 @@ class _Sampler:
         _, first, back = np.unique(spot_index, return_index=True, return_inverse=True)
         rows = torch.from_numpy(first if shared else np.arange(len(spot_index))).to(self.device)
         h = self._tokens(batch, values, visible, following, timestep, batch.typical_condition, rows=rows)
-        output, _ = model.read_out(
+        output, _ = self._read_out(
             h,
-            scheduler.fill_masked(values, visible, batch.fill)[rows],
-            visible[rows],
-            batch.typical_condition[rows],
-            self.gene_ids,
+            scheduler.fill_masked(values, visible, batch.fill),
+            visible,
+            batch.typical_condition,
             batch.typical_shift,
-            None if batch.typical_library_sizes is None else batch.typical_library_sizes[rows],
+            batch.typical_library_sizes,
+            batch.typical_frame,
+            rows=rows,
         )
         # some means are averages of quantiles, which need float64
         mean = _on_cpu(output).mean.float().to(self.device)
@@ -357,6 +378,9 @@ class _Sampler:
             # a spot with many measured genes is further than the schedule
             timestep = self.scheduler.timesteps_of(batch.known, timestep)
         filled = self.scheduler.fill_masked(values, visible, batch.fill)
+        frame = batch.typical_frame if condition is batch.typical_condition else batch.frame
+        if frame is not None:
+            filled = frame.visible(filled, visible)
         return self.model.tokens(
             filled[rows],
             visible[rows],
@@ -366,6 +390,30 @@ class _Sampler:
             next_visible=following[rows],
             subset=subset,
         )
+
+    def _read_out(
+        self,
+        h: Tensor,
+        filled: Tensor,
+        visible: Tensor,
+        condition: Tensor,
+        shift: Tensor,
+        library_sizes: Tensor | None,
+        frame: SlideFrame | None,
+        subset: GeneSubset | None = None,
+        rows: Tensor | slice = slice(None),
+    ) -> tuple[ExpressionDistribution, Tensor | None]:
+        """Return the distributions (B, G) of some rows on the slide, and W, from tokens of these rows."""
+        model, sizes = self.model, None if library_sizes is None else library_sizes[rows]
+        if frame is None:
+            shift = shift if shift.ndim == 1 else shift[rows]
+            return model.read_out(h, filled[rows], visible[rows], condition[rows], self.gene_ids, shift, sizes, subset)
+        location, tokens, log_scale, left = model.locate(
+            h, frame.visible(filled, visible)[rows], visible[rows], condition[rows], self.gene_ids, subset=subset
+        )
+        if log_scale is not None:
+            log_scale = log_scale + frame.log_scale
+        return model.distribution(frame.location(location, rows), tokens, log_scale, sizes), left
 
     def _sample(
         self,
@@ -379,8 +427,8 @@ class _Sampler:
     ) -> Tensor:
         """Return the values (B, G) that genes take if they are revealed together in step `number`."""
         filled = self.scheduler.fill_masked(values, visible, batch.fill)
-        output, left = self.model.read_out(
-            h, filled, visible, batch.condition, self.gene_ids, batch.shift, batch.library_sizes, subset
+        output, left = self._read_out(
+            h, filled, visible, batch.condition, batch.shift, batch.library_sizes, batch.frame, subset
         )
         normal = self._tensor(numbers.value)
         factors = self.model.gene_factor_model

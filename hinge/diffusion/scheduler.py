@@ -7,6 +7,7 @@ process needs no loop, the reverse process reveals genes in the order of u, and 
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
+
+from hinge.utils.errors import WeightsError, one_line
+from hinge.utils.files import read_json
 
 SCHEDULES = ("power", "linear", "cosine", "sqrt", "exp", "poly_auto")
 MOST_TIMESTEPS = 1_000_000
@@ -273,3 +277,14 @@ class MaskedDiffusionScheduler(SchedulerMixin, ConfigMixin):
         if not return_dict:
             return values, following, revealed
         return MaskedDiffusionSchedulerOutput(prev_sample=values, visible=following, revealed=revealed)
+
+
+def load_scheduler(folder: Path) -> MaskedDiffusionScheduler:
+    """Return the scheduler of a run, beside its model, or of a saved pipeline; a WeightsError if there is none."""
+    places = [folder / "scheduler", folder / "model"]
+    path = next((place for place in places if (place / "scheduler_config.json").is_file()), places[-1])
+    path = path / "scheduler_config.json"
+    try:
+        return MaskedDiffusionScheduler.from_config(read_json(path))
+    except (TypeError, ValueError, AttributeError, OSError) as error:
+        raise WeightsError(f"{path} describes no scheduler: {one_line(error)}") from error

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hinge.evaluation.metrics.accuracy import as_matrix
 from hinge.evaluation.metrics.coexpression import correlation_matrix
-from hinge.evaluation.names import BASELINES, DEFAULT_BASELINES, DEFAULT_DRAWS
+from hinge.evaluation.names import BASELINES, DEFAULT_BASELINES, DEFAULT_DRAWS, LEVELLED, PRETRAINED
 from hinge.evaluation.predictions import Prediction
 from hinge.evaluation.ridge import MAX_FOLDS, fit_ridge
 from hinge.utils.errors import ConfigError, DataError
@@ -26,6 +26,9 @@ BASELINES_VERSION = 1
 NEIGHBOURS = (5, 10, 20, 40, 80)
 """Numbers of neighbours that cross-validation chooses from."""
 
+# weights of the correlations of other counts that cross-validation chooses from
+_SHRINKAGES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
+
 _MLP_WEIGHT_DECAY = 3.0  # of scikit-learn's loss, in which a batch divides it by its size
 
 
@@ -36,6 +39,8 @@ def baseline_predictions(
     *,
     n_draws: int = DEFAULT_DRAWS,
     seed: int = 0,
+    levels: NDArray | None = None,
+    correlation: NDArray | None = None,
 ) -> list[Prediction]:
     """Predict one slide from others by the methods of `fit_baselines`.
 
@@ -44,7 +49,7 @@ def baseline_predictions(
     train, test
         Spots on the same panel, under the same transform, with features of the same encoder; of several
         views of a patch the first is used, the patch as it is.
-    methods, n_draws, seed
+    methods, n_draws, seed, levels, correlation
         See `fit_baselines`.
 
     Raises
@@ -72,6 +77,8 @@ def baseline_predictions(
         methods,
         n_draws=n_draws,
         seed=seed,
+        levels=levels,
+        correlation=correlation,
     )
 
 
@@ -84,6 +91,8 @@ def fit_baselines(
     *,
     n_draws: int = DEFAULT_DRAWS,
     seed: int = 0,
+    levels: NDArray | None = None,
+    correlation: NDArray | None = None,
 ) -> list[Prediction]:
     """Fit the simple methods on training spots and predict the test spots.
 
@@ -95,6 +104,10 @@ def fit_baselines(
     - `ridge-cv+residual`: the same mean; draws are that mean plus Gaussian noise, clipped at 0. The noise is
       independent between spots and correlated between genes, with the Ledoit-Wolf [2]_ covariance of the
       cross-validated residuals (training residuals would be too small).
+    - `ridge-cv+residual+level`: the same with the mean of each gene over the test slide replaced by a given level, a
+      drawn one for each draw. It separates what is known of the slide as a whole from what the model adds.
+    - `ridge-cv+residual+pretrained`: `ridge-cv+residual` whose residual correlations are shrunk towards those of other
+      counts, with the weight of the largest likelihood of held-out groups.
     - `knn`: retrieval, as BLEEP [3]_ infers: the mean of the training spots that are nearest in standardised
       features, their number of `NEIGHBOURS` by cross-validation over groups; a draw is the whole expression of
       one of them. (BLEEP learns the space first; here it is the encoder's.)
@@ -115,6 +128,11 @@ def fit_baselines(
         Draws of `ridge-cv+residual` and `knn`.
     seed
         Of these draws, of the MLP, and of a randomised PCA where the features are many.
+    levels
+        (1 + K, G) expected level of the slide and that of each draw, for `ridge-cv+residual+level`; without them that
+        method is left out.
+    correlation
+        (G, G) gene-gene correlations for `ridge-cv+residual+pretrained`; without them that method is left out.
 
     Returns
     -------
@@ -162,12 +180,14 @@ def fit_baselines(
         raise DataError(f"the ridge baseline takes at least one draw, not {n_draws}")
     n_test = len(test_features)
 
-    fit = _Fit(train_features, train_values, train_groups, test_features, n_draws, seed)
+    fit = _Fit(train_features, train_values, train_groups, test_features, n_draws, seed, levels, correlation)
     makers = {
         "mean": lambda: Prediction("mean", mean=np.tile(train_values.mean(axis=0), (n_test, 1))),
         "ridge-hest": fit.ridge_hest,
         "ridge-cv": lambda: Prediction("ridge-cv", mean=fit.ridge),
         "ridge-cv+residual": fit.ridge_with_residual,
+        LEVELLED: fit.ridge_with_level,
+        PRETRAINED: fit.ridge_with_pretrained,
         "knn": fit.neighbours,
         "mlp": lambda: Prediction(
             "mlp", mean=fit_mlp(train_features, train_values, train_groups, test_features, seed=seed)
@@ -176,15 +196,17 @@ def fit_baselines(
             "training-correlation", correlation=correlation_matrix(train_values)
         ),
     }
-    return [makers[method]() for method in BASELINES if method in methods]
+    left_out = {name for name, given in ((LEVELLED, levels), (PRETRAINED, correlation)) if given is None}
+    return [makers[method]() for method in BASELINES if method in methods and method not in left_out]
 
 
 class _Fit:
     """What the methods of `fit_baselines` share; arguments as there, checked."""
 
-    def __init__(self, features, values, groups, test_features, n_draws: int, seed: int):
+    def __init__(self, features, values, groups, test_features, n_draws: int, seed: int, levels=None, correlation=None):
         self.features, self.values, self.groups, self.test = features, values, groups, test_features
         self.n_draws, self.seed, self.n_genes = n_draws, seed, values.shape[1]
+        self.levels, self.correlation = levels, correlation
 
     def search(self, regression, grid: dict) -> "GridSearchCV":
         """Choose a regression's setting by squared error over groups, on standardised features."""
@@ -222,15 +244,39 @@ class _Fit:
         model = make_pipeline(StandardScaler(), pca, Ridge(100 / (n_components * self.n_genes)))
         return Prediction("ridge-hest", mean=self.predict(model.fit(self.features, self.values)))
 
-    def ridge_with_residual(self) -> Prediction:
-        from sklearn.covariance import LedoitWolf
+    @cached_property
+    def noise(self) -> NDArray:
+        return self.draw_noise(_covariance(self.values - self.ridge_fit.held_out, None, 0.0))
 
-        covariance = LedoitWolf().fit(self.values - self.ridge_fit.held_out).covariance_
-        noise = np.random.default_rng(self.seed).multivariate_normal(
+    def draw_noise(self, covariance: NDArray) -> NDArray:
+        """Random residuals (n_draws, n_test, n_genes)."""
+        return np.random.default_rng(self.seed).multivariate_normal(
             np.zeros(self.n_genes), covariance, size=(self.n_draws, len(self.test)), method="eigh"
         )
-        draws = np.maximum(self.ridge + noise, 0.0).astype(np.float32)
+
+    def ridge_with_residual(self) -> Prediction:
+        draws = np.maximum(self.ridge + self.noise, 0.0).astype(np.float32)
         return Prediction("ridge-cv+residual", mean=self.ridge, draws=draws)
+
+    def ridge_with_level(self) -> Prediction:
+        pattern, levels = self.ridge - self.ridge.mean(axis=0), np.asarray(self.levels, dtype=np.float64)
+        drawn = levels[1 + np.arange(self.n_draws) % (len(levels) - 1)]
+        draws = np.maximum(pattern + drawn[:, None] + self.noise, 0.0).astype(np.float32)
+        return Prediction(LEVELLED, mean=np.maximum(pattern + levels[0], 0.0), draws=draws)
+
+    def ridge_with_pretrained(self) -> Prediction:
+        from scipy.stats import multivariate_normal
+        from sklearn.model_selection import GroupKFold
+
+        residual = self.values - self.ridge_fit.held_out
+        scores = np.zeros(len(_SHRINKAGES))
+        for fit, held in GroupKFold(min(len(np.unique(self.groups)), MAX_FOLDS)).split(residual, groups=self.groups):
+            for number, share in enumerate(_SHRINKAGES):
+                covariance = _covariance(residual[fit], self.correlation, share)
+                scores[number] += multivariate_normal.logpdf(residual[held], cov=covariance, allow_singular=True).sum()
+        best = _SHRINKAGES[int(np.argmax(scores))]
+        noise = self.draw_noise(_covariance(residual, self.correlation, best))
+        return Prediction(PRETRAINED, mean=self.ridge, draws=np.maximum(self.ridge + noise, 0.0).astype(np.float32))
 
     def neighbours(self) -> Prediction:
         from sklearn.neighbors import KNeighborsRegressor
@@ -247,6 +293,17 @@ class _Fit:
         chosen = rng.integers(nearest.shape[1], size=(self.n_draws, len(self.test)))
         spots = nearest[np.arange(len(self.test)), chosen]
         return Prediction("knn", mean=self.predict(search), draws=self.values[spots].astype(np.float32))
+
+
+def _covariance(residual: NDArray, correlation: NDArray | None, share: float) -> NDArray:
+    """Return the Ledoit-Wolf covariance of residuals (n, G), its correlations shrunk by a share towards others."""
+    from sklearn.covariance import LedoitWolf
+
+    covariance = LedoitWolf().fit(residual).covariance_
+    if correlation is None:
+        return covariance
+    deviation = np.sqrt(np.diag(covariance))
+    return (1 - share) * covariance + share * correlation * np.outer(deviation, deviation)
 
 
 def fit_mlp(

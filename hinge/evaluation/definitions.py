@@ -56,6 +56,27 @@ METRICS: dict[str, Metric] = {
         "transform units²",
         "lower",
     ),
+    "mse_level": Metric(
+        "MSE, level",
+        "The part of the MSE that is due to the mean of each gene over the slide: squared difference of measured and "
+        "predicted mean over spots, mean over genes.",
+        "transform units²",
+        "lower",
+    ),
+    "mse_slope": Metric(
+        "MSE, slope",
+        "The part of the MSE that a factor for each gene would remove, after its mean over spots is subtracted: a "
+        "pattern that is predicted too strong or too weak. MSE = level + slope + pattern.",
+        "transform units²",
+        "lower",
+    ),
+    "mse_pattern": Metric(
+        "MSE, pattern",
+        "The rest of the MSE: variance of the measured values around the line that fits them best to the predicted "
+        "ones, mean over genes.",
+        "transform units²",
+        "lower",
+    ),
     "mae": Metric(
         "MAE",
         "Absolute difference of measured and predicted mean, mean over spots and genes.",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SCORES_VERSION = 2
+SCORES_VERSION = 3
 """Version of the scores: kept scores of another one are not used. Raise it with every change that affects a score."""
 
 _ARRAYS = ("mean", "draws", "correlation")
@@ -78,7 +78,8 @@ class PredictionStore:
         """
         if self.digest(method) is None:
             raise DataError(f"{self.path} has no predictions of {method}")
-        return Prediction(method, **{name: self._arrays.get(f"{method}/{name}") for name in _ARRAYS})
+        mean, draws, correlation = (self._arrays.get(f"{method}/{name}") for name in _ARRAYS)
+        return Prediction(method, mean, draws, correlation)
 
     def put(self, prediction: Prediction, digest: str) -> None:
         """Add a prediction, or replace the one of the same method; `save` writes it."""

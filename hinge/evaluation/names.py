@@ -1,7 +1,9 @@
 """Names of the baselines, and defaults that several packages share; importing this module imports nothing else."""
 
-DEFAULT_BASELINES = ("mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", "knn", "training-correlation")
-BASELINES = (*DEFAULT_BASELINES[:-1], "mlp", DEFAULT_BASELINES[-1])
+LEVELLED = "ridge-cv+residual+level"
+DEFAULT_BASELINES = ("mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", LEVELLED, "knn", "training-correlation")
+PRETRAINED = "ridge-cv+residual+pretrained"
+BASELINES = (*DEFAULT_BASELINES[:-1], PRETRAINED, "mlp", DEFAULT_BASELINES[-1])
 """Methods of `fit_baselines`, in the order of its result."""
 
 GENERATIVE_BASELINES = ("gaussian-diffusion", "flow-matching")

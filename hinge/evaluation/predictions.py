@@ -1,9 +1,9 @@
 """Predictions of one slide: the draws of a model, and files of other programs."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +37,15 @@ class Prediction:
         Draws (K, n, G), in transform units.
     correlation
         Gene-gene correlation matrix (G, G) of a method that predicts no values.
+    known
+        What the draws were given of the slide as a whole: `patient`, `library_size`, `bulk`.
     """
 
     method: str
     mean: NDArray | None = None
     draws: NDArray | None = None
     correlation: NDArray | None = None
+    known: dict[str, Any] = field(default_factory=dict)
 
 
 def prediction_from_draws(draws: "AnnData", spots: "SpotTable", method: str = "hinge") -> Prediction:
@@ -91,7 +94,21 @@ def prediction_from_draws(draws: "AnnData", spots: "SpotTable", method: str = "h
         method,
         mean=np.asarray(mean)[chosen],
         draws=np.stack([np.asarray(draws.layers[name])[chosen] for name in names]) if names else None,
+        known=_known(about),
     )
+
+
+def _known(about: dict[str, Any]) -> dict[str, Any]:
+    """Return what draws were given of their slide as a whole; {} for draws of a model without slide levels."""
+    if "library_size" not in about:
+        return {}
+    size = about["library_size"]
+    return {
+        "patient": str(about["patient"]),
+        "library_size": size if isinstance(size, str) else float(size),
+        "bulk": bool(about.get("bulk")),
+        "observed": bool(about.get("observed")),
+    }
 
 
 @dataclass(frozen=True)

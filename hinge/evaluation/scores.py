@@ -13,7 +13,7 @@ from hinge.evaluation.baselines import baseline_predictions
 from hinge.evaluation.ceiling import CEILING, attained_shares, noise_ceiling
 from hinge.evaluation.definitions import METRICS
 from hinge.evaluation.kept import ScoreStore, truth_digest
-from hinge.evaluation.metrics.accuracy import as_matrix, constant_genes, mean_scores, summarise_pcc
+from hinge.evaluation.metrics.accuracy import as_matrix, constant_genes, error_parts, mean_scores, summarise_pcc
 from hinge.evaluation.metrics.calibration import check_draws, coverage, covered, crps_of_spots, pit_values
 from hinge.evaluation.metrics.coexpression import coexpression_scores, correlation_matrix, matrix_scores
 from hinge.evaluation.metrics.gene_sets import MARKERS, module_scores
@@ -128,6 +128,7 @@ def _score(
 def _mean_scores(measured: NDArray, mean: NDArray, spots: "SpotTable | None") -> dict[str, float]:
     """Return the scores of a predicted mean."""
     scores = {key: value for key, value in mean_scores(measured, mean).items() if key in METRICS}
+    scores |= error_parts(measured, mean)
     coexpression = coexpression_scores(measured, mean)
     scores |= {f"coexpression_{key}_mean": value for key, value in coexpression.items()}
     if spots is not None:
@@ -271,7 +272,8 @@ def evaluate_slide(
     -------
     Evaluation
         With a row for each prediction, each baseline and `noise-ceiling`: `slide`, `method`, `transform`,
-        `n_spots`, `n_genes`, `n_genes_constant` (in the measured slide), `n_draws`, and the metrics of `METRICS`.
+        `n_spots`, `n_genes`, `n_genes_constant` (in the measured slide), `n_draws`, and the metrics of `METRICS`;
+        for draws also what they were given of the slide as a whole (`Prediction.known`).
 
     Raises
     ------
@@ -302,7 +304,9 @@ def evaluate_slide(
     for prediction in tqdm(everything, desc=f"scoring {name}", disable=None):
         scores, detail = store.get(prediction, partial(_scores_and_detail, test, prediction, sets, n_resamples, seed))
         drawn = 0 if prediction.draws is None else len(prediction.draws)
-        rows.append({"slide": name, "method": prediction.method, **about, "n_draws": drawn, **scores})
+        rows.append(
+            {"slide": name, "method": prediction.method, **about, **prediction.known, "n_draws": drawn, **scores}
+        )
         if detail:
             details.append({"slide": name, "method": prediction.method, "genes": test.genes, **detail})
     store.save()

@@ -6,12 +6,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from hinge.config import PATHS, RunConfig, check_config, explain
 from hinge.data.simulate import simulate_slides
+from hinge.run.preparation import Preparation
 from hinge.utils.errors import ConfigError
 from hinge.utils.files import read_json, write_json
 from hinge.utils.yaml import read_settings
@@ -66,10 +67,11 @@ class Grid(_Part):
 
     base: Path = Field(description="the YAML file of a run")
     settings: dict[str, Any] = Field({}, description="key: value, for every cell")
-    held_out: list[str | list[str]] | None = Field(
+    held_out: list[str | list[str]] | Literal["patients"] | None = Field(
         None,
         description="a list of slides, or of lists of slides: each is the test set once, and the other slides of "
-        "data.train and data.test are the training set; None: as in the base",
+        "data.train and data.test are the training set; patients: the slides of each patient are the test set once, "
+        "and data.pretrain does not have that patient either; None: as in the base",
     )
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="a list of seeds")
     simulate: SimulatedTissue | None = None
@@ -171,7 +173,7 @@ def make_cells(grid: Grid, output: Path, overrides: Sequence[str] = ()) -> list[
 
         plain = config(f"output={json.dumps(str(output))}")
         slides = [*plain.data.train, *plain.data.test]
-        for held in [None] if grid.held_out is None else grid.held_out:
+        for held in _held_out(grid, plain):
             test = plain.data.test if held is None else [held] if isinstance(held, str) else held
             unknown = [name for name in test if name not in slides]
             if unknown:
@@ -183,6 +185,8 @@ def make_cells(grid: Grid, output: Path, overrides: Sequence[str] = ()) -> list[
             for seed in grid.seeds:
                 folder = output / variant / label / f"seed{seed}"
                 more = {"data.train": train, "data.test": test, "seed": seed, "sampling.seed": seed}
+                if grid.held_out == "patients":
+                    more["data.pretrain"] = _without_patients(plain, test)
                 cell = config(*_as_overrides({"output": str(folder), **more}))
                 cells.append(Cell(variant, label, seed, cell))
     names = [cell.name for cell in cells]
@@ -190,6 +194,29 @@ def make_cells(grid: Grid, output: Path, overrides: Sequence[str] = ()) -> list[
     if repeated:
         raise ConfigError(f"the grid holds {repeated[0]} more than once")
     return _with_shared_parts(cells, output, grid.seeds[0])
+
+
+def _held_out(grid: Grid, config: RunConfig) -> Sequence[str | list[str] | None]:
+    """Return the test sets of a grid, None for that of the base."""
+    if grid.held_out != "patients":
+        return [None] if grid.held_out is None else grid.held_out
+    slides, patient = [*config.data.train, *config.data.test], Preparation(config).patient
+    of_patients: dict[str, list[str]] = {}
+    for name in slides:
+        of_patients.setdefault(patient(name), []).append(name)
+    if len(of_patients) < 2:
+        raise ConfigError(
+            f"held_out is patients, and all slides of {grid.base} are of patient {next(iter(of_patients))}; "
+            "data.patient_prefix or the column patient of a table tells patients apart"
+        )
+    return list(of_patients.values())
+
+
+def _without_patients(config: RunConfig, test: Sequence[str]) -> list[str]:
+    """Return the slides to pre-train on that are of other patients than the test slides."""
+    patient = Preparation(config).patient
+    held = {patient(name) for name in test}
+    return [name for name in config.data.pretrain if patient(name) not in held]
 
 
 def _with_shared_parts(cells: list[Cell], output: Path, first_seed: int) -> list[Cell]:
@@ -218,7 +245,9 @@ def _with_shared_parts(cells: list[Cell], output: Path, first_seed: int) -> list
             )
             path = output / "shared" / _digest(foundation.model_dump(mode="json", exclude={"output"}))
             update["panel"] = config.panel.model_copy(update={"method": "file", "file": path / "panel.json"})
-            update["backbone"] = config.backbone.model_copy(update={"path": path / "backbone"})
+            # the architecture is that of the weights at the path
+            given = {"path": path / "backbone", "architecture": "cellfm"}
+            update["backbone"] = config.backbone.model_copy(update=given)
             foundation = foundation.model_copy(update={"output": path})
         shared.append(replace(cell, config=config.model_copy(update=update), foundation=foundation))
     return shared

@@ -90,6 +90,12 @@ class GeneFactorModel(nn.Module):
         # the smooth part is multiplied by this, so that it has its share of the variance within a slide
         self.register_buffer("spatial_scale", torch.ones(()))
 
+    def masked(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return location and log-scale (B, G) where no gene is visible, but for the backbone's prediction."""
+        regression = at_least_float32(self.mean(features))
+        location = self.offset + regression + self.masked_bias + self.masked_slope * regression
+        return location, at_least_float32(self.log_scale(features))
+
     def posterior(self, values: Tensor, visible: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
         """Return the posterior of the factors given the visible genes.
 

@@ -22,11 +22,12 @@ from hinge.models import pretrained
 from hinge.models.distributions import CountGrid, ExpressionDistribution
 from hinge.models.gene_factors import GeneFactorModel
 from hinge.models.heads import HEADS
-from hinge.models.injection import Concatenation, CrossAttention
+from hinge.models.injection import make_injection
 from hinge.models.library_size import LibrarySizeModel
 from hinge.models.options import DEFAULT_HEAD, DEFAULT_TRANSFORM, check_options
 from hinge.models.precision import at_least_float32, keep_float32
-from hinge.models.soft_adaln import ConditionEmbedding, SoftAdaLN
+from hinge.models.slide_effects import SlidePrior
+from hinge.models.soft_adaln import ConditionEmbedding
 from hinge.models.subset import GeneSubset
 from hinge.models.tuning import check_backbone, frozen_names, prepare_backbone, run_layer
 from hinge.models.value_bins import ValueBins
@@ -65,12 +66,15 @@ class HingeModel(ModelMixin, ConfigMixin):
     condition_on_visible
         `"current"`: the visible genes are part of the condition; `"next"`: those visible after the coming step,
         as in the released code; None: they are not.
-    gene_factors, num_factors, num_slide_factors
-        Whether there is a `GeneFactorModel`, and its numbers of factors. With one, sampling computes no tokens of genes
+    gene_factors, num_factors
+        Whether there is a `GeneFactorModel`, and its number of factors. With one, sampling computes no tokens of genes
         that stay masked in a step, and training hides some of them (`drops_masked`).
+    num_slide_factors
+        Of models that were trained before there was a `SlidePrior`; see `GeneFactorModel`.
+    slide_patients
+        Names of the patients that the `SlidePrior` is fitted on; None for a model without one.
     masked_decoding
-        From 0 to 1: weight of the backbone's prediction, beside the regression of the gene factor model, where no gene
-        is visible; from the initialisation on.
+        From 0 to 1: weight of the backbone's prediction where no gene is visible; from the initialisation on.
     standardise_features
         Whether features are divided by the training spots' deviations; the released code takes them as they are.
     feature_dropout, dropout
@@ -84,7 +88,7 @@ class HingeModel(ModelMixin, ConfigMixin):
     config_name = "config.json"
     _supports_gradient_checkpointing = True
     # `_apply` leaves these in float32 where the model is cast to half precision; `dtype` is that of the others
-    _keep_in_fp32_modules = ("library_size_model", "gene_factor_model", "value_head", "value_bins")
+    _keep_in_fp32_modules = ("library_size_model", "gene_factor_model", "slide_prior", "value_head", "value_bins")
 
     feature_mean: Tensor
     feature_std: Tensor
@@ -111,7 +115,8 @@ class HingeModel(ModelMixin, ConfigMixin):
         condition_on_visible: str | None = "current",
         gene_factors: bool = True,
         num_factors: int = 8,
-        num_slide_factors: int = 4,
+        num_slide_factors: int = 0,
+        slide_patients: list[str] | None = None,
         masked_decoding: float = 0.0,
         standardise_features: bool = True,
         feature_dropout: float = 0.0,
@@ -127,15 +132,8 @@ class HingeModel(ModelMixin, ConfigMixin):
             feature_dim + library_size, num_genes, hidden_size, with_mask=condition_on_visible is not None
         )
         num_parts = 2 if condition_on_visible is None else 3
-        self.modulation: nn.Module
-        if injection == "concatenation":
-            self.modulation = Concatenation(hidden_size, num_parts)
-        elif injection == "cross_attention":
-            self.modulation = CrossAttention(hidden_size, num_layers, num_parts, dropout)
-        else:
-            if injection == "adaln_zero":
-                gate, norm, start = "linear", "layer", "closed"
-            self.modulation = SoftAdaLN(hidden_size, num_layers, modulation_rank, gate, norm, start, dropout)
+        sizes = (hidden_size, num_layers, num_parts)
+        self.modulation = make_injection(injection, sizes, modulation_rank, gate, norm, start, dropout)
         self.value_head = HEADS[head](hidden_size, num_genes)
         self.value_bins = None if num_bins is None else ValueBins(num_genes, transform, num_bins)
         # features are standardised with the training spots' statistics (`set_feature_statistics`)
@@ -148,6 +146,9 @@ class HingeModel(ModelMixin, ConfigMixin):
                 factors.log_scale.requires_grad_(False)
                 factors.visible_log_scale.requires_grad_(False)
             self.gene_factor_model = factors
+        self.slide_prior: SlidePrior | None = None
+        if slide_patients is not None:
+            self.slide_prior = SlidePrior(num_genes, slide_patients, feature_dim + library_size)
         self.gradient_checkpointing = False
         # outside the module registry: frozen, stored once elsewhere, and not part of this model's weights
         object.__setattr__(self, "_backbone", None)
@@ -233,6 +234,13 @@ class HingeModel(ModelMixin, ConfigMixin):
         unusual = self.library_size_model.standardise(features if whole is None else whole, library_size)
         return torch.cat([features, unusual.unsqueeze(-1).to(features.dtype)], dim=-1)
 
+    def add_slide_prior(self, patients: list[str]) -> SlidePrior:
+        """Give the model a prior of slide levels, still to be fitted, of these patients."""
+        size, device = self.config.feature_dim + self.config.library_size, self.feature_mean.device
+        self.register_to_config(slide_patients=list(patients))
+        self.slide_prior = SlidePrior(self.config.num_genes, patients, size).to(device)
+        return self.slide_prior
+
     def forward(
         self,
         values: Tensor,
@@ -245,6 +253,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         slide_shift: Tensor | None = None,
         library_size: Tensor | None = None,
         present: Tensor | None = None,
+        library_shift: Tensor | None = None,
     ) -> ExpressionDistribution:
         """Predict the distribution of every gene's value.
 
@@ -279,8 +288,9 @@ class HingeModel(ModelMixin, ConfigMixin):
         # only for the backbone: the gene factor model would learn an uncertainty that is not there
         dropped = features if feature_mask is None else features * feature_mask
         if library_size is not None and self.library_size_model is not None:  # (B, d + 1)
-            dropped = self.with_library_size(dropped, library_size, features)
-            features = self.with_library_size(features, library_size)
+            of_slide = library_size if library_shift is None else library_size * (-library_shift).exp()
+            dropped = self.with_library_size(dropped, of_slide, features)
+            features = self.with_library_size(features, of_slide)
         subset = None if present is None else GeneSubset(None, present)
         h = self.tokens(values, visible, timestep, dropped, gene_ids, next_visible, subset)  # (B, P + G, D)
         return self.read_out(h, values, visible, features, gene_ids, slide_shift, library_size, subset)[0]
@@ -305,6 +315,20 @@ class HingeModel(ModelMixin, ConfigMixin):
         tuple
             Distribution over (B, G), and W (B, K, G) for `GeneFactorModel.innovation`, None without gene factors.
         """
+        location, h, log_scale, left = self.locate(h, values, visible, features, gene_ids, slide_shift, subset)
+        return self.distribution(location, h, log_scale, library_size), left
+
+    def locate(
+        self,
+        h: Tensor,
+        values: Tensor,
+        visible: Tensor,
+        features: Tensor,
+        gene_ids: Tensor,
+        slide_shift: Tensor | None = None,
+        subset: GeneSubset | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return location (B, G), tokens of the genes (B, G, D) and log-scale (B, G), and W; see `read_out`."""
         factors, log_scale, left = self.gene_factor_model, None, None
         location = self.decode(h, values, visible, gene_ids, subset)  # (B, n)
         h = h[:, self.backbone.num_prefix_tokens :]  # (B, n, D)
@@ -315,8 +339,14 @@ class HingeModel(ModelMixin, ConfigMixin):
             h = subset.scatter(h, h.new_zeros(*values.shape, h.shape[-1]))  # (B, G, D)
         if factors is not None:
             location, log_scale, left = factors(location, values, visible, features, slide_shift)
+        return location, h, log_scale, left
+
+    def distribution(
+        self, location: Tensor, h: Tensor, log_scale: Tensor | None, library_size: Tensor | None
+    ) -> ExpressionDistribution:
+        """Return the distribution of what `locate` found, for library sizes (B,)."""
         grid = None if self.config.transform is None else CountGrid(self.config.transform, library_size)
-        return self.value_head(location, h, log_scale, grid), left
+        return self.value_head(location, h, log_scale, grid)
 
     def tokens(
         self,
@@ -375,41 +405,8 @@ class HingeModel(ModelMixin, ConfigMixin):
         frozen = frozen_names(self)
         return {name: tensor for name, tensor in self.state_dict().items() if name not in frozen}
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        safe_serialization: bool = True,
-        max_shard_size: int | str = "10GB",
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        private: bool = True,
-        allow_licence: bool = False,
-        **options: Any,
-    ) -> None:
-        """Write what was trained, one safetensors file, and the config with the backbone's digest; not the backbone.
-
-        The arguments are those of diffusers; a ValueError names one that is not supported.
-        """
-        if not safe_serialization:
-            raise ValueError("HingeModel.save_pretrained writes safetensors only: leave safe_serialization at True")
-        pretrained.refuse_options("save_pretrained", options)
-        if push_to_hub and repo_id is None:
-            raise ValueError("push_to_hub=True needs repo_id='owner/name'")
-        if is_main_process:
-            pretrained.save(self, save_directory, max_shard_size)
-            if push_to_hub and repo_id is not None:
-                self.push_to_hub(repo_id, private, allow_licence=allow_licence)
-
-    def push_to_hub(
-        self, repo_id: str, private: bool = True, with_backbone: bool = False, allow_licence: bool = False
-    ) -> str:
-        """Upload what `save_pretrained` writes to `owner/name` on the Hugging Face Hub and return the address.
-
-        `with_backbone` uploads the backbone too. If its licence forbids sharing the uploaded weights, a ConfigError is
-        raised unless `allow_licence` states that its authors gave permission.
-        """
-        return pretrained.push(self, repo_id, private, with_backbone, allow_licence)
+    save_pretrained = pretrained.save_pretrained
+    push_to_hub = pretrained.push_to_hub
 
     @classmethod
     def from_pretrained(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hinge.backbones.base import ExpressionBackbone
+from hinge.models.soft_adaln import SoftAdaLN
 
 
 class Concatenation(nn.Module):
@@ -110,3 +111,33 @@ class CrossAttention(nn.Module):
         for block, attention, inputs in zip(backbone.layers, self.attention, seen, strict=True):
             h = run(layer, block, attention, h, *inputs)
         return backbone.finish(h)
+
+
+def make_injection(
+    injection: str,
+    sizes: tuple[int, int, int],
+    modulation_rank: int | None,
+    gate: str,
+    norm: str,
+    start: str,
+    dropout: float,
+) -> nn.Module:
+    """Return the module through which a condition enters the backbone.
+
+    Parameters
+    ----------
+    injection
+        `"soft_adaln"`, `"adaln_zero"`, `"concatenation"` or `"cross_attention"`.
+    sizes
+        D, number of layers, and C, the parts of the condition.
+    modulation_rank, gate, norm, start, dropout
+        Of SoftAdaLN. AdaLN-Zero has its own gate, norm and start.
+    """
+    hidden_size, num_layers, num_parts = sizes
+    if injection == "concatenation":
+        return Concatenation(hidden_size, num_parts)
+    if injection == "cross_attention":
+        return CrossAttention(hidden_size, num_layers, num_parts, dropout)
+    if injection == "adaln_zero":
+        gate, norm, start = "linear", "layer", "closed"
+    return SoftAdaLN(hidden_size, num_layers, modulation_rank, gate, norm, start, dropout)

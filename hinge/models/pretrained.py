@@ -85,7 +85,7 @@ def save(model: "HingeModel", folder: str | Path, max_shard_size: int | str = "1
         save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
-def push(model: "HingeModel", repository: str, private: bool, with_backbone: bool, allow_licence: bool) -> str:
+def _push(model: "HingeModel", repository: str, private: bool, with_backbone: bool, allow_licence: bool) -> str:
     """Upload what `save` writes, and the backbone if wanted; see `HingeModel.push_to_hub`."""
     if with_backbone or model.config.tuning != "frozen":
         check_licence("the model", recorded_licence(model.backbone.config.to_dict()), allow_licence)
@@ -96,6 +96,44 @@ def push(model: "HingeModel", repository: str, private: bool, with_backbone: boo
             model.backbone.save_pretrained(folder / "backbone")
 
     return hub.upload_saved(write, repository, private)
+
+
+def save_pretrained(
+    self: "HingeModel",
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    safe_serialization: bool = True,
+    max_shard_size: int | str = "10GB",
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    private: bool = True,
+    allow_licence: bool = False,
+    **options: Any,
+) -> None:
+    """Write what was trained, one safetensors file, and the config with the backbone's digest; not the backbone.
+
+    The arguments are those of diffusers; a ValueError names one that is not supported.
+    """
+    if not safe_serialization:
+        raise ValueError("HingeModel.save_pretrained writes safetensors only: leave safe_serialization at True")
+    refuse_options("save_pretrained", options)
+    if push_to_hub and repo_id is None:
+        raise ValueError("push_to_hub=True needs repo_id='owner/name'")
+    if is_main_process:
+        save(self, save_directory, max_shard_size)
+        if push_to_hub and repo_id is not None:
+            self.push_to_hub(repo_id, private, allow_licence=allow_licence)
+
+
+def push_to_hub(
+    self: "HingeModel", repo_id: str, private: bool = True, with_backbone: bool = False, allow_licence: bool = False
+) -> str:
+    """Upload what `save_pretrained` writes to `owner/name` on the Hugging Face Hub and return the address.
+
+    `with_backbone` uploads the backbone too. If its licence forbids sharing the uploaded weights, a ConfigError is
+    raised unless `allow_licence` states that its authors gave permission.
+    """
+    return _push(self, repo_id, private, with_backbone, allow_licence)
 
 
 def _with_new_names(config: dict[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from hinge.data.spots import SpotTable
 from hinge.diffusion.defaults import DEFAULT_BATCH_SIZE
 from hinge.evaluation.baselines import BASELINES_VERSION, baseline_predictions
 from hinge.evaluation.kept import PredictionStore, digest_of
-from hinge.evaluation.names import BASELINES, GENERATIVE_BASELINES
+from hinge.evaluation.names import BASELINES, GENERATIVE_BASELINES, LEVELLED, PRETRAINED
 from hinge.evaluation.predictions import Prediction
 from hinge.run.preparation import Preparation, spot_names
 from hinge.utils.errors import DataError
@@ -41,7 +41,7 @@ def fit_baselines(inputs: Preparation, slides: Sequence[str]) -> dict[str, Path]
         none, unless it is the only one, which is an error.
     """
     methods = inputs.config.evaluation.baselines
-    train = inputs.spots(inputs.config.data.train) if methods else None
+    train = inputs.training_spots() if methods else None
     files = {}
     for name in slides:
         try:
@@ -60,8 +60,12 @@ def _fit_of_slide(inputs: Preparation, name: str, train: SpotTable, test: SpotTa
     """Add to `store` the predictions of a slide that are missing or outdated."""
     config, path = inputs.config, inputs.paths.samples(name)
     methods, num_draws = config.evaluation.baselines, config.sampling.draws
+    levels = None
     if path.exists():
-        num_draws = int(read_draws(path).uns["hinge"]["draws"])
+        draws = read_draws(path)
+        num_draws = int(draws.uns["hinge"]["draws"])
+        if "slide_level" in draws.varm:
+            levels = np.asarray(draws.varm["slide_level"])[draws.var_names.get_indexer(test.genes)].T
     arrays = {
         "train_slide": np.asarray(train.slide, dtype=np.str_),
         "train_coords": train.coords,
@@ -71,11 +75,22 @@ def _fit_of_slide(inputs: Preparation, name: str, train: SpotTable, test: SpotTa
     }
     made_from = digest_of(arrays, BASELINES_VERSION, num_draws, config.seed)
     digests = {method: made_from for method in BASELINES if method in methods}
-    missing = [method for method in digests if store.digest(method) != made_from]
+    if levels is None:
+        digests.pop(LEVELLED, None)
+    elif LEVELLED in digests:
+        digests[LEVELLED] = digest_of({"levels": levels}, made_from)
+    correlation = _pretrained_correlation(inputs) if PRETRAINED in digests else None
+    if correlation is None:
+        digests.pop(PRETRAINED, None)
+    else:
+        digests[PRETRAINED] = digest_of({"correlation": correlation}, made_from)
+    missing = [method for method in digests if store.digest(method) != digests[method]]
     if missing:
         logger.info("fitting baselines: %s (%s)", ", ".join(missing), name)
-        for prediction in baseline_predictions(train, test, missing, n_draws=num_draws, seed=config.seed):
-            store.put(prediction, made_from)
+        for prediction in baseline_predictions(
+            train, test, missing, n_draws=num_draws, seed=config.seed, levels=levels, correlation=correlation
+        ):
+            store.put(prediction, digests[prediction.method])
     for method in (method for method in methods if method in GENERATIVE_BASELINES):
         model = _train_generative(inputs, method, train)
         of_model = [(file.name, file_digest(file)) for file in sorted(model.glob("*.*"))]
@@ -88,6 +103,14 @@ def _fit_of_slide(inputs: Preparation, name: str, train: SpotTable, test: SpotTa
     if missing:
         store.save()
         logger.info("wrote %s", store.path)
+
+
+def _pretrained_correlation(inputs: Preparation) -> np.ndarray | None:
+    """Return the correlations of the panel's genes in the counts that the backbone was pre-trained on."""
+    from hinge.training.prior_covariance import prior_correlation
+
+    backbone = inputs.backbone()
+    return prior_correlation(backbone, inputs.gene_ids(backbone))
 
 
 def _train_generative(inputs: Preparation, method: str, train: SpotTable) -> Path:

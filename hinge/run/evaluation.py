@@ -10,7 +10,7 @@ from hinge.data.readers import read_slide
 from hinge.data.spots import SpotTable, load_spots
 from hinge.evaluation.kept import PredictionStore
 from hinge.evaluation.metrics.gene_sets import read_gene_sets
-from hinge.evaluation.names import BASELINES, GENERATIVE_BASELINES
+from hinge.evaluation.names import BASELINES, GENERATIVE_BASELINES, LEVELLED, PRETRAINED
 from hinge.evaluation.oracle import oracle_prediction
 from hinge.evaluation.predictions import Prediction, PredictionFiles, prediction_from_draws, read_prediction
 from hinge.evaluation.scores import evaluate_slide
@@ -98,7 +98,10 @@ def _predictions(
     slide = inputs.slide(name)
     if "hinge_truth" in slide.uns:
         predictions.append(oracle_prediction(slide, test, num_draws, inputs.config.seed))
-    return predictions + [store.get(method) for method in BASELINES if method in methods]
+    fitted = [method for method in BASELINES if method in methods]
+    # draws of a model without a prior of slide levels give no level, and not every backbone has correlations
+    optional = (LEVELLED, PRETRAINED)
+    return predictions + [store.get(each) for each in fitted if each not in optional or store.digest(each) is not None]
 
 
 def log_likelihoods(inputs: Preparation, name: str) -> dict[str, float] | None:
@@ -114,7 +117,7 @@ def log_likelihoods(inputs: Preparation, name: str) -> dict[str, float] | None:
         return None
     pipeline, device = load_pipeline(inputs), make_accelerator(config.training).device
     pipeline.model.to(device)
-    test, train = inputs.spots([name]), inputs.spots(config.data.train)
+    test, train = inputs.spots([name]), inputs.training_spots()
     of_model = chain_log_likelihood(
         pipeline.model,
         pipeline.scheduler,

@@ -26,7 +26,8 @@ from hinge.data.panel import Panel, read_panel, select_panel
 from hinge.data.pseudo_spots import pool_cells
 from hinge.data.readers import build_slide, table
 from hinge.data.resolution import positive_length
-from hinge.data.slide import slide_name
+from hinge.data.slide import patient_of_slide, slide_name
+from hinge.data.slide_levels import SlideLevels
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots
 from hinge.data.transforms import get_transform
 from hinge.run.genes import GeneMatcher
@@ -69,6 +70,8 @@ class Preparation:
         self._read = lru_cache(maxsize=SLIDES_KEPT)(self._read_slide)
         self._grids: dict[str, dict[str, float]] = {}
         self._species: dict[str, str] = {}
+        self._patients: dict[str, str | None] = {}
+        self._counts: CountTable | None = None
 
     # --- slides ----------------------------------------------------------------------------------
 
@@ -88,6 +91,7 @@ class Preparation:
             spot_um=data.spot_um,
         )
         self._grids[name] = {key: slide.uns["hinge"][key] for key in _GRID}
+        self._patients[name] = patient_of_slide(slide)
         return slide
 
     def check(self, names: Sequence[str], allow: Collection[str] = ()) -> None:
@@ -279,6 +283,24 @@ class Preparation:
             tables.append(replace(spots, features=self.conditions(slide, path)[rows]))
         return concatenate_spots(tables)
 
+    def training_spots(self) -> SpotTable:
+        """Return the training spots: all of the training slides, or a random choice of `data.train_spots`.
+
+        Raises
+        ------
+        DataError
+            There are fewer spots than that.
+        """
+        spots, wanted = self.spots(self.config.data.train), self.config.data.train_spots
+        if wanted is None:
+            return spots
+        if wanted > len(spots):
+            raise DataError(
+                f"data.train_spots is {wanted}, but the training slides have {len(spots)} spots with counts"
+            )
+        chosen = np.random.default_rng([self.config.seed, 5]).choice(len(spots), wanted, replace=False)
+        return spots.subset(np.sort(chosen))
+
     # --- backbone --------------------------------------------------------------------------------
 
     def backbone(self) -> ExpressionBackbone:
@@ -335,19 +357,44 @@ class Preparation:
         return np.concatenate(values), np.concatenate(bins)
 
     def pretraining_counts(self) -> CountTable:
-        """Return the counts, on the panel, of the slides to pre-train the backbone on."""
+        """Return the counts, on the panel, of the slides to pre-train the backbone on; they are read once."""
+        if self._counts is None:
+            self._counts = self._read_counts()
+        return self._counts
+
+    def _read_counts(self) -> CountTable:
         genes, data = self.panel().genes, self.config.data
         if not data.pretrain:
             logger.info("data.pretrain names no samples: the expression model is pre-trained on the training slides")
         slides = (self.slide(name, require_image=False) for name in data.pretrain or data.train)
         return read_counts(slides, genes, self.patient)
 
+    def slide_levels(self, spots: SpotTable) -> SlideLevels:
+        """Return the levels of all slides with counts: those of the training spots, and those to pre-train on."""
+        patient_of = {name: self.patient(name) for name in np.unique(spots.slide).tolist()}
+        patients = np.array([patient_of[name] for name in spots.slide.tolist()])
+        transform = self.config.transform
+        levels = SlideLevels.of_spots(spots.counts, spots.library_size, spots.slide, patients, transform)
+        if self.config.data.pretrain:
+            counts = self.pretraining_counts()
+            levels = levels.joined(
+                SlideLevels.of_spots(counts.counts, counts.library_size, counts.sample, counts.patient, transform)
+            )
+        return levels
+
     def patient(self, name: str) -> str:
-        """Return the patient of a sample: of the table of slides, or the first characters of its name."""
+        """Return the patient of a sample: of the table of slides, the first characters of its name, or of its file.
+
+        A file names it in `obs["patient"]`. A sample without one is a patient of its own.
+        """
         data = self.config.data
         if table.recognises(data.path) and (patient := table.read_table(data.path)[name]["patient"]):
             return patient
-        return name if data.patient_prefix is None else name[: data.patient_prefix]
+        if data.patient_prefix is not None:
+            return name[: data.patient_prefix]
+        if name not in self._patients:
+            self.slide(name, require_image=False)
+        return self._patients[name] or name
 
 
 def spot_names(spots: SpotTable) -> list[str]:

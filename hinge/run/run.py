@@ -15,8 +15,10 @@ import numpy as np
 from anndata import AnnData
 
 from hinge.config import RunConfig, load_config
+from hinge.data.bulk import Bulk
 from hinge.data.count_table import CountTable
 from hinge.data.panel import Panel
+from hinge.data.slide import patient_of_slide, slide_name
 from hinge.data.spots import SpotTable
 from hinge.run.paths import read_run_config
 from hinge.run.preparation import Preparation
@@ -111,6 +113,10 @@ class Run:
         observed: Path | None = None,
         genes: list[str] | None = None,
         allow: Collection[str] = (),
+        patient: str | None = None,
+        bulk: Bulk | None = None,
+        bulk_sd: float | None = None,
+        library_size: float | str | None = None,
     ) -> Path:
         """Draw the expression of a slide's spots; finished draws with the same settings are kept.
 
@@ -134,6 +140,10 @@ class Run:
             `samples/<slide>.outside-panel.h5ad`.
         allow
             Codes of findings that do not stop it, see `hinge.check_slide`.
+        patient
+            Name of the slide's patient; None: as the data set names it, or a new one.
+        bulk, bulk_sd, library_size
+            What else is known of the slide as a whole, see `hinge.diffusion.evidence.slide_evidence`.
 
         Returns
         -------
@@ -143,9 +153,25 @@ class Run:
         self.paths.require_model()
         if slide is None:
             slide = self._inputs.slide_to_sample(name)
+            patient = patient or self.patient(slide_name(slide))
         from hinge.run.sampling import sample_slide
 
-        return sample_slide(self._inputs, slide, output, draws, steps, seed, batch_size, observed, genes, allow)
+        return sample_slide(
+            self._inputs,
+            slide,
+            output,
+            draws,
+            steps,
+            seed,
+            batch_size,
+            observed,
+            genes,
+            allow,
+            patient or patient_of_slide(slide),
+            bulk,
+            bulk_sd,
+            library_size,
+        )
 
     def fit_baselines(self, slides: list[str] | None = None) -> dict[str, Path]:
         """Fit the baselines on the training slides and predict slides by them; finished predictions are kept.
@@ -223,6 +249,10 @@ class Run:
         Cells are pooled in squares of `spot_um`, by default as the cells that the run was trained on.
         """
         return self._inputs.slide_at(path, um_per_px, sample, image, spot_um)
+
+    def patient(self, name: str) -> str:
+        """Return the patient of a slide of the data set."""
+        return self._inputs.patient(name)
 
     def spot_grid(self) -> tuple[float, float]:
         """Return the distance between the training slides' spots and their diameter, µm."""

@@ -11,13 +11,16 @@ from accelerate import Accelerator
 from anndata import AnnData
 
 from hinge.config import SamplingConfig
+from hinge.data.bulk import Bulk
 from hinge.data.draws import same_draws, write_draws
 from hinge.data.observed import observed_digest, read_observed
 from hinge.data.slide import slide_name
 from hinge.diffusion import HingePipeline, SamplingSettings, SlideInputs
 from hinge.diffusion.defaults import DEFAULT_BATCH_SIZE
+from hinge.diffusion.evidence import log_evidence, slide_evidence
 from hinge.diffusion.pipeline import PRECISIONS
 from hinge.diffusion.sampler import spots_per_part
+from hinge.diffusion.slide_effect import SlideEvidence
 from hinge.run.preparation import Preparation
 from hinge.training.loop import make_accelerator
 from hinge.utils.errors import ConfigError, DataError
@@ -75,6 +78,10 @@ def sample_slide(
     observed: Path | None = None,
     genes: list[str] | None = None,
     allow: Collection[str] = (),
+    patient: str | None = None,
+    bulk: Bulk | None = None,
+    bulk_sd: float | None = None,
+    library_size: float | str | None = None,
 ) -> Path:
     """Draw the expression of a slide's spots and return the file; see `Run.sample`."""
     config, diffusion = inputs.config.sampling, inputs.config.diffusion
@@ -89,7 +96,9 @@ def sample_slide(
     pipeline = load_pipeline(inputs).to(PRECISIONS[config.precision])
     outside = None if genes is None else pipeline.outside_genes(genes)
     encoder, digest = inputs.encoder, "" if observed is None else observed_digest(observed)
+    evidence, known = slide_evidence(pipeline.model, slide, pipeline.genes, patient, bulk, bulk_sd, library_size)
     about = pipeline.provenance(settings, encoder.name, encoder.digest, digest, outside.genes if outside else None)
+    about = known | about
     drawn = [*pipeline.genes, *(outside.genes if outside else [])]
     if output.exists() and same_draws(output, about, slide, drawn):
         remove_leftovers(output)
@@ -98,28 +107,33 @@ def sample_slide(
     inputs.check_to_sample(slide, allow)
     with lock_file(output):
         accelerator = make_accelerator(inputs.config.training)
-        spots = _spots(inputs, slide, observed, accelerator)
+        spots = _spots(inputs, slide, observed, evidence, accelerator)
         pipeline.to(accelerator.device)
+        log_evidence(pipeline.model, slide, about)
+        spots = pipeline.with_slide_effect(spots)
         unfinished = _draw(pipeline, spots, settings, about, output, accelerator)
         if accelerator.is_main_process:
             values, expected = unfinished.read()
             if outside is not None:
                 values, expected = outside.append(values, expected, spots.spots, settings)
-            write_draws(output, values, expected, slide, drawn, about)
+            levels, novelty = spots.levels(settings), spots.novelty()
+            write_draws(output, values, expected, slide, drawn, about, levels, novelty)
             unfinished.remove()
             logger.info("wrote %s (%d draws of %d spots)", output, settings.num_draws, slide.n_obs)
         accelerator.wait_for_everyone()
         return output
 
 
-def _spots(inputs: Preparation, slide: AnnData, observed: Path | None, accelerator: Accelerator) -> SlideInputs:
+def _spots(
+    inputs: Preparation, slide: AnnData, observed: Path | None, evidence: SlideEvidence, accelerator: Accelerator
+) -> SlideInputs:
     """Return what the draws of a slide depend on, beside the model and the settings."""
     measured = library_size = None
     if observed is not None:
         measured, library_size = read_observed(observed, slide, inputs.panel().genes, inputs.config.transform)
     with accelerator.main_process_first():
         path = inputs.features(slide)
-    return SlideInputs.of_slide(slide, inputs.conditions(slide, path)[:, 0], measured, library_size)
+    return SlideInputs.of_slide(slide, inputs.conditions(slide, path)[:, 0], measured, library_size, evidence)
 
 
 def _draw(

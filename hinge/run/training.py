@@ -100,7 +100,7 @@ def _check(inputs: Preparation, names: Sequence[str], allow: Collection[str]) ->
 def _prepare(inputs: Preparation) -> tuple[SpotTable, ExpressionBackbone | None, CountTable | None]:
     """Return training spots and the backbone, or the counts to pre-train it on; errors of the input are raised here."""
     data, settings = inputs.config.data, inputs.config.backbone
-    spots = inputs.spots(data.train)
+    spots = inputs.training_spots()
     if not inputs.paths.has_backbone:
         if settings.weights == "random":
             _write_random_backbone(inputs)
@@ -189,6 +189,7 @@ def _train(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbone, 
         paths.training,
         seed=config.seed,
         accelerator=accelerator,
+        levels=inputs.slide_levels(spots) if config.model.gene_factors and config.training.initialisation else None,
     )
     if accelerator.is_main_process:
         # before the model, which marks the run as trained
@@ -211,6 +212,7 @@ def _write_split(inputs: Preparation, spots: SpotTable) -> None:
             "train": data.train,
             "test": data.test,
             "pretrain": data.pretrain,
+            "patients": {name: inputs.patient(name) for name in [*data.train, *data.test, *data.pretrain]},
             **inputs.training_grid(),
             "validation_spots": [f"{spots.slide[index]}/{spots.barcodes[index]}" for index in held],
         },

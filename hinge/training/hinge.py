@@ -7,15 +7,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hinge.data.slide_levels import SlideLevels
 from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.loss import draw_timesteps, loss_mask, spot_weights
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.hinge import HingeModel
+from hinge.models.regression_uncertainty import RegressionUncertainty
+from hinge.models.slide_effects import SlidePrior
 from hinge.models.value_bins import fit_to_panel
 from hinge.training.initialisation import initialise_gene_factors, initialise_library_size
 from hinge.training.loop import LoopResult, make_accelerator, run_loop, step_generator
 from hinge.training.masked_mean import fit_masked_mean
 from hinge.training.settings import TrainingConfig
+from hinge.training.slide_prior import fit_slide_prior
 from hinge.utils.errors import DataError
 
 # fixed times, evenly spread, at which every held-out spot is scored: one random time a spot would be too noisy
@@ -136,6 +140,8 @@ class _MaskedExpression:
         As of `train_hinge`.
     slide_shift
         (n, G) of all spots; None without initialisation.
+    library_shift
+        (n,) of all spots, see `initialise_library_size`; None for a model without library sizes.
     device
         Where the model is.
     """
@@ -149,10 +155,11 @@ class _MaskedExpression:
         config: TrainingConfig,
         seed: int,
         slide_shift: Tensor | None,
+        library_shift: Tensor | None,
         device: torch.device,
     ):
         self.data, self.scheduler, self.config, self.seed, self.device = data, scheduler, config, seed, device
-        self.gene_ids, self.slide_shift = gene_ids.to(device), slide_shift
+        self.gene_ids, self.slide_shift, self.library_shift = gene_ids.to(device), slide_shift, library_shift
         self.values = torch.from_numpy(np.asarray(spots.values, dtype=np.float32))
         self.library_size = None
         if data.model.library_size_model is not None:
@@ -192,6 +199,8 @@ class _MaskedExpression:
             inputs["slide_shift"] = self.slide_shift[spot]
         if self.library_size is not None:
             inputs["library_size"] = self.library_size[spot]
+        if self.library_shift is not None:
+            inputs["library_shift"] = self.library_shift[spot]
         if feature_mask is not None:
             inputs["feature_mask"] = feature_mask
         return {name: tensor.to(self.device) for name, tensor in inputs.items()} | {"gene_ids": self.gene_ids}
@@ -248,6 +257,7 @@ def train_hinge(
     seed: int = 0,
     accelerator: Accelerator | None = None,
     continue_with: str = "the same command",
+    levels: SlideLevels | None = None,
 ) -> LoopResult:
     """Train what of `model` is trainable; on return it holds the best (or last) weights and is in eval mode.
 
@@ -268,6 +278,9 @@ def train_hinge(
         Of `accelerate`; one is made where it is not given.
     continue_with
         Description for the message of an interrupted run.
+    levels
+        Of all slides with counts, the training slides among them, from which the prior of a new slide's level is
+        fitted. None: of the training slides, each of a patient of its own.
 
     Raises
     ------
@@ -279,14 +292,17 @@ def train_hinge(
         fit_to_panel(model, gene_ids, spots.counts[data.training], spots.values[data.training])
     accelerator = accelerator or make_accelerator(config, folder)
     gene_ids = gene_ids.to(accelerator.device)
-    slide_shift = None
+    slide_shift = library_shift = None
     # also before a resumed run: the checkpoint then replaces the parameters, but not buffers and shifts
+    model.to(accelerator.device)
     if config.initialisation and model.gene_factor_model is not None:
-        model.to(accelerator.device)
-        slide_shift = _initialise(model, scheduler, gene_ids, spots, data.training, seed)
-    elif model.library_size_model is not None:
-        initialise_library_size(model.to(accelerator.device), spots.subset(data.training))
-    objective = _MaskedExpression(data, spots, scheduler, gene_ids, config, seed, slide_shift, accelerator.device)
+        slide_shift, uncertainty = _initialise(model, scheduler, gene_ids, spots, data.training, seed)
+        fit_slide_levels(model, spots, levels).regression.load_state_dict(uncertainty.state_dict())
+    if model.library_size_model is not None:
+        library_shift = _library_shift(model, spots, data.training)
+    objective = _MaskedExpression(
+        data, spots, scheduler, gene_ids, config, seed, slide_shift, library_shift, accelerator.device
+    )
     result = run_loop(
         _Denoising(model),
         objective.batch_loss,
@@ -304,6 +320,24 @@ def train_hinge(
     return result
 
 
+def fit_slide_levels(model: HingeModel, spots: SpotTable, levels: SlideLevels | None = None) -> SlidePrior:
+    """Give a model the prior of slide levels, and return it; arguments as of `train_hinge`."""
+    of_spots = SlideLevels.of_spots(spots.counts, spots.library_size, spots.slide, spots.slide, spots.transform)
+    levels = of_spots if levels is None else levels
+    prior = model.add_slide_prior(sorted(set(levels.patient.tolist())))
+    fit_slide_prior(prior, levels, np.isin(levels.sample, of_spots.sample), spots.transform)
+    return prior
+
+
+def _library_shift(model: HingeModel, spots: SpotTable, training: np.ndarray) -> Tensor:
+    """Initialise the library sizes from the training spots, and return the shift (n,) of the slides of all spots."""
+    of_training = initialise_library_size(model, spots.subset(training))
+    shift = torch.zeros(len(spots))
+    for name in np.unique(spots.slide[training]):
+        shift[torch.from_numpy(spots.slide == name)] = of_training[torch.from_numpy(spots.slide[training] == name)][0]
+    return shift
+
+
 def _initialise(
     model: HingeModel,
     scheduler: MaskedDiffusionScheduler,
@@ -311,9 +345,12 @@ def _initialise(
     spots: SpotTable,
     training: np.ndarray,
     seed: int,
-) -> Tensor:
-    """Initialise the gene factors from the training spots, and return the slide shift (n, G) of all spots."""
-    of_training = initialise_gene_factors(model, scheduler, gene_ids, spots.subset(training), seed)
+) -> tuple[Tensor, RegressionUncertainty]:
+    """Initialise the gene factors from the training spots.
+
+    Return the slide shift (n, G) of all spots, and the uncertainty of the regression.
+    """
+    of_training, uncertainty = initialise_gene_factors(model, scheduler, gene_ids, spots.subset(training), seed)
     # moving it along with residuals that are out of fold would undo the cross-validation of its penalty
     model.gene_factor_model.mean.requires_grad_(False)
     model.gene_factor_model.log_scale.weight.requires_grad_(False)
@@ -322,4 +359,4 @@ def _initialise(
         # a spot that is held out has its slide's shift, because its regression is out of fold already
         slide_shift[torch.from_numpy(spots.slide == name)] = of_training[spots.slide[training] == name].mean(dim=0)
     slide_shift[torch.from_numpy(training)] = of_training
-    return slide_shift
+    return slide_shift, uncertainty

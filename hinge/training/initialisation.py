@@ -9,6 +9,7 @@ from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.evaluation.ridge import fit_ridge
 from hinge.models.gene_factors import GeneFactorModel
 from hinge.models.hinge import HingeModel
+from hinge.models.regression_uncertainty import RegressionUncertainty
 from hinge.training.loop import step_generator
 from hinge.training.partly_masked import fit_visible_share, partly_masked_spots
 from hinge.training.prior_covariance import fit_factors, prior_correlation
@@ -22,7 +23,7 @@ RESIDUAL_FLOOR = 0.1
 @torch.no_grad()
 def initialise_gene_factors(
     model: HingeModel, scheduler: MaskedDiffusionScheduler, gene_ids: Tensor, spots: SpotTable, seed: int
-) -> Tensor:
+) -> tuple[Tensor, RegressionUncertainty]:
     """Set the parameters of a model's `GeneFactorModel` (and `LibrarySizeModel`) from its training spots.
 
     1. Ridge regression on the features predicts what the backbone leaves unexplained in fully masked spots.
@@ -48,10 +49,11 @@ def initialise_gene_factors(
 
     Returns
     -------
-    Tensor
+    tuple
         (n, G) `slide_shift` of each training spot for training: the difference of the out-of-fold regression, slide
         shift included, from the fitted regression. Scales and factors are then trained on residuals as large as those
-        of a new slide's spots. The mean over a slide is the slide's shift against the fitted regression.
+        of a new slide's spots. The mean over a slide is the slide's shift against the fitted regression. And the
+        uncertainty of the regression.
     """
     factors = model.gene_factor_model
     backbone = _Backbone(model, scheduler, gene_ids, spots, seed)
@@ -69,7 +71,6 @@ def initialise_gene_factors(
         (factors.mean.weight, ridge.weight),
         (factors.mean.bias, ridge.bias),
         (factors.offset, offset),
-        (factors.slide_loadings, _slide_loadings(shifts, factors.slide_loadings.shape)),
     ):
         write(parameter, content)
     correlation = prior_correlation(model.backbone, gene_ids)
@@ -77,7 +78,9 @@ def initialise_gene_factors(
     _set_scale_weights(factors, x, unexplained, groups)
     partly = partly_masked_spots(factors, scheduler, backbone, offset, regression)
     _set_scales(factors, partly, unexplained, 1 - model.config.masked_decoding, x.mean(axis=0))
-    return torch.from_numpy(regression - ridge.predict(x)).float()
+    uncertainty = RegressionUncertainty(x.shape[1])
+    uncertainty.fit(x, ridge.penalty)
+    return torch.from_numpy(regression - ridge.predict(x)).float(), uncertainty
 
 
 class _Backbone:
@@ -100,9 +103,9 @@ class _Backbone:
         features = torch.from_numpy(np.asarray(spots.features[:, 0], dtype=np.float32))
         self.condition = model.standardise(features.to(self.device))
         if model.library_size_model is not None:
-            initialise_library_size(model, spots)
-            library_size = torch.from_numpy(np.asarray(spots.library_size, dtype=np.float32)).to(self.device)
-            self.condition = model.with_library_size(self.condition, library_size)
+            shift = initialise_library_size(model, spots)
+            relative = torch.from_numpy(np.asarray(spots.library_size, dtype=np.float32)) * (-shift).exp()
+            self.condition = model.with_library_size(self.condition, relative.to(self.device))
 
     def decode(self, timestep: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the decoded values (n, G) at a timestep, and which genes were visible (n, G)."""
@@ -122,25 +125,29 @@ class _Backbone:
         return torch.cat(parts).double().numpy(), visible.double().numpy()
 
 
-def initialise_library_size(model: HingeModel, spots: SpotTable) -> None:
+def initialise_library_size(model: HingeModel, spots: SpotTable) -> Tensor:
     """Set a model's `LibrarySizeModel` from its training spots: ridge regression of log library size on the features.
 
-    Scales are those of out-of-fold residuals, within slides and between them.
+    The scale is that of out-of-fold residuals within slides. Return the shift (n,) of each spot's slide, by which the
+    logarithms of its library sizes are larger.
     """
     sizes = model.library_size_model
     x = model.standardise(torch.from_numpy(np.asarray(spots.features[:, 0], dtype=np.float32)).to(model.device))
     log_size = np.log(np.maximum(np.asarray(spots.library_size, dtype=np.float64), 1))[:, None]
     groups = spot_groups(spots.slide, spots.coords, "fold")
-    ridge = fit_ridge(x.cpu().numpy().astype(np.float64), log_size, groups)
+    features = x.cpu().numpy().astype(np.float64)
+    ridge = fit_ridge(features, log_size, groups)
     shifts, slide_of = slide_shifts(log_size - ridge.held_out, spots.slide)
     left = log_size - ridge.held_out - shifts[slide_of]
     spatial = SpatialCorrelation(spots.coords, slide_of)
-    if len(shifts) > 1:
-        write(sizes.slide_scale, np.sqrt((shifts**2).mean()))
     write(sizes.mean.weight, ridge.weight)
     write(sizes.mean.bias, ridge.bias)
     write(sizes.scale, max(float(left.std()), SMALLEST_SCALE))
     write(sizes.spatial_share, spatial.share(left, spatial.range(left))[0])
+    of_slides = [
+        float((log_size - ridge.predict(features))[slide_of == number].mean()) for number in range(len(shifts))
+    ]
+    return torch.tensor(of_slides)[torch.from_numpy(slide_of)].float()
 
 
 def slide_shifts(residual: np.ndarray, slides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -158,15 +165,6 @@ def write(parameter: Tensor, content: np.ndarray | float) -> None:
     """Set a parameter or buffer to an array of as many numbers."""
     with torch.no_grad():
         parameter.copy_(torch.from_numpy(np.ascontiguousarray(content)).reshape(parameter.shape))
-
-
-def _slide_loadings(shifts: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return loadings (G, R) of the covariance of the slide shifts (S, G), in the directions with most of it."""
-    _, sizes, directions = np.linalg.svd(shifts / np.sqrt(len(shifts)), full_matrices=False)
-    rank = min(shape[1], len(sizes))
-    loadings = np.zeros(shape)
-    loadings[:, :rank] = directions[:rank].T * sizes[:rank]
-    return loadings
 
 
 def _set_noise(

@@ -101,6 +101,7 @@ def test_commands():
         "run",
         "train",
         "sample",
+        "adapt",
         "evaluate",
         "report",
         "view",

@@ -9,6 +9,7 @@ from helpers.draws import draw_features
 
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.diffusion import MaskedDiffusionScheduler, sampler
+from hinge.diffusion.slide_effect import LoadingsEffect
 from hinge.models import HingeModel
 from hinge.utils.errors import DataError
 
@@ -97,6 +98,7 @@ def slide_parts(fill="mask_token", library_size=False, head="rounded_gaussian"):
         transform=transform,
         library_size=library_size,
         num_factors=3,
+        num_slide_factors=4,
     ).eval()
     with torch.no_grad():
         model.gene_factor_model.mean.weight.normal_()
@@ -150,8 +152,7 @@ def test_measured_genes_pass_through_to_the_bit_and_inform_the_rest():
     assert not np.allclose(drawn.values[:, :6, 5:], free.values[:, :6, 5:])
     # spots without a measurement learn the shift of their slide from the others, and nothing else
     assert not np.allclose(drawn.values[:, 6:], free.values[:, 6:])
-    rank = parts[0].gene_factor_model.slide_loadings.shape[1]
-    untold = draw(parts, observed=observed, slide_effect=(np.zeros(rank), np.eye(rank)))
+    untold = draw(parts, observed=observed, slide_effect=LoadingsEffect(parts[0], GENES, None))
     np.testing.assert_allclose(untold.values[:, 6:], free.values[:, 6:], atol=1e-4)
     everything = draw(parts, observed=np.ones((9, GENES), dtype=np.float32))
     assert (everything.values == 1).all()

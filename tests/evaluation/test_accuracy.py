@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import pearsonr
 from sklearn.metrics import mean_absolute_error, mean_squared_error
 
-from hinge.evaluation.metrics.accuracy import gene_pcc, mean_scores, summarise_pcc
+from hinge.evaluation.metrics.accuracy import error_parts, gene_pcc, mean_scores, summarise_pcc
 from hinge.utils.errors import DataError
 
 PCC = ("pcc_10", "pcc_50", "pcc_200", "pcc_mean", "pcc_hvg50")
@@ -126,3 +126,18 @@ def test_shapes_must_match(pair):
         mean_scores(measured, predicted[1:])
     with pytest.raises(DataError, match=r"shape \(0, 250\)"):
         mean_scores(measured[:0], predicted[:0])
+
+
+def test_level_slope_and_pattern_add_up_to_the_error():
+    rng = np.random.default_rng(0)
+    measured = rng.normal(size=(40, 5))
+    predicted = 0.5 * measured + rng.normal(size=(40, 5)) + 2.0
+    parts = error_parts(measured, predicted)
+    assert sum(parts.values()) == pytest.approx(((predicted - measured) ** 2).mean())
+    assert error_parts(measured, measured + 3.0) == pytest.approx({"mse_level": 9, "mse_slope": 0, "mse_pattern": 0})
+    centred = measured - measured.mean(axis=0)
+    half = error_parts(centred, 0.5 * centred)
+    assert half["mse_slope"] == pytest.approx(0.25 * (centred**2).mean())
+    assert half["mse_level"] == pytest.approx(0) and half["mse_pattern"] == pytest.approx(0, abs=1e-12)
+    constant = error_parts(centred, np.zeros_like(centred))
+    assert constant["mse_pattern"] == pytest.approx((centred**2).mean())

@@ -289,3 +289,33 @@ def test_tables_that_do_not_fit_are_errors(data):
     ):
         with pytest.raises(DataError, match=match):
             baseline_predictions(train, wrong)
+
+
+def test_ridge_with_a_level_has_that_level_and_the_pattern_of_ridge(data, fitted):
+    features, values, groups, test_features, *_ = data
+    levels = np.stack([np.full(N_GENES, 40.0 + number) for number in range(4)])
+    prediction = fit_baselines(features, values, groups, test_features, ["ridge-cv+residual+level"], levels=levels)[0]
+    np.testing.assert_allclose(prediction.mean.mean(axis=0), levels[0])
+    ridge = fitted["ridge-cv"].mean
+    np.testing.assert_allclose(prediction.mean - levels[0], ridge - ridge.mean(axis=0))
+    drawn = prediction.draws.mean(axis=1)
+    np.testing.assert_allclose(drawn[:3].mean(axis=1), [41, 42, 43], atol=0.6)
+    np.testing.assert_allclose(drawn[3], drawn[0], atol=1.5)  # levels are used again where draws are more
+
+
+def test_residual_correlations_are_shrunk_to_given_ones_where_spots_are_few(data):
+    features, values, groups, test_features, _, mixing = data
+    covariance = mixing.T @ mixing
+    truth = covariance / np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)))
+    rows = np.r_[0:6, 100:106, 200:206]
+    methods = ["ridge-cv+residual", "ridge-cv+residual+pretrained"]
+    own, shrunk = fit_baselines(
+        features[rows], values[rows], groups[rows], test_features, methods, n_draws=100, correlation=truth
+    )
+
+    def missed(prediction):
+        noise = (prediction.draws - prediction.mean).reshape(-1, N_GENES)
+        return np.abs(np.corrcoef(noise.T) - truth).mean()
+
+    assert missed(shrunk) < missed(own)
+    assert [each.method for each in fit_baselines(features, values, groups, test_features, methods)] == methods[:1]

@@ -40,6 +40,7 @@ from hinge.utils.errors import DataError
 METHODS = ["mean", "ridge-hest", "ridge-cv", "ridge-cv+residual", "knn", "training-correlation", "noise-ceiling"]
 ABOUT = {"slide", "method", "transform", "n_spots", "n_genes", "n_genes_constant", "n_draws"}
 OF_MEAN = {"pcc_10", "pcc_50", "pcc_200", "pcc_mean", "pcc_hvg50", "mse", "mae", "rvd"}
+OF_MEAN |= {"mse_level", "mse_slope", "mse_pattern"}
 OF_MEAN |= {"coexpression_r_mean", "coexpression_rmse_mean"}
 OF_MATRIX = {"coexpression_r", "coexpression_rmse"}
 OF_ONE_DRAW = OF_MATRIX | {"coexpression_r_pooled", "coexpression_rmse_pooled", "c2st_auc", "ssc"}
@@ -156,7 +157,19 @@ def test_scores_are_nan_where_a_prediction_does_not_say(slide):
 def test_one_spot_and_one_gene_and_constant_genes(slide):
     full = prediction_of(slide)
     spot = score(slide.values[:1], Prediction("x", mean=full.mean[:1], draws=full.draws[:, :1]))
-    of_spot = {"mse", "mae", "crps", "energy", "variogram", "coverage_50", "coverage_90", "coverage_90_genes"}
+    of_spot = {
+        "mse",
+        "mse_level",
+        "mse_slope",
+        "mse_pattern",
+        "mae",
+        "crps",
+        "energy",
+        "variogram",
+        "coverage_50",
+        "coverage_90",
+        "coverage_90_genes",
+    }
     assert defined(spot) == of_spot
     gene = score(slide.values[:, :1], Prediction("x", mean=full.mean[:, :1], draws=full.draws[:, :, :1]))
     pairs = {name for name in OF_MEAN | OF_DRAWS if name.startswith("coexpr")} | {"variogram", "ssc"}

@@ -186,7 +186,7 @@ WEIGHTS = ("model/diffusion_pytorch_model.safetensors", "backbone/model.safetens
 def test_weights_that_are_not_finite_are_refused(copied_tiny_run, weights):
     path = copied_tiny_run.folder / weights
     tensors = load_file(path)
-    for name, tensor in tensors.items():
+    for name, tensor in ((name, tensor) for name, tensor in tensors.items() if tensor.numel()):
         for bad in (float("nan"), float("inf")):
             changed = tensor.clone()
             changed.view(-1)[changed.numel() // 2] = bad

@@ -175,8 +175,11 @@ def test_draws_are_an_anndata_that_stands_on_its_own(finished, slides):
     assert not np.array_equal(stacked[0], stacked[1])
     np.testing.assert_allclose(draws.X, stacked.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(draws.layers["std"], stacked.std(axis=0), atol=1e-6)
-    # the head's own mean has less noise than three draws, and the same expectation
-    assert abs((draws.layers["expected"] - draws.X).mean()) < 4 * stacked.std() / np.sqrt(stacked.size)
+    # the head's own mean has less noise than three draws, and the same expectation; draws differ in the slide's level
+    apart = stacked.mean(axis=(1, 2)).std(ddof=1) / np.sqrt(3)
+    assert abs((draws.layers["expected"] - draws.X).mean()) < 4 * stacked.std() / np.sqrt(stacked.size) + 5 * apart
+    assert draws.varm["slide_level"].shape == (20, 4) and (draws.varm["slide_level"] >= 0).all()
+    assert (draws.obs["novelty"] > 0).all()
     np.testing.assert_array_equal(draws.obsm["spatial"], slide.obsm["spatial"])
 
     about = draws.uns["hinge"]
@@ -187,6 +190,9 @@ def test_draws_are_an_anndata_that_stands_on_its_own(finished, slides):
         "draws": 3,
         "steps": 4,
         "encoder": "stain-texture",
+        "patient": "P0",
+        "library_size": "patient",
+        "bulk": "",
     }
     assert {key: about[key] for key in asked} == asked
     assert about["um_per_px"] == 2.0 and about["image_path"].endswith("sim2.jpg")

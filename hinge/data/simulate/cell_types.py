@@ -8,6 +8,8 @@ SPOT_PITCH_UM, SPOT_DIAMETER_UM = 200.0, 100.0
 MARGIN_UM = 200.0  # from the outermost spots' centres to the image's edge
 RASTER_UM = 20.0  # step of the grid on which smooth fields live
 N_PROGRAMS = 3
+# between patients, of natural logarithms: of each gene by itself, and of all genes together
+PATIENT_SD, PATIENT_DEPTH_SD = 0.6, 0.7
 LIBRARY_SIZE_SD, SMOOTH_SHARE, SMOOTH_LENGTH_UM = 0.3, 0.5, 500.0  # τ, ρ, ℓ above
 
 

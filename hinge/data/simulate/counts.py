@@ -13,7 +13,8 @@ over the spots of a slide a Gaussian process whose correlation at the distance D
 
     (1 − ρ) 1[D = 0] + ρ exp(−D / ℓ).
 
-Slides of one seed share M, b, L and θ; each has its own tissue and activities.
+Slides of one seed share M, b, L and θ; each has its own tissue and activities. M and b of a patient have one more
+factor for each gene (`patient_factors`).
 
 F, δ and γ are independent of each other and of the image and have mean 1. The best possible prediction is therefore
 known in closed form: E[y_sg | image] = b_g + Σ_k c_sk M_kg, which is `layers["expected"]`. `oracle_draws` samples y
@@ -26,7 +27,7 @@ import anndata as ad
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from hinge.data.simulate.cell_types import N_PROGRAMS, CellType
+from hinge.data.simulate.cell_types import N_PROGRAMS, PATIENT_DEPTH_SD, PATIENT_SD, CellType
 from hinge.utils.errors import DataError, require_whole_number
 
 
@@ -83,6 +84,18 @@ def draw_gene_parameters(rng: np.random.Generator, types: Sequence[CellType], n_
         "ambient": 1.5 * profile.mean(1),
         "dispersion": np.exp(rng.normal(np.log(20), 0.4, n_genes)),
     }
+
+
+def patient_factors(seed: int, patient: int, n_genes: int) -> np.ndarray:
+    """Return the factors (G,) of the expression of a patient; those of patient 0 are 1.
+
+    Their logarithms are normal: of every gene by itself with a standard deviation of `PATIENT_SD`, and of all genes
+    together, the depth of sequencing, with `PATIENT_DEPTH_SD`. Both are about those between patients of HER2ST.
+    """
+    if patient == 0:
+        return np.ones(n_genes)
+    rng = np.random.default_rng([seed, 3, patient])
+    return np.exp(PATIENT_DEPTH_SD * rng.standard_normal() + PATIENT_SD * rng.standard_normal(n_genes))
 
 
 def activity_root(slide: ad.AnnData) -> np.ndarray:

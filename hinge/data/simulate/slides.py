@@ -27,7 +27,7 @@ from hinge.data.simulate.cell_types import (
     CellType,
     image_size_um,
 )
-from hinge.data.simulate.counts import activity_root, draw_counts, draw_gene_parameters
+from hinge.data.simulate.counts import activity_root, draw_counts, draw_gene_parameters, patient_factors
 from hinge.data.simulate.images import render_image
 from hinge.data.simulate.tissue import Tissue, lay_out_tissue, raster_index
 from hinge.utils.errors import ConfigError, require_whole_number
@@ -46,6 +46,7 @@ def simulate_slides(
     um_per_px: float = 1.0,
     with_image: bool = True,
     first: int = 0,
+    n_patients: int = 1,
 ) -> list[Path]:
     """Write simulated slides `sim<first>.h5ad`, `sim<first + 1>.h5ad`, …, each with a `.jpg` image beside it.
 
@@ -73,12 +74,16 @@ def simulate_slides(
         False renders no image; the counts are the same.
     first
         Number of the first slide.
+    n_patients
+        Slide i is of patient i mod n_patients. The expression of every patient but the first is shifted, gene by gene
+        and as a whole, by the amounts of `patient_factors`.
 
     Returns
     -------
     list of Path
         The h5ad files. In addition to the fields of every slide they hold `layers["expected"]` (n, G) =
-        E[counts | image], `obsm["cells"]` (n, K) = number of cells of each type in each spot and `obs["domain"]`.
+        E[counts | image], `obsm["cells"]` (n, K) = number of cells of each type in each spot, `obs["domain"]` and
+        `obs["patient"]`.
         `oracle_draws` reads `varm["profile"]` (G, K), `varm["loadings"]` (G, K·P), `var["ambient"]`,
         `var["dispersion"]` and `uns["hinge_truth"]`.
 
@@ -87,6 +92,7 @@ def simulate_slides(
     ConfigError
         An argument is out of its range.
     """
+    require_whole_number("n_patients", n_patients, 1, 10_000)
     _check_arguments(n_slides, grid, n_genes, n_cell_types, seed, um_per_px, with_image, first)
     types = CELL_TYPES[:n_cell_types]
     biology = draw_gene_parameters(np.random.default_rng([seed, 0]), types, n_genes)
@@ -95,7 +101,11 @@ def simulate_slides(
         # a stream for each part, so that the counts do not depend on whether an image is rendered
         tissue_rng, counts_rng, image_rng = np.random.default_rng([seed, 1, number]).spawn(3)
         tissue = lay_out_tissue(tissue_rng, types, grid)
-        slide = _make_slide(counts_rng, f"sim{number}", tissue, biology, types, grid, um_per_px)
+        patient = number % n_patients
+        factors = patient_factors(seed, patient, n_genes)
+        of_patient = biology | {key: (biology[key].T * factors).T for key in ("profile", "ambient")}
+        slide = _make_slide(counts_rng, f"sim{number}", tissue, of_patient, types, grid, um_per_px)
+        slide.obs["patient"] = f"P{patient}"
         image_path = Path(folder) / f"sim{number}.jpg"
         if with_image:
             slide.uns["hinge"]["image_path"] = image_path.name

@@ -131,3 +131,31 @@ def mean_scores(measured: ArrayLike, predicted: ArrayLike) -> dict[str, float]:
         "rvd": float(np.mean((ratio - 1.0) ** 2)) if ratio.size else float("nan"),
         "n_genes_constant": int(constant.sum()),
     }
+
+
+def error_parts(measured: ArrayLike, predicted: ArrayLike) -> dict[str, float]:
+    """Divide the mean squared error into level, slope and pattern.
+
+    With means m and p over spots, deviations s and q, and the correlation r of a gene, its error is
+    (p − m)² + (q − r·s)² + (1 − r²)·s² (Murphy, Monthly Weather Review 116, 1988, who calls the first two
+    unconditional and conditional bias).
+
+    Parameters
+    ----------
+    measured, predicted
+        Values (n, G) in transform units.
+
+    Returns
+    -------
+    dict
+        `mse_level`, `mse_slope` and `mse_pattern`, means over genes, whose sum is the mean squared error.
+    """
+    measured, predicted = as_matrix(measured, "the measured slide"), as_matrix(predicted, "the prediction")
+    level = (predicted.mean(axis=0) - measured.mean(axis=0)) ** 2
+    measured, predicted = measured - measured.mean(axis=0), predicted - predicted.mean(axis=0)
+    spread = np.sqrt((predicted**2).mean(axis=0))
+    # the measured pattern along the predicted one, in units of values
+    along = np.where(spread > 0, (measured * predicted).mean(axis=0) / np.maximum(spread, 1e-300), 0.0)
+    slope, pattern = (spread - along) ** 2, (measured**2).mean(axis=0) - along**2
+    parts = {"level": level, "slope": slope, "pattern": np.maximum(pattern, 0.0)}
+    return {f"mse_{name}": float(part.mean()) for name, part in parts.items()}

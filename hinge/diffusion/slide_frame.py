@@ -1,0 +1,64 @@
+"""Values of a slide in terms of the training slides: a model that was trained at one level draws at another."""
+
+import torch
+from torch import Tensor
+
+from hinge.models.hinge import HingeModel
+
+# bounds of the ratio of standard deviations, where one of the two distributions is nearly a point
+SMALLEST_RATIO, LARGEST_RATIO = 0.2, 5.0
+
+
+class SlideFrame:
+    """The map between values of a slide and values that a training slide would have in their place.
+
+    What the backbone and the gene factors know of the dependence between genes holds for values of training slides. A
+    visible value is therefore replaced by the one that is as many standard deviations from its mean there, and the
+    location that is predicted from it is moved, as far as it differs from that of a fully masked spot, in proportion
+    to the scale. With no shift and no change of scale nothing changes.
+
+    Parameters
+    ----------
+    model
+        With a `GeneFactorModel`.
+    condition
+        (B, d) of the spots, as on a training slide.
+    shift
+        (B, G) of the locations.
+    log_scale
+        (G,) added to the log-scales.
+    library_size
+        (B,) on the slide; None for a model without library sizes.
+    """
+
+    def __init__(
+        self,
+        model: HingeModel,
+        condition: Tensor,
+        shift: Tensor,
+        log_scale: Tensor,
+        library_size: Tensor | None,
+    ):
+        factors, sizes, of_training = model.gene_factor_model, model.library_size_model, None
+        if sizes is not None:
+            # the last feature is how unusual a spot's library size is on its slide
+            of_training = sizes(condition[:, :-1], condition[:, -1])
+        assert factors is not None
+        self.shift, self.log_scale = shift, log_scale
+        self.masked, masked_scale = factors.masked(condition)
+        nothing = self.masked.new_zeros(*self.masked.shape, model.config.hidden_size)
+        there = model.distribution(self.masked, nothing, masked_scale, of_training)
+        here = model.distribution(self.masked + shift, nothing, masked_scale + log_scale, library_size)
+        self.mean_there, self.mean_here = there.mean, here.mean
+        ratio = here.variance.clamp_min(1e-8).sqrt() / there.variance.clamp_min(1e-8).sqrt()
+        self.ratio = ratio.clamp(SMALLEST_RATIO, LARGEST_RATIO)
+
+    def visible(self, values: Tensor, visible: Tensor) -> Tensor:
+        """Return values (B, G), the visible ones replaced by those that a training slide would have in their place."""
+        there = (self.mean_there + (values - self.mean_here) / self.ratio).clamp_min(0)
+        return torch.where(visible > 0, there, values)
+
+    def location(self, location: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Return the location on the slide of one (b, G) that was predicted as on a training slide, for some rows."""
+        masked, shift = self.masked[rows], self.shift[rows]
+        return masked + shift + (location - masked) * torch.exp(self.log_scale)

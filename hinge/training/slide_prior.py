@@ -1,0 +1,173 @@
+"""Fit of the prior of slide levels to all slides with counts, by moments."""
+
+import logging
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hinge.data.slide_levels import SlideLevels, shares_of_composition
+from hinge.models.expected_values import fit_dispersion, moments
+from hinge.models.slide_effects import SlidePrior
+
+logger = logging.getLogger(__name__)
+
+# standard deviations of log2 compositions and library sizes in HER2ST, eight patients: between patients, and between
+# sections of one. They are what is assumed where slides of one patient, or one slide of each, cannot tell.
+BETWEEN_PATIENTS, BETWEEN_SECTIONS = 0.9, 0.2
+LIBRARY_BETWEEN_PATIENTS, LIBRARY_BETWEEN_SECTIONS = 1.1, 0.4
+# degrees of freedom that these assumptions count for, and the variance of all genes beside that of one
+ASSUMED_DEGREES, POOLED_DEGREES = 1.0, 3.0
+
+SHARED_PART = 0.5
+"""Share of the variance between patients that few directions carry; the rest is of each gene alone."""
+
+MOST_SLIDES = 40
+SMALLEST_VARIANCE = 1e-3
+
+
+def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np.bool_], transform: str) -> None:
+    """Set the buffers of a `SlidePrior`.
+
+    Variances are moments: within patients over the slides of each, between patients over the means of patients less
+    their uncertainty. The variance of a gene is shrunk towards the mean over genes (as variances are in limma; Smyth,
+    Statistical Applications in Genetics and Molecular Biology 3, 2004), and that towards the assumed one.
+
+    Parameters
+    ----------
+    prior
+        Of the patients in `levels`.
+    levels
+        Of S slides, with the training slides among them.
+    training
+        (S,) which are those.
+    transform
+        Name of the transform of the values.
+    """
+    patients, numbers = prior.patients, np.array([prior.patients.index(name) for name in levels.patient])
+    log_library = np.log2(levels.library_size)[:, None]
+    means, counts = _means(levels.composition, numbers, len(patients))
+    library_means, library_counts = _means(log_library, numbers, len(patients))
+    # a gene that a patient lacks has the population's level there
+    population = np.nanmean(np.where(np.isfinite(means), means, np.nan), axis=0)
+    known = np.where(np.isfinite(means), means, population)
+    of_patients, _ = _means(levels.values, numbers, len(patients))
+    section, _ = _pooled(levels.composition, known[numbers], counts, BETWEEN_SECTIONS)
+    library_section, _ = _pooled(log_library, library_means[numbers], library_counts, LIBRARY_BETWEEN_SECTIONS)
+    between = _between(means, counts, section, BETWEEN_PATIENTS)
+    library_between = _between(library_means, library_counts, library_section, LIBRARY_BETWEEN_PATIENTS)
+    loadings, noise = _directions(known - population, between, prior.patient_loadings.shape[1])
+    rows = np.flatnonzero(training)
+    weights = levels.num_spots / levels.num_spots.sum()
+    shares = shares_of_composition(levels.composition)
+    chosen = _some_slides(training)
+    dispersion = fit_dispersion(
+        shares[chosen],
+        levels.library_size[chosen],
+        levels.ratios[chosen],
+        levels.values[chosen],
+        weights[chosen],
+        transform,
+    )
+    of_rows = [
+        moments(np.nan_to_num(shares[row]), levels.library_size[row], levels.ratios[row], dispersion, transform)
+        for row in rows
+    ]
+    expected, variance = (np.stack(each) for each in zip(*of_rows, strict=True))
+    of_training = weights[rows] / weights[rows].sum()
+    difference = np.where(np.isfinite(levels.values[rows]), levels.values[rows] - expected, np.nan)
+    contents = {
+        "population": population,
+        "patient_loadings": loadings,
+        "patient_noise": noise,
+        "section_noise": section,
+        "patient_means": known,
+        "patient_values": np.where(np.isfinite(of_patients), of_patients, np.nanmean(of_patients, axis=0)),
+        "patient_sections": library_counts[:, 0],
+        "patient_library": library_means[:, 0],
+        "library": np.array([library_means.mean(), library_between[0], library_section[0]]),
+        "training_library": np.array([log_library[rows].mean(), library_section[0] * (1 + 1 / len(rows))]),
+        "degrees": np.array(ASSUMED_DEGREES + POOLED_DEGREES + len(patients) - 1),
+        "dispersion": dispersion,
+        "offset": np.nan_to_num(np.nanmean(difference, axis=0)),
+        "training_values": np.nan_to_num(_weighted_mean(levels.values[rows], of_training)),
+        "training_variance": _weighted_mean(variance, of_training),
+        "ratios": levels.ratios[rows].mean(axis=0),
+    }
+    with torch.no_grad():
+        for name, content in contents.items():
+            buffer = getattr(prior, name)
+            buffer.copy_(torch.from_numpy(np.asarray(content, dtype=np.float64)).reshape(buffer.shape))
+    logger.info(
+        "slide levels: %d slides of %d patients; standard deviation of log2 composition %.2f between patients, %.2f "
+        "between slides of one",
+        len(levels),
+        len(patients),
+        np.sqrt(between.mean()),
+        np.sqrt(section.mean()),
+    )
+
+
+def _means(values: NDArray, numbers: NDArray, count: int) -> tuple[NDArray, NDArray]:
+    """Return means (P, G) of the slides of each patient, NaN where none has the gene, and their numbers (P, G)."""
+    known = np.isfinite(values)
+    sums, counts = np.zeros((2, count, values.shape[1]))
+    np.add.at(sums, numbers, np.where(known, values, 0.0))
+    np.add.at(counts, numbers, known)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan), counts
+
+
+def _pooled(values: NDArray, means: NDArray, counts: NDArray, assumed: float) -> tuple[NDArray, float]:
+    """Return the variance (G,) of slides (S, G) around their patients' means (S, G), and its degrees of freedom."""
+    squares = np.nansum((values - means) ** 2, axis=0)
+    degrees = np.maximum(counts - 1, 0).sum(axis=0)
+    return _shrunk(squares, degrees, assumed), float(degrees.mean())
+
+
+def _between(means: NDArray, counts: NDArray, section: NDArray, assumed: float) -> NDArray:
+    """Return the variance (G,) between patients, whose means (P, G) are of `counts` (P, G) slides each."""
+    known = np.isfinite(means)
+    number = known.sum(axis=0)
+    centred = np.where(known, means - np.nanmean(means, axis=0), 0.0)
+    # the mean of a patient's slides varies too
+    uncertain = np.where(known, section / np.maximum(counts, 1), 0.0).sum(axis=0) / np.maximum(number, 1)
+    degrees = np.maximum(number - 1, 0)
+    squares = np.maximum((centred**2).sum(axis=0) - degrees * uncertain, 0.0)
+    return _shrunk(squares, degrees, assumed)
+
+
+def _shrunk(squares: NDArray, degrees: NDArray, assumed: float) -> NDArray:
+    """Return variances (G,) of sums of squares with degrees of freedom (G,), shrunk towards their mean."""
+    pooled = (ASSUMED_DEGREES * assumed**2 + squares.mean()) / (ASSUMED_DEGREES + degrees.mean())
+    return np.maximum((POOLED_DEGREES * pooled + squares) / (POOLED_DEGREES + degrees), SMALLEST_VARIANCE)
+
+
+def _directions(centred: NDArray, variance: NDArray, rank: int) -> tuple[NDArray, NDArray]:
+    """Return loadings (G, R) and variances (G,) whose sum has the given variances (G,).
+
+    The directions are those of the patients' means (P, G); `SHARED_PART` of every gene's variance is theirs.
+    """
+    count = len(centred)
+    loadings = np.zeros((len(variance), rank))
+    if count < 3:
+        return loadings, variance
+    _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
+    found = (directions[:rank] * sizes[:rank, None]).T
+    length = np.sqrt((found**2).sum(axis=1))
+    scale = np.sqrt(SHARED_PART * variance) / np.maximum(length, 1e-12)
+    scale = np.where(length > 1e-6, scale, 0.0)
+    loadings[:, : found.shape[1]] = found * scale[:, None]
+    return loadings, np.maximum(variance - (loadings**2).sum(axis=1), SMALLEST_VARIANCE)
+
+
+def _some_slides(training: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the numbers of at most `MOST_SLIDES` slides, training slides first."""
+    order = np.argsort(~training, kind="stable")
+    if len(order) <= MOST_SLIDES:
+        return order
+    return order[np.linspace(0, len(order) - 1, MOST_SLIDES).astype(int)]
+
+
+def _weighted_mean(values: NDArray, weights: NDArray) -> NDArray:
+    known = np.isfinite(values) * weights[:, None]
+    return np.nansum(values * known, axis=0) / np.maximum(known.sum(axis=0), 1e-12)
