@@ -11,6 +11,7 @@ from hinge.utils.errors import DataError
 
 _COUNTS_NAMES = ("counts", "raw_counts", "raw", "count", "umi", "umis", "spatial_counts")
 _LEAST_SPOTS = 10  # equal sums of fewer spots may be chance
+_EQUAL = 0.03  # deviation of the sums over their mean; rounding of normalised values leaves up to this
 
 
 def take_counts(slide: AnnData, file: Path) -> tuple[AnnData, str]:
@@ -58,8 +59,8 @@ def no_counts(matrix: Any) -> str:
         return f"no value is above 1, in spots of {np.median(sums):.0f} in the median"
     if values.size and np.nanmin(values) < 0:
         return "values below 0"
-    if sums.std() < 0.01 * sums.mean():
-        return f"all spots have the same sum, {np.median(sums):.0f}"
+    if sums.std() < _EQUAL * sums.mean():
+        return f"all spots have nearly the same sum, {np.median(sums):.0f}"
     positive = values[values > 0]
     if positive.size and (step := float(np.gcd.reduce(positive.astype(np.int64)))) > 1:
         return f"all values are multiples of {step:.0f}"

@@ -1,5 +1,9 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
+import zarr
 from helpers.visium import write_visium, write_visium_hd
 
 from hinge.data import list_samples, read_slide, recognise_format
@@ -109,3 +113,32 @@ def test_stores_that_are_wrong(visium_store, tmp_path):
     with pytest.raises(DataError, match=r"V1\.zarr is not a readable SpatialData store") as error:
         read_slide(store)
     assert "\n" not in str(error.value)
+
+
+def test_a_store_of_version_0_1(visium_store, tmp_path):
+    """Zarr of format 2, one table in the folder `table`, and shapes as ragged arrays in place of Parquet."""
+    from spatialdata._io import format as formats
+
+    outs, store = visium_store
+    old = tmp_path / "old.zarr"
+    kinds = ("SpatialDataContainer", "Raster", "Shapes", "Points", "Tables")
+    data = spatialdata.read_zarr(store)
+    data.write(old, sdata_formats=[getattr(formats, f"{kind}FormatV01")() for kind in kinds])
+    (old / "tables").rename(old / "table")
+    (old / ".zmetadata").unlink(missing_ok=True)
+    folder, shapes = old / "shapes" / "V1", data.shapes["V1"]
+    attributes = json.loads((folder / ".zattrs").read_text())
+    shutil.rmtree(folder)
+    group = zarr.open_group(folder, mode="w", zarr_format=2)
+    places = np.stack([shapes.geometry.x, shapes.geometry.y], axis=1)
+    for name, content in (("coords", places), ("Index", shapes.index), ("radius", shapes.radius)):
+        group.create_array(name, data=np.asarray(content))
+    group.attrs.update(attributes | {"spatialdata_attrs": {"version": "0.1", "geos": {"name": "POINT", "type": 0}}})
+    assert not list(old.rglob("zarr.json")) and not list(old.rglob("*.parquet"))
+    assert recognise_format(old) == "spatialdata" and list_samples(old) == ["old"]
+    expected = read_slide(outs)
+    slide = read_slide(old)[expected.obs_names]
+    np.testing.assert_array_equal(slide.X.toarray(), expected.X.toarray())
+    np.testing.assert_allclose(slide.obsm["spatial"], expected.obsm["spatial"])
+    assert slide.uns["hinge"]["um_per_px"] == pytest.approx(expected.uns["hinge"]["um_per_px"])
+    assert slide.uns["hinge"]["image_path"] == str(old / "images" / "V1_full_image")

@@ -45,6 +45,9 @@ def check_slide(slide: AnnData, context: Context | None = None) -> list[Finding]
     except DataError as error:
         return [unreadable(error)]
     found = [finding for check in CHECKS for finding in check(slide, context or Context())]
+    # two checks find a turned image, by the thumbnail and by the tissue: the first tells it
+    turned = [finding for finding in found if finding.code == "image-orientation"]
+    found = [finding for finding in found if finding not in turned[1:]]
     return sorted(found, key=lambda finding: finding.level != "error")
 
 

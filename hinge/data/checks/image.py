@@ -14,6 +14,7 @@ from hinge.data.thumbnails import read_thumbnail
 from hinge.utils.errors import DataError
 
 _DARK, _WHITE = 60.0, 200
+_GREY = 3  # largest difference between the channels of a grey image, after compression
 _FLAT = 1.5  # standard deviation of grey levels below which an image shows nothing
 _SMALL = (96, 96)  # images are compared at this size, whatever their shape
 _SAME, _OTHER = 0.9, 0.8  # correlation of an image with its thumbnail, and with that of another section
@@ -66,6 +67,8 @@ def bright_field(slide: AnnData, context: Context) -> Iterator[Finding]:
             f"{name} is dark (a grey level of {np.median(grey):.0f} in the median), as fluorescence is and H&E is not",
             _GIVE,
         )
+    elif np.ptp(small.astype(np.int16), axis=2).max() <= _GREY:
+        yield Finding("error", "image-channels", f"{name} is grey: its three channels are equal", _GIVE)
 
 
 def _is_dark(slide: AnnData, grey: np.ndarray, small: np.ndarray) -> bool:
@@ -122,6 +125,18 @@ def same_section(slide: AnnData, context: Context) -> Iterator[Finding]:
             f"{name} and Space Ranger's thumbnail differ (correlation {straight:.2f})",
             "give the image that Space Ranger was run on with --image",
         )
+    elif _correlation(_red_over_blue(small), _red_over_blue(reference)) < -_SAME / 2:
+        yield Finding(
+            "error",
+            "image-mismatch",
+            f"red and blue of {name} are exchanged against Space Ranger's thumbnail",
+            "save the image with its channels in the order red, green, blue",
+        )
+
+
+def _red_over_blue(pixels: np.ndarray) -> np.ndarray:
+    small = Image.fromarray(pixels).convert("RGB").resize(_SMALL, Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float64) @ (1, 0, -1)
 
 
 def _small_grey(pixels: np.ndarray) -> np.ndarray:
@@ -129,6 +144,9 @@ def _small_grey(pixels: np.ndarray) -> np.ndarray:
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Return Pearson's correlation of two images, 0 where one is constant."""
+    if min(one.std(), other.std()) < 1e-9:
+        return 0.0
     return float(np.corrcoef(one.ravel(), other.ravel())[0, 1])
 
 

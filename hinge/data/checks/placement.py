@@ -26,7 +26,11 @@ ORIENTATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 _LEAST_ON_TISSUE = 0.5
 _BETTER_TURNED = 0.2
 _MOST_OFF_ARRAY = 0.5  # array columns; printed spots of older arrays are up to a fifth away
-_LIBRARY_COLUMNS = ("library_id", "sample", "sample_id", "slide", "slide_id", "section", "section_id", "orig.ident")
+_LIBRARY_COLUMNS = (
+    *("library_id", "library", "library_name", "sample", "sample_id", "sample_name", "slide", "slide_id", "slide_name"),
+    *("section", "section_id", "section_name", "slice", "slice_id", "capture_area", "orig.ident", "batch"),
+)
+_MOST_SHARED = 0.05  # of the spots at a place of the array that another spot has
 _MOST_NOT_ON_TISSUE = 0.02
 
 
@@ -53,15 +57,16 @@ def mask_of(slide: AnnData) -> np.ndarray | None:
     if small is None or not facts.get("image_path") or not um_per_px > 0:
         return None
     scale = float(next(iter(slide.uns["spatial"].values()))["scalefactors"]["tissue_hires_scalef"])
-    every = max(1, int(10 * scale / um_per_px))
+    every = min(max(1, int(10 * scale / um_per_px)), max(1, min(small.shape[:2]) // 8))
     mask = tissue_mask(small[::every, ::every], every * um_per_px / scale)
     mask = np.repeat(np.repeat(mask, every, axis=0), every, axis=1)[: small.shape[0], : small.shape[1]]
     return mask if 0.005 < mask.mean() < 0.97 else None
 
 
-def share_on_tissue(slide: AnnData, mask: np.ndarray) -> float:
-    """Return the share of spots whose centres lie on the mask."""
+def share_on_tissue(slide: AnnData, mask: np.ndarray, exchanged: bool = False) -> float:
+    """Return the share of spots whose centres lie on the mask, as they are or with x and y exchanged."""
     x, y = spots_on_thumbnail(slide, mask.shape)
+    x, y = (y, x) if exchanged else (x, y)
     return _share(mask, x / mask.shape[1], y / mask.shape[0])
 
 
@@ -81,14 +86,14 @@ def on_tissue(slide: AnnData, context: Context) -> Iterator[Finding]:
     x, y = spots_on_thumbnail(slide, mask.shape)
     x, y = x / mask.shape[1], y / mask.shape[0]
     shares = {how: _share(turn(mask), x, y) for how, turn in ORIENTATIONS.items()}
+    shares["with x and y of the positions exchanged"] = share_on_tissue(slide, mask, exchanged=True)
     straight, best = shares["as it is"], max(shares, key=lambda how: shares[how])
-    compared = "reference_image" in facts.get("source", {})
-    if straight < 0.85 and shares[best] > straight + _BETTER_TURNED and not compared:
+    if straight < 0.85 and shares[best] > straight + _BETTER_TURNED:
         yield Finding(
             "error",
             "image-orientation",
             f"{straight:.0%} of the spots lie on tissue, and {shares[best]:.0%} on that of the image {best}",
-            "give the image in the orientation that the positions belong to with --image",
+            "give the image in the orientation that the positions belong to with --image, or correct the positions",
         )
     elif straight < _LEAST_ON_TISSUE:
         yield Finding(
@@ -173,6 +178,15 @@ def one_section(slide: AnnData, context: Context) -> Iterator[Finding]:
     what = "barcodes of the samples -" + ", -".join(found)
     if len(found) < 2:
         found, what = _libraries(slide, source)
+    shared = _sharing_a_place(slide)
+    if len(found) < 2 and shared > _MOST_SHARED * slide.n_obs:
+        yield Finding(
+            "error",
+            "several-sections",
+            f"{shared} of {slide.n_obs} spots have the array_row and array_col of another spot, as spots of several "
+            "sections have",
+            "write one file for each section, with its own image",
+        )
     if len(found) > 1:
         yield Finding(
             "error",
@@ -180,6 +194,13 @@ def one_section(slide: AnnData, context: Context) -> Iterator[Finding]:
             f"the table has {len(found)} sections: {what}",
             "write one file for each section, with its own image",
         )
+
+
+def _sharing_a_place(slide: AnnData) -> int:
+    """Return the number of spots whose place on the array another spot has, 0 without an array."""
+    if not {"array_row", "array_col"} <= set(slide.obs):
+        return 0
+    return int(slide.obs[["array_row", "array_col"]].duplicated().sum())
 
 
 def _libraries(slide: AnnData, source: dict) -> tuple[list[str], str]:

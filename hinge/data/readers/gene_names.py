@@ -19,6 +19,7 @@ _GENOME = re.compile(
     r"(GRCh3[78]|GRCm3[89]|GRCr8|mRatBN7\.2|hg19|hg38|mm9|mm10|mm39|rn[67])(?:[_-]and[_-]\w+?)?[_-]+(?=.)",
     re.IGNORECASE,
 )
+_ENSEMBL_SPECIES = re.compile(r"(ENS[A-Z]*)G\d{8,}(\.\d+)?$")
 _SYMBOL_COLUMNS = (
     *("feature_name", "gene_symbols", "gene_symbol", "symbol", "symbols", "gene_name", "gene_names", "hgnc_symbol"),
     *("genesymbol", "gene", "name", "features", "gene_short_name", "mgi_symbol"),
@@ -47,6 +48,8 @@ def tidy_genes(slide: AnnData, notes: dict[str, Any]) -> AnnData:
     names = pd.Index([name[match.end() :] if match else name for name, match in zip(names, matches, strict=True)])
     if not (genomes != "").any() and "genome" in slide.var:
         genomes = slide.var["genome"].astype(str).to_numpy(dtype=object)
+    if not (genomes != "").any():
+        genomes = _genomes_of_ids(slide)
     if not names.equals(pd.Index(slide.var_names.astype(str))):
         slide.var_names = names.astype(str)
     keep = _largest_genome(slide, genomes, notes)
@@ -93,6 +96,13 @@ def _symbols(slide: AnnData, names: pd.Index, notes: dict[str, Any]) -> pd.Index
             slide.var["gene_ids"] = names.to_numpy()
             return pd.Index(found.to_numpy(), dtype=object)
     return names
+
+
+def _genomes_of_ids(slide: AnnData) -> np.ndarray:
+    """Return the species' prefix of Ensembl ids, which are the names or in the column gene_ids; "" for other names."""
+    ids = slide.var.get("gene_ids", slide.var_names)
+    matches = [_ENSEMBL_SPECIES.match(str(name)) for name in ids]
+    return np.array([match[1] if match else "" for match in matches], dtype=object)
 
 
 def _largest_genome(slide: AnnData, genomes: np.ndarray, notes: dict[str, Any]) -> np.ndarray:

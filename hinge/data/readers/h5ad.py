@@ -2,6 +2,7 @@
 
 import glob
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,10 @@ def open_h5ad(file: Path) -> tuple[AnnData, dict[str, Any]]:
         notes["libraries"] = [str(name) for name in libraries]
     coordinates = slide.obsm.get("spatial")
     if coordinates is None or np.ndim(coordinates) != 2 or np.shape(coordinates)[1] != 2:
-        raise DataError(f"{file} needs pixel x and y of each spot, shape ({slide.n_obs}, 2), in obsm['spatial']")
+        raise DataError(
+            f"{file} needs pixel x and y of each spot, shape ({slide.n_obs}, 2), in obsm['spatial'], and has "
+            f"{_positions_elsewhere(slide)}"
+        )
     try:
         coordinates = np.asarray(coordinates, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -162,6 +166,16 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(path.glob("[!.]*.h5ad"))
     return [path] if path.suffix == ".h5ad" and path.is_file() else []
+
+
+def _positions_elsewhere(slide: AnnData) -> str:
+    """Return what a table has in place of positions in pixels."""
+    if "spatial" in slide.obsm:
+        return f"shape {np.shape(slide.obsm['spatial'])} there: keep the columns of x and y"
+    obsm = [f"obsm['{name}']" for name in slide.obsm if np.ndim(slide.obsm[name]) == 2]
+    columns = [f"obs['{name}']" for name in slide.obs if re.search(r"^(pxl|x|y)(_|$)|pixel|coord", str(name).lower())]
+    found = [*obsm, *columns][:6]
+    return f"{', '.join(found)}: copy the positions from there" if found else "no positions"
 
 
 def _find_image(file: Path, facts: Mapping[str, Any], require_image: bool) -> Path | None:

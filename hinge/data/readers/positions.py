@@ -52,7 +52,8 @@ def _read_parquet(file: Path) -> pd.DataFrame:
 
 def _read_text(file: Path) -> pd.DataFrame:
     with open_text(file) as raw:
-        text = raw.read().decode("utf-8-sig")
+        content = raw.read()
+    text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     lines = text.splitlines()[:2]
     delimiter = max(",;\t", key=lines[0].count) if lines else ","
     first, second = ([cell.strip() for cell in row] for row in csv.reader([*lines, ""][:2], delimiter=delimiter))

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import anndata
 import numpy as np
 import pandas as pd
 import zarr
@@ -57,8 +58,8 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
             check_zarr(zarr.open_group(folder, mode="r"), folder)
         with warnings.catch_warnings():  # on former versions of the format
             warnings.simplefilter("ignore")
-            data = spatialdata.read_zarr(store, selection=("images", "labels", "shapes", "tables"))
-        table = data.tables[table_name]
+            data = spatialdata.read_zarr(store, selection=("images", "labels", "shapes"))
+            table = anndata.read_zarr(tables / table_name)  # the library does not read those of version 0.1
         check_sparse(table)
         keys = table.uns["spatialdata_attrs"]
         slide = table[(table.obs[keys["region_key"]] == region).to_numpy()].copy()
@@ -222,7 +223,8 @@ def _image_beside(data: Any, region: str) -> str | None:
         is_rgb = array.dtype == np.uint8 and shape.get("c") in (3, 4) and "z" not in shape
         if is_rgb and systems & set(get_transformation(element, get_all=True)):
             sizes[name] = shape["x"] * shape["y"]
-    return max(sizes, key=sizes.get) if sizes else None
+    # of equal ones, that which is not named as a thumbnail
+    return max(sizes, key=lambda name: (sizes[name], not re.search("hires|lowres", name))) if sizes else None
 
 
 def _to_pixels(data: Any, region: str, image: str) -> np.ndarray:

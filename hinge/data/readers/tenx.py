@@ -76,7 +76,7 @@ def _read_hdf5(file: Path) -> AnnData:
                 var["genome"] = np.full(len(var["symbol"]), group.name.strip("/"))
             parts.append((counts, barcodes, pd.DataFrame(var)))
     counts = scipy.sparse.hstack([part[0] for part in parts], format="csr") if len(parts) > 1 else parts[0][0]
-    return _as_slide(counts, parts[0][1], pd.concat([part[2] for part in parts], ignore_index=True))
+    return _as_slide(file, counts, parts[0][1], pd.concat([part[2] for part in parts], ignore_index=True))
 
 
 def _read_folder(folder: Path, prefix: str) -> AnnData:
@@ -97,7 +97,7 @@ def _read_folder(folder: Path, prefix: str) -> AnnData:
     var = pd.DataFrame({"symbol": table[1] if 1 in table else table[0], "gene_ids": table[0]})
     if 2 in table:
         var["feature_types"] = table[2]
-    return _as_slide(scipy.sparse.csr_matrix(counts.T), _read_lines(barcodes)[0].to_numpy(), var)
+    return _as_slide(file, scipy.sparse.csr_matrix(counts.T), _read_lines(barcodes)[0].to_numpy(), var)
 
 
 def find_file(folder: Path, prefix: str, *names: str) -> Path | None:
@@ -130,9 +130,14 @@ def _check_header(lines: IO[Any] | gzip.GzipFile, file: Path) -> None:
             return
 
 
-def _as_slide(counts: scipy.sparse.csr_matrix, barcodes: np.ndarray, var: pd.DataFrame) -> AnnData:
+def _as_slide(file: Path, counts: scipy.sparse.csr_matrix, barcodes: np.ndarray, var: pd.DataFrame) -> AnnData:
     if counts.shape != (len(barcodes), len(var)):
-        raise DataError(f"counts of shape {counts.shape} for {len(barcodes)} barcodes and {len(var)} features")
+        turned = counts.shape == (len(var), len(barcodes))
+        why = "it is transposed: write features as rows and barcodes as columns" if turned else "files of two samples?"
+        raise DataError(
+            f"{file} has counts of {counts.shape[1]} features and {counts.shape[0]} barcodes, and there are names of "
+            f"{len(var)} features and {len(barcodes)} barcodes ({why})"
+        )
     var.index = pd.Index(var["symbol"].astype(str), name=None)
     obs = pd.DataFrame(index=pd.Index(np.asarray(barcodes, dtype=str)))
     return AnnData(X=counts.astype(np.float32, copy=False), obs=obs, var=var)

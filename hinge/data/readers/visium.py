@@ -115,6 +115,10 @@ def _place_spots(slide: AnnData, files: SampleFiles, sample: str, notes: dict[st
         )
     positions = read_positions(file)
     shared = slide.obs_names.intersection(positions.index, sort=False)
+    if not len(shared):  # one of the tables may lack the number of the sample, -1
+        plain = positions.index.str.replace(r"-1$", "", regex=True)
+        positions.index = plain if slide.obs_names.isin(plain).any() else plain + "-1"
+        shared = slide.obs_names.intersection(positions.index, sort=False)
     if not len(shared):
         raise DataError(f"{files.folder}: the counts and spatial/ share no barcode; they belong to different samples")
     on_tissue = positions.index[positions["in_tissue"] == 1]
