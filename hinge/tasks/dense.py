@@ -29,11 +29,13 @@ from tqdm import tqdm
 from hinge.data.features import read_features
 from hinge.data.neighbourhood import feature_scale, slide_features, spot_pitch, spot_positions
 from hinge.data.readers import list_samples, read_slide
-from hinge.data.slide import slide_name
+from hinge.data.slide import patient_of_slide, slide_name
 from hinge.data.spots import spot_groups
 from hinge.data.tissue_detection import slide_from_image
 from hinge.diffusion import SlideInputs
+from hinge.diffusion.evidence import slide_evidence
 from hinge.diffusion.pipeline import PRECISIONS
+from hinge.diffusion.slide_effect import SlideEffect, SlideEvidence
 from hinge.encoders import Encoder, extract_features
 from hinge.evaluation.metrics.accuracy import gene_pcc
 from hinge.evaluation.ridge import fit_ridge
@@ -126,6 +128,8 @@ class RunPredictor:
             groups = spot_groups(spots.slide, spots.coords, "fold")
             self.ridge = fit_ridge(spots.features[:, 0], spots.values, groups)
             return
+        self._evidence: dict[str, SlideEvidence] = {}
+        self._effects: dict[str, SlideEffect | None] = {}
         self.sampling = sampling_settings(sampling, draws, steps, seed)
         self.pipeline = run.pipeline().to(PRECISIONS[sampling.precision]).to(encoder.device)
         self.about |= self.pipeline.provenance(self.sampling, encoder.name, encoder.digest)
@@ -133,12 +137,22 @@ class RunPredictor:
     def slide(self, name: str, um_per_px: float | None) -> AnnData:
         data = self.run.config.data
         known = name in [*data.train, *data.test, *data.pretrain] or not Path(name).exists()
-        return self.run.slide(name) if known else self.run.slide_at(Path(name), um_per_px)
+        slide = self.run.slide(name) if known else self.run.slide_at(Path(name), um_per_px)
+        if self.method == "draws":
+            patient = self.run.patient(name) if known else patient_of_slide(slide)
+            evidence, facts = slide_evidence(self.pipeline.model, slide, self.genes, patient)
+            self._evidence[slide_name(slide)] = evidence
+            self.about |= facts
+        return slide
 
     def predict(self, conditions, names, slide, positions):
         if self.method == "regression":
             return {"X": self.ridge.predict(conditions).astype(np.float32)}
-        inputs = SlideInputs(slide, names, conditions, positions)
+        inputs = SlideInputs(slide, names, conditions, positions, evidence=self._evidence.get(slide, SlideEvidence()))
+        # the first prediction is of the slide's own spots; points between them have its effect, not one of their own
+        if slide not in self._effects:
+            self._effects[slide] = self.pipeline.with_slide_effect(inputs).slide_effect
+        inputs.slide_effect = self._effects[slide]
         [(_, result)] = self.pipeline.draw_parts(inputs, self.sampling, [slice(0, len(names))], progress=False)
         return {
             "X": result.values.mean(axis=0, dtype=np.float64).astype(np.float32),
