@@ -1,6 +1,5 @@
 """The training stage: backbone and HingeModel."""
 
-import contextlib
 import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -26,9 +25,8 @@ from hinge.training import pretrain_expression, split_spots, train_hinge
 from hinge.training.loop import make_accelerator
 from hinge.utils import checksums
 from hinge.utils.environment import write_environment
-from hinge.utils.errors import DataError
 from hinge.utils.files import atomic_path, write_json
-from hinge.utils.locks import lock_folder
+from hinge.utils.locks import lock_folder, remove_left_lock
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +65,7 @@ def train_model(inputs: Preparation, checked: Sequence[str], allow: Collection[s
     if paths.has_model:
         claim_folder(inputs.config, paths)
         checksums.verified(paths.model)
-        if (paths.folder / ".lock").exists():
-            # left by a process that was killed when it had finished; or another one is at work, and removes it
-            with contextlib.suppress(DataError), lock_folder(paths.folder):
-                pass
+        remove_left_lock(paths.folder)
         logger.info("%s is finished", paths.model)
         return paths.model
     with lock_folder(paths.folder):

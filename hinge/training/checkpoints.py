@@ -113,7 +113,10 @@ def resume(path: Path, trained: TrainedState, total: int) -> Progress:
     if not path.exists() and not previous.exists():
         return Progress(total)
     try:
-        return load_checkpoint(path, trained, total)
+        progress = load_checkpoint(path, trained, total)
+        if progress.stopped or progress.step == total:  # the process was killed before it had removed the one before
+            previous.unlink(missing_ok=True)
+        return progress
     except DamagedError as error:
         if not previous.exists():
             raise

@@ -32,7 +32,7 @@ from hinge.training.loop import make_accelerator, run_loop
 from hinge.training.probe import Probe, make_probe
 from hinge.utils.errors import ConfigError
 from hinge.utils.files import read_json
-from hinge.utils.locks import lock_folder
+from hinge.utils.locks import lock_folder, remove_left_lock
 
 logger = logging.getLogger(__name__)
 
@@ -158,10 +158,12 @@ def pretrain_histology(
         "training": config.model_dump(mode="json"),
         "seed": seed,
     }
+    training = folder.with_name(f"{folder.name}-training")
     if _is_finished(folder, settings):
+        remove_left_lock(training)
         logger.info("%s is finished", folder)
         return load_encoder(str(folder), device="cpu")
-    training, model = folder.with_name(f"{folder.name}-training"), _new_model(vit, config, seed)
+    model = _new_model(vit, config, seed)
     accelerator = accelerator or make_accelerator(config, training)
     # a crop of the middle of its range is neither reduced nor enlarged
     read_px = round(model.image_px / math.sqrt(sum(config.global_scale) / 2))

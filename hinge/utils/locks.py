@@ -89,6 +89,13 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         yield
 
 
+def remove_left_lock(folder: str | Path) -> None:
+    """Remove what a process left that was killed after it had finished the work in a folder: locks, temporary files."""
+    if (Path(folder) / ".lock").exists():
+        with contextlib.suppress(DataError), lock_folder(folder):  # in use: the other process removes them
+            pass
+
+
 @contextlib.contextmanager
 def lock_file(path: str | Path, wait: bool = False) -> Iterator[None]:
     """Lock a file that will be written until the end of the block, as `lock_folder` does.

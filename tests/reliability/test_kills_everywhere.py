@@ -24,7 +24,8 @@ from helpers.runs import finish, tiny_settings
 from hinge.config import check_config
 from hinge.data import simulate_slides
 from hinge.run.run import Run
-from hinge.utils.files import write_json
+from hinge.utils.files import HOST, process_mark, write_json
+from hinge.utils.locks import remove_left_lock
 
 pytestmark = pytest.mark.full
 
@@ -346,6 +347,36 @@ def make_place(server, inputs, tmp_path, request) -> Callable[[str], Place]:
 def test_killed_twice(make_place, name):
     figures = check(make_place(name), 2, random.Random(name))
     assert figures["kills"] >= 2 and figures["ended"] >= 1
+
+
+def test_killed_after_the_last_checkpoint(tmp_path):
+    """The checkpoint before it, which was to be removed next, is removed by the process that finds the work done."""
+    import torch
+
+    from hinge.training.loop import LoopConfig, run_loop
+
+    def loss(module, step, rows, positions, generator):
+        return module(torch.ones(len(positions), 2)).square().sum()
+
+    settings = LoopConfig(steps=4, batch_size=4, checkpoint_every=2)
+    for _ in range(2):
+        run_loop(torch.nn.Linear(2, 1), loss, 4, settings, tmp_path, seed=0)
+        assert not list(tmp_path.glob("previous-*"))
+        shutil.copy(tmp_path / "latest.safetensors", tmp_path / "previous-latest.safetensors")
+
+
+def test_killed_after_the_result_had_its_name(tmp_path):
+    """Locks and temporary folders, in the folder and beside it, are removed by the process that finds the work done."""
+    folder = tmp_path / "encoder-training"
+    folder.mkdir()
+    remove_left_lock(folder)
+    assert folder.is_dir()
+    for name in (".lock", ".lock.json"):
+        (folder / name).write_text("")
+    beside = tmp_path / f".encoder.{process_mark(2**22 + 1, HOST)}.abc"
+    (beside / "encoder").mkdir(parents=True)
+    remove_left_lock(folder)
+    assert list(folder.iterdir()) == [] and list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.slow
