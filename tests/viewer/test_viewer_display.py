@@ -1,5 +1,6 @@
 """What the viewer shows besides a gene's values, and what it lets out: layers, filters, links, files."""
 
+import base64
 import io
 import xml.etree.ElementTree as ET
 
@@ -159,6 +160,30 @@ def test_place_magnification_brightness_and_first_gene(page, viewer):
     page.fill("#gene-search", "NOTHERE")
     assert "--genes" in page.locator("#genes .more").inner_text()
     assert viewer.slide(0).index()["draws"] == N_DRAWS
+
+
+DRAW_POINTS = """async () => {
+  const { Points } = await import("/points.js");
+  const slide = { barcodes: ["a", "b", "c", "d"], places: new Float32Array([10, 10, 30, 10, 10, 30, 30, 30]) };
+  const points = Points.of(slide);
+  if (!points) return null;
+  points.setColours({ codes: [0, 1, 0, 2], css: ["rgb(255,0,0)", "#00ff00", null], order: [0, 1, 3] });
+  points.draw(80, 80, 2, 0, 0, 8);
+  return points.canvas.toDataURL("image/png");
+}"""
+
+
+@pytest.mark.full
+def test_many_spots_are_drawn_by_webgl(page):
+    """Places, colours, a ring for a spot without a value, nothing for a hidden spot."""
+    picture = page.evaluate(DRAW_POINTS)
+    if picture is None:
+        pytest.skip("this browser has no WebGL")
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.split(",")[1]))).convert("RGBA"))
+    assert pixels.shape == (80, 80, 4)
+    assert pixels[20, 20].tolist() == [255, 0, 0, 255] and pixels[20, 60].tolist() == [0, 255, 0, 255]
+    assert pixels[60, 20, 3] == 0 and pixels[40, 40, 3] == 0
+    assert pixels[60, 60, 3] == 0 and pixels[60, 60 + 7].tolist() == [138, 141, 146, 255]
 
 
 @pytest.mark.full

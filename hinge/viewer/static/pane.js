@@ -3,6 +3,7 @@
 import { paintHistogram } from "./colours.js";
 import { LAYERS, coloursOf } from "./layers.js";
 import { colour, fixed, make } from "./page.js";
+import { MANY_SPOTS, Points } from "./points.js";
 
 const SMALLEST_CIRCLE_PX = 1.3;
 const SCALE_BAR_PX = 110; // at most
@@ -83,6 +84,7 @@ export class Pane {
     this.ready = false;
     const { slide } = this.panes;
     const { width, height, tile, overlap } = slide.facts.image;
+    this.usePoints(slide);
     const layers = Object.entries(LAYERS).filter(([name]) => name !== "measured" || slide.facts.measured);
     this.layer.replaceChildren(...layers.map(([name, label]) => new Option(label, name)));
     this.viewer = OpenSeadragon({
@@ -134,7 +136,26 @@ export class Pane {
     });
   }
 
+  /** Draw the spots of a slide with many of them by WebGL, where the browser has it. */
+  usePoints(slide) {
+    this.points?.close();
+    this.points = slide.barcodes.length >= MANY_SPOTS ? Points.of(slide) : null;
+    this.spots.hidden = Boolean(this.points);
+    if (!this.points) return;
+    const { canvas } = this.points;
+    canvas.style.opacity = this.panes.opacity;
+    this.spots.after(canvas);
+    canvas.addEventListener("webglcontextlost", () => {
+      if (this.points?.canvas !== canvas) return;
+      canvas.remove();
+      this.points = null;
+      this.spots.hidden = false;
+      this.draw();
+    });
+  }
+
   close() {
+    this.points?.close();
     this.viewer?.destroy();
     this.root.remove();
   }

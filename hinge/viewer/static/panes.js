@@ -107,7 +107,7 @@ export class Panes {
 
   setOpacity(opacity) {
     this.opacity = opacity;
-    for (const pane of this.panes) pane.spots.style.opacity = opacity;
+    for (const pane of this.panes) for (const canvas of [pane.spots, pane.points?.canvas]) if (canvas) canvas.style.opacity = opacity;
   }
 
   zoom(factor) {

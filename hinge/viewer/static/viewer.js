@@ -314,7 +314,7 @@ async function recallShared() {
   display.show(state.gene);
 }
 
-const firstGeneText = (facts) => (facts.pcc ? "Opened first: its PCC is at the upper quartile of the genes." : "Opened first: its predicted mean varies most.");
+const firstGeneText = (facts) => (facts.pcc?.some((pcc) => pcc !== null) ? "Opened first: its PCC is at the upper quartile of the genes." : "Opened first: it varies most.");
 
 const nextLayer = () => {
   const setting = panes.leader.setting;
