@@ -170,7 +170,14 @@ def _only_tifffile_reads(path: Path) -> bool:
 
 
 def _area(series: tifffile.TiffPageSeries) -> int:
-    return series.sizes.get("width", 0) * series.sizes.get("height", 0)
+    width, height = _size_of(series)
+    return width * height
+
+
+def _size_of(series: tifffile.TiffPageSeries) -> tuple[int, int]:
+    """Return width and height; `series.sizes` names its axes otherwise in other versions of tifffile."""
+    sides = dict(zip(series.axes, series.shape, strict=True))
+    return sides.get("X", 0), sides.get("Y", 0)
 
 
 def _ome_um_per_px(file: tifffile.TiffFile, number: int) -> float | None:
@@ -179,7 +186,7 @@ def _ome_um_per_px(file: tifffile.TiffFile, number: int) -> float | None:
     images = images if isinstance(images, list) else [images]
     series = file.series[number]
     sizes = [(int(each["Pixels"].get("SizeX", 0)), int(each["Pixels"].get("SizeY", 0))) for each in images]
-    wanted = (series.sizes.get("width", 0), series.sizes.get("height", 0))
+    wanted = _size_of(series)
     # the numbers of images and series differ where a file leaves out an image
     if number >= len(images) or sizes[number] != wanted:
         number = sizes.index(wanted) if wanted in sizes else min(number, len(images) - 1)
