@@ -118,6 +118,20 @@ def test_a_run_adapted_to_measured_spots_predicts_the_others_better(trained, tmp
 def test_the_command_and_ridge_with_the_same_level(trained, tmp_path):
     result = call_hinge("sample", trained.folder, "--slide", "sim1", "--library-size", "many")
     assert result.code == 2 and "--library-size takes a number or one of" in result.err
+    other = read_slide(trained.config.data.path, "sim8")
+    bulk = pd.DataFrame({"count": np.asarray(other.X.sum(axis=0)).ravel()}, index=other.var_names)
+    bulk.to_csv(tmp_path / "bulk.csv")
+    output = tmp_path / "bulk.h5ad"
+    given = ["--slide", "sim1", "--bulk", tmp_path / "bulk.csv", "--library-size", "2000", "--output", output]
+    result = call_hinge("sample", trained.folder, *given)
+    assert result.code == 0 and "patient new, mean library size 2,000, bulk profile" in result.err
+    facts = ad.read_h5ad(output).uns["hinge"]
+    assert facts["library_size"] == 2000 and facts["bulk_sd"] == 0.5
+    path, _ = observed_spots(trained, tmp_path / "spots.h5ad", 10)
+    given = ["--slide", "sim1", "--observed", path, "--output", tmp_path / "adapted"]
+    result = call_hinge("adapt", trained.folder, *given)
+    assert result.code == 0 and (tmp_path / "adapted" / "model").is_dir()
+    assert call_hinge("check", tmp_path / "adapted").code == 0
     trained.sample("sim1")
     rows = json.loads(trained.evaluate().read_text())["rows"]
     of_method = {row["method"]: row for row in rows}
