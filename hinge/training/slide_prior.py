@@ -99,7 +99,7 @@ def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np
             buffer = getattr(prior, name)
             buffer.copy_(torch.from_numpy(np.asarray(content, dtype=np.float64)).reshape(buffer.shape))
     logger.info(
-        "slide levels: %d slides of %d patients; standard deviation of log2 composition %.2f between patients, %.2f "
+        "slide levels: slides %d, patients %d, standard deviation of log2 composition %.2f between patients and %.2f "
         "between slides of one",
         len(levels),
         len(patients),
