@@ -1,7 +1,10 @@
 """Predictions and scores that are kept, so that evaluating again computes only what has changed."""
 
 import logging
+import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +47,22 @@ def truth_digest(spots: "SpotTable", *settings: Any) -> str:
     return digest_of(arrays, SCORES_VERSION, spots.transform, list(spots.genes), *settings)
 
 
+@dataclass(frozen=True)
+class KeptPrediction:
+    """A prediction in a file, which is read when it is needed: all draws of a large slide do not fit in memory at once.
+
+    Attributes
+    ----------
+    method
+        As of the `Prediction`.
+    load
+        Returns it.
+    """
+
+    method: str
+    load: Callable[[], Prediction]
+
+
 class PredictionStore:
     """Predictions of one slide by several methods, in one `npz` file.
 
@@ -55,10 +74,15 @@ class PredictionStore:
 
     def __init__(self, path: Path):
         self.path = path
-        self._arrays: dict[str, NDArray] = {}
+        self._digests: dict[str, str] = {}
+        self._new: dict[str, Prediction] = {}
         try:
-            with np.load(checksums.verified(path), allow_pickle=False) as content:
-                self._arrays = {name: content[name] for name in content}
+            with zipfile.ZipFile(checksums.verified(path)) as archive:
+                if archive.testzip() is not None:
+                    raise BadZipFile(f"{archive.testzip()} is damaged")
+            with np.load(path, allow_pickle=False) as content:
+                names = [name for name in content if name.endswith("/digest")]
+                self._digests = {name.removesuffix("/digest"): str(content[name]) for name in names}
         except FileNotFoundError:
             pass
         except (OSError, ValueError, EOFError, BadZipFile, DataError) as error:
@@ -66,7 +90,7 @@ class PredictionStore:
 
     def digest(self, method: str) -> str | None:
         """Return the digest of what the prediction of a method was made from, None without a prediction."""
-        return str(self._arrays.get(f"{method}/digest")) if f"{method}/digest" in self._arrays else None
+        return self._digests.get(method)
 
     def get(self, method: str) -> Prediction:
         """Return the prediction of a method.
@@ -76,24 +100,35 @@ class PredictionStore:
         DataError
             There is none.
         """
-        if self.digest(method) is None:
+        if method in self._new:
+            return self._new[method]
+        if method not in self._digests:
             raise DataError(f"{self.path} has no predictions of {method}")
-        mean, draws, correlation = (self._arrays.get(f"{method}/{name}") for name in _ARRAYS)
-        return Prediction(method, mean, draws, correlation)
+        with np.load(self.path, allow_pickle=False) as content:
+            arrays = {name: content[f"{method}/{name}"] for name in _ARRAYS if f"{method}/{name}" in content}
+        return Prediction(method, **arrays)
+
+    def kept(self, method: str) -> KeptPrediction:
+        """Return the prediction of a method, not yet read; a DataError if there is none."""
+        if method not in self._digests:
+            raise DataError(f"{self.path} has no predictions of {method}")
+        return KeptPrediction(method, partial(self.get, method))
 
     def put(self, prediction: Prediction, digest: str) -> None:
         """Add a prediction, or replace the one of the same method; `save` writes it."""
-        method = prediction.method
-        for name in _ARRAYS:
-            self._arrays.pop(f"{method}/{name}", None)
-        arrays = {name: getattr(prediction, name) for name in _ARRAYS}
-        self._arrays |= {f"{method}/{name}": array for name, array in arrays.items() if array is not None}
-        self._arrays[f"{method}/digest"] = np.array(digest)
+        self._new[prediction.method], self._digests[prediction.method] = prediction, digest
 
     def save(self) -> None:
         """Write the file."""
+        arrays: dict[str, NDArray] = {}
+        for method, digest in self._digests.items():
+            prediction = self.get(method)
+            of_method = {name: getattr(prediction, name) for name in _ARRAYS}
+            arrays |= {f"{method}/{name}": array for name, array in of_method.items() if array is not None}
+            arrays[f"{method}/digest"] = np.array(digest)
         with atomic_path(self.path) as temporary:
-            np.savez(temporary, **self._arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
+            np.savez(temporary, **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
+        self._new = {}
 
 
 class ScoreStore:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from hinge.evaluation.baselines import baseline_predictions
 from hinge.evaluation.ceiling import CEILING, attained_shares, noise_ceiling
 from hinge.evaluation.definitions import METRICS
-from hinge.evaluation.kept import ScoreStore, truth_digest
+from hinge.evaluation.kept import KeptPrediction, ScoreStore, truth_digest
 from hinge.evaluation.metrics.accuracy import as_matrix, constant_genes, error_parts, mean_scores, summarise_pcc
 from hinge.evaluation.metrics.calibration import check_draws, coverage, covered, crps_of_spots, pit_values
 from hinge.evaluation.metrics.coexpression import coexpression_scores, correlation_matrix, matrix_scores
@@ -236,7 +236,7 @@ def score_draws(
 def evaluate_slide(
     train: "SpotTable | None",
     test: "SpotTable",
-    predictions: Sequence[Prediction],
+    predictions: Sequence[Prediction | KeptPrediction],
     *,
     baselines: Sequence[str] = DEFAULT_BASELINES,
     gene_sets: Mapping[str, Sequence[str]] | None = None,
@@ -287,7 +287,7 @@ def evaluate_slide(
         raise DataError(f"one slide at a time can be scored, but the test spots are of {len(slides)}")
     name, measured = str(slides[0]), as_matrix(test.values, f"slide {slides[0]}")
     fitted = [] if train is None else baseline_predictions(train, test, baselines, n_draws=n_draws, seed=seed)
-    everything = [*predictions, *fitted]
+    everything: list[Prediction | KeptPrediction] = [*predictions, *fitted]
     methods = [prediction.method for prediction in everything]
     repeated = sorted({method for method in methods if methods.count(method) > 1} | ({CEILING} & set(methods)))
     if repeated:
@@ -301,7 +301,8 @@ def evaluate_slide(
     sets = MARKERS if gene_sets is None else gene_sets
     store = ScoreStore(kept, truth_digest(test, sets, n_resamples, seed))
     rows, details = [], []
-    for prediction in tqdm(everything, desc=f"scoring {name}", disable=None):
+    for each in tqdm(everything, desc=f"scoring {name}", disable=None):
+        prediction = _loaded(each)
         scores, detail = store.get(prediction, partial(_scores_and_detail, test, prediction, sets, n_resamples, seed))
         drawn = 0 if prediction.draws is None else len(prediction.draws)
         rows.append(
@@ -344,10 +345,15 @@ def _scores_and_detail(
     return scores, detail
 
 
-def _of_training_mean(measured: NDArray, predictions: Sequence[Prediction]) -> dict[str, float]:
+def _loaded(prediction: Prediction | KeptPrediction) -> Prediction:
+    return prediction.load() if isinstance(prediction, KeptPrediction) else prediction
+
+
+def _of_training_mean(measured: NDArray, predictions: Sequence[Prediction | KeptPrediction]) -> dict[str, float]:
     """Return the scores of the training mean, also as a forecast without spread; empty if it was not predicted."""
-    for prediction in predictions:
-        if prediction.method == "mean":
+    for each in predictions:
+        if each.method == "mean":
+            prediction = _loaded(each)
             scores = mean_scores(measured, prediction.mean)
             # without spread, the energy score is the norm of the error and the CRPS its absolute value
             energy = np.linalg.norm(np.asarray(prediction.mean, dtype=np.float64) - measured, axis=1).mean()

@@ -8,7 +8,7 @@ from hinge.data.draws import read_draws
 from hinge.data.panel import read_panel
 from hinge.data.readers import read_slide
 from hinge.data.spots import SpotTable, load_spots
-from hinge.evaluation.kept import PredictionStore
+from hinge.evaluation.kept import KeptPrediction, PredictionStore
 from hinge.evaluation.metrics.gene_sets import read_gene_sets
 from hinge.evaluation.names import BASELINES, GENERATIVE_BASELINES, LEVELLED, PRETRAINED
 from hinge.evaluation.oracle import oracle_prediction
@@ -84,24 +84,25 @@ def evaluate_run(
 
 def _predictions(
     inputs: Preparation, name: str, test: SpotTable, files: list[PredictionFiles], baselines: Path
-) -> list[Prediction]:
+) -> list[Prediction | KeptPrediction]:
     """Return all predictions of one slide: the draws of the run, those of other programs, baselines and oracle."""
     methods, path = inputs.config.evaluation.baselines, inputs.paths.samples(name)
-    num_draws, predictions = inputs.config.sampling.draws, []
+    num_draws = inputs.config.sampling.draws
+    predictions: list[Prediction | KeptPrediction] = []
     if path.exists():
         draws = read_draws(path)
         num_draws = int(draws.uns["hinge"]["draws"])
         predictions.append(prediction_from_draws(draws, test))
     predictions += [read_prediction(one, test) for one in files]
     store = PredictionStore(baselines)
-    predictions += [store.get(method) for method in methods if method in GENERATIVE_BASELINES]
+    predictions += [store.kept(method) for method in methods if method in GENERATIVE_BASELINES]
     slide = inputs.slide(name)
     if "hinge_truth" in slide.uns:
         predictions.append(oracle_prediction(slide, test, num_draws, inputs.config.seed))
     fitted = [method for method in BASELINES if method in methods]
     # draws of a model without a prior of slide levels give no level, and not every backbone has correlations
     optional = (LEVELLED, PRETRAINED)
-    return predictions + [store.get(each) for each in fitted if each not in optional or store.digest(each) is not None]
+    return predictions + [store.kept(each) for each in fitted if each not in optional or store.digest(each) is not None]
 
 
 def log_likelihoods(inputs: Preparation, name: str) -> dict[str, float] | None:

@@ -110,7 +110,12 @@ def activity_root(slide: ad.AnnData) -> np.ndarray:
     if truth is None:
         raise DataError("the activities of a slide need one of simulate_slides; this one has no 'hinge_truth'")
     spots_um = np.asarray(slide.obsm["spatial"]) * truth["um_per_px"]
-    correlation = truth["smooth_share"] * np.exp(-cdist(spots_um, spots_um) / truth["smooth_length_um"])
+    # in place: with 5,000 spots each array of this size is 200 MB
+    correlation = cdist(spots_um, spots_um)
+    np.negative(correlation, out=correlation)
+    correlation /= truth["smooth_length_um"]
+    np.exp(correlation, out=correlation)
+    correlation *= truth["smooth_share"]
     correlation[np.diag_indices(len(spots_um))] += 1 - truth["smooth_share"]
     return np.linalg.cholesky(correlation)
 
