@@ -5,8 +5,12 @@ from torch import Tensor
 
 from hinge.models.hinge import HingeModel
 
-# bounds of the ratio of standard deviations, where one of the two distributions is nearly a point
-SMALLEST_RATIO, LARGEST_RATIO = 0.2, 5.0
+SMALLEST_DEVIATION = 0.05
+"""Of a gene on a slide; that of a gene without counts would be 0."""
+
+FARTHEST = 4.0
+"""Standard deviations from its mean, at most, of a value in terms of the training slides. A single count of a gene that
+a slide hardly has would be a hundred, and what is predicted from it would grow from step to step."""
 
 
 class SlideFrame:
@@ -50,12 +54,14 @@ class SlideFrame:
         there = model.distribution(self.masked, nothing, masked_scale, of_training)
         here = model.distribution(self.masked + shift, nothing, masked_scale + log_scale, library_size)
         self.mean_there, self.mean_here = there.mean, here.mean
-        ratio = here.variance.clamp_min(1e-8).sqrt() / there.variance.clamp_min(1e-8).sqrt()
-        self.ratio = ratio.clamp(SMALLEST_RATIO, LARGEST_RATIO)
+        self.deviation_there, self.deviation_here = (
+            each.variance.sqrt().clamp_min(SMALLEST_DEVIATION) for each in (there, here)
+        )
 
     def visible(self, values: Tensor, visible: Tensor) -> Tensor:
         """Return values (B, G), the visible ones replaced by those that a training slide would have in their place."""
-        there = (self.mean_there + (values - self.mean_here) / self.ratio).clamp_min(0)
+        standard = ((values - self.mean_here) / self.deviation_here).clamp(-FARTHEST, FARTHEST)
+        there = (self.mean_there + standard * self.deviation_there).clamp_min(0)
         return torch.where(visible > 0, there, values)
 
     def location(self, location: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:

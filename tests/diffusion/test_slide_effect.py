@@ -212,14 +212,17 @@ def test_visible_values_are_taken_as_on_a_training_slide(cohort):
         everything = torch.ones(SPOTS, GENES)
         # the mean on the slide is the mean there, and a deviation keeps its size in standard deviations
         torch.testing.assert_close(frame.visible(frame.mean_here, everything), frame.mean_there)
-        above = frame.visible(frame.mean_here + frame.ratio, everything)
-        torch.testing.assert_close(above, frame.mean_there + 1)
+        above = frame.visible(frame.mean_here + frame.deviation_here, everything)
+        torch.testing.assert_close(above, frame.mean_there + frame.deviation_there)
+        # a single count of a gene that the slide hardly has is not a hundred standard deviations
+        far = frame.visible(frame.mean_here + 100, everything)
+        torch.testing.assert_close(far, frame.mean_there + 4 * frame.deviation_there)
         assert torch.equal(frame.visible(frame.mean_here, 0 * everything), frame.mean_here)
         # where nothing was predicted beyond the regression, the location is shifted and nothing else
         torch.testing.assert_close(frame.location(frame.masked), frame.masked + shift)
         same = SlideFrame(model, condition, 0 * shift, 0 * scale, None if size is None else 1 * size)
     if size is None:
-        torch.testing.assert_close(same.visible(same.mean_here + 1, everything), same.mean_here + 1)
+        torch.testing.assert_close(same.visible(same.mean_here + 0.5, everything), same.mean_here + 0.5)
     names = [f"b{number}" for number in range(SPOTS)]
     inputs = SlideInputs("x", names, features, slide_effect=effect)
     settings = SamplingSettings(num_draws=60, num_inference_steps=8, spatially_correlated=False)
