@@ -103,17 +103,15 @@ class OutsideGenes:
             parts.append(torch.cat(blocks, dim=1))
         return torch.cat(parts).numpy()
 
-    def draw(self, values: np.ndarray, spots: list[str], seed: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return draws (K, n, E) given draws of the panel (K, n, G), and the mean of their locations (n, E).
+    def draw(self, values: np.ndarray, spots: list[str], seed: int, batch_size: int) -> np.ndarray:
+        """Return draws (K, n, E) given draws of the panel (K, n, G).
 
         Random numbers are a function of the seed, the name of the spot (n,) and the number of the draw.
         """
         number, size = values.shape[:2]
         drawn = np.empty((number, size, len(self.outside_ids)), dtype=np.float32)
-        expected = np.zeros(drawn.shape[1:])
         for draw in range(number):
             location = self.location(values[draw], batch_size)
-            expected += np.maximum(location, 0) / number
             for spot, name in enumerate(spots):
                 generator = random_generator(Stream.OUTSIDE_PANEL, seed, name, draw)
                 factors = generator.standard_normal(self.shared.shape[1])
@@ -121,11 +119,15 @@ class OutsideGenes:
                 drawn[draw, spot] = np.maximum(location[spot] + noise, 0)
         if self.transform == "log2p1":
             drawn = np.log2(1 + np.rint(np.exp2(drawn) - 1)).astype(np.float32)
-        return drawn, expected.astype(np.float32)
+        return drawn
 
     def append(
         self, values: np.ndarray, expected: np.ndarray, spots: list[str], sampling: SamplingSettings
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return draws (K, n, G + E) and expected values (n, G + E): those of the panel, then the others."""
-        drawn, location = self.draw(values, spots, sampling.seed, sampling.batch_size)
+        """Return draws (K, n, G + E) and expected values (n, G + E): those of the panel, then the others.
+
+        Expected are the locations given the expected values of the panel, which have no noise of draws.
+        """
+        drawn = self.draw(values, spots, sampling.seed, sampling.batch_size)
+        location = np.maximum(self.location(expected, sampling.batch_size), 0).astype(np.float32)
         return np.concatenate([values, drawn], axis=2), np.concatenate([expected, location], axis=1)

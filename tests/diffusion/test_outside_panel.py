@@ -10,6 +10,7 @@ from hinge import HingePipeline
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.config import RunConfig
 from hinge.data.readers import read_slide
+from hinge.diffusion.inputs import SamplingSettings
 from hinge.diffusion.outside_panel import OutsideGenes
 from hinge.run.run import Run
 from hinge.utils.errors import ConfigError
@@ -49,7 +50,10 @@ def test_draws_have_the_conditional_mean_and_covariance_of_the_factor_model():
     rng = np.random.default_rng(1)
     panel = mean[:PANEL] + np.linalg.cholesky(covariance[:PANEL, :PANEL]) @ rng.normal(size=PANEL)
     values = np.tile(panel.astype(np.float32), (4, 1000, 1))
-    drawn, expected = outside(model).draw(values, [f"s{i}" for i in range(1000)], seed=0, batch_size=500)
+    spots = [f"s{i}" for i in range(1000)]
+    settings = SamplingSettings(num_draws=len(values), seed=0, batch_size=500)
+    both, of_mean = outside(model).append(values, values.mean(axis=0), spots, settings)
+    drawn, expected = both[:, :, values.shape[2] :], of_mean[:, values.shape[2] :]
     weight = np.linalg.solve(covariance[:PANEL, :PANEL], covariance[:PANEL, PANEL:])
     location = mean[PANEL:] + (panel - mean[:PANEL]) @ weight
     left = covariance[PANEL:, PANEL:] - covariance[PANEL:, :PANEL] @ weight
@@ -63,13 +67,13 @@ def test_draws_depend_on_seed_spot_and_draw_alone():
     model, _mean, _ = prior_backbone(scale=1.0)
     values = np.random.default_rng(2).normal(4, 1, size=(3, 5, PANEL)).astype(np.float32)
     names = list("abcde")
-    drawn, _ = outside(model).draw(values, names, seed=0, batch_size=5)
-    np.testing.assert_allclose(outside(model).draw(values, names, seed=0, batch_size=2)[0], drawn, atol=1e-5)
-    part, _ = outside(model).draw(values[:, 2:4], names[2:4], seed=0, batch_size=5)
+    drawn = outside(model).draw(values, names, seed=0, batch_size=5)
+    np.testing.assert_allclose(outside(model).draw(values, names, seed=0, batch_size=2), drawn, atol=1e-5)
+    part = outside(model).draw(values[:, 2:4], names[2:4], seed=0, batch_size=5)
     np.testing.assert_allclose(part, drawn[:, 2:4], atol=1e-5)
-    assert np.abs(outside(model).draw(values, names, seed=1, batch_size=5)[0] - drawn).max() > 0.1
+    assert np.abs(outside(model).draw(values, names, seed=1, batch_size=5) - drawn).max() > 0.1
     assert np.abs(drawn[0] - drawn[1]).max() > 0.1
-    counts = np.exp2(outside(model, transform="log2p1").draw(values, names, 0, 5)[0]) - 1
+    counts = np.exp2(outside(model, transform="log2p1").draw(values, names, 0, 5)) - 1
     np.testing.assert_allclose(counts, counts.round(), atol=1e-3)
 
 
