@@ -32,6 +32,7 @@ def check_weights(tensors: Mapping[str, Tensor], path: str | Path, network: Mapp
             if network is not None and name in network and not network[name].is_floating_point():
                 continue
             raise WeightsError(f"{path}: {name} holds {str(tensor.dtype)[6:]} numbers, and weights are floating-point")
-        # in parts, because the test needs copies of what it tests
-        if not all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(_PART_ELEMENTS)):
+        # in parts, because the test needs copies; along rows, because a transposed tensor has no flat view
+        rows = max(1, _PART_ELEMENTS * max(1, len(tensor)) // max(1, tensor.numel())) if tensor.ndim else 1
+        if not all(bool(part.isfinite().all()) for part in (tensor.split(rows) if tensor.ndim else (tensor,))):
             raise WeightsError(f"{path}: {name} holds numbers that are not finite; restore the file, or train again")

@@ -29,7 +29,7 @@ SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 def damaged(tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the tensors with a NaN, then with an infinity, in each of those that are floating-point."""
     for name, tensor in tensors.items():
-        for bad in (float("nan"), float("-inf")) if tensor.is_floating_point() else ():
+        for bad in (float("nan"), float("-inf")) if tensor.is_floating_point() and tensor.numel() else ():
             changed = tensor.clone()
             changed.view(-1)[tensor.numel() // 2] = bad
             yield {**tensors, name: changed}

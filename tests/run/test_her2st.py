@@ -29,6 +29,7 @@ def test_her2st_from_nothing_to_scores(her2st, tmp_path):
         "ridge-hest",
         "ridge-cv",
         "ridge-cv+residual",
+        "ridge-cv+residual+level",
         "training-correlation",
         "noise-ceiling",
     }

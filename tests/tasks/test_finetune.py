@@ -124,6 +124,8 @@ def test_folds(slides, tmp_path):
         make_folds(groups, ["c"])
     with pytest.raises(ConfigError, match=r"all slides \(sim0, sim1\) are in one group"):
         make_folds({"sim0": "a", "sim1": "a"})
+    for slide in loaded.values():
+        del slide.obs["patient"]
     with pytest.raises(DataError, match=r"sim0 has no obs\['patient'\]"):
         slide_groups(loaded, "patient")
     for name, slide in loaded.items():
