@@ -328,7 +328,7 @@ def test_loading_and_converting_need_little_memory(big, tmp_path):
     largest, total = ROWS * WIDTH * 4, sum(int(np.prod(shape)) for shape in state.shapes.values())
     convert = peak_of(lambda: convert_cellfm(big, tmp_path / "out", "bf16", num_attention_heads=8))
     load = peak_of(lambda: CellFMModel.from_pretrained(big, num_attention_heads=8, dtype=torch.bfloat16))
-    # pages of the file that are mapped count until the system takes them back: 25 to 60 MB; the file has 800
+    # pages of the file that are mapped count until the system takes them back: 25 to 60 MB; the file has 442
     assert convert < largest + 110 * 2**20
     # the model in bfloat16, the largest tensor, and the pages of one mapping
     assert load < 2 * total + largest + 70 * 2**20
