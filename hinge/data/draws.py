@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from anndata import AnnData
 
+from hinge.data.layers import draw_names
 from hinge.data.slide import slide_name
 from hinge.data.writers import attach_draws, write_draws_zarr
 from hinge.utils.errors import DataError
@@ -89,29 +90,20 @@ def _summary(draws: AnnData, count: int, about: dict) -> str:
     return ", ".join(kinds)
 
 
-def write_draws(
-    path: str | Path,
-    values: np.ndarray,
-    expected: np.ndarray,
-    slide: AnnData,
-    genes: list[str],
-    about: dict,
-    levels: np.ndarray | None = None,
-    novelty: np.ndarray | None = None,
-) -> None:
-    """Write the AnnData of `draws_of_slide`, whose arguments these are, to the h5ad file `path`.
+def write_draws(path: str | Path, draws: AnnData) -> None:
+    """Write an AnnData of `draws_of_slide` to the h5ad file `path`.
 
     Draws of more than `MOST_BYTES_IN_LAYERS` are written to a chunked array in `<slide>.draws.zarr` beside the file, so
-    that scanpy opens the file quickly. `read_draws` reads both.
+    that scanpy opens the file quickly, and taken out of the layers of `draws`. `read_draws` reads both.
     """
-    result = draws_of_slide(values, expected, slide, genes, about, levels, novelty)
-    if values.nbytes > MOST_BYTES_IN_LAYERS:
-        store = write_draws_zarr(result, Path(path).with_suffix(".draws.zarr"))
-        for number in range(len(values)):
-            del result.layers[f"draw_{number:03d}"]
-        result.uns["hinge"]["draws_store"] = store.name
+    names = draw_names(draws)
+    if sum(draws.layers[name].nbytes for name in names) > MOST_BYTES_IN_LAYERS:
+        store = write_draws_zarr(draws, Path(path).with_suffix(".draws.zarr"))
+        for name in names:
+            del draws.layers[name]
+        draws.uns["hinge"]["draws_store"] = store.name
     with atomic_path(path) as temporary:
-        result.write_h5ad(temporary, compression="gzip")
+        draws.write_h5ad(temporary, compression="gzip")
 
 
 def read_draws(path: str | Path) -> AnnData:

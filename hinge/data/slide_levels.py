@@ -1,6 +1,5 @@
 """The level of whole slides: composition over genes, library size and mean values, of slides with or without images."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -89,10 +88,6 @@ class SlideLevels:
         new = ~np.isin(other.sample, self.sample)
         pairs = {each.name: (getattr(self, each.name), getattr(other, each.name)[new]) for each in fields(self)}
         return SlideLevels(**{name: np.concatenate(pair) for name, pair in pairs.items()})
-
-    def rows_of(self, samples: Sequence[str]) -> NDArray[np.bool_]:
-        """Return which rows (S,) are of some slides."""
-        return np.isin(self.sample, list(samples))
 
 
 def composition_of_shares(shares: NDArray) -> NDArray[np.float64]:

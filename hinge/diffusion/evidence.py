@@ -54,10 +54,11 @@ def slide_evidence(
     """
     prior = model.slide_prior
     if prior is None:
-        given = {"--bulk": bulk, "--library-size": library_size, "--patient": patient}
-        named = [option for option, value in given.items() if value is not None and option != "--patient"]
-        if named:
-            raise ConfigError(f"{named[0]} needs a model with a prior of slide levels; train the run again to have one")
+        for option, value in (("--bulk", bulk), ("--library-size", library_size)):
+            if value is not None:
+                raise ConfigError(
+                    f"{option} needs a model with a prior of slide levels; train the run again to have one"
+                )
         return SlideEvidence(), {}
     if isinstance(library_size, str) and library_size not in LIBRARY_SIZES:
         raise ConfigError(f"--library-size takes a number or one of {', '.join(LIBRARY_SIZES)}, not {library_size!r}")

@@ -175,8 +175,8 @@ class _Batch:
         (B, G) in place of masked values, and the slide effect.
     typical_shift
         (G,) the slide effect that gives the expected level.
-    frame, typical_frame
-        Of the two effects; None for a model without a prior of slide levels.
+    frame
+        Of the slide effect; None for a model without a prior of slide levels.
     numbers
         The other random numbers, on the CPU.
     """
@@ -191,7 +191,6 @@ class _Batch:
     shift: Tensor
     typical_shift: Tensor
     frame: SlideFrame | None
-    typical_frame: SlideFrame | None
     numbers: DrawNumbers
 
 
@@ -241,7 +240,7 @@ class _Sampler:
                 continue
             else:
                 subset = self._needed(following)
-                h = self._tokens(batch, values, visible, following, timestep, batch.condition, subset)
+                h = self._tokens(batch, values, visible, following, timestep, batch.condition, batch.frame, subset)
             sample = self._sample(batch, h, values, visible, batch.numbers, number, subset)
             step = self.scheduler.step(sample, timestep, values, visible, batch.mask_times)
             values, visible = step.prev_sample, step.visible
@@ -274,18 +273,18 @@ class _Sampler:
             shift=tensor(numbers.shift),
             typical_shift=tensor(self.noise.effect.typical.values),
             frame=None,
-            typical_frame=None,
             numbers=numbers,
         )
         if model.library_size_model is not None:
             self._add_library_size(batch, spot_index, model.library_size_model)
-        if isinstance(self.noise.effect, LevelEffect):
-            scale, typical = self._tensor(self.noise.effect.log_scale), batch.typical_shift.expand_as(batch.shift)
-            batch.frame = SlideFrame(model, batch.condition, batch.shift, scale, batch.library_sizes)
-            batch.typical_frame = SlideFrame(
-                model, batch.typical_condition, typical, scale, batch.typical_library_sizes
-            )
+        batch.frame = self._frame(batch.condition, batch.shift, batch.library_sizes)
         return batch, values
+
+    def _frame(self, condition: Tensor, shift: Tensor, library_sizes: Tensor | None) -> SlideFrame | None:
+        """Return the frame of conditions (B, d), shifts (B, G) and library sizes (B,)."""
+        if not isinstance(self.noise.effect, LevelEffect):
+            return None
+        return SlideFrame(self.model, condition, shift, self._tensor(self.noise.effect.log_scale), library_sizes)
 
     def _add_library_size(self, batch: _Batch, spot_index: np.ndarray, library_size: LibrarySizeModel) -> None:
         """Put drawn and typical library sizes, or the known ones, into the batch and its conditions."""
@@ -314,17 +313,12 @@ class _Sampler:
         shared = scheduler.config.fill != "noise" and model.config.condition_on_visible != "next"
         _, first, back = np.unique(spot_index, return_index=True, return_inverse=True)
         rows = torch.from_numpy(first if shared else np.arange(len(spot_index))).to(self.device)
-        h = self._tokens(batch, values, visible, following, timestep, batch.typical_condition, rows=rows)
-        output, _ = self._read_out(
-            h,
-            scheduler.fill_masked(values, visible, batch.fill),
-            visible,
-            batch.typical_condition,
-            batch.typical_shift,
-            batch.typical_library_sizes,
-            batch.typical_frame,
-            rows=rows,
-        )
+        condition, shift = batch.typical_condition[rows], batch.typical_shift.expand(len(rows), -1)
+        sizes = None if batch.typical_library_sizes is None else batch.typical_library_sizes[rows]
+        frame = self._frame(condition, shift, sizes)
+        h = self._tokens(batch, values, visible, following, timestep, condition, frame, rows=rows)
+        filled = scheduler.fill_masked(values, visible, batch.fill)[rows]
+        output, _ = self._read_out(h, filled, visible[rows], condition, shift, sizes, frame)
         # some means are averages of quantiles, which need float64
         mean = _on_cpu(output).mean.float().to(self.device)
         means = torch.where(visible[rows] > 0, values[rows], mean)
@@ -344,7 +338,9 @@ class _Sampler:
         if sizes is None or typical is None or (not self.model.drops_masked and torch.equal(sizes, typical)):
             return h, None
         timestep, subset = int(self.scheduler.timesteps[0]), self._needed(following)
-        return self._tokens(batch, values, batch.known, following, timestep, batch.condition, subset), subset
+        return self._tokens(
+            batch, values, batch.known, following, timestep, batch.condition, batch.frame, subset
+        ), subset
 
     def _remask(self, batch: _Batch, values: Tensor, numbers: DrawNumbers) -> Tensor:
         """Return values (B, G) after a pass that masks some drawn genes and draws them again."""
@@ -354,7 +350,7 @@ class _Sampler:
         # the last step ends at timestep 0 and reveals all genes that are still masked
         last = int(scheduler.timesteps[-1])
         timesteps = scheduler.timesteps_of(visible)
-        h = self._tokens(batch, values, visible, everything, timesteps, batch.condition)
+        h = self._tokens(batch, values, visible, everything, timesteps, batch.condition, batch.frame)
         sample = self._sample(batch, h, values, visible, numbers, 0, None)
         return scheduler.step(sample, last, values, visible, batch.mask_times).prev_sample
 
@@ -370,22 +366,23 @@ class _Sampler:
         following: Tensor,
         timestep: int | Tensor,
         condition: Tensor,
+        frame: SlideFrame | None,
         subset: GeneSubset | None = None,
         rows: Tensor | slice = slice(None),
     ) -> Tensor:
-        """Return the backbone's tokens (B, P + n, D) of some rows, at a timestep or at timesteps (B,)."""
+        """Return the backbone's tokens (b, P + n, D) of some rows, at a timestep or at timesteps (B,).
+
+        condition (b, d) and frame are of these rows.
+        """
         if isinstance(timestep, int):
             # a spot with many measured genes is further than the schedule
             timestep = self.scheduler.timesteps_of(batch.known, timestep)
-        filled = self.scheduler.fill_masked(values, visible, batch.fill)
-        frame = batch.typical_frame if condition is batch.typical_condition else batch.frame
-        if frame is not None:
-            filled = frame.visible(filled, visible)
+        filled, visible = self.scheduler.fill_masked(values, visible, batch.fill)[rows], visible[rows]
         return self.model.tokens(
-            filled[rows],
-            visible[rows],
+            filled if frame is None else frame.visible(filled, visible),
+            visible,
             timestep.to(self.device)[rows],
-            condition[rows],
+            condition,
             self.gene_ids,
             next_visible=following[rows],
             subset=subset,
@@ -401,19 +398,17 @@ class _Sampler:
         library_sizes: Tensor | None,
         frame: SlideFrame | None,
         subset: GeneSubset | None = None,
-        rows: Tensor | slice = slice(None),
     ) -> tuple[ExpressionDistribution, Tensor | None]:
-        """Return the distributions (B, G) of some rows on the slide, and W, from tokens of these rows."""
-        model, sizes = self.model, None if library_sizes is None else library_sizes[rows]
+        """Return the distributions (B, G) on the slide, and W, from tokens."""
+        model, gene_ids = self.model, self.gene_ids
         if frame is None:
-            shift = shift if shift.ndim == 1 else shift[rows]
-            return model.read_out(h, filled[rows], visible[rows], condition[rows], self.gene_ids, shift, sizes, subset)
+            return model.read_out(h, filled, visible, condition, gene_ids, shift, library_sizes, subset)
         location, tokens, log_scale, left = model.locate(
-            h, frame.visible(filled, visible)[rows], visible[rows], condition[rows], self.gene_ids, subset=subset
+            h, frame.visible(filled, visible), visible, condition, gene_ids, subset=subset
         )
         if log_scale is not None:
             log_scale = log_scale + frame.log_scale
-        return model.distribution(frame.location(location, rows), tokens, log_scale, sizes), left
+        return model.distribution(frame.location(location), tokens, log_scale, library_sizes), left
 
     def _sample(
         self,

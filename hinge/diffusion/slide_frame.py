@@ -64,7 +64,6 @@ class SlideFrame:
         there = (self.mean_there + standard * self.deviation_there).clamp_min(0)
         return torch.where(visible > 0, there, values)
 
-    def location(self, location: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Return the location on the slide of one (b, G) that was predicted as on a training slide, for some rows."""
-        masked, shift = self.masked[rows], self.shift[rows]
-        return masked + shift + (location - masked) * torch.exp(self.log_scale)
+    def location(self, location: Tensor) -> Tensor:
+        """Return the location (B, G) on the slide of one that was predicted as on a training slide."""
+        return self.masked + self.shift + (location - self.masked) * torch.exp(self.log_scale)

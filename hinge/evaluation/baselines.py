@@ -11,7 +11,7 @@ from hinge.evaluation.metrics.accuracy import as_matrix
 from hinge.evaluation.metrics.coexpression import correlation_matrix
 from hinge.evaluation.names import BASELINES, DEFAULT_BASELINES, DEFAULT_DRAWS, LEVELLED, PRETRAINED
 from hinge.evaluation.predictions import Prediction
-from hinge.evaluation.ridge import MAX_FOLDS, fit_ridge
+from hinge.evaluation.ridge import MAX_FOLDS, fit_ridge, shrink_correlations
 from hinge.utils.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -300,10 +300,7 @@ def _covariance(residual: NDArray, correlation: NDArray | None, share: float) ->
     from sklearn.covariance import LedoitWolf
 
     covariance = LedoitWolf().fit(residual).covariance_
-    if correlation is None:
-        return covariance
-    deviation = np.sqrt(np.diag(covariance))
-    return (1 - share) * covariance + share * correlation * np.outer(deviation, deviation)
+    return covariance if correlation is None else shrink_correlations(covariance, correlation, share)
 
 
 def fit_mlp(

@@ -78,8 +78,8 @@ class PredictionStore:
         self._new: dict[str, Prediction] = {}
         try:
             with zipfile.ZipFile(checksums.verified(path)) as archive:
-                if archive.testzip() is not None:
-                    raise BadZipFile(f"{archive.testzip()} is damaged")
+                if damaged := archive.testzip():
+                    raise BadZipFile(f"{damaged} is damaged")
             with np.load(path, allow_pickle=False) as content:
                 names = [name for name in content if name.endswith("/digest")]
                 self._digests = {name.removesuffix("/digest"): str(content[name]) for name in names}

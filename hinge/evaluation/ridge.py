@@ -79,3 +79,11 @@ def fit_ridge(features: ArrayLike, values: ArrayLike, groups: ArrayLike) -> Ridg
     scaler, ridge = chosen["standardise"], chosen["ridge"]
     weight = np.reshape(ridge.coef_, (y.shape[1], x.shape[1])) / scaler.scale_
     return RidgeFit(weight, np.ravel(ridge.intercept_) - weight @ scaler.mean_, held_out, ridge.alpha)
+
+
+def shrink_correlations(
+    covariance: NDArray[np.float64], correlation: NDArray[np.float64], share: float
+) -> NDArray[np.float64]:
+    """Return a covariance (G, G) of residuals whose correlations are shrunk by a share towards others (G, G)."""
+    deviation = np.sqrt(np.diag(covariance))
+    return (1 - share) * covariance + share * correlation * np.outer(deviation, deviation)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -173,7 +173,9 @@ def make_cells(grid: Grid, output: Path, overrides: Sequence[str] = ()) -> list[
 
         plain = config(f"output={json.dumps(str(output))}")
         slides = [*plain.data.train, *plain.data.test]
-        for held in _held_out(grid, plain):
+        # one for all cells: it keeps the patients of the slides that it reads
+        patient = Preparation(plain).patient
+        for held in _held_out(grid, slides, patient):
             test = plain.data.test if held is None else [held] if isinstance(held, str) else held
             unknown = [name for name in test if name not in slides]
             if unknown:
@@ -186,7 +188,8 @@ def make_cells(grid: Grid, output: Path, overrides: Sequence[str] = ()) -> list[
                 folder = output / variant / label / f"seed{seed}"
                 more = {"data.train": train, "data.test": test, "seed": seed, "sampling.seed": seed}
                 if grid.held_out == "patients":
-                    more["data.pretrain"] = _without_patients(plain, test)
+                    tested = {patient(name) for name in test}
+                    more["data.pretrain"] = [name for name in plain.data.pretrain if patient(name) not in tested]
                 cell = config(*_as_overrides({"output": str(folder), **more}))
                 cells.append(Cell(variant, label, seed, cell))
     names = [cell.name for cell in cells]
@@ -196,11 +199,10 @@ def make_cells(grid: Grid, output: Path, overrides: Sequence[str] = ()) -> list[
     return _with_shared_parts(cells, output, grid.seeds[0])
 
 
-def _held_out(grid: Grid, config: RunConfig) -> Sequence[str | list[str] | None]:
-    """Return the test sets of a grid, None for that of the base."""
+def _held_out(grid: Grid, slides: list[str], patient: Callable[[str], str]) -> Sequence[str | list[str] | None]:
+    """Return the test sets of a grid, None for that of the base; `patient` gives that of a slide."""
     if grid.held_out != "patients":
         return [None] if grid.held_out is None else grid.held_out
-    slides, patient = [*config.data.train, *config.data.test], Preparation(config).patient
     of_patients: dict[str, list[str]] = {}
     for name in slides:
         of_patients.setdefault(patient(name), []).append(name)
@@ -210,13 +212,6 @@ def _held_out(grid: Grid, config: RunConfig) -> Sequence[str | list[str] | None]
             "data.patient_prefix or the column patient of a table tells patients apart"
         )
     return list(of_patients.values())
-
-
-def _without_patients(config: RunConfig, test: Sequence[str]) -> list[str]:
-    """Return the slides to pre-train on that are of other patients than the test slides."""
-    patient = Preparation(config).patient
-    held = {patient(name) for name in test}
-    return [name for name in config.data.pretrain if patient(name) not in held]
 
 
 def _with_shared_parts(cells: list[Cell], output: Path, first_seed: int) -> list[Cell]:

@@ -10,6 +10,7 @@ Measured expression is a whole number of molecules. The distributions of counts 
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -276,7 +277,7 @@ class RoundedGaussian(ExpressionDistribution):
         super().__init__(location)
         self.scale, self.grid = scale, grid
 
-    @property
+    @cached_property  # the variance takes it too
     def mean(self) -> Tensor:
         return _rounded_mean(self.grid, self.location, self.scale)
 

@@ -9,6 +9,7 @@ from numpy.polynomial.hermite_e import hermegauss
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
+from hinge.data.slide_levels import shares_of_composition
 from hinge.data.transforms import get_transform
 
 NUM_NODES = 15
@@ -106,8 +107,6 @@ def composition_of_values(
     Inverse of `expected_values` + offset on a grid of compositions; arguments as there. A value that no composition
     gives has the one at the end of the grid.
     """
-    from hinge.data.slide_levels import shares_of_composition
-
     grid = np.linspace(0.02, 13.3, 80)
     curve = np.stack(
         [

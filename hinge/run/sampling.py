@@ -12,7 +12,7 @@ from anndata import AnnData
 
 from hinge.config import SamplingConfig
 from hinge.data.bulk import Bulk
-from hinge.data.draws import same_draws, write_draws
+from hinge.data.draws import draws_of_slide, same_draws, write_draws
 from hinge.data.observed import observed_digest, read_observed
 from hinge.data.slide import slide_name
 from hinge.diffusion import HingePipeline, SamplingSettings, SlideInputs
@@ -117,7 +117,7 @@ def sample_slide(
             if outside is not None:
                 values, expected = outside.append(values, expected, spots.spots, settings)
             levels, novelty = spots.levels(settings), spots.novelty()
-            write_draws(output, values, expected, slide, drawn, about, levels, novelty)
+            write_draws(output, draws_of_slide(values, expected, slide, drawn, about, levels, novelty))
             unfinished.remove()
             logger.info("wrote %s (%d draws of %d spots)", output, settings.num_draws, slide.n_obs)
         accelerator.wait_for_everyone()

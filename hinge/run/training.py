@@ -166,6 +166,8 @@ def _new_model(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbo
 
 def _train(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbone, accelerator: Accelerator) -> Path:
     config, paths = inputs.config, inputs.paths
+    # before the patients of the split are asked for: they are in the slides that are read here
+    levels = inputs.slide_levels(spots) if config.model.gene_factors and config.training.initialisation else None
     model = _new_model(inputs, spots, backbone)
     model.register_to_config(panel_digest=genes_digest(inputs.panel().genes))
     scheduler = MaskedDiffusionScheduler(**config.diffusion.model_dump())
@@ -184,7 +186,7 @@ def _train(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbone, 
         paths.training,
         seed=config.seed,
         accelerator=accelerator,
-        levels=inputs.slide_levels(spots) if config.model.gene_factors and config.training.initialisation else None,
+        levels=levels,
     )
     if accelerator.is_main_process:
         # before the model, which marks the run as trained

@@ -12,10 +12,9 @@ from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.loss import draw_timesteps, loss_mask, spot_weights
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.hinge import HingeModel
-from hinge.models.regression_uncertainty import RegressionUncertainty
 from hinge.models.slide_effects import SlidePrior
 from hinge.models.value_bins import fit_to_panel
-from hinge.training.initialisation import initialise_gene_factors, initialise_library_size
+from hinge.training.initialisation import Initialisation, initialise_gene_factors, initialise_library_size
 from hinge.training.loop import LoopResult, make_accelerator, run_loop, step_generator
 from hinge.training.masked_mean import fit_masked_mean
 from hinge.training.settings import TrainingConfig
@@ -295,11 +294,17 @@ def train_hinge(
     slide_shift = library_shift = None
     # also before a resumed run: the checkpoint then replaces the parameters, but not buffers and shifts
     model.to(accelerator.device)
+    training = spots.subset(data.training)
     if config.initialisation and model.gene_factor_model is not None:
-        slide_shift, uncertainty = _initialise(model, scheduler, gene_ids, spots, data.training, seed)
-        fit_slide_levels(model, spots, levels).regression.load_state_dict(uncertainty.state_dict())
-    if model.library_size_model is not None:
-        library_shift = _library_shift(model, spots, data.training)
+        start = _initialise(model, scheduler, gene_ids, training, seed)
+        fit_slide_levels(model, spots, levels).regression.load_state_dict(start.regression.state_dict())
+        slide_shift, library_shift = start.slide_shift, start.library_shift
+    elif model.library_size_model is not None:
+        library_shift = initialise_library_size(model, training)
+    # a spot that is held out has its slide's shift, because its regression is out of fold already
+    slide_shift, library_shift = (
+        None if each is None else _of_all_spots(each, spots, data.training) for each in (slide_shift, library_shift)
+    )
     objective = _MaskedExpression(
         data, spots, scheduler, gene_ids, config, seed, slide_shift, library_shift, accelerator.device
     )
@@ -329,34 +334,22 @@ def fit_slide_levels(model: HingeModel, spots: SpotTable, levels: SlideLevels | 
     return prior
 
 
-def _library_shift(model: HingeModel, spots: SpotTable, training: np.ndarray) -> Tensor:
-    """Initialise the library sizes from the training spots, and return the shift (n,) of the slides of all spots."""
-    of_training = initialise_library_size(model, spots.subset(training))
-    shift = torch.zeros(len(spots))
+def _of_all_spots(shift: Tensor, spots: SpotTable, training: np.ndarray) -> Tensor:
+    """Return the shift (n, …) of all spots, given those of the training spots; the others have their slide's mean."""
+    result = shift.new_zeros(len(spots), *shift.shape[1:])
     for name in np.unique(spots.slide[training]):
-        shift[torch.from_numpy(spots.slide == name)] = of_training[torch.from_numpy(spots.slide[training] == name)][0]
-    return shift
+        on_slide = torch.from_numpy(spots.slide[training] == name)
+        result[torch.from_numpy(spots.slide == name)] = shift[on_slide].mean(dim=0)
+    result[torch.from_numpy(training)] = shift
+    return result
 
 
 def _initialise(
-    model: HingeModel,
-    scheduler: MaskedDiffusionScheduler,
-    gene_ids: Tensor,
-    spots: SpotTable,
-    training: np.ndarray,
-    seed: int,
-) -> tuple[Tensor, RegressionUncertainty]:
-    """Initialise the gene factors from the training spots.
-
-    Return the slide shift (n, G) of all spots, and the uncertainty of the regression.
-    """
-    of_training, uncertainty = initialise_gene_factors(model, scheduler, gene_ids, spots.subset(training), seed)
+    model: HingeModel, scheduler: MaskedDiffusionScheduler, gene_ids: Tensor, training: SpotTable, seed: int
+) -> Initialisation:
+    """Initialise the gene factors from the training spots; what is fitted in closed form is not trained further."""
+    start = initialise_gene_factors(model, scheduler, gene_ids, training, seed)
     # moving it along with residuals that are out of fold would undo the cross-validation of its penalty
     model.gene_factor_model.mean.requires_grad_(False)
     model.gene_factor_model.log_scale.weight.requires_grad_(False)
-    slide_shift = torch.zeros(spots.values.shape)
-    for name in np.unique(spots.slide[training]):
-        # a spot that is held out has its slide's shift, because its regression is out of fold already
-        slide_shift[torch.from_numpy(spots.slide == name)] = of_training[spots.slide[training] == name].mean(dim=0)
-    slide_shift[torch.from_numpy(training)] = of_training
-    return slide_shift, uncertainty
+    return start

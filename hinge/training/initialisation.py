@@ -1,5 +1,7 @@
 """Closed-form initialisation of the gene factors and of the library size, before the first gradient step."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,10 +22,30 @@ SMALLEST_SCALE = 0.05
 RESIDUAL_FLOOR = 0.1
 
 
+class Initialisation(NamedTuple):
+    """What training takes from the initialisation beside the parameters that it sets.
+
+    Attributes
+    ----------
+    slide_shift
+        (n, G) of each training spot: the difference of the out-of-fold regression, slide shift included, from the
+        fitted regression. Scales and factors are then trained on residuals as large as those of a new slide's spots.
+        The mean over a slide is the slide's shift against the fitted regression.
+    library_shift
+        (n,) of `initialise_library_size`; None for a model without library sizes.
+    regression
+        The uncertainty of the regression.
+    """
+
+    slide_shift: Tensor
+    library_shift: Tensor | None
+    regression: RegressionUncertainty
+
+
 @torch.no_grad()
 def initialise_gene_factors(
     model: HingeModel, scheduler: MaskedDiffusionScheduler, gene_ids: Tensor, spots: SpotTable, seed: int
-) -> tuple[Tensor, RegressionUncertainty]:
+) -> Initialisation:
     """Set the parameters of a model's `GeneFactorModel` (and `LibrarySizeModel`) from its training spots.
 
     1. Ridge regression on the features predicts what the backbone leaves unexplained in fully masked spots.
@@ -46,14 +68,6 @@ def initialise_gene_factors(
         Training spots, with features (n, V, d) of which view 0 is used.
     seed
         Of the masks.
-
-    Returns
-    -------
-    tuple
-        (n, G) `slide_shift` of each training spot for training: the difference of the out-of-fold regression, slide
-        shift included, from the fitted regression. Scales and factors are then trained on residuals as large as those
-        of a new slide's spots. The mean over a slide is the slide's shift against the fitted regression. And the
-        uncertainty of the regression.
     """
     factors = model.gene_factor_model
     backbone = _Backbone(model, scheduler, gene_ids, spots, seed)
@@ -80,7 +94,8 @@ def initialise_gene_factors(
     _set_scales(factors, partly, unexplained, 1 - model.config.masked_decoding, x.mean(axis=0))
     uncertainty = RegressionUncertainty(x.shape[1])
     uncertainty.fit(x, ridge.penalty)
-    return torch.from_numpy(regression - ridge.predict(x)).float(), uncertainty
+    slide_shift = torch.from_numpy(regression - ridge.predict(x)).float()
+    return Initialisation(slide_shift, backbone.library_shift, uncertainty)
 
 
 class _Backbone:
@@ -92,6 +107,8 @@ class _Backbone:
         (n, d) standardised features, with the library size where the model has it.
     values, target
         (n, G) expression, as a tensor and in float64.
+    library_shift
+        As of `Initialisation`.
     """
 
     def __init__(self, model: HingeModel, scheduler, gene_ids: Tensor, spots: SpotTable, seed: int):
@@ -102,9 +119,11 @@ class _Backbone:
         self.target = self.values.double().numpy()
         features = torch.from_numpy(np.asarray(spots.features[:, 0], dtype=np.float32))
         self.condition = model.standardise(features.to(self.device))
+        self.library_shift: Tensor | None = None
         if model.library_size_model is not None:
-            shift = initialise_library_size(model, spots)
-            relative = torch.from_numpy(np.asarray(spots.library_size, dtype=np.float32)) * (-shift).exp()
+            self.library_shift = initialise_library_size(model, spots)
+            sizes = torch.from_numpy(np.asarray(spots.library_size, dtype=np.float32))
+            relative = sizes * (-self.library_shift).exp()
             self.condition = model.with_library_size(self.condition, relative.to(self.device))
 
     def decode(self, timestep: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from sklearn.decomposition import FactorAnalysis
 from sklearn.model_selection import GroupKFold
 
 from hinge.backbones import ExpressionBackbone
+from hinge.evaluation.ridge import shrink_correlations
 
 SHRINKAGES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7)
 """Weights of the pre-training correlations that cross-validation chooses from."""
@@ -60,9 +61,7 @@ def fit_factors(
 
 
 def _shrunk(residual: NDArray[np.float64], correlation: NDArray[np.float64], share: float) -> NDArray[np.float64]:
-    covariance = residual.T @ residual / len(residual)
-    deviation = np.sqrt(np.diag(covariance))
-    return (1 - share) * covariance + share * correlation * np.outer(deviation, deviation)
+    return shrink_correlations(residual.T @ residual / len(residual), correlation, share)
 
 
 def _of_covariance(covariance: NDArray[np.float64], num_factors: int) -> FactorAnalysis:

@@ -49,11 +49,11 @@ def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np
     means, counts = _means(levels.composition, numbers, len(patients))
     library_means, library_counts = _means(log_library, numbers, len(patients))
     # a gene that a patient lacks has the population's level there
-    population = np.nanmean(np.where(np.isfinite(means), means, np.nan), axis=0)
+    population = np.nanmean(means, axis=0)
     known = np.where(np.isfinite(means), means, population)
     of_patients, _ = _means(levels.values, numbers, len(patients))
-    section, _ = _pooled(levels.composition, known[numbers], counts, BETWEEN_SECTIONS)
-    library_section, _ = _pooled(log_library, library_means[numbers], library_counts, LIBRARY_BETWEEN_SECTIONS)
+    section = _pooled(levels.composition, known[numbers], counts, BETWEEN_SECTIONS)
+    library_section = _pooled(log_library, library_means[numbers], library_counts, LIBRARY_BETWEEN_SECTIONS)
     between = _between(means, counts, section, BETWEEN_PATIENTS)
     library_between = _between(library_means, library_counts, library_section, LIBRARY_BETWEEN_PATIENTS)
     loadings, noise = _directions(known - population, between, prior.patient_loadings.shape[1])
@@ -75,7 +75,6 @@ def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np
     ]
     expected, variance = (np.stack(each) for each in zip(*of_rows, strict=True))
     of_training = weights[rows] / weights[rows].sum()
-    difference = np.where(np.isfinite(levels.values[rows]), levels.values[rows] - expected, np.nan)
     contents = {
         "population": population,
         "patient_loadings": loadings,
@@ -89,7 +88,7 @@ def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np
         "training_library": np.array([log_library[rows].mean(), library_section[0] * (1 + 1 / len(rows))]),
         "degrees": np.array(ASSUMED_DEGREES + POOLED_DEGREES + len(patients) - 1),
         "dispersion": dispersion,
-        "offset": np.nan_to_num(np.nanmean(difference, axis=0)),
+        "offset": np.nan_to_num(np.nanmean(levels.values[rows] - expected, axis=0)),
         "training_values": np.nan_to_num(_weighted_mean(levels.values[rows], of_training)),
         "training_variance": _weighted_mean(variance, of_training),
         "ratios": levels.ratios[rows].mean(axis=0),
@@ -117,11 +116,11 @@ def _means(values: NDArray, numbers: NDArray, count: int) -> tuple[NDArray, NDAr
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan), counts
 
 
-def _pooled(values: NDArray, means: NDArray, counts: NDArray, assumed: float) -> tuple[NDArray, float]:
-    """Return the variance (G,) of slides (S, G) around their patients' means (S, G), and its degrees of freedom."""
+def _pooled(values: NDArray, means: NDArray, counts: NDArray, assumed: float) -> NDArray:
+    """Return the variance (G,) of slides (S, G) around their patients' means (S, G)."""
     squares = np.nansum((values - means) ** 2, axis=0)
     degrees = np.maximum(counts - 1, 0).sum(axis=0)
-    return _shrunk(squares, degrees, assumed), float(degrees.mean())
+    return _shrunk(squares, degrees, assumed)
 
 
 def _between(means: NDArray, counts: NDArray, section: NDArray, assumed: float) -> NDArray:

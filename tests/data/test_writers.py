@@ -17,7 +17,7 @@ from PIL import Image
 
 from hinge.data import draws as draws_module
 from hinge.data import read_slide
-from hinge.data.draws import read_draws, write_draws
+from hinge.data.draws import draws_of_slide, read_draws, write_draws
 from hinge.data.layers import named_layers
 from hinge.data.writers import (
     attach_draws,
@@ -43,7 +43,7 @@ TERMS = {
 
 def draw(slide, path, genes=GENES, n_draws=3):
     values = np.random.default_rng(0).gamma(2, 1, (n_draws, slide.n_obs, len(genes))).astype(np.float32)
-    write_draws(path, values, values.mean(axis=0), slide, genes, {**ABOUT, "draws": n_draws})
+    write_draws(path, draws_of_slide(values, values.mean(axis=0), slide, genes, {**ABOUT, "draws": n_draws}))
     return values
 
 

@@ -64,7 +64,7 @@ from hinge.backbones.state_files import open_state
 from hinge.backbones.vocabulary import GeneVocabulary
 from hinge.config import check_config, load_config, save_config
 from hinge.data import SlideImage, read_slide
-from hinge.data.draws import read_draws, write_draws
+from hinge.data.draws import draws_of_slide, read_draws, write_draws
 from hinge.data.feature_writer import FeatureWriter
 from hinge.data.features import read_feature_header, read_features, read_features_at
 from hinge.data.hest_download import read_sample_table, select_samples
@@ -393,7 +393,7 @@ def make_draws(folder: Path) -> None:
     make_h5ad(folder)
     about = {"draws": 3, "transform": "log2p1", "seed": 0}
     values = np.random.default_rng(0).random((3, SPOTS, GENES)).astype(np.float32)
-    write_draws(folder / "d.h5ad", values, values.mean(axis=0), read_slide(folder), genes(), about)
+    write_draws(folder / "d.h5ad", draws_of_slide(values, values.mean(axis=0), read_slide(folder), genes(), about))
     made = ad.read_h5ad(folder / "d.h5ad")
     write_draws_zarr(made, folder / "e.draws.zarr")
     for number in range(3):

@@ -41,7 +41,7 @@ from hinge.backbones.mindspore import read_mindspore
 from hinge.backbones.state_files import open_state
 from hinge.config import load_config
 from hinge.data import SlideImage, read_slide
-from hinge.data.draws import read_draws, write_draws
+from hinge.data.draws import draws_of_slide, read_draws, write_draws
 from hinge.data.feature_writer import FeatureWriter
 from hinge.data.features import read_features
 from hinge.encoders import load_encoder
@@ -266,7 +266,9 @@ def draws_with_store(slides, store):
     slide = read_slide(slides)
     values = np.ones((2, slide.n_obs, 3), np.float32)
     path = slides.parent / "run" / "d.h5ad"
-    write_draws(path, values, values[0], slide, list(slide.var_names[:3]), {"draws": 2, "transform": "log2p1"})
+    write_draws(
+        path, draws_of_slide(values, values[0], slide, list(slide.var_names[:3]), {"draws": 2, "transform": "log2p1"})
+    )
     draws = ad.read_h5ad(path)
     draws.uns["hinge"]["draws_store"] = store
     draws.write_h5ad(path)

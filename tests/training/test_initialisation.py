@@ -130,7 +130,7 @@ def test_residuals_in_training_are_out_of_fold_whatever_features_are_dropped(dro
     features = torch.from_numpy(spots.features[:, 0])
     model.set_feature_statistics(features)
     ids = torch.arange(1, GENES + 1)
-    shifts, _ = initialise_gene_factors(model, MaskedDiffusionScheduler(10, "linear"), ids, spots, seed=0)
+    shifts, *_ = initialise_gene_factors(model, MaskedDiffusionScheduler(10, "linear"), ids, spots, seed=0)
     hidden = torch.zeros(160, GENES)
     mask = torch.zeros_like(features) if dropped else None
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_the_closed_form_start_tells_slide_shifts_from_factors_and_finds_what_is
     model = make_model(head="rounded_gaussian", transform="log2p1", num_factors=2)
     model.set_feature_statistics(torch.from_numpy(spots.features[:, 0]))
     scheduler, ids = MaskedDiffusionScheduler(10, "linear"), torch.arange(1, GENES + 1)
-    shifts, _ = initialise_gene_factors(model, scheduler, ids, spots, seed=0)
+    shifts, *_ = initialise_gene_factors(model, scheduler, ids, spots, seed=0)
     path = model.gene_factor_model
     expected = np.stack([(number - 2.5) / 1.5 * np.linspace(-1, 1, GENES) for number in range(6)])
     for number in range(6):

@@ -11,7 +11,7 @@ from helpers.viewer import HOSTILE_GENE, HOSTILE_SPOT, N_DRAWS
 from hinge.config import check_config, save_config
 from hinge.data import read_slide, simulate_slides
 from hinge.data.count_table import read_counts
-from hinge.data.draws import write_draws
+from hinge.data.draws import draws_of_slide, write_draws
 from hinge.run.run import Run
 from hinge.viewer import Viewer
 from hinge.viewer.server import ViewerServer
@@ -40,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
         values = read_counts([slide], genes).values("log2p1")
         draws = np.maximum(0, values + rng.normal(0, 0.7, (N_DRAWS, *values.shape))).astype(np.float32)
         path = data / "run" / "samples" / f"{name}.h5ad"
-        write_draws(path, draws, values * 0.8, slide, genes, {"transform": "log2p1", "draws": N_DRAWS})
+        write_draws(path, draws_of_slide(draws, values * 0.8, slide, genes, {"transform": "log2p1", "draws": N_DRAWS}))
     for file in (data / "slides").glob("sim1.*"):
         file.rename(data / file.name)
     return data / "run"
