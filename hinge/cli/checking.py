@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hinge.cli.options import Allow, DataSet, SpotSide, existing
+from hinge.cli.options import Allow, DataSet, SpotSide, existing, open_folder
 from hinge.cli.verifying import check_run
 from hinge.utils.errors import ConfigError, DataError
 
@@ -16,7 +16,16 @@ def check(
     image: Annotated[Path | None, typer.Option(help="Image, where the slide does not name it.")] = None,
     um_per_px: Annotated[float | None, typer.Option(help="Resolution, where the slide does not say.")] = None,
     panel: Annotated[Path | None, typer.Option(help="Genes that the slides need: panel.json or a list.")] = None,
-    target_um_per_px: Annotated[float, typer.Option(help="Resolution of the encoder's patches.", min=0.01)] = 0.5,
+    target_um_per_px: Annotated[
+        float | None, typer.Option(help="Resolution of the encoder's patches.  [default: 0.5]", min=0.01)
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a trained run: compare the slides with its training slides. It keeps their features.",
+            show_default=False,
+        ),
+    ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write summaries and findings to this file.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page with the spots on the image.")] = None,
     spot_um: SpotSide = None,
@@ -30,14 +39,19 @@ def check(
     Exit code 2 if there are errors. Each code has a section in the reference, on the page Findings. For the folder of a
     run, its files are compared with their checksums.
 
-    Example: hinge check her2st --sample C5 --html check.html
+    Example: hinge check her2st --sample C5 --html check.html, or: hinge check biopsy.svs --run runs/her2st
     """
     existing(data)
     if (data / "config.yaml").is_file():
+        if run is not None:
+            raise ConfigError(f"--run compares slides with a run, and {data} is the folder of a run: name a data set")
         check_run(data, accept)
         return
     if accept:
         raise ConfigError(f"--accept is for the folder of a run, and {data} is none")
+    if run is not None and (panel is not None or target_um_per_px is not None):
+        raise ConfigError("--run sets the panel and the resolution: leave out --panel and --target-um-per-px")
+    opened = None if run is None else open_folder(run, trained=True)
     from hinge.data.checks import Context, check_slide, require_codes, unreadable
     from hinge.data.checks.summary import as_json, line_of, page_of, picture, summarise
     from hinge.data.panel import read_panel
@@ -50,19 +64,27 @@ def check(
         raise DataError(f"{data} has no slides")
     if image is not None and len(names) > 1:
         raise ConfigError("--image is the image of one slide; name it with --sample")
-    context = Context(target_um_per_px, read_panel(panel).genes if panel else ())
+    context = Context(target_um_per_px or 0.5, read_panel(panel).genes if panel else ())
     slides: list[tuple[dict[str, Any], list, bytes | None]] = []
     errors = 0
     for name in names:
         summary: dict[str, Any] = {"slide": name}
         drawn = None
         try:
-            slide = _build(build_slide, data, name, image, um_per_px, spot_um)
+            if opened is None:
+                slide = _build(build_slide, data, name, image, um_per_px, spot_um)
+            else:
+                slide = opened.slide_at(data, um_per_px, image, name, spot_um)
         except DataError as error:
             findings = [unreadable(error)]
             print(f"{name}: no slide")
         else:
-            findings, summary = check_slide(slide, context), summarise(slide)
+            novelty = None
+            if opened is None:
+                findings = check_slide(slide, context)
+            else:
+                findings, novelty = opened.check(slide, allow or [])
+            summary = summarise(slide, novelty)
             drawn = picture(slide) if html is not None else None
             print(line_of(summary))
         for finding in findings:

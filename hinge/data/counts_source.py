@@ -7,6 +7,7 @@ import numpy as np
 import scipy.sparse
 from anndata import AnnData
 
+from hinge.data.layers import named_layers
 from hinge.utils.errors import DataError
 
 _COUNTS_NAMES = ("counts", "raw_counts", "raw", "count", "umi", "umis", "spatial_counts")
@@ -26,7 +27,7 @@ def take_counts(slide: AnnData, file: Path) -> tuple[AnnData, str]:
         Nothing holds whole numbers, or several layers do and none is named after counts.
     """
     held: dict[str, Any] = {"X": slide.X} if slide.X is not None else {}
-    held |= {f"layers['{name}']": slide.layers[name] for name in slide.layers}
+    held |= {f"layers['{name}']": layer for name, layer in named_layers(slide).items()}
     if slide.raw is not None and slide.raw.X is not None:
         held["raw"] = slide.raw.X
     whole = {where: values for where, values in held.items() if is_integral(values)}

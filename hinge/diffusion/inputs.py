@@ -7,6 +7,7 @@ import numpy as np
 from anndata import AnnData
 from torch import Tensor
 
+from hinge.data.checks.novelty import check_novelty
 from hinge.data.neighbourhood import spot_positions
 from hinge.data.slide import slide_name
 from hinge.diffusion.defaults import DEFAULT_BATCH_SIZE, DEFAULT_DRAWS, DEFAULT_STEPS
@@ -17,9 +18,6 @@ from hinge.models.slide_loadings import slide_effect_posterior
 from hinge.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-NOVEL_SHARE = 0.1
-"""Share of spots that are unlike those of training from which on a slide is warned of."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +167,6 @@ class SlideInputs:
         if not isinstance(self.slide_effect, LevelEffect):
             return None
         novelty = self.slide_effect.novelty(self.features)
-        share = float((novelty > 1).mean())
-        if share > NOVEL_SHARE:
-            logger.warning(
-                "slide %s: %.0f %% of the spots are farther from the training features than 99 %% of the training "
-                "spots; the draws of these spots are wider, and may be wrong",
-                self.slide,
-                100 * share,
-            )
+        for finding in check_novelty(novelty):
+            logger.warning("%s: slide %s: %s", finding.level, self.slide, finding)
         return novelty

@@ -208,11 +208,11 @@ class LevelEffect:
 
     def coefficients(self, features: NDArray) -> NDArray[np.float64]:
         """Return the coefficients (n, R + 1) of the error of the regression at spots with features (n, d)."""
-        return self.prior.regression.excess(self.slide.condition(features).cpu())
+        return self.prior.regression.excess(_condition(self.slide.model, features).cpu())
 
     def novelty(self, features: NDArray) -> NDArray[np.float64]:
         """Return how far the features (n, d) of spots are from those of training, see `RegressionUncertainty`."""
-        return self.prior.regression.novelty(self.slide.condition(features).cpu())
+        return spot_novelty(self.slide.model, features)
 
     def _use_values_of_patient(self, patient: str | None) -> None:
         """Make the level that is expected of a further slide of a known patient have the values of his other slides."""
@@ -313,13 +313,30 @@ def _over_spots(values: Tensor) -> NDArray[np.float64]:
     return values.double().mean(dim=0).cpu().numpy()
 
 
+@torch.inference_mode()
+def _condition(model: HingeModel, features: NDArray) -> Tensor:
+    """Return the condition of the regression (n, d) of features, with a typical library size."""
+    device, sizes = model.feature_mean.device, model.library_size_model
+    x = model.standardise(torch.as_tensor(np.asarray(features), dtype=torch.float32, device=device))
+    return x if sizes is None else model.with_library_size(x, sizes.typical(x))
+
+
+def spot_novelty(model: HingeModel, features: NDArray) -> NDArray[np.float64]:
+    """Return how far the features (n, d) of spots are from those of training, see `RegressionUncertainty.novelty`.
+
+    The model must have a prior of slide levels.
+    """
+    assert model.slide_prior is not None
+    return model.slide_prior.regression.novelty(_condition(model, features).cpu())
+
+
 class _MaskedSlide:
     """Some spots of a slide without visible genes, and what a model predicts of them with any shift."""
 
     def __init__(self, model: HingeModel, scheduler: MaskedDiffusionScheduler, gene_ids: Tensor, features: NDArray):
         assert model.gene_factor_model is not None
         device, self.model, self._factors = model.feature_mean.device, model, model.gene_factor_model
-        self.whole = self.condition(features)
+        self.whole = _condition(model, features)
         self.features = self.whole[:, : model.config.feature_dim]
         rows = np.linspace(0, len(features) - 1, min(len(features), NUM_SPOTS)).astype(int)
         chosen = self.features[torch.from_numpy(rows).to(device)]
@@ -341,13 +358,6 @@ class _MaskedSlide:
         predicted = self.predicted()
         few, many = predicted[rows].mean(axis=0), predicted.mean(axis=0)
         self.ratio = np.clip((few + LEAST_VALUE) / (many + LEAST_VALUE), 0.5, 2.0)
-
-    @torch.inference_mode()
-    def condition(self, features: NDArray) -> Tensor:
-        """Return the condition of the regression (n, d) of features, with a typical library size."""
-        device, sizes = self.model.feature_mean.device, self.model.library_size_model
-        x = self.model.standardise(torch.as_tensor(np.asarray(features), dtype=torch.float32, device=device))
-        return x if sizes is None else self.model.with_library_size(x, sizes.typical(x))
 
     def set_log_sd(self, log_sd: float) -> float:
         """Make the logarithms of the library sizes spread with a standard deviation; return the factor."""

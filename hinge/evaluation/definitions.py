@@ -31,7 +31,7 @@ _COVERED = (
 _CLASSIFIER = (
     "Area under the ROC curve of gradient boosting that classifies spots as drawn or measured by {0} in five-fold "
     "cross-validation, both versions of a spot in the same fold; mean over the first two draws. Of more than 1,000 "
-    "spots a random 1,000 are used. Null with fewer than 10 spots."
+    "spots a random 1,000 and the first draw are used. Null with fewer than 10 spots."
 )
 
 METRICS: dict[str, Metric] = {

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SCORES_VERSION = 3
+SCORES_VERSION = 4
 """Version of the scores: kept scores of another one are not used. Raise it with every change that affects a score."""
 
 _ARRAYS = ("mean", "draws", "correlation")

@@ -17,7 +17,7 @@ import numpy as np
 from anndata import AnnData
 
 from hinge.config import RunConfig
-from hinge.data.checks import Context, check_slide, require_codes, stop_on_errors
+from hinge.data.checks import Context, Finding, check_slide, require_codes, stop_on_errors
 from hinge.data.checks.species import species_of_genes
 from hinge.data.count_table import CountTable, panel_counts, read_counts
 from hinge.data.features import difference_from, read_features
@@ -123,9 +123,13 @@ class Preparation:
         DataError
             It has a finding that is an error and whose code is not allowed.
         """
+        stop_on_errors(slide, self.findings_to_sample(slide), allow)
+
+    def findings_to_sample(self, slide: AnnData) -> list[Finding]:
+        """Return what is wrong, or may be, with a slide that is sampled."""
         panel = self.panel().genes if self.paths.panel.exists() else ()
         findings = check_slide(slide, Context(self._target_um_per_px(), panel))
-        stop_on_errors(slide, [each for each in findings if each.code != "genes-panel"], allow)
+        return [each for each in findings if each.code != "genes-panel"]
 
     def _target_um_per_px(self) -> float:
         return (self.config.features.patch_um or self.encoder.patch_um) / self.encoder.patch_px

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from anndata import AnnData
+from numpy.typing import NDArray
 
 from hinge.config import RunConfig, load_config
 from hinge.data.bulk import Bulk
+from hinge.data.checks import Finding
 from hinge.data.count_table import CountTable
 from hinge.data.panel import Panel
 from hinge.data.slide import patient_of_slide, slide_name
@@ -229,6 +231,31 @@ class Run:
         from hinge.run.evaluation import log_likelihoods
 
         return log_likelihoods(self._inputs, name)
+
+    def check(self, slide: AnnData, allow: Collection[str] = ()) -> tuple[list[Finding], NDArray | None]:
+        """Check a slide for sampling by this run, and compare its features with those of training.
+
+        Parameters
+        ----------
+        slide
+            Any slide with an image. Its features are extracted, if they are not there yet.
+        allow
+            Codes of findings that do not hinder the comparison.
+
+        Returns
+        -------
+        tuple
+            The findings (see `hinge.check_slide`), and how far the features of each spot (n,) are from those of
+            training, 1 for the 99th percentile there; None after an error.
+
+        Raises
+        ------
+        DataError
+            The run has not been trained, or by a version that did not keep what this needs.
+        """
+        from hinge.run.checking import check_against_training
+
+        return check_against_training(self._inputs, slide, allow)
 
     # --- what the folder holds -------------------------------------------------------------------
 

@@ -18,14 +18,15 @@ def correlated():
     return draws[0], draws[1:]
 
 
-def test_they_are_the_fair_estimators_of_scoringrules(correlated):
-    measured, draws = correlated
+@pytest.mark.parametrize("genes", [2, 3, 7, 8])
+def test_they_are_the_fair_estimators_of_scoringrules(correlated, genes):
+    measured, draws = (values[..., :genes] for values in correlated)
     drawn = draws.swapaxes(0, 1).copy()
     np.testing.assert_allclose(
         energy_score(measured, draws), scoringrules.es_ensemble(measured, drawn, estimator="fair"), rtol=1e-10
     )
     # over ordered pairs, the diagonal of zeros among them
-    expected = scoringrules.vs_ensemble(measured, drawn, p=0.5, estimator="fair") / (8 * 7)
+    expected = scoringrules.vs_ensemble(measured, drawn, p=0.5, estimator="fair") / (genes * (genes - 1))
     np.testing.assert_allclose(variogram_score(measured, draws), expected, rtol=1e-4, atol=1e-6)
 
 

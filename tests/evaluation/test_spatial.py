@@ -87,6 +87,14 @@ def test_rough_draws_are_seen():
     assert mean["ratio"] > moran_scores(measured, measured + rng.normal(0, 2, alike.shape), SQUARE)["ratio"] + 0.2
 
 
+def test_spot_structure_of_degenerate_slides():
+    draws = np.random.default_rng(0).normal(size=(2, 30, 12))
+    alone = np.zeros((30, 12))
+    alone[4] = np.arange(12)  # less the mean over spots, one spot differs from all others, which are alike
+    assert np.isfinite(spot_structure(alone, draws))
+    assert spot_structure(draws[0], np.stack([np.full((30, 12), 2.5)] * 2)) == 0
+
+
 def test_spot_structure_is_the_correlation_of_correlations():
     rng = np.random.default_rng(0)
     measured = rng.normal(size=(30, 12)) + 3 * rng.normal(size=12)

@@ -81,6 +81,8 @@ def test_large_slides_are_tested_on_a_subset(spots, monkeypatch):
     monkeypatch.setattr(two_sample, "MOST_SPOTS", 100)
     one, same, other = (two_sample_auc(values[0], values[1:] + 3, features, seed=seed) for seed in (1, 1, 2))
     assert one == same != other and one > 0.8
+    # one draw is enough: the second is not looked at
+    assert one == two_sample_auc(values[0], values[1:2] + 3, features, seed=1)
 
 
 def test_edges(spots):

@@ -35,6 +35,7 @@ CODES = {
     "genes-ensembl": "genes have Ensembl names and no symbols",
     "genes-species": "the genes are of another species",
     "genes-panel": "the slide lacks genes of the panel",
+    "features-novel": "the slide looks unlike those that a run was trained on",
 }
 """Every code and what it stands for; the page docs/reference/findings.md has a section for each."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from anndata import AnnData
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from hinge.data.checks.findings import Finding
@@ -23,11 +24,12 @@ _PAGE_PX = 900
 _MOST_DRAWN = 20_000
 
 
-def summarise(slide: AnnData) -> dict[str, Any]:
+def summarise(slide: AnnData, novelty: NDArray | None = None) -> dict[str, Any]:
     """Return facts of a slide: numbers of spots and genes, species, technology, lengths and quantiles of counts.
 
     `um_per_px_from` names the source of the resolution, `on_tissue` is the share of spots on tissue (None without an
-    image), `library_size` the quartiles, `mitochondrial` the share of counts (None without such genes).
+    image), `library_size` the quartiles, `mitochondrial` the share of counts (None without such genes), `novelty` the
+    median of the given novelty (n,) of the spots, and `novel` the share of spots above 1 (None without it).
     """
     facts = slide.uns["hinge"]
     source = facts.get("source", {})
@@ -49,6 +51,8 @@ def summarise(slide: AnnData) -> dict[str, Any]:
         "on_tissue": None if mask is None else share_on_tissue(slide, mask),
         "library_size": [float(value) for value in np.quantile(totals, [0.25, 0.5, 0.75])] if len(totals) else None,
         "mitochondrial": share,
+        "novelty": None if novelty is None else float(np.median(novelty)),
+        "novel": None if novelty is None else float((novelty > 1).mean()),
         "left_out": {key: int(value) for key, value in source.get("left_out", {}).items()},
         "image": facts.get("image_path"),
     }
@@ -71,6 +75,8 @@ def line_of(summary: dict[str, Any]) -> str:
         parts.append("library size " + " / ".join(f"{value:,.0f}" for value in summary["library_size"]))
     if summary["mitochondrial"] is not None:
         parts.append(f"{summary['mitochondrial']:.1%} mitochondrial")
+    if summary["novelty"] is not None:
+        parts.append(f"novelty {summary['novelty']:.2f}, above 1 at {summary['novel']:.0%} of spots")
     left_out = ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in summary["left_out"].items())
     parts += [f"left out: {left_out}"] if left_out else []
     return f"{summary['slide']}: {', '.join(parts)}"

@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from hinge.evaluation.metrics.calibration import check_draws
 
+_SPOTS_AT_ONCE = 16  # of the variogram score
+
 
 def energy_score(measured: ArrayLike, draws: ArrayLike) -> NDArray[np.float64]:
     """Energy score [1]_ of each spot's expression vector: the CRPS of all genes at once.
@@ -91,15 +93,33 @@ def variogram_score(measured: ArrayLike, draws: ArrayLike) -> NDArray[np.float64
     result = np.full(n_spots, np.nan)
     if n_draws < 2 or n_genes < 2:
         return result
-    first, second = np.triu_indices(n_genes, k=1)
-    # a spot at a time: all pairs of all draws would be gigabytes. The fair estimator over pairs of draws takes
-    # K² G² roots a spot; with the variance instead of the pairs it takes K G²
-    for spot in range(n_spots):
-        drawn = draws[:, spot].astype(np.float32)
-        distance = np.abs(drawn[:, first] - drawn[:, second])
-        truth = np.sqrt(np.abs(measured[spot, first] - measured[spot, second]))
-        mean = np.sqrt(distance).mean(axis=0, dtype=np.float64)
-        # the mean square of a root is the mean of what the root was taken of
-        variance = (distance.mean(axis=0, dtype=np.float64) - mean**2) / (n_draws - 1)
-        result[spot] = np.mean((mean - truth) ** 2 - variance)
+    # all pairs of all draws would be gigabytes; the parts fit into a processor's cache
+    for start in range(0, n_spots, _SPOTS_AT_ONCE):
+        part = slice(start, start + _SPOTS_AT_ONCE)
+        result[part] = _variogram_of_part(measured[part], draws[:, part].astype(np.float32))
     return result
+
+
+def _variogram_of_part(measured: NDArray, draws: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the variogram score (n,) of `measured` (n, G) and `draws` (K, n, G).
+
+    Each gene is paired with the k-th after it, in a circle and for every k up to G / 2: contiguous differences, which
+    are several times as fast as a list of pairs. The fair estimator over pairs of draws would take K² G² roots a spot;
+    with the variance of the roots in place of the pairs it takes K G².
+    """
+    n_draws, _, n_genes = draws.shape
+    total, most = np.zeros(len(measured)), n_genes // 2
+    draws = np.ascontiguousarray(draws)
+    circle = np.concatenate([draws, draws[..., :most]], axis=2)
+    truth = np.concatenate([measured, measured[:, :most]], axis=1)
+    distance = np.empty_like(draws)
+    for k in range(1, most + 1):
+        # at half a circle, every pair comes twice
+        pairs = most if 2 * k == n_genes else n_genes
+        np.abs(np.subtract(draws, circle[..., k : k + n_genes], out=distance), out=distance)
+        # the mean square of a root is the mean of what the root was taken of
+        square = distance.sum(axis=0)[:, :pairs].astype(np.float64) / n_draws
+        mean = np.sqrt(distance, out=distance).sum(axis=0)[:, :pairs].astype(np.float64) / n_draws
+        error = mean - np.sqrt(np.abs(measured[:, :pairs] - truth[:, k : k + pairs]))
+        total += (error**2 - (square - mean**2) / (n_draws - 1)).sum(axis=1)
+    return total / (n_genes * (n_genes - 1) / 2)

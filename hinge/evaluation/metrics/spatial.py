@@ -1,6 +1,5 @@
 """Spatial structure of drawn maps against that of the measured ones."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 # hexagonal one (the next are at 1.73), with a tolerance for spots that are a little off the lattice
 _REACH = 1.25
 _PIXELS_PER_PITCH = 2  # of the raster that maps are compared on; rows of a hexagonal lattice interleave
-_ROWS_AT_ONCE, _DRAWS_AT_ONCE = 256, 5  # bound the memory of spot-spot correlations
 _WINDOW = 7  # pixels a side of the SSIM's window, 3.5 spots
 
 
@@ -156,11 +154,8 @@ def spot_structure(measured: ArrayLike, draws: ArrayLike) -> float:
     n_spots, n_genes = measured.shape
     if n_spots < 3 or n_genes < 2:
         return float("nan")
-    truth, correlations = _standardised_spots(measured), []
-    for start in range(0, len(draws), _DRAWS_AT_ONCE):
-        drawn = [_standardised_spots(draw) for draw in draws[start : start + _DRAWS_AT_ONCE]]
-        correlations += _correlations_of_structure(truth, drawn)
-    return float(np.mean(correlations))
+    truth = _standardised_spots(measured)
+    return float(np.mean([_correlation_of_products(truth, _standardised_spots(draw)) for draw in draws]))
 
 
 def _standardised_spots(values: NDArray) -> NDArray[np.float64]:
@@ -172,34 +167,24 @@ def _standardised_spots(values: NDArray) -> NDArray[np.float64]:
     return np.divide(values, size, out=np.zeros_like(values), where=size > 1e-9)
 
 
-def _correlations_of_structure(truth: NDArray, drawn: Sequence[NDArray]) -> list[float]:
-    """Return the correlation over pairs of spots between the products of `truth` (n, G) and of each of `drawn`.
+def _correlation_of_products(one: NDArray, other: NDArray) -> float:
+    """Return the correlation, over pairs of different spots, between x_s · x_t of two arrays (n, G).
 
-    The products of a few rows at a time: those of all pairs of spots would grow with the square of their number.
+    Sums over all pairs of spots follow from products of genes, Σ (x_s · x_t)(y_s · y_t) = |Xᵀ Y|², so that neither time
+    nor memory grows with the square of the spots.
     """
-    n_spots = len(truth)
-    # sums over pairs of: measured, its square, drawn, its square, the product of the two
-    sums, largest = np.zeros((len(drawn), 5)), np.zeros((len(drawn), 2))
-    for start in range(0, n_spots - 1, _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        upper = np.triu_indices(min(_ROWS_AT_ONCE, n_spots - start), k=1, m=n_spots - start)
-        of_truth = (truth[rows] @ truth[start:].T)[upper]
-        for number, values in enumerate(drawn):
-            of_draw = (values[rows] @ values[start:].T)[upper]
-            sums[number] += (
-                of_truth.sum(),
-                of_truth @ of_truth,
-                of_draw.sum(),
-                of_draw @ of_draw,
-                of_truth @ of_draw,
-            )
-            largest[number] = np.maximum(largest[number], (np.abs(of_truth).max(), np.abs(of_draw).max()))
-    mean, square, other_mean, other_square, product = (sums / (n_spots * (n_spots - 1) / 2)).T
-    spread = np.sqrt(np.maximum([square - mean**2, other_square - other_mean**2], 0.0))
-    constant = spread <= CONSTANT_SHARE * largest.T
-    size = np.where(constant.any(axis=0), 1.0, spread[0] * spread[1])
-    correlation = np.clip((product - mean * other_mean) / size, -1.0, 1.0)
-    return np.where(constant[0], np.nan, np.where(constant[1], 0.0, correlation)).tolist()
+    n_pairs = len(one) * (len(one) - 1)
+
+    def pair_mean(first: NDArray, second: NDArray) -> float:
+        of_a_spot = [np.einsum("sg,sg->s", values, values) for values in (first, second)]
+        return (np.square(first.T @ second).sum() - of_a_spot[0] @ of_a_spot[1]) / n_pairs
+
+    mean = [(np.square(values.sum(axis=0)).sum() - np.square(values).sum()) / n_pairs for values in (one, other)]
+    square = [pair_mean(one, one), pair_mean(other, other)]
+    spread = [np.sqrt(max(squared - average**2, 0.0)) for squared, average in zip(square, mean, strict=True)]
+    if min(spread) <= CONSTANT_SHARE:  # of products that are correlations, at most 1
+        return float("nan") if spread[0] <= CONSTANT_SHARE else 0.0
+    return float(np.clip((pair_mean(one, other) - mean[0] * mean[1]) / (spread[0] * spread[1]), -1.0, 1.0))
 
 
 def ssim_of_maps(measured: ArrayLike, predicted: ArrayLike, coordinates: ArrayLike) -> float:
