@@ -10,6 +10,7 @@ split.json         slides and validation spots
 training/          log and checkpoints
 model/             the trained HingeModel and its scheduler
 samples/           draws, one h5ad a slide
+maps/              dense maps of hinge map, h5ad and OME-TIFF
 regions/           regions saved from the viewer or QuPath, one GeoJSON a slide, which report and viewer read
 baselines/         predictions of the baselines, one npz a slide; models of the generative baselines
 scores/            scores of each slide, kept for the next evaluation
@@ -26,6 +27,9 @@ from hinge.config import RunConfig, load_config, save_config
 from hinge.encoders.names import features_file
 from hinge.utils import checksums
 from hinge.utils.errors import ConfigError, DataError
+
+OUTSIDE_SUFFIX = ".outside-panel"
+"""After the name of a slide in the name of the file of draws that hold genes outside the panel."""
 
 
 class RunPaths:

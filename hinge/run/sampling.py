@@ -21,6 +21,7 @@ from hinge.diffusion.evidence import log_evidence, slide_evidence
 from hinge.diffusion.pipeline import PRECISIONS
 from hinge.diffusion.sampler import spots_per_part
 from hinge.diffusion.slide_effect import SlideEvidence
+from hinge.run.paths import OUTSIDE_SUFFIX
 from hinge.run.preparation import Preparation
 from hinge.training.loop import make_accelerator
 from hinge.utils.errors import ConfigError, DataError
@@ -91,7 +92,7 @@ def sample_slide(
             f"{settings.num_inference_steps} steps cannot be taken, the run has diffusion.num_train_timesteps "
             f"{diffusion.num_train_timesteps}"
         )
-    name = slide_name(slide) if genes is None else f"{slide_name(slide)}.outside-panel"
+    name = slide_name(slide) if genes is None else f"{slide_name(slide)}{OUTSIDE_SUFFIX}"
     output = output or inputs.paths.samples(name)
     pipeline = load_pipeline(inputs).to(PRECISIONS[config.precision])
     outside = None if genes is None else pipeline.outside_genes(genes)

@@ -1,73 +1,33 @@
-"""The files of the viewer by path, each made on request.
-
-    index.html, viewer.css, *.js, vendor/      the page
-    run.json                                   title, slides, settings
-    slides/<i>/slide.json                      genes and scores, image, scale, co-expression's genes
-    slides/<i>/barcodes.json
-    slides/<i>/spots.bin                       float32 x, y of each spot in image pixels
-    slides/<i>/genes/<j>.bin                   one gene: measured, mean, deviation, draws; see `SlideContent.gene`
-    slides/<i>/coexpression.bin                int8 matrices, measured and predicted
-    slides/<i>/image.dzi, image_files/         deep-zoom tiles
-    slides/<i>/labels.json, region…, compare…  regions; see `hinge.viewer.regions`
-
-`hinge view` serves these paths, and `write_viewer` writes each to a file but the tables of regions, which depend on the
-request. Files that end in .bin are little-endian and deflated (RFC 1950). No path contains a name from a file.
-"""
+"""The files of one slide in the viewer, each made on request; `hinge.viewer.files` lists their paths."""
 
 import json
-import logging
 import math
 import re
 import struct
-import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from anndata import AnnData
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from hinge.data import get_transform, list_samples, slide_name
-from hinge.data.draws import read_draws
+from hinge.data import get_transform, slide_name
 from hinge.data.layers import draw_names
-from hinge.data.regions import Region, read_regions
+from hinge.data.regions import Region
 from hinge.evaluation import correlation_matrix, gene_pcc, matrix_scores
 from hinge.evaluation.metrics.coexpression import gene_order
-from hinge.run.run import Run
-from hinge.utils.errors import DataError, HingeError
-from hinge.utils.files import atomic_path
-from hinge.utils.packages import VERSION
+from hinge.utils.errors import DataError
 from hinge.viewer import regions
+from hinge.viewer.maps import SlideMap
 from hinge.viewer.tiles import OVERLAP_PX, TILE_PX, TiledImage
-
-logger = logging.getLogger(__name__)
 
 COEXPRESSION_GENES = 200  # maximum; of a larger panel, the genes with the largest variance
 _BLOCK_GENES = 256
-SLIDES_OPEN = 3  # number of slides whose draws are kept in memory
 
-CONTENT_TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".json": "application/json; charset=utf-8",
-    ".txt": "text/plain; charset=utf-8",
-    ".csv": "text/csv; charset=utf-8",
-    ".svg": "image/svg+xml",
-    ".dzi": "application/xml; charset=utf-8",
-    ".jpeg": "image/jpeg",
-    ".bin": "application/octet-stream",
-}
-
-_OF_SLIDE = re.compile(r"slides/(\d{1,6})/(.+)", re.ASCII)
-_GENE = re.compile(r"genes/(\d{1,7})\.bin", re.ASCII)
+_GENE = re.compile(r"(genes|map)/(\d{1,7})\.bin", re.ASCII)
 _TILE = re.compile(r"image_files/(\d{1,3})/(\d{1,7})_(\d{1,7})\.jpeg", re.ASCII)
 
 
@@ -82,12 +42,22 @@ class SlideContent:
         The slide with raw counts; None if there are none.
     saved
         Regions saved with the run.
+    smooth
+        The map of `hinge map`; None if there is none.
     """
 
-    def __init__(self, draws: AnnData, measured: AnnData | None = None, saved: Mapping[str, Region] | None = None):
+    def __init__(
+        self,
+        draws: AnnData,
+        measured: AnnData | None = None,
+        saved: Mapping[str, Region] | None = None,
+        smooth: SlideMap | None = None,
+    ):
         facts = draws.uns["hinge"]
         self._draws, self._measured, self._saved = draws, measured, saved or {}
+        self._map = smooth
         self._layers = draw_names(draws)
+        self._novelty = np.asarray(draws.obs["novelty"], "<f4") if "novelty" in draws.obs else None
         self._transform = facts["transform"]
         self._counts = self._rows = self._total = None
         if measured is not None and measured.n_vars:
@@ -186,6 +156,9 @@ class SlideContent:
             "spots": self._draws.n_obs,
             "draws": len(self._layers),
             "measured": self._counts is not None,
+            "novel": None if self._novelty is None else float((self._novelty > 1).mean()),
+            "outside": np.flatnonzero(~self._draws.var["in_panel"]).tolist() if "in_panel" in self._draws.var else [],
+            "map": None if self._map is None else self._map.index(self._scale),
             "scale": self._scale,
             "um_per_px": um_per_px if math.isfinite(um_per_px) else None,
             "spot_diameter_px": diameter if math.isfinite(diameter) and diameter > 0 else None,
@@ -213,190 +186,46 @@ class SlideContent:
         if path in regions.TABLES:
             counts = self._measured if self._counts is not None else None
             found = regions.table(path, query or {}, self._draws, counts)
-            return found.encode() if isinstance(found, str) else _json(found)
+            return found.encode() if isinstance(found, str) else json_bytes(found)
         if path == "labels.json":
-            return _json(regions.labels(self._measured, self._draws, self._saved, self._scale))
+            return json_bytes(regions.labels(self._measured, self._draws, self._saved, self._scale))
         if path == "slide.json":
-            return _json(self.index())
+            return json_bytes(self.index())
         if path == "barcodes.json":
-            return _json(self._draws.obs_names.tolist())
+            return json_bytes(self._draws.obs_names.tolist())
         if path == "spots.bin":
             return zlib.compress((np.asarray(self._draws.obsm["spatial"]) * self._scale).astype("<f4").tobytes())
         if path == "coexpression.bin":
             return zlib.compress(self._coexpression["steps"].tobytes())
         if path == "image.dzi":
             return self.image.descriptor()
+        if path == "novelty.bin" and self._novelty is not None:
+            return zlib.compress(self._novelty.tobytes())
         if match := _GENE.fullmatch(path):
-            return self.gene(int(match[1])) if int(match[1]) < self._draws.n_vars else None
+            return self._of_gene(match[1], int(match[2]))
         if match := _TILE.fullmatch(path):
             return self.image.tile(*map(int, match.groups()))
         return None
+
+    def _of_gene(self, what: str, gene: int) -> bytes | None:
+        if gene >= self._draws.n_vars:
+            return None
+        if what == "genes":
+            return self.gene(gene)
+        known = self._map is not None and self._map.genes[gene] >= 0
+        return zlib.compress(self._map.gene(gene).astype("<f2").tobytes()) if known else None
 
     def paths(self) -> list[str]:
         """Return all paths that `read` serves."""
         paths = ["slide.json", "barcodes.json", "spots.bin", "coexpression.bin", "labels.json", "image.dzi"]
         paths += [f"genes/{gene}.bin" for gene in range(self._draws.n_vars)]
+        paths += ["novelty.bin"] if self._novelty is not None else []
+        paths += [f"map/{gene}.bin" for gene in np.flatnonzero(self._map.genes >= 0)] if self._map is not None else []
         for level, (columns, rows) in enumerate(self.image.level_tiles):
             paths += [f"image_files/{level}/{x}_{y}.jpeg" for x in range(columns) for y in range(rows)]
         return paths
 
 
-class Viewer:
-    """All files of the viewer of a run, by path. Safe to use from several threads at once.
-
-    Parameters
-    ----------
-    run
-        A run with draws.
-    slides
-        Names of the slides to show; None for all that were sampled, the test slides first.
-
-    Raises
-    ------
-    DataError
-        There are no draws of one of the slides, or none at all.
-    """
-
-    def __init__(self, run: Run, slides: list[str] | None = None):
-        self.run = run
-        sampled = sorted(path.stem for path in (run.folder / "samples").glob("*.h5ad"))
-        test = [name for name in run.config.data.test if name in sampled]
-        self.slides = slides or [*test, *(name for name in sampled if name not in test)]
-        for name in self.slides:
-            if name not in sampled:
-                raise DataError(f"there are no draws of {name} in {run.folder / 'samples'}; run hinge sample first")
-        if not self.slides:
-            raise DataError(f"there are no draws in {run.folder / 'samples'}; run hinge sample first")
-        self._open: OrderedDict[int, SlideContent] = OrderedDict()
-        self._lock = threading.Lock()
-        self._page = {name: content for name, content in _files(resources.files("hinge.viewer") / "static")}
-
-    def slide(self, number: int) -> SlideContent:
-        """Return the content of a slide; the last `SLIDES_OPEN` are kept."""
-        with self._lock:
-            if number not in self._open:
-                name = self.slides[number]
-                logger.info("reading %s", self.run.paths.samples(name))
-                measured, note = self._measured(name)
-                draws = read_draws(self.run.paths.samples(name))
-                saved, warning = self._regions(name, draws)
-                content = SlideContent(draws, measured, saved)
-                content.note = " ".join(filter(None, [content.note, note, warning])) or None
-                self._open[number] = content
-                if len(self._open) > SLIDES_OPEN:
-                    # closed with its last reference: another thread may still be cutting a tile
-                    self._open.popitem(last=False)
-            self._open.move_to_end(number)
-            return self._open[number]
-
-    def read(self, path: str, query: Mapping[str, str] | None = None) -> bytes | None:
-        """Return the file at a path, None if there is none; tables of regions depend on the query.
-
-        Raises
-        ------
-        HingeError
-            The slide's files are missing or damaged.
-        """
-        if path in self._page:
-            return self._page[path]
-        if path == "run.json":
-            return _json(self.index())
-        match = _OF_SLIDE.fullmatch(path)
-        if match is None or int(match[1]) >= len(self.slides):
-            return None
-        return self.slide(int(match[1])).read(match[2], query)
-
-    def index(self) -> dict[str, Any]:
-        """Return the content of `run.json`."""
-        return {
-            "title": self.run.folder.name,
-            "version": VERSION,
-            "slides": self.slides,
-        }
-
-    def page_paths(self) -> list[str]:
-        """Return the paths that do not belong to a slide."""
-        return [*self._page, "run.json"]
-
-    def _measured(self, name: str) -> tuple[AnnData | None, str | None]:
-        data = self.run.config.data
-        try:
-            if name not in list_samples(data.path, data.format):
-                return None, None
-            return self.run.slide(name, require_image=False), None
-        except HingeError as error:
-            logger.warning("%s is shown without measured values: %s", name, error)
-            return None, "The measured slide could not be read."
-
-    def _regions(self, name: str, draws: AnnData) -> tuple[dict[str, Region], str | None]:
-        path = self.run.paths.regions(name)
-        if not path.exists():
-            return {}, None
-        try:
-            return read_regions(path, draws), None
-        except HingeError as error:
-            logger.warning("%s is shown without its saved regions: %s", name, error)
-            return {}, "The saved regions could not be read."
-
-
-def write_viewer(run: Run, output: str | Path | None = None, slides: list[str] | None = None) -> Path:
-    """Write the viewer as a folder that any static web server can serve.
-
-    Parameters
-    ----------
-    run
-        A run with draws.
-    output
-        The folder, by default `viewer` in the run's folder; an existing viewer is replaced.
-    slides
-        Names of the slides to show; None for all that were sampled.
-
-    Returns
-    -------
-    Path
-        The folder.
-
-    Raises
-    ------
-    DataError
-        There are no draws, or the folder holds something else.
-    """
-    viewer, output = Viewer(run, slides), Path(output or run.folder / "viewer")
-    if output.exists() and not (output / "run.json").is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"{output} exists already and is not a viewer; choose another folder")
-    with atomic_path(output) as temporary:
-        for path in viewer.page_paths():
-            _write(temporary / path, viewer.read(path))
-        for number, name in enumerate(viewer.slides):
-            content, folder = viewer.slide(number), temporary / "slides" / str(number)
-            paths = content.paths()
-
-            def write(path: str, content: SlideContent = content, folder: Path = folder) -> None:
-                _write(folder / path, content.read(path))
-
-            write(paths[0])  # computes the cached properties before several threads need them
-            with ThreadPoolExecutor(4) as pool:
-                # in batches: a map over all paths would continue after an error such as a full disk
-                for start in tqdm(range(0, len(paths), 64), desc=name, unit="batch", disable=None):
-                    list(pool.map(write, paths[start : start + 64]))
-    return output
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-
-
-def _files(folder: Any, prefix: str = "") -> list[tuple[str, bytes]]:
-    """Return path and content of the files below a folder of the package."""
-    found = []
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if entry.is_dir():
-            found += _files(entry, f"{prefix}{entry.name}/")
-        elif Path(entry.name).suffix in CONTENT_TYPES:
-            found.append((prefix + entry.name, entry.read_bytes()))
-    return found
-
-
-def _json(content: Any) -> bytes:
+def json_bytes(content: Any) -> bytes:
+    """Return content as compact JSON; NaN is refused."""
     return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()

@@ -20,7 +20,7 @@ from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
 
 from hinge.utils.errors import ConfigError, HingeError
-from hinge.viewer.content import CONTENT_TYPES, Viewer
+from hinge.viewer.files import CONTENT_TYPES, Viewer
 
 logger = logging.getLogger(__name__)
 

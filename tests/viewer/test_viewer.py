@@ -23,7 +23,7 @@ from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, DataError
 from hinge.viewer import Viewer, serve, write_viewer
 from hinge.viewer import server as server_module
-from hinge.viewer.content import CONTENT_TYPES
+from hinge.viewer.files import CONTENT_TYPES
 from hinge.viewer.server import CONTENT_SECURITY_POLICY, ViewerServer
 from hinge.viewer.tiles import OVERLAP_PX, TILE_PX, TiledImage
 

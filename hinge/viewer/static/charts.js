@@ -1,7 +1,7 @@
 // Charts beside the slide: a gene's measured and predicted values, a spot's draws.
 
 import { quantile } from "./data.js";
-import { colour, facts, fixed, make } from "./page.js";
+import { colour, ends, facts, fixed, make } from "./page.js";
 
 const FONT = "11px system-ui, sans-serif";
 
@@ -50,7 +50,7 @@ export function showGene(parent, gene, transform, note = "") {
   if (!known.length) {
     const numbers = [["Mean", fixed(average(gene.mean))], ["Mean SD", fixed(average(gene.std))]];
     const bins = 24;
-    const [low, high] = [Math.min(...gene.scale), Math.max(...gene.scale)];
+    const [low, high] = ends(gene.scale);
     parent.replaceChildren(heading, facts(numbers), figure, make("p", { class: "caption" }, `Predicted mean over the spots; no measured values. ${note}`));
     return histogram(figure, gene.mean, low, high, bins, `${transform}`, null);
   }
@@ -70,7 +70,7 @@ export function showGene(parent, gene, transform, note = "") {
   figure.setAttribute("aria-label", `${gene.name}: measured and predicted values of ${known.length} spots, correlation ${fixed(pearson(x, y))}`);
   parent.replaceChildren(heading, facts(numbers), figure, make("p", { class: "caption" }, `One dot a spot, ${transform}. On the line, both are equal. ${note}`));
   const order = known.map((_, i) => i).sort((a, b) => x[a] - x[b]);
-  const [low, high] = [Math.min(...x, ...y), Math.max(...x, ...y)];
+  const [low, high] = ends(x, y);
   const rim = 0.04 * (high - low || 1);
   const range = [low - rim, high + rim];
   const shades = { show: true, size: known.length > 2000 ? 2 : 4, width: 0, fill: `${colour("accent")}${known.length > 2000 ? "66" : "99"}` };
@@ -133,11 +133,12 @@ export function showSpot(parent, slide, gene, spot) {
     ["Predicted", fixed(gene.mean[spot])],
     ["SD", fixed(gene.std[spot])],
     [gene.count >= 19 ? "90 %" : "Range", `${fixed(low)} – ${fixed(high)}`],
+    ...(slide.novelty ? [["Novelty", fixed(slide.novelty[spot])]] : []),
   ];
-  const caption = `${gene.name}, ${gene.count} draws${Number.isNaN(measured) ? "" : "; the line is the measured value"}.`;
+  const novel = slide.novelty?.[spot] > 1 ? " The image of this spot is unlike the training slides (novelty above 1)." : "";
+  const caption = `${gene.name}, ${gene.count} draws${Number.isNaN(measured) ? "" : "; the line is the measured value"}.${novel}`;
   parent.replaceChildren(make("div", { class: "heading" }, slide.barcodes[spot]), facts(numbers), figure, make("p", { class: "caption" }, caption));
-  const all = [...draws, ...gene.scale, ...(Number.isNaN(measured) ? [] : [measured])];
-  histogram(figure, draws, Math.min(...all), Math.max(...all), 20, gene.unit, measured);
+  histogram(figure, draws, ...ends(draws, gene.scale, [measured]), 20, gene.unit, measured);
 }
 
 /** The draws of a spot as dots on a line, small enough for a tooltip. */
@@ -150,8 +151,7 @@ export function drawStrip(canvas, gene, spot) {
   context.scale(ratio, ratio);
   const draws = gene.drawsAt(spot);
   const measured = gene.measured ? gene.measured[spot] : NaN;
-  const all = [...draws, ...gene.scale, gene.mean[spot], ...(Number.isNaN(measured) ? [] : [measured])];
-  const [low, high] = [Math.min(...all), Math.max(...all)];
+  const [low, high] = ends(draws, gene.scale, [gene.mean[spot], measured]);
   const place = (value) => 5 + ((value - low) / (high - low || 1)) * (width - 10);
   const floor = height - 13;
   const size = draws.length > 40 ? 1.6 : 2.4;

@@ -43,6 +43,19 @@ export function paintLegend(canvas, table) {
   context.putImageData(pixels, 0, 0);
 }
 
+/** A grid of values as a canvas of one pixel a cell; what `shows` refuses is transparent. */
+export function paintGrid(values, rows, columns, table, low, high, shows) {
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [columns, rows];
+  const context = canvas.getContext("2d");
+  const pixels = context.createImageData(columns, rows);
+  const shades = Uint32Array.from(table, ([r, g, b]) => (255 << 24) | (b << 16) | (g << 8) | r);
+  const packed = new Uint32Array(pixels.data.buffer);
+  values.forEach((value, cell) => (packed[cell] = shows(value) ? shades[step(value, low, high)] : 0));
+  context.putImageData(pixels, 0, 0);
+  return canvas;
+}
+
 const BINS = 38;
 
 /** The legend of a pane: colours, and above them a histogram of the values that they stand for. */

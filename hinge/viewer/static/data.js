@@ -21,7 +21,7 @@ async function readBytes(path) {
   return new Response(deflated.stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer();
 }
 
-// What each of the 65,536 half-precision numbers is worth.
+// Value of each of the 65,536 half-precision numbers.
 const HALVES = Float32Array.from({ length: 65536 }, (_, bits) => {
   const sign = bits & 0x8000 ? -1 : 1;
   const exponent = (bits >> 10) & 31;
@@ -41,7 +41,7 @@ export function quantile(values, share) {
 }
 
 const MOST_FOR_SCALE = 60000;
-const thinned = (values) => {
+export const thinned = (values) => {
   const stride = Math.ceil(values.length / MOST_FOR_SCALE);
   return stride === 1 ? values : values.filter((_, i) => i % stride === 0);
 };
@@ -146,6 +146,7 @@ export class Slide {
     slide.facts = facts;
     slide.barcodes = barcodes;
     slide.places = new Float32Array(places); // x, y, x, y …
+    slide.novelty = facts.novel === null ? null : new Float32Array(await readBytes(`${slide.path}novelty.bin`));
     slide.genes = new Map();
     slide.#arrange();
     return slide;
@@ -160,6 +161,16 @@ export class Slide {
     this.genes.set(index, gene);
     if (this.genes.size > GENES_KEPT) this.genes.delete(this.genes.keys().next().value);
     return gene;
+  }
+
+  /** Read the smooth map of a gene into `gene.map`; undefined where it is there already, or there is none. */
+  readMap(gene) {
+    if (gene.map || !this.facts.map?.genes.includes(gene.index)) return undefined;
+    gene.reading ??= readBytes(`${this.path}map/${gene.index}.bin`).then((buffer) => {
+      gene.map = Float32Array.from(new Uint16Array(buffer), (bits) => HALVES[bits]);
+    });
+    gene.reading.catch(() => (gene.reading = undefined));
+    return gene.reading;
   }
 
   coexpression() {

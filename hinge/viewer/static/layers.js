@@ -1,7 +1,7 @@
-// What the colours of a pane stand for: values of a gene, a probability, genes in channels, a category.
+// What the colours of a pane stand for: values of a gene, its map, a probability, novelty, genes in channels, a category.
 
-import { CATEGORIES, TABLES, step } from "./colours.js";
-import { quantile } from "./data.js";
+import { CATEGORIES, TABLES, paintGrid, step } from "./colours.js";
+import { quantile, thinned } from "./data.js";
 
 export const LAYERS = {
   measured: "Measured",
@@ -9,10 +9,18 @@ export const LAYERS = {
   std: "Uncertainty (SD)",
   draw: "One draw",
   above: "P(above threshold)",
+  map: "Smooth map",
+  novelty: "Novelty",
   channels: "Genes in channels",
   label: "Category",
   image: "H&E alone",
 };
+
+/** Names of the layers that a slide has. */
+export function layersOf({ measured, map, novel }) {
+  const missing = { measured: !measured, map: !map, novelty: novel === null };
+  return Object.keys(LAYERS).filter((name) => !missing[name]);
+}
 
 const LEVELS = 16; // of a channel's colour
 
@@ -31,8 +39,9 @@ export class Display {
 
 export const thresholdOf = (gene, display) => display.threshold ?? Math.round(10 * (gene.scale[0] + gene.scale[1]) / 2) / 10;
 
-function valuesOf(gene, setting, display) {
+function valuesOf(slide, gene, setting, display) {
   if (setting.layer === "draw") return gene.draw(setting.draw);
+  if (setting.layer === "novelty") return slide.novelty;
   if (setting.layer !== "above") return gene[setting.layer];
   const threshold = thresholdOf(gene, display);
   const share = new Float32Array(gene.n);
@@ -45,9 +54,25 @@ function valuesOf(gene, setting, display) {
 function rangeOf(gene, values, setting, display) {
   if (setting.layer === "above") return [0, 1];
   const ends = [display.clip / 100, 1 - display.clip / 100];
-  if (setting.layer === "std") return [0, quantile(values, ends[1]) || 1];
-  const [low, high] = display.own ? ends.map((end) => quantile(values, end)) : gene.range(display.clip);
+  if (setting.layer === "std") return [0, quantile(thinned(values), ends[1]) || 1];
+  if (setting.layer === "novelty") return [0, Math.max(1, quantile(thinned(values), ends[1]))];
+  const [low, high] = display.own ? ends.map((end) => quantile(thinned(values), end)) : gene.range(display.clip);
   return [low, high > low ? high : low + 1];
+}
+
+/** The smooth map of a gene, drawn as an image under no spots. */
+function mapColours(slide, gene, display) {
+  const none = { codes: new Uint16Array(slide.barcodes.length), css: [null], order: [] };
+  const { map } = slide.facts;
+  if (!gene.map) {
+    const known = map.genes.includes(gene.index);
+    return { ...none, legend: { text: known ? "reading the map …" : gene.index < 0 ? "the map holds single genes" : "the map lacks this gene" } };
+  }
+  const [low, high] = rangeOf(gene, gene.map, { layer: "map" }, display);
+  const table = TABLES[display.map];
+  const shows = (value) => value >= (display.low ?? -Infinity) && value <= (display.high ?? Infinity); // never NaN
+  const grid = paintGrid(gene.map, map.rows, map.columns, table, low, high, shows);
+  return { ...none, grid, legend: { low, high, table, values: gene.map, unit: `${gene.unit}, ${map.pitch_um} µm` } };
 }
 
 /** Spots that the filter lets through. */
@@ -59,7 +84,8 @@ function kept(gene, display, n) {
 
 /**
  * Colours of the spots: `codes` (n) into `css`, null for a ring, in the `order` in which they are drawn; the `legend` is
- * {low, high, table, values, unit} or {text}. Null where a pane shows no spots.
+ * {low, high, table, values, unit} or {text}; a `grid` is an image that is drawn instead of spots. Null where a pane
+ * shows neither.
  */
 export function coloursOf(slide, gene, setting, display) {
   const n = slide.barcodes.length;
@@ -88,16 +114,18 @@ export function coloursOf(slide, gene, setting, display) {
       css[codes[spot]] ??= `rgb(${mixed(r, g, b)})`;
     }
     legend = { text: display.channels.map((one, i) => one && `${["red", "green", "blue"][i]} ${one.name}`).filter(Boolean).join(" · ") };
+  } else if (layer === "map") {
+    return gene && mapColours(slide, gene, display);
   } else {
     if (!gene) return null;
-    const values = valuesOf(gene, setting, display);
+    const values = valuesOf(slide, gene, setting, display);
     const [low, high] = rangeOf(gene, values, setting, display);
     // another map than the values', so that spread and probability are not taken for expression
     const others = { ylgn: "ylorbr", magma: "viridis", inferno: "viridis" };
-    const table = TABLES[layer === "std" || layer === "above" ? (others[display.map] ?? "magma") : display.map];
+    const table = TABLES[["std", "above", "novelty"].includes(layer) ? (others[display.map] ?? "magma") : display.map];
     css = [...table.map((rgb) => `rgb(${rgb})`), null];
     for (let spot = 0; spot < n; spot++) codes[spot] = Number.isNaN(values[spot]) ? 256 : step(values[spot], low, high);
-    const unit = layer === "above" ? `> ${thresholdOf(gene, display)} ${gene.unit}` : gene.unit;
+    const unit = { above: `> ${thresholdOf(gene, display)} ${gene.unit}`, novelty: "above 1: unlike training" }[layer] ?? gene.unit;
     legend = { low, high, table, values, unit };
   }
   const order = kept(gene, display, n).sort((a, b) => codes[a] - codes[b]);

@@ -16,6 +16,18 @@ export function fixed(value, digits = 2) {
   return (Number(shown) === 0 ? shown.replace("-", "") : shown).replace("-", "−");
 }
 
+/** Smallest and largest value; NaN is left out. A spread of all values as arguments would exceed the stack. */
+export function ends(...lists) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const values of lists) {
+    for (const value of values) {
+      if (value < low) low = value;
+      if (value > high) high = value;
+    }
+  }
+  return [low, high];
+}
+
 export const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 /** Return a definition list of [name, value] pairs. */

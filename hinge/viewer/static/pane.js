@@ -1,7 +1,7 @@
 // A pane: an OpenSeadragon viewer with the spots on a canvas over it, legend, scale bar and overview.
 
 import { paintHistogram } from "./colours.js";
-import { LAYERS, coloursOf } from "./layers.js";
+import { LAYERS, coloursOf, layersOf } from "./layers.js";
 import { colour, fixed, make } from "./page.js";
 import { MANY_SPOTS, Points } from "./points.js";
 
@@ -85,8 +85,7 @@ export class Pane {
     const { slide } = this.panes;
     const { width, height, tile, overlap } = slide.facts.image;
     this.usePoints(slide);
-    const layers = Object.entries(LAYERS).filter(([name]) => name !== "measured" || slide.facts.measured);
-    this.layer.replaceChildren(...layers.map(([name, label]) => new Option(label, name)));
+    this.layer.replaceChildren(...layersOf(slide.facts).map((name) => new Option(LAYERS[name], name)));
     this.viewer = OpenSeadragon({
       element: this.mount,
       tileSources: {
@@ -234,6 +233,9 @@ export class Pane {
     this.number.textContent = `${setting.draw + 1} / ${slide.facts.draws}`;
     this.root.setAttribute("aria-label", `${LAYERS[setting.layer]}${gene ? ` of ${gene.name}` : ""}`);
     this.mount.style.filter = display.brightness === 100 ? "" : `brightness(${display.brightness / 100})`;
+    if (setting.layer === "map" && gene) {
+      slide.readMap(gene)?.then(() => this.panes.gene === gene && this.paint(), (error) => this.panes.on.say(error.message));
+    }
     this.colours = coloursOf(slide, gene, setting, display);
     this.points?.setColours(this.colours);
     this.legend.hidden = !this.colours;
@@ -260,7 +262,13 @@ export class Pane {
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, this.view.clientWidth, this.view.clientHeight);
     const { factor, left, top } = this.placing();
-    if (this.points) this.points.draw(this.view.clientWidth, this.view.clientHeight, factor, left, top, Math.max(slide.radius * factor, 0.7));
+    const grid = this.colours?.grid;
+    if (this.points) [this.spots.hidden, this.points.canvas.hidden] = [!grid, Boolean(grid)];
+    if (grid) {
+      const { map } = slide.facts;
+      context.imageSmoothingQuality = "high";
+      context.drawImage(grid, left + factor * map.left, top + factor * map.top, factor * map.cell_px * map.columns, factor * map.cell_px * map.rows);
+    } else if (this.points) this.points.draw(this.view.clientWidth, this.view.clientHeight, factor, left, top, Math.max(slide.radius * factor, 0.7));
     else if (this.colours) {
       const radius = Math.max(slide.radius * factor, 0.7);
       const [right, bottom] = [this.view.clientWidth + radius, this.view.clientHeight + radius];
@@ -300,6 +308,17 @@ export class Pane {
     }
     this.drawMarks();
     this.drawScale(factor);
+    this.showOverview();
+  }
+
+  /** The overview lies over the slide, and is of no use while all spots are in sight. */
+  showOverview() {
+    const { navigator, viewport } = this.viewer;
+    if (!navigator) return;
+    const { x, y, width, height } = viewport.getBounds(true);
+    const { box, facts } = this.panes.slide;
+    const [left, top, wide, high] = [box.left, box.top, box.width, box.height].map((length) => length / facts.image.width);
+    navigator.element.classList.toggle("idle", x <= left && y <= top && x + width >= left + wide && y + height >= top + high);
   }
 
   drawMarks() {
@@ -373,8 +392,8 @@ export class Pane {
     this.line.style.width = `${bar.px}px`;
   }
 
-  /** The canvas that holds the spots. */
+  /** The canvas that holds the spots or the map. */
   spotCanvas() {
-    return this.points ? this.points.canvas : this.spots;
+    return this.points && !this.colours?.grid ? this.points.canvas : this.spots;
   }
 }

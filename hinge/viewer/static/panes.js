@@ -7,7 +7,7 @@ const GAP_PX = 12;
 const HEADER_PX = 41;
 
 export class Panes {
-  /** `on` has functions layer(), hover(spot, event), choose(spot), draw(kind, place, factor), close(), moved(). */
+  /** `on` has functions layer(), hover(spot, event), choose(spot), draw(kind, place, factor), close(), moved(), say(text). */
   constructor(parent, on) {
     this.parent = parent;
     this.on = on;

@@ -9,7 +9,7 @@ const FONT = "system-ui, sans-serif";
 const titleOf = (pane, gene) => {
   const { layer, draw } = pane.setting;
   const name = layer === "draw" ? `Draw ${draw + 1}` : LAYERS[layer];
-  return ["image", "label", "channels"].includes(layer) ? name : `${name} of ${gene?.name ?? ""}`;
+  return ["image", "label", "channels", "novelty"].includes(layer) ? name : `${name} of ${gene?.name ?? ""}`;
 };
 
 const legendText = ({ legend }) => (legend?.table ? `${fixed(legend.low)} to ${fixed(legend.high)} ${legend.unit}` : (legend?.text ?? ""));
@@ -74,7 +74,11 @@ export function saveSvg(panes, slide, gene) {
     const image = pane.viewer.drawer.canvas.toDataURL("image/jpeg", 0.9);
     const { factor, left: x0, top: y0 } = pane.placing();
     const radius = Math.max(slide.radius * factor, 0.7);
-    const { codes, css, order, legend } = pane.colours ?? { order: [] };
+    const { codes, css, order, legend, grid } = pane.colours ?? { order: [] };
+    const { map } = slide.facts;
+    const smooth = grid
+      ? `<image href="${grid.toDataURL()}" x="${x0 + factor * map.left}" y="${y0 + factor * map.top}" width="${factor * map.cell_px * map.columns}" height="${factor * map.cell_px * map.rows}" preserveAspectRatio="none"/>`
+      : "";
     const circles = [...order].flatMap((spot) => {
       const [x, y] = [x0 + factor * slide.places[2 * spot], y0 + factor * slide.places[2 * spot + 1]];
       if (x < -radius || y < -radius || x > w + radius || y > h + radius) return [];
@@ -88,15 +92,15 @@ export function saveSvg(panes, slide, gene) {
     const length = scale
       ? `<rect x="6" y="${h - 32}" width="${scale.px + 14}" height="26" fill="#fff" opacity=".85"/><rect x="12" y="${h - 12}" width="${scale.px}" height="2.5" fill="#111"/><text x="12" y="${h - 17}" font-size="11">${escaped(scale.text)}</text>`
       : "";
-    return `<g transform="translate(${left} ${top})"><text y="-22" font-size="13" font-weight="600">${escaped(titleOf(pane, gene))}</text>${bar}<text x="${bar ? 98 : 0}" y="-6" font-size="11">${escaped(legendText(pane.colours ?? {}))}</text><svg width="${w}" height="${h}"><image href="${image}" width="${w}" height="${h}"/><g opacity="${panes.opacity}">${circles.join("")}</g>${length}</svg></g>`;
+    return `<g transform="translate(${left} ${top})"><text y="-22" font-size="13" font-weight="600">${escaped(titleOf(pane, gene))}</text>${bar}<text x="${bar ? 98 : 0}" y="-6" font-size="11">${escaped(legendText(pane.colours ?? {}))}</text><svg width="${w}" height="${h}"><image href="${image}" width="${w}" height="${h}"/><g opacity="${panes.opacity}">${smooth}${circles.join("")}</g>${length}</svg></g>`;
   });
   const sheet = `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" viewBox="0 0 ${width} ${height}" font-family="${FONT}" fill="#111"><rect width="${width}" height="${height}" fill="#fff"/>${parts.join("")}</svg>`;
   download(`${slide.facts.name} ${gene?.name ?? ""}.svg`, sheet, "image/svg+xml");
 }
 
-/** Spots with their positions, and the values of each pane; hidden spots are left out. */
+/** Spots with their positions, and the values of each pane but those of maps; hidden spots are left out. */
 export function saveCsv(panes, slide, gene) {
-  const shown = panes.panes.filter((pane) => pane.colours?.legend.values);
+  const shown = panes.panes.filter((pane) => pane.colours?.legend.values && !pane.colours.grid);
   const quoted = (text) => (/[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
   const spots = shown.length ? [...shown[0].colours.order].sort((a, b) => a - b) : slide.barcodes.map((_, i) => i);
   const lines = [["barcode", "x", "y", ...shown.map((pane) => `${titleOf(pane, gene)} (${pane.colours.legend.unit})`)].map(quoted).join(",")];

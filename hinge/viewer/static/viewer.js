@@ -9,7 +9,8 @@ import { DisplayPanel } from "./displaypanel.js";
 import { Drawing } from "./drawing.js";
 import { GeneList } from "./genes.js";
 import { byId, fixed, make } from "./page.js";
-import { LAYERS } from "./layers.js";
+import { LAYERS, layersOf } from "./layers.js";
+import { OutsideGenes } from "./outside.js";
 import { Panes } from "./panes.js";
 import { RegionPanel } from "./regionpanel.js";
 import { countOf, encodeSpots, spotsIn } from "./regions.js";
@@ -39,8 +40,9 @@ const DEFAULTS = ["measured", "mean", "std", "draw"];
 
 const state = { run: null, number: 0, slide: null, gene: null, wanted: 0, spot: -1, settings: [], tab: "gene", hidden: false };
 
-const panes = new Panes(byId("panes"), { layer: () => (panes.paint(), remember()), hover, choose: chooseSpot, draw: (...event) => drawing.event(...event), close: () => drawing.finish(), moved: () => remember() });
-const genes = new GeneList((gene) => chooseGene(gene));
+const panes = new Panes(byId("panes"), { layer: () => (panes.paint(), remember()), hover, choose: chooseSpot, draw: (...event) => drawing.event(...event), close: () => drawing.finish(), moved: () => remember(), say: (text) => say(text) });
+const outside = new OutsideGenes();
+const genes = new GeneList((gene) => chooseGene(gene), (name) => outside.offer(name, state.run.title, state.slide.facts.name));
 const pairs = new CoExpression((gene) => chooseGene(gene));
 
 const display = new DisplayPanel(panes.display, {
@@ -104,7 +106,7 @@ async function chooseSlide(number, gene) {
     const names = slide.facts.genes;
     const wanted = names.indexOf(gene ?? state.name);
     for (const setting of state.settings) {
-      if (setting.layer === "measured" && !slide.facts.measured) setting.layer = "mean";
+      if (!layersOf(slide.facts).includes(setting.layer)) setting.layer = "mean";
       setting.draw = Math.min(setting.draw, slide.facts.draws - 1);
     }
     panes.showSlide(slide);
@@ -147,7 +149,7 @@ function showGeneOrSet(gene) {
   showTab();
   remember();
   document.title = `${gene.name} · ${slide.facts.name} · hinge`;
-  document.body.dataset.gene = gene.name;
+  Object.assign(document.body.dataset, { gene: gene.name, slide: state.run.slides[state.number] });
   byId("spoken").textContent = `${gene.name} on ${slide.facts.name}`;
 }
 
@@ -181,7 +183,7 @@ function showTab() {
   }
   const { slide, gene, tab } = state;
   if (!gene) return;
-  if (tab === "gene") showGene(byId("panel-gene"), gene, gene.unit, gene.index === state.first ? firstGeneText(slide.facts) : "");
+  if (tab === "gene") showGene(byId("panel-gene"), gene, gene.unit, noteOf(gene, slide.facts));
   else if (tab === "spot") showSpot(byId("panel-spot"), slide, gene, state.spot);
   else if (tab === "pairs" && gene.index < 0) slide.coexpression().then((found) => pairs.show(found, slide.facts.genes, found.genes[0]));
   else if (tab === "pairs") slide.coexpression().then((found) => state.slide === slide && pairs.show(found, slide.facts.genes, gene.index), (error) => say(error.message));
@@ -202,6 +204,7 @@ function hover(spot, event) {
     ["Measured", gene.measured ? fixed(gene.measured[spot]) : "–"],
     ["Predicted", `${fixed(gene.mean[spot])} ± ${fixed(gene.std[spot])}`],
     [intervalName(gene.count), `${fixed(low)} – ${fixed(high)}`],
+    ...(slide.novelty ? [["Novelty", fixed(slide.novelty[spot])]] : []),
   ];
   tip.replaceChildren(
     make("div", { class: "head" }, make("span", {}, gene.name), make("span", {}, slide.barcodes[spot])),
@@ -261,7 +264,7 @@ async function remember() {
   const layers = state.settings.map(({ layer, draw }) => (layer === "draw" ? `draw${draw + 1}` : layer)).join(",");
   const { map, clip, own, threshold, channels, label, low, high, brightness } = panes.display;
   const name = gene.index < 0 ? slide.facts.genes[Math.max(0, state.wanted)] : gene.name;
-  const found = new URLSearchParams({ slide: slide.facts.name, gene: name, panes: layers, colours: map });
+  const found = new URLSearchParams({ slide: state.run.slides[state.number], gene: name, panes: layers, colours: map });
   if (panes.view) found.set("view", panes.view.join(","));
   if (clip !== 1 || own) found.set("range", `${clip}${own ? "own" : ""}`);
   if (threshold !== null) found.set("threshold", threshold);
@@ -312,6 +315,11 @@ async function recallShared() {
     if (spots) await regions.recall(role, name, spots).catch((error) => say(error.message, true));
   }
   display.show(state.gene);
+}
+
+function noteOf(gene, facts) {
+  if (facts.outside.includes(gene.index)) return "This gene is outside the panel: the backbone predicts it from the drawn panel, and no training slide measured it.";
+  return gene.index === state.first ? firstGeneText(facts) : "";
 }
 
 const firstGeneText = (facts) => (facts.pcc?.some((pcc) => pcc !== null) ? "Opened first: its PCC is at the upper quartile of the genes." : "Opened first: it varies most.");
