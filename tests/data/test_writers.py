@@ -129,18 +129,24 @@ def test_vitessce_has_the_draws_the_image_and_one_configuration(drawn, tmp_path)
     table = anndata.read_zarr(folder / "draws.zarr")
     np.testing.assert_array_equal(table.X, draws.X)
     np.testing.assert_array_equal(table.layers["std"], draws.layers["std"])
-    np.testing.assert_allclose(table.obsm["spatial"], draws.obsm["spatial"])
+    um_per_px = draws.uns["hinge"]["um_per_px"]
+    np.testing.assert_allclose(table.obsm["spatial"], draws.obsm["spatial"] * um_per_px, rtol=1e-6)
     assert [file["options"]["obsFeatureMatrix"]["path"] for file in files[:2]] == ["X", "layers/std"]
-    # the image lies in full-resolution pixels, as the spots do
+    # the image lies in µm, as the spots do, by the transformation of all levels, the only one that Vitessce reads
     image = zarr.open_group(folder / "image.ome.zarr", mode="r")
     (multiscale,) = image.attrs["multiscales"]
     library = next(iter(draws.uns["spatial"].values()))
     hires, scale = library["images"]["hires"], library["scalefactors"]["tissue_hires_scalef"]
     np.testing.assert_array_equal(image["0"][:], np.moveaxis(hires, -1, 0))
+    shared = np.array(multiscale["coordinateTransformations"][0]["scale"])
+    np.testing.assert_allclose(shared, [1, um_per_px / scale, um_per_px / scale])
+    assert multiscale["datasets"][0]["coordinateTransformations"][0]["scale"] == [1, 1, 1]
     for dataset in multiscale["datasets"]:
-        factors = dataset["coordinateTransformations"][0]["scale"]
+        factors = shared * dataset["coordinateTransformations"][0]["scale"]
         extent = np.array(image[dataset["path"]].shape[1:]) * factors[1:]
-        np.testing.assert_allclose(extent, np.array(hires.shape[:2]) / scale, rtol=0.02)
+        np.testing.assert_allclose(extent, np.array(hires.shape[:2]) / scale * um_per_px, rtol=0.02)
+    titles = [view["props"]["title"] for view in config["layout"] if "props" in view]
+    assert titles == ["Mean of the draws", "Standard deviation of the draws"]
     # every scope of a view is in the coordination space, and values are those of the files
     space = config["coordinationSpace"]
     for view in config["layout"]:

@@ -21,7 +21,7 @@ ADDRESS = "http://127.0.0.1:8000"
 _VERSION = "1.0.17"  # of the schema of view configurations
 _CHUNK_GENES, _CHUNK_PX = 8, 512
 _SMALLEST_PX = 256  # of a level of the image
-_TYPES = {"expression": "X", "standard deviation": "layers/std"}
+_TYPES = {"mean": "X", "standard deviation": "layers/std"}
 
 
 def write_vitessce(draws: AnnData, path: str | Path, genes: list[str] | None = None, url: str = ADDRESS) -> Path:
@@ -62,23 +62,27 @@ def write_vitessce(draws: AnnData, path: str | Path, genes: list[str] | None = N
         raise DataError(f"the draws of {name} lack {', '.join(missing[:5])}")
     chosen = draws[:, genes] if genes else draws
     mean, std = np.asarray(chosen.X, dtype=np.float32), np.asarray(chosen.layers["std"], dtype=np.float32)
-    table = AnnData(mean, obsm={"spatial": np.asarray(chosen.obsm["spatial"], dtype=np.float32)}, layers={"std": std})
+    # Vitessce's scale bar takes a unit of its plane for 1 µm
+    um_per_px = float(draws.uns["hinge"]["um_per_px"])
+    table = AnnData(
+        mean, obsm={"spatial": (np.asarray(chosen.obsm["spatial"]) * um_per_px).astype("f4")}, layers={"std": std}
+    )
     table.obs_names, table.var_names = chosen.obs_names, chosen.var_names
     first = table.var_names[0 if genes else int(mean.var(axis=0).argmax())]
-    radius = float(library["scalefactors"]["spot_diameter_fullres"]) / 2
+    radius = float(library["scalefactors"]["spot_diameter_fullres"]) / 2 * um_per_px
     with atomic_path(path) as temporary:
         # version 2 of the format of Zarr, which all releases of Vitessce read
         with anndata.settings.override(zarr_write_format=2):
             table.write_zarr(temporary / "draws.zarr", chunks=(table.n_obs, min(_CHUNK_GENES, table.n_vars)))
-        scale = float(library["scalefactors"]["tissue_hires_scalef"])
-        _write_image(temporary / "image.ome.zarr", np.asarray(library["images"]["hires"]), scale, name)
+        pixel_um = um_per_px / float(library["scalefactors"]["tissue_hires_scalef"])
+        _write_image(temporary / "image.ome.zarr", np.asarray(library["images"]["hires"]), pixel_um, name)
         config = _view_config(name, url.rstrip("/"), first, radius)
         (temporary / "vitessce.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     return Path(path)
 
 
-def _write_image(path: Path, image: NDArray[np.uint8], scale: float, name: str) -> None:
-    """Write an image as OME-Zarr 0.4, placed in full-resolution pixels."""
+def _write_image(path: Path, image: NDArray[np.uint8], pixel_um: float, name: str) -> None:
+    """Write an image as OME-Zarr 0.4 with the size of its pixels in µm."""
     group, datasets = zarr.open_group(path, mode="w", zarr_format=2), []
     level, pixels = 0, Image.fromarray(image)
     while level == 0 or max(pixels.size) >= _SMALLEST_PX:
@@ -91,16 +95,20 @@ def _write_image(path: Path, image: NDArray[np.uint8], scale: float, name: str) 
             chunk_key_encoding={"name": "v2", "separator": "/"},
         )
         array[:] = values
-        factors = [1.0, image.shape[0] / pixels.height / scale, image.shape[1] / pixels.width / scale]
+        factors = [1.0, image.shape[0] / pixels.height, image.shape[1] / pixels.width]
         datasets.append({"path": str(level), "coordinateTransformations": [{"type": "scale", "scale": factors}]})
         pixels, level = pixels.reduce(2), level + 1
-    axes = [{"name": "c", "type": "channel"}, {"name": "y", "type": "space"}, {"name": "x", "type": "space"}]
+    space = {"type": "space", "unit": "micrometer"}
+    axes = [{"name": "c", "type": "channel"}, {"name": "y", **space}, {"name": "x", **space}]
+    # of all levels: Vitessce reads this one, and none of the levels' own
+    shared = [{"type": "scale", "scale": [1.0, pixel_um, pixel_um]}]
     window = {"start": 0, "end": 255, "min": 0, "max": 255}
     channels = [
         {"label": label, "color": colour, "window": window, "active": True}
         for label, colour in (("R", "FF0000"), ("G", "00FF00"), ("B", "0000FF"))
     ]
-    group.attrs["multiscales"] = [{"version": "0.4", "name": name, "axes": axes, "datasets": datasets}]
+    levels = {"axes": axes, "datasets": datasets, "coordinateTransformations": shared}
+    group.attrs["multiscales"] = [{"version": "0.4", "name": name, **levels}]
     group.attrs["omero"] = {"name": name, "version": "0.4", "channels": channels, "rdefs": {"model": "color"}}
 
 
@@ -152,9 +160,11 @@ def _view_config(name: str, url: str, gene: str, radius: float) -> dict[str, Any
     }
     base = {"dataset": "A", "obsType": "A", "featureType": "A", "featureSelection": "A"}
     view = {"spatialZoom": "A", "spatialTargetX": "A", "spatialTargetY": "A"}
+    titles = {key: f"{kind} of the draws".capitalize() for key, kind in zip("AB", _TYPES, strict=True)}
     layout = [
         {
             "component": component,
+            **({"props": {"title": titles[key]}} if component == "spatialBeta" else {}),
             "coordinationScopes": {
                 **base,
                 "featureValueType": key,
