@@ -209,7 +209,7 @@ class GeneTransformer(ExpressionBackbone):
     def embed(self, values: Tensor, visible: Tensor, gene_ids: Tensor) -> Tensor:
         """Return the tokens (B, 1 + G, D) of bins (B, G), with CLS in front; see `ExpressionBackbone`."""
         batch = values.shape[0]
-        cls = torch.tensor([self.config.token_id(CLS)], device=gene_ids.device)
+        cls = gene_ids.new_full((1,), self.config.token_id(CLS))
         ids = torch.cat([cls.expand(*gene_ids.shape[:-1], 1), gene_ids], dim=-1)
         values = torch.cat([values.new_full((batch, 1), self.config.pad_value), values], dim=1)
         return self.embed_sequence(ids, values, _with_cls(visible <= 0, False))

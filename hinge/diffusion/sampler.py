@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hinge.diffusion.inputs import SamplingSettings, SlideInputs
+from hinge.diffusion.passes import genes_with_tokens, graphed_tokens
 from hinge.diffusion.randomness import DrawNoise, DrawNumbers
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.diffusion.slide_effect import LevelEffect
@@ -25,6 +26,7 @@ from hinge.models.distributions import ExpressionDistribution
 from hinge.models.hinge import HingeModel
 from hinge.models.library_size import LibrarySizeModel
 from hinge.models.subset import GeneSubset
+from hinge.utils.cuda_graphs import GraphedFunction
 from hinge.utils.memory import with_less_memory
 
 REMASKING_SHARE = 0.1
@@ -89,14 +91,18 @@ def draw_parts(
     """
     parts = slide_parts(len(inputs), settings) if parts is None else list(parts)
     inputs = inputs.with_slide_effect(model, scheduler, gene_ids)
+    passes = graphed_tokens(model)
     total, batch_size = sum(part.stop - part.start for part in parts), settings.batch_size
     with tqdm(total=total, desc=f"draws {inputs.slide}", unit="spot", disable=None if progress else True) as bar:
         for part in parts:
 
-            def draw(size: int, part: slice) -> Draws:
-                return draw_spots(model, scheduler, gene_ids, inputs[part], replace(settings, batch_size=size))
+            def draw(size: int, part: slice, expected: int) -> Draws:
+                if size != expected:  # memory ran out, and graphs of larger batches hold some of it
+                    passes.clear()
+                of_part = replace(settings, batch_size=size)
+                return draw_spots(model, scheduler, gene_ids, inputs[part], of_part, passes=passes)
 
-            draws, batch_size = with_less_memory(batch_size, partial(draw, part=part))
+            draws, batch_size = with_less_memory(batch_size, partial(draw, part=part, expected=batch_size))
             yield part, draws
             bar.update(part.stop - part.start)
 
@@ -109,6 +115,7 @@ def draw_spots(
     inputs: SlideInputs,
     settings: SamplingSettings,
     first_draw: int = 0,
+    passes: GraphedFunction | None = None,
 ) -> Draws:
     """Draw the expression of spots.
 
@@ -126,6 +133,8 @@ def draw_spots(
         Number of draws and of steps, seed, and how they are made.
     first_draw
         Number of the first draw, to add draws to earlier ones.
+    passes
+        Of an earlier call with the same model: its CUDA graphs are used again.
 
     Returns
     -------
@@ -144,7 +153,7 @@ def draw_spots(
     inputs.check(num_genes, settings)
     inputs = inputs.with_slide_effect(model, scheduler, gene_ids)
     scheduler.set_timesteps(settings.num_inference_steps)
-    sampler = _Sampler(model, scheduler, gene_ids, inputs, settings)
+    sampler = _Sampler(model, scheduler, gene_ids, inputs, settings, passes or graphed_tokens(model))
     values = np.zeros((num_draws, num_spots, num_genes), dtype=np.float32)
     expected = np.zeros((num_spots, num_genes))
     # all draws of a spot are next to each other: the first pass is the same for them
@@ -204,8 +213,10 @@ class _Sampler:
         gene_ids: Tensor,
         inputs: SlideInputs,
         settings: SamplingSettings,
+        passes: GraphedFunction,
     ) -> None:
         self.model, self.scheduler, self.settings, self.inputs = model, scheduler, settings, inputs
+        self.passes = passes
         self.device = model.feature_mean.device
         self.gene_ids = gene_ids.to(self.device)
         self.features = self._tensor(inputs.features)
@@ -239,7 +250,7 @@ class _Sampler:
             elif torch.equal(following, visible):
                 continue
             else:
-                subset = self._needed(following)
+                subset = genes_with_tokens(self.model, following)
                 h = self._tokens(batch, values, visible, following, timestep, batch.condition, batch.frame, subset)
             sample = self._sample(batch, h, values, visible, batch.numbers, number, subset)
             step = self.scheduler.step(sample, timestep, values, visible, batch.mask_times)
@@ -320,7 +331,7 @@ class _Sampler:
         filled = scheduler.fill_masked(values, visible, batch.fill)[rows]
         output, _ = self._read_out(h, filled, visible[rows], condition, shift, sizes, frame)
         # some means are averages of quantiles, which need float64
-        mean = _on_cpu(output).mean.float().to(self.device)
+        mean = _with_float64(output).mean.float().to(self.device)
         means = torch.where(visible[rows] > 0, values[rows], mean)
         if shared:
             of_spot = torch.from_numpy(back).to(self.device)
@@ -337,7 +348,7 @@ class _Sampler:
         sizes, typical = batch.library_sizes, batch.typical_library_sizes
         if sizes is None or typical is None or (not self.model.drops_masked and torch.equal(sizes, typical)):
             return h, None
-        timestep, subset = int(self.scheduler.timesteps[0]), self._needed(following)
+        timestep, subset = int(self.scheduler.timesteps[0]), genes_with_tokens(self.model, following)
         return self._tokens(
             batch, values, batch.known, following, timestep, batch.condition, batch.frame, subset
         ), subset
@@ -353,10 +364,6 @@ class _Sampler:
         h = self._tokens(batch, values, visible, everything, timesteps, batch.condition, batch.frame)
         sample = self._sample(batch, h, values, visible, numbers, 0, None)
         return scheduler.step(sample, last, values, visible, batch.mask_times).prev_sample
-
-    def _needed(self, following: Tensor) -> GeneSubset | None:
-        """Return the genes that need tokens in a step: those visible after it, for a model that drops the others."""
-        return GeneSubset.of(following) if self.model.drops_masked else None
 
     def _tokens(
         self,
@@ -378,14 +385,14 @@ class _Sampler:
             # a spot with many measured genes is further than the schedule
             timestep = self.scheduler.timesteps_of(batch.known, timestep)
         filled, visible = self.scheduler.fill_masked(values, visible, batch.fill)[rows], visible[rows]
-        return self.model.tokens(
+        return self.passes(
             filled if frame is None else frame.visible(filled, visible),
             visible,
             timestep.to(self.device)[rows],
             condition,
             self.gene_ids,
-            next_visible=following[rows],
-            subset=subset,
+            following[rows],
+            *((None, None) if subset is None else (subset.index, subset.present)),
         )
 
     def _read_out(
@@ -429,17 +436,16 @@ class _Sampler:
         factors = self.model.gene_factor_model
         if factors is not None and left is not None:
             normal = factors.innovation(left, self._tensor(numbers.factors[:, number]), normal)
-        # quantiles need float64, which not every accelerator has
-        uniform = torch.special.ndtr(normal.cpu().double()).clamp(1e-12, 1 - 1e-12)
-        return _on_cpu(output).icdf(uniform).float().to(self.device)
+        uniform = torch.special.ndtr(_with_float64(normal).double()).clamp(1e-12, 1 - 1e-12)
+        return _with_float64(output).icdf(uniform).float().to(self.device)
 
 
-def _on_cpu(output: Any) -> Any:
-    """Return a distribution with its parameters on the CPU."""
-    moved = copy.copy(output)
-    for name, value in vars(output).items():
-        if isinstance(value, Tensor):
-            setattr(moved, name, value.cpu())
-        elif hasattr(value, "__dataclass_fields__"):
-            setattr(moved, name, _on_cpu(value))
+def _with_float64(given: Any) -> Any:
+    """Return a tensor, or a distribution with its parameters, on a device that has float64: its own, or the CPU."""
+    if isinstance(given, Tensor):
+        return given if given.device.type in ("cpu", "cuda") else given.cpu()
+    moved = copy.copy(given)
+    for name, value in vars(given).items():
+        if isinstance(value, Tensor) or hasattr(value, "__dataclass_fields__"):
+            setattr(moved, name, _with_float64(value))
     return moved

@@ -117,7 +117,8 @@ class GeneFactorModel(nn.Module):
             outer = (loadings.unsqueeze(2) * loadings.unsqueeze(1)).flatten(1)
             count = loadings.shape[1]
             system = (precision @ outer).view(-1, count, count) + torch.eye(count, device=values.device)
-            lower = torch.linalg.cholesky(system)
+            # not torch.linalg.cholesky, whose check makes the host wait for the device; the system is positive definite
+            lower = torch.linalg.cholesky_ex(system).L
             right = (precision * (at_least_float32(values) - at_least_float32(expected))) @ loadings
             mean = torch.cholesky_solve(right.unsqueeze(-1), lower).squeeze(-1)
             return mean, torch.linalg.solve_triangular(lower, loadings.T.expand(lower.shape[0], -1, -1), upper=False)

@@ -65,7 +65,7 @@ class _Retain(Function):
         return pair, apart[2].contiguous()
 
     @staticmethod
-    def forward(ctx, qkvu: Tensor, key_mask: Tensor | None, num_heads: int, floor: float) -> Tensor:
+    def forward(ctx, qkvu: Tensor, key_mask: Tensor | None, num_heads: int, floor: Tensor | float) -> Tensor:
         batch, tokens, width = qkvu.shape
         width //= 4
         pair, value = _Retain._heads(qkvu, key_mask, num_heads)
@@ -192,8 +192,8 @@ def retention(layer: Retention, x: Tensor, key_mask: Tensor | None, value_scale:
     The norm over each head removes the scale factors of queries, keys and values, which are therefore omitted.
     """
     head_width = x.shape[-1] // layer.num_heads
-    if isinstance(value_scale, Tensor):
-        value_scale = float(value_scale.min())
+    if isinstance(value_scale, Tensor):  # stays on the device: reading it back would make the host wait in every layer
+        value_scale = value_scale.min().to(_accurate(x))
     # lower bound of the plain layer's root mean square, for unscaled factors
     floor = _RMS_FLOOR * head_width**1.5 / value_scale
     mask = None if key_mask is None else key_mask.to(x.dtype)

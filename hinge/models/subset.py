@@ -6,6 +6,7 @@ neither visible nor predicted can therefore be left out.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -25,13 +26,18 @@ class GeneSubset:
     present: Tensor | None
 
     @classmethod
-    def of(cls, present: Tensor) -> "GeneSubset | None":
-        """Return the subset of the genes present (B, G), 1 = present, padded to equal rows; None if it is all genes."""
+    def of(cls, present: Tensor, multiple: int = 1) -> "GeneSubset | None":
+        """Return the subset of the genes present (B, G), 1 = present, padded to equal rows; None if it is all genes.
+
+        The number of genes n is rounded up to a multiple: then few shapes occur, as CUDA graphs need it.
+        """
         counts = present.sum(dim=1)
-        most = max(1, int(counts.max()))
-        ragged = int(counts.min()) < most
+        # read back together: each reading makes the host wait for the device
+        least, most = (int(count) for count in torch.stack([counts.min(), counts.max()]).tolist())
+        most = min(max(1, -(-most // multiple) * multiple), present.shape[1])
+        ragged = multiple > 1 or least < most
         if most == present.shape[1]:
-            return cls(None, present) if ragged else None
+            return cls(None, present) if least < most else None
         index = present.argsort(dim=1, descending=True, stable=True)[:, :most]
         return cls(index, present.gather(1, index) if ragged else None)
 

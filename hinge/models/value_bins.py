@@ -48,6 +48,9 @@ class ValueBins(nn.Module):
         # by what counts are divided before they are ranked
         self.register_buffer("gene_scale", torch.ones(num_genes))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+        # whether a gene has another scale than 1; looked up once, because it makes the host wait for the device
+        self._scales: bool | None = None
+        self.register_load_state_dict_post_hook(_forget_scales)
 
     def fit(self, values: np.ndarray, bins: np.ndarray, gene_scale: np.ndarray) -> None:
         """Set the map from training spots.
@@ -60,6 +63,7 @@ class ValueBins(nn.Module):
             (G,) by what the backbone divides counts of a gene before it ranks them.
         """
         self.gene_scale.copy_(torch.from_numpy(np.asarray(gene_scale)))
+        self._scales = None
         ranked = self._scaled(torch.from_numpy(np.asarray(values, dtype=np.float32)), None).numpy()
         expressed = bins > 0
         x, y = ranked[expressed].astype(np.float64), np.asarray(bins, dtype=np.float64)[expressed]
@@ -100,7 +104,9 @@ class ValueBins(nn.Module):
         return self._unscaled(ranked, index)
 
     def _scale(self, index: Tensor | None) -> Tensor | None:
-        if bool((self.gene_scale == 1).all()):
+        if self._scales is None:
+            self._scales = bool((self.gene_scale != 1).any())
+        if not self._scales:
             return None
         return self.gene_scale if index is None else self.gene_scale[index]
 
@@ -117,6 +123,10 @@ class ValueBins(nn.Module):
         # a prediction below 0 has no count; it stays below 0 by as much
         counts = torch.expm1(ranked.clamp_min(0) * self.unit) * scale.to(ranked)
         return torch.log1p(counts) / self.unit + ranked.clamp_max(0)
+
+
+def _forget_scales(bins: ValueBins, _: Any) -> None:
+    bins._scales = None
 
 
 def _group_means(group: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
