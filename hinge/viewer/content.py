@@ -19,6 +19,7 @@ from hinge.data.layers import draw_names
 from hinge.data.regions import Region
 from hinge.evaluation import correlation_matrix, gene_pcc, matrix_scores
 from hinge.evaluation.metrics.coexpression import gene_order
+from hinge.tasks.regions import region_area
 from hinge.utils.errors import DataError
 from hinge.viewer import regions
 from hinge.viewer.maps import SlideMap
@@ -117,6 +118,10 @@ class SlideContent:
         return correlations, np.nan_to_num(variances)
 
     @cached_property
+    def _spot_mm2(self) -> float:
+        return region_area(self._draws, [0])
+
+    @cached_property
     def _coexpression(self) -> dict[str, Any]:
         """Correlations (m, m) of the genes with the largest variance: measured, and mean over the draws."""
         genes = np.sort(np.argsort(-self._genewise[1], kind="stable")[:COEXPRESSION_GENES])
@@ -185,7 +190,7 @@ class SlideContent:
         """Return the file at a path below `slides/<i>/`, None if there is none."""
         if path in regions.TABLES:
             counts = self._measured if self._counts is not None else None
-            found = regions.table(path, query or {}, self._draws, counts)
+            found = regions.table(path, query or {}, self._draws, counts, self._spot_mm2)
             return found.encode() if isinstance(found, str) else json_bytes(found)
         if path == "labels.json":
             return json_bytes(regions.labels(self._measured, self._draws, self._saved, self._scale))

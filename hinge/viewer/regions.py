@@ -21,7 +21,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from hinge.data.regions import Region
-from hinge.tasks.regions import compare_regions, region_area, region_table
+from hinge.tasks.regions import compare_regions, region_table
 from hinge.utils.errors import DataError
 
 MOST_LABELS = 60  # of a column that is offered
@@ -72,8 +72,19 @@ def labels(measured: AnnData | None, draws: AnnData, saved: Mapping[str, Region]
     return {"columns": columns, "regions": regions}
 
 
-def table(path: str, query: Mapping[str, str], draws: AnnData, measured: AnnData | None) -> dict[str, Any] | str:
+def table(
+    path: str, query: Mapping[str, str], draws: AnnData, measured: AnnData | None, spot_mm2: float
+) -> dict[str, Any] | str:
     """Return the content of one of `TABLES`: columns and areas, or text of CSV.
+
+    Parameters
+    ----------
+    path, query
+        The request.
+    draws, measured
+        The slide, as in `compare_regions`.
+    spot_mm2
+        `region_area` of one spot, which takes seconds for 100,000 spots.
 
     Raises
     ------
@@ -99,12 +110,12 @@ def table(path: str, query: Mapping[str, str], draws: AnnData, measured: AnnData
         return found.to_csv()
     numbers = found.to_dict("list")
     columns = {name: [value if math.isfinite(value) else None for value in values] for name, values in numbers.items()}
-    areas = [region_area(draws, spots) for spots in sets]
+    counts = [int(spots.sum()) for spots in sets]
     return {
         "genes": found.index.tolist(),
         "columns": columns,
-        "spots": [int(spots.sum()) for spots in sets],
-        "mm2": [area if math.isfinite(area) else None for area in areas],
+        "spots": counts,
+        "mm2": [count * spot_mm2 if math.isfinite(spot_mm2) else None for count in counts],
     }
 
 

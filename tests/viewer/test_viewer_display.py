@@ -186,6 +186,33 @@ def test_many_spots_are_drawn_by_webgl(page):
     assert pixels[60, 60, 3] == 0 and pixels[60, 60 + 7].tolist() == [138, 141, 146, 255]
 
 
+OUTLINE = """async () => {
+  const { outlineOf } = await import("/regions.js");
+  const places = [0, 1, 2, 3].flatMap((row) => [0, 1, 2, 3].flatMap((column) => [30 * column, 30 * row]));
+  const slide = { places, pitch: 20, box: { left: 0, top: 0, width: 90, height: 90 } }; // squares of 30
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [140, 140];
+  const context = canvas.getContext("2d");
+  context.translate(10, 10);
+  // the lower right four of sixteen spots, at the rim, and the first one
+  context.stroke(outlineOf(slide, Uint8Array.from({ length: 16 }, (_, i) => Number(i === 0 || (i % 4 > 1 && i > 7)))));
+  return canvas.toDataURL("image/png");
+}"""
+
+
+@pytest.mark.full
+def test_the_outline_of_many_spots_goes_around_them(page):
+    picture = page.evaluate(OUTLINE)
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.split(",")[1]))).convert("RGBA"))[..., 3] > 0
+    assert drawn[10:40, 10].all() and drawn[10, 10:40].all() and drawn[10:40, 40].all() and drawn[40, 10:40].all()
+    for side in (drawn[70:130, 70], drawn[70:130, 130], drawn[70, 70:130], drawn[130, 70:130]):
+        assert side.all()
+    drawn[8:43, 8:43] = drawn[68:133, 68:73] = drawn[68:133, 128:133] = drawn[68:73, 68:133] = drawn[
+        128:133, 68:133
+    ] = 0
+    assert not drawn.any()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [900, 1440])

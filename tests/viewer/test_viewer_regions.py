@@ -13,7 +13,7 @@ from helpers.viewer import middle, pixels
 from hinge.data.draws import read_draws
 from hinge.data.regions import Region, read_regions, write_regions
 from hinge.run.run import Run
-from hinge.tasks.regions import compare_regions, region_table
+from hinge.tasks.regions import compare_regions, region_area, region_table
 from hinge.utils.errors import DataError
 from hinge.viewer import Viewer
 from hinge.viewer.regions import decode_spots, encode_spots, labels
@@ -45,6 +45,7 @@ def test_tables_are_those_of_the_package(viewer, draws):
     )
     lines = viewer.read("slides/0/compare.csv", query).decode().splitlines()
     assert lines[0].split(",")[:4] == ["gene", "first", "second", "difference"] and len(lines) == 25
+    np.testing.assert_allclose(found["mm2"], [region_area(draws, a), region_area(draws, b)])
     one = json.loads(viewer.read("slides/0/region.json", {"spots": encode_spots(a)}))
     np.testing.assert_allclose(one["columns"]["mean"], region_table(draws, a)["mean"])
     assert "measured" not in json.loads(viewer.read("slides/1/region.json", {"spots": encode_spots(a)}))["columns"]

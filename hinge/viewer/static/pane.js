@@ -4,6 +4,7 @@ import { paintHistogram } from "./colours.js";
 import { LAYERS, coloursOf, layersOf } from "./layers.js";
 import { colour, fixed, make } from "./page.js";
 import { MANY_SPOTS, Points } from "./points.js";
+import { outlineOf } from "./regions.js";
 
 const SMALLEST_CIRCLE_PX = 1.3;
 const SCALE_BAR_PX = 110; // at most
@@ -354,6 +355,17 @@ export class Pane {
     };
     const radius = Math.max(slide.radius * factor, 2) + 1.5;
     for (const [region, colour] of drawing ? [...outlined, [{ polygons: [[drawing]] }, "#111"]] : outlined) {
+      if (slide.barcodes.length >= MANY_SPOTS && !region.polygons.length) {
+        region.outline ??= outlineOf(slide, region.spots);
+        context.save();
+        context.transform(factor, 0, 0, factor, left, top);
+        for (const [stroke, width] of [["#fff", 4], [colour, 2]]) {
+          [context.strokeStyle, context.lineWidth] = [stroke, width / factor];
+          context.stroke(region.outline);
+        }
+        context.restore();
+        continue;
+      }
       context.beginPath();
       for (const polygon of region.polygons) trace(polygon);
       if (!region.polygons.length) {

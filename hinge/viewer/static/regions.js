@@ -27,6 +27,28 @@ export function spotsIn(slide, polygons) {
   return spots;
 }
 
+const SQUARE = 1.5; // distances between spots
+
+/** Outline of a set of spots as a path in image pixels: the sides of squares that hold them, next to squares that do not. */
+export function outlineOf(slide, spots) {
+  const { box, places } = slide;
+  const side = SQUARE * slide.pitch;
+  const columns = Math.floor(box.width / side) + 3; // with an empty rim
+  const inside = new Uint8Array(columns * (Math.floor(box.height / side) + 3));
+  spots.forEach((one, spot) => {
+    const [column, row] = [(places[2 * spot] - box.left) / side, (places[2 * spot + 1] - box.top) / side].map((at) => Math.floor(at) + 1);
+    if (one) inside[row * columns + column] = 1;
+  });
+  const path = new Path2D();
+  for (let cell = columns; cell < inside.length; cell++) {
+    const [left, top] = [box.left + ((cell % columns) - 1) * side, box.top + (Math.floor(cell / columns) - 1) * side];
+    // the side to the left and the one above, where this square or the neighbour is inside, and not both
+    if (inside[cell] !== inside[cell - 1]) (path.moveTo(left, top), path.lineTo(left, top + side));
+    if (inside[cell] !== inside[cell - columns]) (path.moveTo(left, top), path.lineTo(left + side, top));
+  }
+  return path;
+}
+
 export const countOf = (spots) => spots.reduce((sum, one) => sum + one, 0);
 
 async function through(bytes, stream) {
