@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -197,35 +198,52 @@ def forget() -> None:
 # --- checks -------------------------------------------------------------------------------------------------------
 
 
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double().cpu() - expected.double()).norm() / expected.double().norm())
 
 
 def check(plan: Plan) -> list[dict]:
     """Compare predictions, gradients and draws with those of the CPU in float32."""
+    # the layers of cellfm-800m are those of cellfm-80m
+    cases: dict[str, Callable[[], list[dict]]] = {
+        name: partial(_check_step, name, plan) for name in plan.sizes if name != "cellfm-800m"
+    }
+    cases["draws"] = partial(_check_draws, plan)
     rows = []
-    for name in plan.sizes:
-        if name == "cellfm-800m":
-            continue  # its layers are those of cellfm-80m
-        found: dict[str, list[Tensor]] = {}
-        for kind, dtype in (("cpu", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-            model = make_model(name, plan, 32, True, torch.float32)
-            _perturb(model)
-            model.backbone.to(dtype)
-            arguments, target = batch_of(4)
-            if kind == "cpu":
-                model, arguments, target = model.cpu(), [each.cpu() for each in arguments], target.cpu()
-            with torch.autocast(target.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                predicted = model(*arguments).mean.float()
-            ((predicted - target) ** 2).mean().backward()
-            gradient = torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
-            found[kind] = [predicted.detach().cpu(), gradient.cpu()]
-            forget()
-        for kind, limit in (("float32", 1e-3), ("bfloat16", 5e-2)):
-            errors = [relative(ours, theirs) for ours, theirs in zip(found[kind], found["cpu"], strict=True)]
-            ok = max(errors) < limit
-            rows.append({"case": f"{name} {kind}", "prediction": errors[0], "gradient": errors[1], "ok": ok})
-    return [*rows, *_check_draws(plan)]
+    for name, case in cases.items():
+        try:
+            rows += case()
+        except Exception as error:
+            rows.append({"case": name, "ok": False, "error": reason(error)})
+        forget()
+    return rows
+
+
+def _check_step(name: str, plan: Plan) -> list[dict]:
+    """Predictions and gradients of one step, in float32 and in bfloat16."""
+    found: dict[str, list[Tensor]] = {}
+    for kind, dtype in (("cpu", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        model = make_model(name, plan, 32, True, torch.float32)
+        _perturb(model)
+        model.backbone.to(dtype)
+        arguments, target = batch_of(4)
+        if kind == "cpu":
+            model, arguments, target = model.cpu(), [each.cpu() for each in arguments], target.cpu()
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            predicted = model(*arguments).mean.float()
+        ((predicted - target) ** 2).mean().backward()
+        gradient = torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
+        found[kind] = [predicted.detach().cpu(), gradient.cpu()]
+    rows = []
+    for kind, limit in (("float32", 1e-3), ("bfloat16", 5e-2)):
+        errors = [relative(ours, theirs) for ours, theirs in zip(found[kind], found["cpu"], strict=True)]
+        row = {"case": f"{name} {kind}", "prediction": errors[0], "gradient": errors[1], "ok": max(errors) < limit}
+        rows.append(row)
+    return rows
 
 
 def _perturb(model: HingeModel) -> None:
@@ -289,7 +307,7 @@ def training(plan: Plan, matrix: dict[str, float], report: Callable[[dict], None
                 forget()
                 seconds = timed(step, plan.seconds)
             except Exception as error:
-                report({"part": "training", "case": label, "error": f"{type(error).__name__}: {str(error)[:200]}"})
+                report({"part": "training", "case": label, "error": reason(error)})
                 continue
             finally:
                 model = step = None
@@ -357,7 +375,7 @@ def sampling(plan: Plan, report: Callable[[dict], None]) -> None:
                         seconds = timed(lambda: draw(model, inputs, settings), plan.seconds, 5)  # noqa: B023
                     rate = spots * plan.draws / statistics.median(seconds)
             except Exception as error:
-                report({"part": "sampling", "case": label, "error": f"{type(error).__name__}: {str(error)[:200]}"})
+                report({"part": "sampling", "case": label, "error": reason(error)})
                 continue
             finally:
                 model = None
@@ -420,7 +438,7 @@ def features(plan: Plan, report: Callable[[dict], None]) -> None:
                 forget()
                 seconds = timed(function, plan.seconds, 3 if function is whole else 30)
             except Exception as error:
-                report({"part": "features", "case": label, "error": f"{type(error).__name__}: {str(error)[:200]}"})
+                report({"part": "features", "case": label, "error": reason(error)})
                 continue
             rate = number / statistics.median(seconds)
             report({"part": "features", "case": label, **summary(seconds), "patches_per_s": rate, "peak_gb": peak_gb()})
@@ -440,6 +458,7 @@ def table(rows: list[dict]) -> str:
 def main(
     tiny: Annotated[bool, typer.Option(help="Tiny sizes: does everything run?")] = False,
     parts: Annotated[str, typer.Option(help="Which of checks, training, sampling, features.")] = "",
+    seconds: Annotated[float | None, typer.Option(help="That a timing may take.")] = None,
     sizes: Annotated[str, typer.Option(help=f"Which of {', '.join(SIZES)}.")] = "",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file, rewritten after every row.")] = None,
 ) -> None:
@@ -448,6 +467,7 @@ def main(
     chosen = sizes.replace(",", " ").split() or list(plan.sizes)
     plan = replace(
         plan,
+        seconds=plan.seconds if seconds is None else seconds,
         sizes={name: plan.sizes[name] for name in chosen},
         spots={name: spots for name, spots in plan.spots.items() if name in chosen},
     )

@@ -32,6 +32,8 @@ from hinge.utils.memory import with_less_memory
 REMASKING_SHARE = 0.1
 """Share of the drawn genes that a remasking pass masks and draws again."""
 
+FLOAT64_DEVICES = ("cpu", "cuda")
+
 BATCHES_IN_A_PART = 8
 """Batches in a part of a slide's draws: what is drawn again if sampling is killed."""
 
@@ -443,7 +445,7 @@ class _Sampler:
 def _with_float64(given: Any) -> Any:
     """Return a tensor, or a distribution with its parameters, on a device that has float64: its own, or the CPU."""
     if isinstance(given, Tensor):
-        return given if given.device.type in ("cpu", "cuda") else given.cpu()
+        return given if given.device.type in FLOAT64_DEVICES else given.cpu()
     moved = copy.copy(given)
     for name, value in vars(given).items():
         if isinstance(value, Tensor) or hasattr(value, "__dataclass_fields__"):

@@ -6,6 +6,9 @@ values instead of storing them, changes the memory layout of heads within an ope
 following norm removes. Results equal those of the plain layer up to rounding.
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,10 +20,22 @@ from hinge.backbones.cellfm_layers import GatedLinearUnit, Retention
 _RMS_FLOOR = 1e-12
 
 
+def _as_given(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `forward` without autocast, which on GPUs computes norms in float32 whatever the inputs are."""
+
+    @wraps(forward)
+    def function(ctx, x: Tensor, *arguments):
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(ctx, x, *arguments)
+
+    return function
+
+
 class _Modulate(Function):
     """shift + (1 + scale)·((1 − η)h + η·LayerNorm(h)), η = sigmoid(mix)."""
 
     @staticmethod
+    @_as_given
     def forward(ctx, h: Tensor, shift: Tensor, scale: Tensor, mix: Tensor, eps: float) -> Tensor:
         eta = mix.sigmoid()
         normed, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], None, None, eps)
@@ -65,6 +80,7 @@ class _Retain(Function):
         return pair, apart[2].contiguous()
 
     @staticmethod
+    @_as_given
     def forward(ctx, qkvu: Tensor, key_mask: Tensor | None, num_heads: int, floor: Tensor | float) -> Tensor:
         batch, tokens, width = qkvu.shape
         width //= 4
@@ -119,6 +135,7 @@ class _Join(Function):
     """LayerNorm(λh + gate·x) with frozen weights, computed as LayerNorm(h + gate/λ·x) with a smaller epsilon."""
 
     @staticmethod
+    @_as_given
     def forward(ctx, h: Tensor, x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, scale: float, eps: float):
         gate = gate / scale
         total = torch.addcmul(h, x, gate)
@@ -142,6 +159,7 @@ class _Product(Function):
     """u ⊙ v of a joint tensor (B, N, 2D)."""
 
     @staticmethod
+    @_as_given
     def forward(ctx, uv: Tensor) -> Tensor:
         ctx.save_for_backward(uv)
         u, v = uv.chunk(2, dim=-1)

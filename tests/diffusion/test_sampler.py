@@ -202,6 +202,7 @@ def test_float64_stays_on_the_cpu(head, monkeypatch):
                     moved.append((name, each.dtype))
             return result
 
+    monkeypatch.setattr(sampler, "FLOAT64_DEVICES", ())
     to_device = sampler._Sampler._tensor
     monkeypatch.setattr(sampler._Sampler, "_tensor", lambda self, array: to_device(self, array).as_subclass(Elsewhere))
     observed = np.full((9, GENES), np.nan, dtype=np.float32)
