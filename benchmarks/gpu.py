@@ -79,7 +79,7 @@ class Plan:
 
 
 FULL = Plan(
-    SIZES, 64, 1024, {"default": 2000, "cellfm-80m": 1000, "cellfm-800m": 100, "scgpt": 200}, 64, 20,
+    SIZES, 64, 1024, {"default": 500, "cellfm-80m": 500, "cellfm-800m": 60, "scgpt": 200}, 64, 20,
     "vit_large_patch16_224", 64, 3.0,
 )  # fmt: skip
 SMALL = Plan(TINY, 4, 16, {"default": 6, "cellfm-80m": 3, "scgpt": 3}, 2, 2, "vit_tiny_patch16_224", 2, 0.0)
@@ -94,10 +94,10 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def timed(function: Callable[[], object], seconds: float, most: int = 30) -> list[float]:
-    """Seconds of each of three to `most` calls after two that do not count."""
-    function()
-    function()
+def timed(function: Callable[[], object], seconds: float, most: int = 30, warm: int = 2) -> list[float]:
+    """Seconds of each of three to `most` calls after some that do not count."""
+    for _ in range(warm):
+        function()
     found: list[float] = []
     while len(found) < 3 or (sum(found) < seconds and len(found) < most):
         synchronise()
@@ -278,54 +278,73 @@ def _check_draws(plan: Plan) -> list[dict]:
 # --- training -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class StepCase:
+    """How a training step is computed."""
+
+    name: str
+    kind: str  # plain float32, float32 or bfloat16
+    rank: int | None = None
+    checkpointing: bool = False
+    compiled: bool = False
+
+    @property
+    def label(self) -> str:
+        further = " checkpointing" * self.checkpointing + " compiled" * self.compiled
+        return f"{self.name} {self.kind} rank {self.rank or 'full'}{further}"
+
+
+def step_cases(name: str) -> list[StepCase]:
+    """Return the cases of one size, without those that are compiled."""
+    ranks = [(rank, kept) for rank in (None, 32) for kept in (False, True)]
+    return [
+        StepCase(name, "plain float32"),
+        StepCase(name, "float32"),
+        *(StepCase(name, "bfloat16", rank, kept) for rank, kept in ranks),
+    ]
+
+
 def training(plan: Plan, matrix: dict[str, float], report: Callable[[dict], None]) -> None:
-    """A step of every size: plain, float32 and bfloat16, rank 32 and full, with checkpointing, compiled."""
-    for name in plan.sizes:
-        flops, plain_s = 0, None
-        cellfm = name.startswith(("cellfm", "default"))
-        cases = [("plain float32", None, False, False), ("float32", None, False, False)]
-        cases += [("bfloat16", rank, kept, False) for rank in (None, 32) for kept in (False, True)]
-        cases += [("bfloat16", 32, False, True)]
-        for kind, rank, checkpointing, compiled in cases:
-            label = f"{name} {kind} rank {rank or 'full'}{' checkpointing' * checkpointing}{' compiled' * compiled}"
-            try:
-                model = make_model(name, plan, rank, True, torch.bfloat16 if kind == "bfloat16" else torch.float32)
-                if kind.startswith("plain"):
-                    if cellfm:
-                        model = PlainHinge(model).to(device())
-                    else:
-                        model.modulation.fused = False
-                if checkpointing:
-                    model.enable_gradient_checkpointing()
-                model.train()
-                if compiled:
-                    model.modulation.fused = False
-                    model.compile(dynamic=False)
-                step = training_step(model, plan.batch, kind == "bfloat16")
-                if not flops:
-                    flops = operations(step)
-                forget()
-                seconds = timed(step, plan.seconds)
-            except Exception as error:
-                report({"part": "training", "case": label, "error": reason(error)})
-                continue
-            finally:
-                model = step = None
-                gc.collect()
-            plain_s = plain_s or statistics.median(seconds)
-            rate = flops / statistics.median(seconds) / 1e12
-            of = matrix["bfloat16_tflop_per_s" if kind == "bfloat16" else "float32_tflop_per_s"]
-            report(
-                {
-                    "part": "training",
-                    "case": label,
-                    **summary(seconds),
-                    "spots_per_s": plan.batch / statistics.median(seconds),
-                    "times_as_fast_as_plain": plain_s / statistics.median(seconds),
-                    "share_of_matrix_rate": rate / of,
-                    "peak_gb": peak_gb(),
-                }
-            )
+    """A step of every size: plain, float32 and bfloat16, rank 32 and full, with checkpointing; last, compiled."""
+    cases = [case for name in plan.sizes for case in step_cases(name)]
+    cases += [StepCase(name, "bfloat16", 32, compiled=True) for name in plan.sizes]
+    plain: dict[str, tuple[float, int]] = {}  # seconds and operations of a plain step
+    for case in cases:
+        forget()
+        try:
+            step = _step(case, plan)
+            flops = plain[case.name][1] if case.name in plain else operations(step)
+            forget()
+            seconds = timed(step, plan.seconds)
+        except Exception as error:
+            report({"part": "training", "case": case.label, "error": reason(error)})
+            continue
+        finally:
+            step = None  # and with it the model
+        median = statistics.median(seconds)
+        plain.setdefault(case.name, (median, flops))
+        rate = matrix[f"{case.kind.removeprefix('plain ')}_tflop_per_s"]
+        found = {
+            "spots_per_s": plan.batch / median,
+            "times_as_fast_as_plain": plain[case.name][0] / median,
+            "share_of_matrix_rate": flops / median / 1e12 / rate,
+            "peak_gb": peak_gb(),
+        }
+        report({"part": "training", "case": case.label, **summary(seconds), **found})
+
+
+def _step(case: StepCase, plan: Plan) -> Callable[[], None]:
+    dtype = torch.bfloat16 if case.kind == "bfloat16" else torch.float32
+    model: torch.nn.Module = make_model(case.name, plan, case.rank, True, dtype)
+    if case.checkpointing:
+        model.enable_gradient_checkpointing()
+    if case.compiled or case.kind.startswith("plain"):
+        model.modulation.fused = False
+    if case.kind.startswith("plain") and isinstance(model.backbone, CellFMModel):
+        model = PlainHinge(model).to(device())
+    if case.compiled:
+        model.compile(dynamic=False)
+    return training_step(model.train(), plan.batch, case.kind == "bfloat16")
 
 
 # --- sampling -----------------------------------------------------------------------------------------------------
@@ -357,7 +376,8 @@ def sampling(plan: Plan, report: Callable[[dict], None]) -> None:
     """A slide's draws of every size: plain loop, float32 and bfloat16, with and without graphs, compiled."""
     for name, spots in plan.spots.items():
         plain_rate, inputs = None, slide_inputs(spots)
-        cases = ["plain float32", "float32 graphs", "bfloat16 eager", "bfloat16 graphs", "bfloat16 compiled graphs"]
+        cases = ["plain float32", "float32 graphs", "bfloat16 eager", "bfloat16 graphs"]
+        cases += ["bfloat16 compiled graphs"] if name == "default" else []  # it compiles every shape
         for kind in cases:
             label = f"{name} {kind}"
             try:
@@ -372,7 +392,7 @@ def sampling(plan: Plan, report: Callable[[dict], None]) -> None:
                         model.modulation.fused = False
                         model.modulation.compile(dynamic=False)
                     with without_graphs() if "eager" in kind else nullcontext():
-                        seconds = timed(lambda: draw(model, inputs, settings), plan.seconds, 5)  # noqa: B023
+                        seconds = timed(lambda: draw(model, inputs, settings), plan.seconds, 3, 1)  # noqa: B023
                     rate = spots * plan.draws / statistics.median(seconds)
             except Exception as error:
                 report({"part": "sampling", "case": label, "error": reason(error)})
@@ -392,7 +412,7 @@ def _plain_rate(name: str, plan: Plan) -> tuple[float, list[float]]:
     scheduler, ids = MaskedDiffusionScheduler(TIMESTEPS, "cosine"), arguments[4]
     if isinstance(model.backbone, CellFMModel):
         plain, generator = PlainHinge(model).to(device()).eval(), torch.Generator().manual_seed(0)
-        seconds = timed(lambda: plain_draws(plain, scheduler, arguments[3], ids, 1, generator), 0, 3)
+        seconds = timed(lambda: plain_draws(plain, scheduler, arguments[3], ids, 1, generator), 0, 3, 1)
     else:
 
         @torch.no_grad()
@@ -400,7 +420,7 @@ def _plain_rate(name: str, plan: Plan) -> tuple[float, list[float]]:
             for _ in range(TIMESTEPS):
                 model(*arguments)
 
-        seconds = timed(passes, 0, 3)
+        seconds = timed(passes, 0, 3, 1)
     return plan.plain_spots / statistics.median(seconds), seconds
 
 
@@ -436,7 +456,7 @@ def features(plan: Plan, report: Callable[[dict], None]) -> None:
         ):
             try:
                 forget()
-                seconds = timed(function, plan.seconds, 3 if function is whole else 30)
+                seconds = timed(function, plan.seconds, 3 if function is whole else 30, 1 if function is whole else 2)
             except Exception as error:
                 report({"part": "features", "case": label, "error": reason(error)})
                 continue
@@ -492,12 +512,12 @@ def main(
         for row in result["checks"]:
             print(json.dumps(row), flush=True)
         keep()
-    if "training" in wanted:
-        training(plan, result["rates"], report)
     if "sampling" in wanted:
         sampling(plan, report)
     if "features" in wanted:
         features(plan, report)
+    if "training" in wanted:
+        training(plan, result["rates"], report)
     keep()
     print(table(result["rows"]))
     failed = [row["case"] for row in result.get("checks", []) if not row["ok"]]

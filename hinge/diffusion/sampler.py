@@ -101,8 +101,8 @@ def draw_parts(
             def draw(size: int, part: slice, expected: int) -> Draws:
                 if size != expected:  # memory ran out, and graphs of larger batches hold some of it
                     passes.clear()
-                of_part = replace(settings, batch_size=size)
-                return draw_spots(model, scheduler, gene_ids, inputs[part], of_part, passes=passes)
+                with_size = replace(settings, batch_size=size)
+                return draw_spots(model, scheduler, gene_ids, inputs[part], with_size, passes=passes)
 
             draws, batch_size = with_less_memory(batch_size, partial(draw, part=part, expected=batch_size))
             yield part, draws
