@@ -20,6 +20,7 @@ from hinge.utils.files import atomic_path
 _MOST_BYTES = 256 << 20  # of a GeoJSON file
 _BARCODES = ("barcode", "spot", "index", "")
 _LABELS = ("label", "region", "annotation", "class", "cluster")
+_SLIDES = ("slide", "sample", "section", "library_id")
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,21 @@ def _of_table(path: Path, slide: AnnData) -> dict[str, Region]:
         raise DataError(f"{path} has one column; it needs a column of barcodes and one of labels")
     names = {str(column).lower().removeprefix("unnamed: 0"): column for column in table.columns}
     first = next((names[name] for name in _BARCODES if name in names), table.columns[0])
-    others = [column for column in table.columns if column != first]
+    several = table.shape[1] > 2
+    of_slides = next((names[name] for name in _SLIDES if name in names), None) if several else None
+    others = [column for column in table.columns if column not in (first, of_slides)]
     second = others[0] if len(others) == 1 else next((names[name] for name in _LABELS if name in names), None)
     if second is None:
         raise DataError(f"{path} has {len(others)} columns beside {first!r}; name the one of labels 'label'")
-    labels = table.dropna(subset=[first, second]).drop_duplicates(first).set_index(first)[second]
+    if of_slides is not None and (table[of_slides] == slide_name(slide)).any():
+        table = table[table[of_slides] == slide_name(slide)]
+    labels = table.dropna(subset=[first, second]).drop_duplicates([first, second]).set_index(first)[second]
+    if labels.index.has_duplicates:  # such as barcodes of several slides
+        spot = labels.index[labels.index.duplicated()][0]
+        raise DataError(
+            f"{path} has several labels for spot {spot}: it needs one row a spot, or a column 'slide' with the value "
+            f"{slide_name(slide)!r}"
+        )
     return regions_of_labels(labels.reindex(slide.obs_names))
 
 

@@ -171,6 +171,12 @@ def test_a_table_of_labels(draws, tmp_path):
     with pytest.raises(DataError, match="no region"):
         path.with_name("none.csv").write_text("barcode,label\nelsewhere,A\n")
         read_regions(path.with_name("none.csv"), draws)
+    name = draws.uns["hinge"]["name"]
+    path.write_text(f"slide,spot,cluster\nother,s3,A\n{name},s3,B\n{name},s0,B\nother,s1,A\n")
+    assert np.flatnonzero(read_regions(path, draws)["B"].spots).tolist() == [0, 3]
+    path.write_text("origin,spot,cluster\nother,s3,A\nthis,s3,B\n")
+    with pytest.raises(DataError, match=r"several labels for spot s3.* a column 'slide'"):
+        read_regions(path, draws)
     path.write_text("barcode,label\ns3,A\ns0,B\nelsewhere,A\ns4,\n")
     regions = read_regions(path, draws)
     assert {name: np.flatnonzero(region.spots).tolist() for name, region in regions.items()} == {"B": [0], "A": [3]}

@@ -399,6 +399,8 @@ def test_by_keyboard_alone(page):
     page.keyboard.press("Shift+ArrowUp")
     assert page.locator("#panel-spot .heading").inner_text() != spot
     page.locator("#tab-spot").focus()
+    page.keyboard.press("Shift+ArrowRight")
+    assert page.locator("#tab-spot").get_attribute("aria-selected") == "true"
     page.keyboard.press("ArrowRight")
     assert page.locator("#tab-pairs").get_attribute("aria-selected") == "true"
     page.locator("#pairs").focus()

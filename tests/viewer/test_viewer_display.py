@@ -68,7 +68,9 @@ def test_genes_in_channels_and_gene_sets(page, viewer, tmp_path):
     for channel, name in zip(("red", "green", "blue"), names, strict=False):
         page.fill(f"#channel-{channel}", name)
         page.keyboard.press("Enter")
-    page.locator(".legend .unit", has_text=f"red {names[0]} · green {names[1]} · blue {names[2]}").wait_for()
+    page.locator(".legend .unit", has_text="".join(names[:3])).wait_for()
+    title = f"red {names[0]} · green {names[1]} · blue {names[2]}"
+    assert page.locator(f".legend[title='{title}']").count() == 1
     page.fill("#channel-red", "NOTHERE")
     page.keyboard.press("Enter")
     page.locator("#status", has_text="NOTHERE is not among the 24 genes").wait_for()
@@ -127,6 +129,30 @@ def test_pictures_are_saved(page, tmp_path):
     assert len(root.findall(f".//{space}circle")) == 2 * 81 and len(root.findall(f".//{space}image")) == 2
     texts = [text.text for text in root.iter(f"{space}text")]
     assert any(text.startswith("Predicted mean of") for text in texts) and any("µm" in text for text in texts)
+
+
+@pytest.mark.full
+def test_a_picture_has_regions_and_the_colours_of_channels(page, viewer, tmp_path):
+    names = [name for name in viewer.slide(0).index()["genes"] if " " not in name][:2]
+    page.click("#tab-regions")
+    x, y = middle(page)
+    page.click("[data-tool=rectangle]")
+    page.mouse.move(x - 60, y - 60)
+    page.mouse.down()
+    page.mouse.move(x + 60, y + 60, steps=4)
+    page.mouse.up()
+    page.locator("#region-table td").first.wait_for()
+    page.click("#tab-display")
+    for channel, name in zip(("red", "blue"), names, strict=True):
+        page.fill(f"#channel-{channel}", name)
+        page.keyboard.press("Enter")
+    page.locator(".legend .unit i").nth(1).wait_for()
+    root = ET.parse(saved(page, "#save-svg", tmp_path / "a.svg")).getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    assert len(root.findall(f".//{space}path[@stroke='#1d4ed8']")) == 2
+    keys = [(key.get("fill"), key.text) for key in root.iter(f"{space}tspan")]
+    assert [text for _, text in keys] == ["■ ", names[0], "■ ", names[1]] and keys[0][0] == "#e5383b"
+    assert np.asarray(Image.open(saved(page, "#save-png", tmp_path / "a.png")).convert("RGB"), float).std() > 20
 
 
 @pytest.mark.full

@@ -163,6 +163,41 @@ def test_files_of_regions_are_opened(page, draws, tmp_path):
 
 
 @pytest.mark.full
+def test_labels_of_several_slides(page, draws):
+    """Of a table of several slides, such as that of `hinge cluster`, the rows of this one are used."""
+    page.click("#tab-regions")
+    spots = [barcode for barcode in draws.obs_names if '"' not in barcode]
+    rows = [f"other,{spot},X" for spot in spots] + [
+        f"sim0,{spot},{'A' if i < 5 else 'B'}" for i, spot in enumerate(spots)
+    ]
+    for name, column, text in (
+        ("a", "slide", "A A (5 spots"),
+        ("b", "origin", "b.csv cannot be read: it has several labels"),
+    ):
+        table = "\n".join([f"{column},spot,cluster", *rows]).encode()
+        page.set_input_files("#region-file", files=[{"name": f"{name}.csv", "mimeType": "text/csv", "buffer": table}])
+        page.locator("#region-text, #status", has_text=text).wait_for()
+    assert page.locator("#regions-list .soft").all_inner_texts() == ["5 spots", "75 spots"]
+
+
+@pytest.mark.full
+def test_the_table_is_enlarged(page, draws):
+    page.click("#tab-regions")
+    box = page.locator(".pane .view").nth(0).bounding_box()
+    page.click("[data-tool=rectangle]")
+    drag(page, (box["x"] + 8, box["y"] + 40), (middle(page)[0], box["y"] + box["height"] - 40))
+    page.locator("#region-table td").first.wait_for()
+    page.fill("#region-threshold", "1.5")
+    page.keyboard.press("Enter")
+    page.locator("#region-table th", has_text="Share above").wait_for()
+    page.click("#region-enlarge")
+    box, table = (page.locator(part).bounding_box() for part in ("#region-dialog", "#region-table"))
+    assert table["x"] >= box["x"] and table["x"] + table["width"] <= box["x"] + box["width"]
+    page.keyboard.press("Escape")
+    page.locator("#panel-regions #region-table td").first.wait_for()
+
+
+@pytest.mark.full
 def test_a_polygon_is_closed_and_cancelled(page):
     page.click("#tab-regions")
     x, y = middle(page)

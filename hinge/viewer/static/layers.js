@@ -1,6 +1,6 @@
 // What the colours of a pane stand for: values of a gene, its map, a probability, novelty, genes in channels, a category.
 
-import { CATEGORIES, TABLES, paintGrid, step } from "./colours.js";
+import { CATEGORIES, CHANNELS, TABLES, paintGrid, step } from "./colours.js";
 import { quantile, thinned } from "./data.js";
 
 export const LAYERS = {
@@ -84,8 +84,8 @@ function kept(gene, display, n) {
 
 /**
  * Colours of the spots: `codes` (n) into `css`, null for a ring, in the `order` in which they are drawn; the `legend` is
- * {low, high, table, values, unit} or {text}; a `grid` is an image that is drawn instead of spots. Null where a pane
- * shows neither.
+ * {low, high, table, values, unit} or {text, keys} with keys [name, colour]; a `grid` is an image that is drawn instead
+ * of spots. Null where a pane shows neither.
  */
 export function coloursOf(slide, gene, setting, display) {
   const n = slide.barcodes.length;
@@ -98,7 +98,7 @@ export function coloursOf(slide, gene, setting, display) {
     const { name, labels } = display.label;
     css = [...labels.map((_, i) => CATEGORIES[i % CATEGORIES.length]), null];
     display.label.codes.forEach((code, spot) => (codes[spot] = code < 0 ? labels.length : code));
-    legend = { text: `${name}, ${labels.length} labels` };
+    legend = { text: `${name}, ${labels.length} labels`, keys: labels.map((label, i) => [label, css[i]]) };
   } else if (layer === "channels") {
     const genes = display.channels.filter(Boolean);
     if (!genes.length) return { codes, css: [null], order: [], legend: { text: "choose genes in the tab Display" } };
@@ -113,7 +113,8 @@ export function coloursOf(slide, gene, setting, display) {
       codes[spot] = (r * LEVELS + g) * LEVELS + b;
       css[codes[spot]] ??= `rgb(${mixed(r, g, b)})`;
     }
-    legend = { text: display.channels.map((one, i) => one && `${["red", "green", "blue"][i]} ${one.name}`).filter(Boolean).join(" · ") };
+    const keys = display.channels.map((one, i) => one && [one.name, CHANNELS[i]]).filter(Boolean);
+    legend = { text: display.channels.map((one, i) => one && `${["red", "green", "blue"][i]} ${one.name}`).filter(Boolean).join(" · "), keys };
   } else if (layer === "map") {
     return gene && mapColours(slide, gene, display);
   } else {

@@ -6,6 +6,7 @@ import { colour, fixed, make } from "./page.js";
 import { MANY_SPOTS, Points } from "./points.js";
 import { outlineOf } from "./regions.js";
 
+const KEYS_SHOWN = 4; // colours of labels in the head of a pane; the tab Display has all
 const SMALLEST_CIRCLE_PX = 1.3;
 const SCALE_BAR_PX = 110; // at most
 const LENGTHS_UM = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000];
@@ -244,11 +245,19 @@ export class Pane {
     this.draw();
   }
 
-  paintLegend({ low, high, table, values, unit, text }) {
+  paintLegend({ low, high, table, values, unit, text, keys }) {
     this.bar.hidden = !table;
     this.low.textContent = table ? fixed(low) : "";
     this.high.textContent = table ? fixed(high) : "";
     this.unit.textContent = table ? unit : text;
+    if (keys && keys.length <= KEYS_SHOWN) {
+      const chips = keys.flatMap(([name, shade]) => {
+        const chip = make("i", { "aria-hidden": "true" });
+        chip.style.background = shade;
+        return [chip, name];
+      });
+      this.unit.replaceChildren(...chips);
+    }
     const { clip, own } = this.panes.display;
     this.legend.title = table ? `${fixed(low)} to ${fixed(high)} ${unit}; colours end at percentiles ${clip} and ${100 - clip}${own ? " of this pane" : ", shared by measured values, mean and draws"}` : text;
     if (table) paintHistogram(this.bar, table, values, low, high, colour("strong"));

@@ -48,6 +48,11 @@ export class RegionPanel {
     byId("region-threshold").addEventListener("change", () => this.update());
     byId("region-search").addEventListener("input", () => this.fill());
     byId("region-csv").addEventListener("click", () => this.saveCsv());
+    byId("region-enlarge").addEventListener("click", () => {
+      byId("region-large").append(byId("region-result"));
+      byId("region-dialog").showModal();
+    });
+    byId("region-dialog").addEventListener("close", () => byId("panel-regions").append(byId("region-result")));
   }
 
   setTool(tool) {

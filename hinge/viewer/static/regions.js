@@ -132,14 +132,22 @@ function readLabels(text, slide) {
   const find = (names) => lower.findIndex((name) => names.includes(name));
   const first = Math.max(0, find(["barcode", "spot", "index", ""]));
   const named = find(["label", "region", "annotation", "class", "cluster"]);
-  const second = head.length === 2 ? 1 - first : named;
+  const ofSlides = head.length > 2 ? find(["slide", "sample", "section", "library_id"]) : -1;
+  const others = head.map((_, i) => i).filter((i) => i !== first && i !== ofSlides);
+  const second = others.length === 1 ? others[0] : named;
   if (second < 0 || second === first) throw new Error("name the columns of the table 'barcode' and 'label'");
   const at = new Map(slide.barcodes.map((barcode, i) => [barcode, i]));
   const found = new Map();
+  const labels = new Map();
+  const { name } = slide.facts;
+  const own = ofSlides >= 0 && rows.some((cells) => cells[ofSlides] === name);
   for (const cells of rows) {
     const spot = at.get(cells[first]);
     const label = cells[second];
-    if (spot === undefined || !label) continue;
+    if (spot === undefined || !label || (own && cells[ofSlides] !== name)) continue;
+    // such as barcodes of several slides
+    if ((labels.get(spot) ?? label) !== label) throw new Error(`it has several labels for spot ${cells[first]}; give one row a spot, or a column 'slide' with the value '${name}'`);
+    labels.set(spot, label);
     if (!found.has(label)) found.set(label, new Uint8Array(slide.barcodes.length));
     found.get(label)[spot] = 1;
   }

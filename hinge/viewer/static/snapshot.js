@@ -12,6 +12,11 @@ const titleOf = (pane, gene) => {
   return ["image", "label", "channels", "novelty"].includes(layer) ? name : `${name} of ${gene?.name ?? ""}`;
 };
 
+const KEYS_SHOWN = 8; // labels in a legend; their names are cut to KEY_LENGTH
+const KEY_LENGTH = 16;
+const keysOf = ({ legend } = {}) =>
+  (legend?.keys ?? []).slice(0, KEYS_SHOWN).map(([name, shade]) => [name.length > KEY_LENGTH ? `${name.slice(0, KEY_LENGTH - 1)}…` : name, shade]);
+
 const legendText = ({ legend }) => (legend?.table ? `${fixed(legend.low)} to ${fixed(legend.high)} ${legend.unit}` : (legend?.text ?? ""));
 
 /** Place of each pane on the sheet. */
@@ -60,10 +65,32 @@ export async function savePng(panes, slide, gene) {
     const { legend } = pane.colours ?? {};
     if (legend?.table) legend.table.forEach((rgb, i) => ((context.fillStyle = `rgb(${rgb})`), context.fillRect(box.left + (i * 90) / 256, box.top - 14, 1, 8)));
     context.fillStyle = "#333";
-    context.fillText(legendText(pane.colours ?? {}), box.left + (legend?.table ? 98 : 0), box.top - 6);
+    const keys = keysOf(pane.colours);
+    if (!keys.length) context.fillText(legendText(pane.colours ?? {}), box.left + (legend?.table ? 98 : 0), box.top - 6);
+    let left = box.left;
+    for (const [name, shade] of keys) {
+      context.fillStyle = shade;
+      context.fillRect(left, box.top - 14, 8, 8);
+      context.fillStyle = "#333";
+      context.fillText(name, left + 12, box.top - 6);
+      left += 24 + context.measureText(name).width;
+    }
   }
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
   download(`${slide.facts.name} ${gene?.name ?? ""}.png`, blob);
+}
+
+/** Outlines of the regions as SVG, of those without polygons rings around the spots. */
+function outlinesOf(panes, slide, place, factor) {
+  const radius = Math.max(slide.radius * factor, 2) + 1.5;
+  return panes.outlined.map(([{ polygons, spots }, colour]) => {
+    const rings = polygons.flat().map((ring) => `M${ring.map((corner) => place(...corner)).join("L")}Z`);
+    const circles = polygons.length ? [] : [...spots.keys()].filter((spot) => spots[spot]).map((spot) => {
+      const [x, y] = place(slide.places[2 * spot], slide.places[2 * spot + 1]);
+      return `M${x - radius} ${y}a${radius} ${radius} 0 1 0 ${2 * radius} 0a${radius} ${radius} 0 1 0 ${-2 * radius} 0`;
+    });
+    return `<path d="${[...rings, ...circles].join("")}" fill="none" stroke="${colour}" stroke-width="2"/>`;
+  });
 }
 
 const escaped = (text) => String(text).replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
@@ -88,11 +115,13 @@ export function saveSvg(panes, slide, gene) {
     const bar = legend?.table
       ? `<defs><linearGradient id="legend${number}">${[0, 64, 128, 191, 255].map((i) => `<stop offset="${i / 255}" stop-color="rgb(${legend.table[i]})"/>`).join("")}</linearGradient></defs><rect x="0" y="-14" width="90" height="8" fill="url(#legend${number})"/>`
       : "";
+    const outlines = outlinesOf(panes, slide, (x, y) => [x0 + factor * x, y0 + factor * y].map((at) => Math.round(10 * at) / 10), factor);
+    const keys = keysOf(pane.colours).map(([name, shade]) => `<tspan fill="${shade}" dx="6">■ </tspan><tspan>${escaped(name)}</tspan>`);
     const scale = pane.scaleBar();
     const length = scale
       ? `<rect x="6" y="${h - 32}" width="${scale.px + 14}" height="26" fill="#fff" opacity=".85"/><rect x="12" y="${h - 12}" width="${scale.px}" height="2.5" fill="#111"/><text x="12" y="${h - 17}" font-size="11">${escaped(scale.text)}</text>`
       : "";
-    return `<g transform="translate(${left} ${top})"><text y="-22" font-size="13" font-weight="600">${escaped(titleOf(pane, gene))}</text>${bar}<text x="${bar ? 98 : 0}" y="-6" font-size="11">${escaped(legendText(pane.colours ?? {}))}</text><svg width="${w}" height="${h}"><image href="${image}" width="${w}" height="${h}"/><g opacity="${panes.opacity}">${smooth}${circles.join("")}</g>${length}</svg></g>`;
+    return `<g transform="translate(${left} ${top})"><text y="-22" font-size="13" font-weight="600">${escaped(titleOf(pane, gene))}</text>${bar}<text x="${bar ? 98 : 0}" y="-6" font-size="11">${keys.join("") || escaped(legendText(pane.colours ?? {}))}</text><svg width="${w}" height="${h}"><image href="${image}" width="${w}" height="${h}"/><g opacity="${panes.opacity}">${smooth}${circles.join("")}</g>${outlines.join("")}${length}</svg></g>`;
   });
   const sheet = `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" viewBox="0 0 ${width} ${height}" font-family="${FONT}" fill="#111"><rect width="${width}" height="${height}" fill="#fff"/>${parts.join("")}</svg>`;
   download(`${slide.facts.name} ${gene?.name ?? ""}.svg`, sheet, "image/svg+xml");

@@ -343,7 +343,7 @@ function onKey(event) {
   if (typing || event.ctrlKey || event.altKey || event.metaKey || !state.slide) return;
   const { key } = event;
   if (key in ARROWS) {
-    if (event.target.closest("input, [role=tablist], .pairs")) return;
+    if (event.target.closest("input, .pairs") || (event.target.closest("[role=tablist]") && !event.shiftKey)) return;
     if (event.shiftKey) goToSpot(...ARROWS[key]);
     else panes.pan(...ARROWS[key]);
   } else if (key === "/") byId("gene-search").select();
@@ -399,7 +399,7 @@ async function setUp() {
   }
   document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
     const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!by) return;
+    if (!by || event.shiftKey) return;
     state.tab = TABS[(TABS.indexOf(state.tab) + by + TABS.length) % TABS.length];
     showTab();
     byId(`tab-${state.tab}`).focus();
