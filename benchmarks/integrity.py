@@ -3,8 +3,9 @@
     hinge demo --output demo
     python benchmarks/integrity.py demo/run
 
-The stages of a finished run are repeated in a copy. Time is taken inside the functions that check, so that other load
-on the machine changes both sides alike.
+The stages of a finished run are repeated in a copy. Time is taken inside the functions that check and around the whole
+command, which other load on the machine changes alike: seconds of CPU time, which load does not change, and seconds by
+the clock, which include the wait for the disk.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import numpy as np
 
 CHECKS = {
     "checksums": (("hinge.utils.checksums", "record"), ("hinge.utils.checksums", "verified")),
@@ -35,24 +38,31 @@ STAGES = {
 }
 
 
+def now() -> np.ndarray:
+    """Return the seconds of CPU time and by the clock."""
+    return np.array([time.process_time(), time.perf_counter()])
+
+
 class Clock:
     """Seconds inside functions, counted once where one calls another."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = dict.fromkeys(CHECKS, 0.0)
-        self.inside = 0
+        self.start()
+
+    def start(self) -> None:
+        self.seconds, self.inside = {kind: np.zeros(2) for kind in CHECKS}, 0
 
     def wrap(self, kind: str, function):
         @functools.wraps(function)
         def timed(*arguments, **options):
             self.inside += 1
-            began = time.perf_counter()
+            began = now()
             try:
                 return function(*arguments, **options)
             finally:
                 self.inside -= 1
                 if not self.inside:
-                    self.seconds[kind] += time.perf_counter() - began
+                    self.seconds[kind] += now() - began
 
         return timed
 
@@ -95,7 +105,8 @@ def main() -> None:
 
     clock = Clock()
     instrument(clock)
-    print(f"{'stage':12s} {'s':>8s}", *(f"{kind:>16s}" for kind in CHECKS), f"{'together':>9s}")
+    print("share of CPU time / share of the time by the clock")
+    print(f"{'stage':12s} {'CPU s':>8s}", *(f"{kind:>18s}" for kind in (*CHECKS, "together")), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         run = Path(temporary) / "run"
         slides = load_config(given.run / "config.yaml", trained=True).data.path
@@ -112,17 +123,17 @@ def main() -> None:
                 hinge_checksums = importlib.import_module("hinge.utils.checksums")
                 if (run / hinge_checksums.NAME).exists():
                     hinge_checksums.accept(run)
-                clock.seconds = dict.fromkeys(CHECKS, 0.0)
+                clock.start()
                 sys.argv = ["hinge", *command.format(run=run, slides=slides).split()]
-                began = time.perf_counter()
+                began = now()
                 with contextlib.suppress(SystemExit), contextlib.redirect_stdout(None):
                     hinge()
-                whole = time.perf_counter() - began
-                shares.append((whole, *(clock.seconds[kind] / whole for kind in CHECKS)))
-            middle = [sorted(column)[len(column) // 2] for column in zip(*shares, strict=True)]
-            print(
-                f"{stage:12s} {middle[0]:8.2f}", *(f"{share:16.2%}" for share in middle[1:]), f"{sum(middle[1:]):9.2%}"
-            )
+                whole = now() - began
+                each = [clock.seconds[kind] / whole for kind in CHECKS]
+                shares.append([whole, *each, sum(each)])
+            middle = np.median(np.array(shares), axis=0)
+            told = (f"{cpu:.2%} / {clock_time:.2%}" for cpu, clock_time in middle[1:])
+            print(f"{stage:12s} {middle[0, 0]:8.2f}", *(f"{text:>18s}" for text in told), flush=True)
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ class LevelEffect:
 
     def coefficients(self, features: NDArray) -> NDArray[np.float64]:
         """Return the coefficients (n, R + 1) of the error of the regression at spots with features (n, d)."""
-        return self.prior.regression.excess(_condition(self.slide.model, features).cpu())
+        return self.prior.regression.excess(regression_condition(self.slide.model, features).cpu())
 
     def novelty(self, features: NDArray) -> NDArray[np.float64]:
         """Return how far the features (n, d) of spots are from those of training, see `RegressionUncertainty`."""
@@ -314,7 +314,7 @@ def _over_spots(values: Tensor) -> NDArray[np.float64]:
 
 
 @torch.inference_mode()
-def _condition(model: HingeModel, features: NDArray) -> Tensor:
+def regression_condition(model: HingeModel, features: NDArray) -> Tensor:
     """Return the condition of the regression (n, d) of features, with a typical library size."""
     device, sizes = model.feature_mean.device, model.library_size_model
     x = model.standardise(torch.as_tensor(np.asarray(features), dtype=torch.float32, device=device))
@@ -327,7 +327,7 @@ def spot_novelty(model: HingeModel, features: NDArray) -> NDArray[np.float64]:
     The model must have a prior of slide levels.
     """
     assert model.slide_prior is not None
-    return model.slide_prior.regression.novelty(_condition(model, features).cpu())
+    return model.slide_prior.regression.novelty(regression_condition(model, features).cpu())
 
 
 class _MaskedSlide:
@@ -336,7 +336,7 @@ class _MaskedSlide:
     def __init__(self, model: HingeModel, scheduler: MaskedDiffusionScheduler, gene_ids: Tensor, features: NDArray):
         assert model.gene_factor_model is not None
         device, self.model, self._factors = model.feature_mean.device, model, model.gene_factor_model
-        self.whole = _condition(model, features)
+        self.whole = regression_condition(model, features)
         self.features = self.whole[:, : model.config.feature_dim]
         rows = np.linspace(0, len(features) - 1, min(len(features), NUM_SPOTS)).astype(int)
         chosen = self.features[torch.from_numpy(rows).to(device)]

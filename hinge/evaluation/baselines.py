@@ -1,6 +1,7 @@
 """Baselines: simple methods on the same features, which a model is compared with."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -245,23 +246,30 @@ class _Fit:
         return Prediction("ridge-hest", mean=self.predict(model.fit(self.features, self.values)))
 
     @cached_property
-    def noise(self) -> NDArray:
-        return self.draw_noise(_covariance(self.values - self.ridge_fit.held_out, None, 0.0))
+    def covariance(self) -> NDArray:
+        return _covariance(self.values - self.ridge_fit.held_out, None, 0.0)
 
-    def draw_noise(self, covariance: NDArray) -> NDArray:
-        """Random residuals (n_draws, n_test, n_genes)."""
-        return np.random.default_rng(self.seed).multivariate_normal(
-            np.zeros(self.n_genes), covariance, size=(self.n_draws, len(self.test)), method="eigh"
-        )
+    def draw(self, means: Iterable[NDArray], covariance: NDArray) -> NDArray[np.float32]:
+        """Draws (n_draws, n_test, n_genes): a mean (n_test, n_genes) each, plus random residuals, clipped at 0.
+
+        One at a time, because the residuals of all draws of a large slide take several times the memory of the draws.
+        """
+        sizes, vectors = np.linalg.eigh(covariance)
+        root = (vectors * np.sqrt(np.maximum(sizes, 0.0))).T
+        draws = np.empty((self.n_draws, len(self.test), self.n_genes), dtype=np.float32)
+        rng = np.random.default_rng(self.seed)
+        for draw, mean in zip(draws, means, strict=True):
+            draw[:] = np.maximum(mean + rng.standard_normal(draw.shape) @ root, 0.0)
+        return draws
 
     def ridge_with_residual(self) -> Prediction:
-        draws = np.maximum(self.ridge + self.noise, 0.0).astype(np.float32)
+        draws = self.draw(itertools.repeat(self.ridge, self.n_draws), self.covariance)
         return Prediction("ridge-cv+residual", mean=self.ridge, draws=draws)
 
     def ridge_with_level(self) -> Prediction:
         pattern, levels = self.ridge - self.ridge.mean(axis=0), np.asarray(self.levels, dtype=np.float64)
         drawn = levels[1 + np.arange(self.n_draws) % (len(levels) - 1)]
-        draws = np.maximum(pattern + drawn[:, None] + self.noise, 0.0).astype(np.float32)
+        draws = self.draw((pattern + level for level in drawn), self.covariance)
         return Prediction(LEVELLED, mean=np.maximum(pattern + levels[0], 0.0), draws=draws)
 
     def ridge_with_pretrained(self) -> Prediction:
@@ -275,8 +283,8 @@ class _Fit:
                 covariance = _covariance(residual[fit], self.correlation, share)
                 scores[number] += multivariate_normal.logpdf(residual[held], cov=covariance, allow_singular=True).sum()
         best = _SHRINKAGES[int(np.argmax(scores))]
-        noise = self.draw_noise(_covariance(residual, self.correlation, best))
-        return Prediction(PRETRAINED, mean=self.ridge, draws=np.maximum(self.ridge + noise, 0.0).astype(np.float32))
+        draws = self.draw(itertools.repeat(self.ridge, self.n_draws), _covariance(residual, self.correlation, best))
+        return Prediction(PRETRAINED, mean=self.ridge, draws=draws)
 
     def neighbours(self) -> Prediction:
         from sklearn.neighbors import KNeighborsRegressor

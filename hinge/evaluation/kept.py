@@ -170,7 +170,8 @@ class ScoreStore:
     def save(self) -> None:
         """Write the file, if something was computed."""
         if self.path is not None and self._changed:
-            write_json(self.path, self.entries)
+            # sorted, because methods may be scored in any order
+            write_json(self.path, dict(sorted(self.entries.items())))
 
 
 def _read_entry(entry: Any, digest: str) -> tuple[dict[str, float], dict[str, Any]] | None:

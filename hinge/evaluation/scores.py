@@ -24,6 +24,7 @@ from hinge.evaluation.names import DEFAULT_BASELINES, DEFAULT_DRAWS, DEFAULT_RES
 from hinge.evaluation.predictions import Prediction
 from hinge.evaluation.statistics import bootstrap_intervals
 from hinge.utils.errors import DataError
+from hinge.utils.threads import in_threads, limit_threads
 
 if TYPE_CHECKING:
     from hinge.data.spots import SpotTable
@@ -300,16 +301,18 @@ def evaluate_slide(
     }
     sets = MARKERS if gene_sets is None else gene_sets
     store = ScoreStore(kept, truth_digest(test, sets, n_resamples, seed))
-    rows, details = [], []
-    for each in tqdm(everything, desc=f"scoring {name}", disable=None):
+
+    def scored(each: Prediction | KeptPrediction) -> tuple[dict[str, Any], dict[str, Any]]:
         prediction = _loaded(each)
         scores, detail = store.get(prediction, partial(_scores_and_detail, test, prediction, sets, n_resamples, seed))
         drawn = 0 if prediction.draws is None else len(prediction.draws)
-        rows.append(
-            {"slide": name, "method": prediction.method, **about, **prediction.known, "n_draws": drawn, **scores}
-        )
-        if detail:
-            details.append({"slide": name, "method": prediction.method, "genes": test.genes, **detail})
+        row = {"slide": name, "method": prediction.method, **about, **prediction.known, "n_draws": drawn, **scores}
+        return row, {"slide": name, "method": prediction.method, "genes": test.genes, **detail} if detail else {}
+
+    with limit_threads():
+        results = in_threads(scored, everything)
+        both = list(tqdm(results, desc=f"scoring {name}", total=len(everything), disable=None))
+    rows, details = [row for row, _ in both], [detail for _, detail in both if detail]
     store.save()
     ceiling = noise_ceiling(test.counts, test.library_size, test.transform, seed=seed)
     missing = dict.fromkeys(METRICS, float("nan"))

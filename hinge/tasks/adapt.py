@@ -13,7 +13,7 @@ from hinge.data.observed import read_observed
 from hinge.diffusion.evidence import slide_evidence
 from hinge.diffusion.inputs import SlideInputs
 from hinge.diffusion.pipeline import HingePipeline
-from hinge.diffusion.slide_effect import LevelEffect
+from hinge.diffusion.slide_effect import LevelEffect, regression_condition
 from hinge.models.hinge import HingeModel
 from hinge.models.slide_effects import SlidePrior
 from hinge.run.run import Run
@@ -102,7 +102,7 @@ def _adapt_regression(model: HingeModel, effect: LevelEffect, features: NDArray,
     """Move the regression's weights to their posterior given residuals (n, G) at features (n, d); return the scale."""
     assert model.gene_factor_model is not None and model.slide_prior is not None
     regression, factors = model.slide_prior.regression, model.gene_factor_model
-    coefficients = regression.coefficients(effect.slide.condition(features).cpu())[:, :-1]
+    coefficients = regression.coefficients(regression_condition(model, features).cpu())[:, :-1]
     residual = residual - residual.mean(axis=0)
     coefficients = coefficients - coefficients.mean(axis=0)
     loadings = factors.loadings.detach().cpu().double().numpy()

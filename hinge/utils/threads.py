@@ -1,9 +1,16 @@
-"""Settings of the CPU threads and of memory allocation."""
+"""Settings of the CPU threads and of memory allocation, and threads for work in numpy and scipy."""
 
 import contextlib
 import ctypes
 import os
 import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -23,3 +30,41 @@ def prepare_cpu() -> None:
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(_M_MMAP_THRESHOLD, _LARGEST)
             mallopt(_M_TRIM_THRESHOLD, _LARGEST)
+
+
+def num_threads() -> int:
+    """Return the number of threads that this process may use: OMP_NUM_THREADS, or its cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal() and int(given):
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def limit_threads() -> Iterator[None]:
+    """Keep libraries for numbers from starting threads of their own, for work in small pieces and for `in_threads`."""
+    import sklearn.ensemble  # noqa: F401  # only libraries that are loaded can be limited
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1):
+        yield
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield the results of a function in the order of the items, computed by `num_threads` threads.
+
+    For functions that spend their time in numpy or scipy, which let other threads run. At most one result per thread
+    waits to be taken, so that memory does not grow with the items.
+    """
+    with ThreadPoolExecutor(num_threads()) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                if len(waiting) == num_threads():
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(function, item))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -106,6 +106,17 @@ def activity_root(slide: ad.AnnData) -> np.ndarray:
     DataError
         The slide is not simulated.
     """
+    return np.linalg.cholesky(activity_correlation(slide))
+
+
+def activity_correlation(slide: ad.AnnData) -> np.ndarray:
+    """Return the correlation (n, n) of a hidden activity over spots.
+
+    Raises
+    ------
+    DataError
+        The slide is not simulated.
+    """
     truth = slide.uns.get("hinge_truth")
     if truth is None:
         raise DataError("the activities of a slide need one of simulate_slides; this one has no 'hinge_truth'")
@@ -117,7 +128,7 @@ def activity_root(slide: ad.AnnData) -> np.ndarray:
     np.exp(correlation, out=correlation)
     correlation *= truth["smooth_share"]
     correlation[np.diag_indices(len(spots_um))] += 1 - truth["smooth_share"]
-    return np.linalg.cholesky(correlation)
+    return correlation
 
 
 def draw_counts(rng: np.random.Generator, slide: ad.AnnData, root: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ from numpy.typing import ArrayLike, NDArray
 from hinge.evaluation.metrics.accuracy import as_matrix
 from hinge.evaluation.metrics.calibration import check_draws
 from hinge.utils.errors import DataError
+from hinge.utils.threads import limit_threads
 
 _FOLDS = 5
 _TREES, _LEAVES, _BINS = 60, 8, 63  # enough for some hundreds of spots
@@ -72,11 +73,8 @@ def two_sample_auc(
     if n_spots > MOST_SPOTS:
         chosen = np.sort(np.random.default_rng(seed).choice(n_spots, MOST_SPOTS, replace=False))
         measured, draws, image = measured[chosen], draws[:1, chosen], image[chosen]
-    import sklearn.ensemble  # noqa: F401  # only libraries that are loaded can be limited
-    from threadpoolctl import threadpool_limits
-
     image = _components(image)
-    with threadpool_limits(limits=1):
+    with limit_threads():
         return float(np.mean([_auc(measured, draw, image, seed) for draw in draws]))
 
 
