@@ -136,12 +136,13 @@ def plain_draws(
     for _ in range(num_draws):
         parts = []
         for part in features.split(batch_size):
-            values, uniform = torch.zeros(len(part), genes), torch.rand(len(part), genes, generator=generator)
+            uniform = torch.rand(len(part), genes, generator=generator)
+            values = torch.zeros_like(uniform, device=part.device)
             total = scheduler.config.num_train_timesteps
             scheduler.set_timesteps(total)
-            visible, mask_times = torch.zeros_like(values), scheduler.mask_times(uniform)
+            visible, mask_times = torch.zeros_like(values), scheduler.mask_times(uniform).to(part.device)
             for step in range(total, 0, -1):
-                predicted = model(values, visible, torch.full((len(part),), step), part, gene_ids)
+                predicted = model(values, visible, torch.full((len(part),), step).to(part.device), part, gene_ids)
                 result = scheduler.step(predicted, step, values, visible, mask_times)
                 values, visible = result.prev_sample, result.visible
             parts.append(values)
