@@ -15,18 +15,22 @@ function paint(canvas, slide, gene, table, [low, high]) {
   const factor = (SIDE_PX - 16) / Math.max(width + slide.pitch, height + slide.pitch, 1);
   const radius = Math.max(0.8, Math.max(slide.radius, 0.4 * slide.pitch) * factor);
   const [x0, y0] = [(SIDE_PX - factor * width) / 2 - factor * left, (SIDE_PX - factor * height) / 2 - factor * top];
+  context.strokeStyle = "rgb(20 22 24 / .25)";
+  context.lineWidth = 0.6;
   for (let spot = 0; spot < slide.barcodes.length; spot++) {
     context.fillStyle = `rgb(${table[step(gene.mean[spot], low, high)]})`;
     context.beginPath();
     context.arc(x0 + factor * slide.places[2 * spot], y0 + factor * slide.places[2 * spot + 1], radius, 0, 2 * Math.PI);
     context.fill();
+    // light spots on a white card
+    if (radius > 2) context.stroke();
   }
 }
 
 /** Show the predicted mean of a gene on all slides; `choose` gets the number of the slide that is clicked. */
 export async function showCohort(slides, name, map, choose) {
   const dialog = byId("cohort-dialog");
-  byId("cohort-title").textContent = `${name}, predicted mean on ${slides.length} slides`;
+  byId("cohort-title").textContent = `${name}, predicted mean on the slides of the run`;
   const grid = byId("cohort");
   grid.replaceChildren();
   byId("cohort-text").textContent = "Reading the slides …";
