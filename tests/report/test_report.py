@@ -478,6 +478,31 @@ def test_a_comparison_of_regions_is_shown_and_printed(chromium, tmp_path):
     page.close()
 
 
+@pytest.mark.full
+def test_a_page_of_paper_holds_the_width_of_all_tables(chromium, tmp_path):
+    """All scores of nine methods: a column for each method, not for each of the thirty scores."""
+    names = [*(f"ridge-cv+residual+level{i}" for i in range(7)), "hinge", "noise-ceiling"]
+    scores = make_scores(names, ["S1"])
+    for number in range(30):
+        scores["definitions"][f"m{number}"] = scores["definitions"]["pcc_mean"] | {
+            "label": f"Score of the pooled {number}"
+        }
+        for row in scores["rows"]:
+            row[f"m{number}"] = 0.123 + number
+    path = write_report(tmp_path / "r.html", scores, [make_slide()])
+    width = round((210 - 2 * 12) / 25.4 * 96)  # A4 without its margins
+    page = chromium.new_page(viewport={"width": width, "height": 1000})
+    page.goto(path.as_uri())
+    page.wait_for_selector("body[data-slide=S1]")
+    page.locator("#all-scores summary").click()
+    assert page.locator("#all-scores-table tbody tr").count() == 32
+    assert page.locator("#all-scores-table thead th").count() == 1 + len(names)
+    page.emulate_media(media="print")
+    for table in page.locator("table:visible").all():
+        assert table.bounding_box()["width"] <= width
+    page.close()
+
+
 def test_no_path_of_the_machine_is_in_the_report(tmp_path):
     settings = {
         "data": {"path": tmp_path / "my slides", "images": {"C2": tmp_path / "C2.tif"}, "train": ["C2"]},

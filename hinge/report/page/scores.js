@@ -83,33 +83,34 @@ function setUpScores() {
     }
 
     let partial = false;
-    const tableOf = (columns) => {
-      const header = make("tr", {}, make("th", { scope: "col" }, "Method"));
-      for (const metric of columns) {
-        const meaning = definitions[metric];
-        const label = (meaning.label || metric).replaceAll("-", "\u2011"); // a hyphen that does not break
-        const cell = make("th", { scope: "col" }, label, make("span", { class: "better" }, betterMark(meaning.better)));
-        const unit = meaning.unit ? [["unit", meaning.unit]] : [];
-        header.append(describe(cell, meaning.label || metric, [[meaning.definition || ""], ...unit, ["better", meaning.better || "–"]]));
+    const metricHead = (metric, scope) => {
+      const meaning = definitions[metric];
+      const label = (meaning.label || metric).replaceAll("-", "\u2011"); // a hyphen that does not break
+      const cell = make("th", { scope }, label, " ", make("span", { class: "better" }, betterMark(meaning.better)));
+      const unit = meaning.unit ? [["unit", meaning.unit]] : [];
+      return describe(cell, meaning.label || metric, [[meaning.definition || ""], ...unit, ["better", meaning.better || "–"]]);
+    };
+    const methodHead = ({ method }, scope) => {
+      const name = make("th", { scope }, method.replaceAll("+", "+\u200b"));
+      return methods[method] ? describe(name, method, [[methods[method]]]) : name;
+    };
+    const scoreCell = (line, metric) => {
+      const entry = line.values[metric];
+      const cell = make("td", { class: entry ? "" : "none" }, make("span", {}, entry ? fixed(entry.value, 3) : "–"));
+      if (entry && entry.slides < most) {
+        partial = true;
+        cell.append("*");
+      } else if (entry && !CEILINGS.has(line.method) && distanceFromIdeal(entry.value, definitions[metric].better) === best[metric]) {
+        cell.className = "best";
       }
+      return cell;
+    };
+    const tableOf = (columns) => {
+      const header = make("tr", {}, make("th", { scope: "col" }, "Method"), ...columns.map((metric) => metricHead(metric, "col")));
       const bodies = [make("tbody"), make("tbody", { class: "ceiling" })];
       for (const line of lines) {
-        const name = make("th", { scope: "row" }, line.method);
-        if (methods[line.method]) describe(name, line.method, [[methods[line.method]]]);
-        const row = make("tr", { class: line.method === MODEL ? "model" : "" }, name);
-        for (const metric of columns) {
-          const entry = line.values[metric];
-          const cell = make("td", { class: entry ? "" : "none" }, make("span", {}, entry ? fixed(entry.value, 3) : "–"));
-          if (entry && entry.slides < most) {
-            partial = true;
-            cell.append("*");
-          } else if (entry && !CEILINGS.has(line.method) && distanceFromIdeal(entry.value, definitions[metric].better) === best[metric]) {
-            cell.className = "best";
-          }
-          row.append(cell);
-        }
         const body = bodies[CEILINGS.has(line.method) ? 1 : 0];
-        body.append(row);
+        body.append(make("tr", { class: line.method === MODEL ? "model" : "" }, methodHead(line, "row"), ...columns.map((metric) => scoreCell(line, metric))));
         if (!mean || !byId("scores-each").checked) continue;
         for (const slide of slides) {
           const one = line.own.find((item) => item.slide === slide);
@@ -121,12 +122,17 @@ function setUpScores() {
       }
       return [make("thead", {}, header), ...bodies.filter((part) => part.children.length)];
     };
+    // all scores by methods: there are more scores than the width of a page holds
+    const byMethods = () => [
+      make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "Score"), ...lines.map((line) => methodHead(line, "col")))),
+      make("tbody", {}, ...shown.map((metric) => make("tr", {}, metricHead(metric, "row"), ...lines.map((line) => scoreCell(line, metric))))),
+    ];
     let columns = MAIN.filter((metric) => shown.includes(metric));
     if (!columns.length) columns = shown.slice(0, MAIN.length);
     const caption = (text) => make("caption", { class: "unseen" }, text);
     byId("scores-table").replaceChildren(caption("Main scores of the model, the baselines and the noise ceiling"), ...tableOf(columns));
     byId("all-scores").hidden = shown.length <= columns.length;
-    byId("all-scores-table").replaceChildren(caption("All scores"), ...tableOf(shown));
+    byId("all-scores-table").replaceChildren(caption("All scores"), ...byMethods());
     byId("scores-note").textContent = [
       "The best method of each column is marked, ties at the printed digits included.",
       lines.some((line) => CEILINGS.has(line.method)) ? "The noise ceiling is what a perfect prediction could reach on counts this noisy; it does not compete." : "",
