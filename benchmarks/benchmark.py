@@ -7,6 +7,7 @@
     python benchmarks/benchmark.py scale --plot scale.png
     python benchmarks/benchmark.py steps runs/her2st
     python benchmarks/benchmark.py processes
+    python benchmarks/benchmark.py workers
 
 Every command prints JSON and writes it where --output says. The candidates alternate in one process, so that a busy
 machine slows all of it; times are medians with the smallest and the largest. Peak memory is that of a process of its
@@ -22,6 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -555,6 +557,64 @@ def _plot_scale(rows: list[dict], path: Path) -> None:
         memory.set(ylabel="peak memory, MB (dashed)", ylim=(0, None))
         axis.set(xlim=(0, None), ylim=(0, None))
     figure.savefig(path, dpi=120)
+
+
+def _timed_features(data: Path, folder: Path, encoder: str):
+    """Return the function that extracts a slide's features and gives process, CPU time and time of it."""
+    import os
+
+    from hinge.tasks.many_slides import open_features
+
+    torch.set_num_threads(1)
+    options = {"image": None, "um_per_px": None, "spot_um": None, "allow": (), "patch_um": None}
+    extract = open_features(data, folder, encoder, None, **options)
+
+    def timed(name: str) -> tuple[int, float, float]:
+        started = time.perf_counter(), time.process_time()
+        extract(name)
+        return os.getpid(), time.process_time() - started[1], time.perf_counter() - started[0]
+
+    return timed
+
+
+@app.command()
+def workers(
+    slides: Annotated[int, typer.Option(help="Slides.")] = 40,
+    side: Annotated[int, typer.Option(help="Spots along a side of a slide.")] = 8,
+    encoder: Annotated[str, typer.Option(help="Encoder of their features.")] = "random:vit_small_patch16_224",
+    number: Annotated[int, typer.Option(help="Workers.")] = 2,
+    output: Output = None,
+) -> None:
+    """How many times as fast workers of Ray extract the features of small slides as one process does.
+
+    Only the ratio of seconds contains the start of Ray. That of CPU time is what an idle machine gives.
+    """
+    from hinge.data import simulate_slides
+    from hinge.utils.parallel import each_slide
+    from hinge.utils.ray_workers import Cluster
+
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        simulate_slides(folder / "slides", n_slides=slides, grid=(side, side), n_genes=20)
+        names = [f"sim{number}" for number in range(slides)]
+        for kind, cluster in (("one process", None), ("workers", Cluster("local", number))):
+            open_worker = partial(_timed_features, folder / "slides", folder / kind, encoder)
+            started = time.perf_counter()
+            done = [timed for _, timed in each_slide(names, open_worker, cluster)]
+            seconds = time.perf_counter() - started
+            each = {process: [one[1:] for one in done if one[0] == process] for process, *_ in done}
+            found[kind] = {
+                "seconds": seconds,
+                "slides of each": [len(times) for times in each.values()],
+                "CPU seconds of each": [sum(cpu for cpu, _ in times) for times in each.values()],
+                "seconds at work of each": [sum(wall for _, wall in times) for times in each.values()],
+            }
+    one, several = found["one process"], found["workers"]
+    ratios = {"times as fast": one["seconds"] / several["seconds"]}
+    for key in ("seconds at work of each", "CPU seconds of each"):
+        ratios[f"times as fast by {key}"] = max(one[key]) / max(several[key])
+    report({"benchmark": "workers", **found, **ratios}, output)
 
 
 if __name__ == "__main__":

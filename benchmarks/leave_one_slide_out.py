@@ -16,6 +16,7 @@ from hinge.experiments.grid import Grid
 from hinge.experiments.table import markdown, summarise_cells
 from hinge.utils.errors import HingeError
 from hinge.utils.files import write_json
+from hinge.utils.ray_workers import Cluster
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--slides", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("-o", "--output", required=True)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--ray", nargs="?", const="local", help="address of a Ray cluster; alone: one on this machine")
     parser.add_argument("overrides", nargs="*", help="key=value, as of hinge run")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -34,8 +35,9 @@ def main() -> None:
     # the grid sets the training slides of each held-out slide
     overrides = [*arguments.overrides, f"data.train=[{slides}]", "data.test=[]"]
     grid = Grid(base=arguments.config, held_out=arguments.slides, seeds=arguments.seeds, variants={"runs": {}})
+    cluster = None if arguments.ray is None else Cluster(arguments.ray)
     try:
-        rows, failures = run_grid(grid, output, overrides, arguments.jobs)
+        rows, failures = run_grid(grid, output, overrides, cluster)
     except HingeError as error:
         sys.exit(f"{Path(__file__).name}: {error}")
     write_json(output / "scores.json", {"rows": rows})

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -30,8 +31,11 @@ from hinge.utils.threads import prepare_cpu
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, which then tidies up as Ctrl-C does."""
 
+    received = False  # Ray raises a KeyboardInterrupt of its own in place of one that interrupts it
+
 
 def _terminate(number: int, frame: object) -> None:
+    _Terminated.received = True
     raise _Terminated
 
 
@@ -41,12 +45,12 @@ class _Commands(typer.core.TyperGroup):
     def invoke(self, context):
         try:
             return super().invoke(context)
-        except KeyboardInterrupt as stop:
-            raise _interrupted(stop) from None
+        except KeyboardInterrupt:
+            raise _interrupted() from None
 
 
-def _interrupted(stop: BaseException) -> Interrupted:
-    number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+def _interrupted() -> Interrupted:
+    number = signal.SIGTERM if _Terminated.received else signal.SIGINT
     return Interrupted("stopped; what is finished is kept", number)
 
 
@@ -62,6 +66,10 @@ app = typer.Typer(
     rich_markup_mode=None,  # as markup, the "[default: …]" of a help text would be lost
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+# an argument that is no address belongs to the command
+_ADDRESS = re.compile(r"auto|local|[\w.\[\]-]+:\d+")
 
 
 def _show_version(given: bool) -> None:
@@ -134,9 +142,9 @@ def main() -> None:
     """Entry point: errors a user can cause become one sentence and exit code 2; a signal, its number and 128."""
     try:
         _prepare()
-        sys.exit(app(standalone_mode=False, prog_name="hinge"))
-    except (KeyboardInterrupt, typer.Abort) as stop:  # outside a command
-        _exit_interrupted(_interrupted(stop))
+        sys.exit(app(_with_address(sys.argv[1:]), standalone_mode=False, prog_name="hinge"))
+    except (KeyboardInterrupt, typer.Abort):  # outside a command
+        _exit_interrupted(_interrupted())
     except Interrupted as error:
         _exit_interrupted(error)
     except _UsageError as error:
@@ -150,9 +158,19 @@ def main() -> None:
         sys.exit(2)
 
 
+def _with_address(arguments: list[str]) -> list[str]:
+    """Return arguments in which `--ray` without an address has that of a cluster on this machine."""
+    given = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        alone = argument == "--ray" and not _ADDRESS.fullmatch(following)
+        given += ["--ray", "local"] if alone else [argument]
+    return given
+
+
 def _prepare() -> None:
     """Set signals, log lines and warnings."""
     prepare_cpu()
+    _Terminated.received = False
     signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("hinge").setLevel(logging.INFO)

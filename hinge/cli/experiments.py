@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hinge.cli.console import print_scores
-from hinge.cli.options import Overrides, Seed
+from hinge.cli.options import Overrides, Ray, Seed, Workers, as_cluster
 from hinge.utils.errors import HingeError
 
 
@@ -31,16 +31,18 @@ def ablate(
         Path, typer.Argument(metavar="OUTPUT", help="Folder for its runs and tables.", show_default=False)
     ],
     overrides: Overrides = None,
-    jobs: Annotated[int, typer.Option(help="Runs at the same time.", min=1)] = 1,
+    ray: Ray = None,
+    workers: Workers = None,
 ) -> None:
     """Run named variants of a configuration, over held-out slides and seeds, and write their table.
 
-    Example: hinge ablate configs/ablations/weights.yaml runs/weights --jobs 2
+    Example: hinge ablate configs/ablations/weights.yaml runs/weights --ray
     """
     from hinge.experiments.ablation import ablate as run_ablation
     from hinge.experiments.grid import load_grid
 
-    tables = run_ablation(load_grid(grid), output, overrides or [], jobs)
+    cluster = as_cluster(ray, workers)
+    tables = run_ablation(load_grid(grid), output, overrides or [], cluster)
     print(tables.markdown.read_text())
     print(f"table: {tables.csv}")
     if tables.failures:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hinge.cli.console import print_rows
-from hinge.cli.options import DataSet, Seed, existing
+from hinge.cli.options import DataSet, Ray, Seed, Workers, as_cluster, existing
 from hinge.models.options import DEFAULT_TRANSFORM
 from hinge.utils.errors import ConfigError
 
@@ -56,6 +56,8 @@ def finetune_encoder(
     lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA adapters, with --tune lora.", min=1)] = 8,
     precision: Annotated[str, typer.Option(help="no (float32) or bf16.")] = "no",
     seed: Seed = 0,
+    ray: Ray = None,
+    workers: Workers = None,
 ) -> None:
     """Train an encoder and a linear head to predict genes, hold out each slide or patient, predict and score it.
 
@@ -68,6 +70,7 @@ def finetune_encoder(
     from hinge.tasks.finetune import finetune_config
     from hinge.tasks.finetune import finetune_encoder as finetune
 
+    cluster = as_cluster(ray, workers)
     config = finetune_config(
         tune=tune,
         start=start,
@@ -90,6 +93,7 @@ def finetune_encoder(
         transform=transform,
         patch_um=patch_um,
         seed=seed,
+        cluster=cluster,
     )
     print_rows(path)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.ray_workers import Cluster
 
 if TYPE_CHECKING:
     from hinge.run.run import Run
@@ -28,6 +29,20 @@ Allow = Annotated[
 SpotSide = Annotated[
     float | None, typer.Option("--spot-um", help="Side of the pseudo-spots that cells are pooled in, µm.")
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Share the work among workers of a Ray cluster: auto or HOST:PORT; without an address, of one on this "
+        "machine.",
+        show_default=False,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Workers of --ray.  [default: one for each GPU; without GPUs, for each core]", min=1),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Settings, e.g. training.epochs=10.", metavar="KEY=VALUE", show_default=False),
@@ -41,6 +56,15 @@ def _by_sample(given: list[str] | None, option: str) -> dict[str, str]:
         if not (name and equals and value):
             raise ConfigError(f"{option} takes SAMPLE=VALUE with the name of a sample, not {name + equals + value!r}")
     return {name: value for name, _, value in pairs}
+
+
+def as_cluster(ray: str | None, workers: int | None) -> Cluster | None:
+    """Return the cluster of `--ray` and `--workers`, None without."""
+    if ray is None:
+        if workers is not None:
+            raise ConfigError("--workers is the number of workers of --ray, which is missing")
+        return None
+    return Cluster(ray, workers)
 
 
 def open_folder(folder: Path, trained: bool = False) -> "Run":

@@ -1,11 +1,12 @@
 """Commands that draw expression."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hinge.cli.options import Allow, RunFolder, SpotSide, existing, open_folder
+from hinge.cli.options import Allow, Ray, RunFolder, SpotSide, Workers, as_cluster, existing, open_folder
 from hinge.utils.errors import ConfigError
 
 
@@ -59,19 +60,23 @@ def sample(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="h5ad to write, for one slide.")] = None,
     allow: Allow = None,
+    ray: Ray = None,
+    workers: Workers = None,
 ) -> None:
     """Draw the expression of every spot of a slide, several times.
 
     Another slide may be an H&E image without counts: its tissue is detected and covered by a grid of spots with the
-    pitch of the training slides. Several processes share the slides: accelerate launch -m hinge.cli sample …
+    pitch of the training slides.
 
     Example: hinge sample runs/her2st --slide C5 --draws 20 --steps 20 --seed 0, or: hinge sample runs/her2st --slide
     biopsy.svs
     """
     from hinge.data.checks import require_codes
     from hinge.data.panel import read_panel
-    from hinge.utils.parallel import each_slide, work_alone
+    from hinge.tasks.many_slides import open_sampling
+    from hinge.utils.parallel import each_slide
 
+    cluster = as_cluster(ray, workers)
     opened = open_folder(run, trained=True)
     names = slide or opened.config.data.test
     if not names:
@@ -86,36 +91,27 @@ def sample(
         raise ConfigError("--image is the image of one slide; name it with --slide")
     require_codes(allow or ())
     outside = None if genes is None else read_panel(genes).genes
-    if len(names) > 1:
-        work_alone()  # processes share the slides, and the spots of a slide that is alone
-
-    def draw(name: str) -> Path:
-        data, path = opened.config.data, Path(name)
-        is_path = path.is_file() or (path.is_dir() and name not in [*data.train, *data.test, *data.pretrain])
-        if is_path:
-            source = {"slide": opened.slide_at(path, um_per_px, image, spot_um=spot_um)}
-        elif (image, um_per_px, spot_um) != (None, None, None):
-            source = {"slide": opened.slide_at(data.path, um_per_px, image, name, spot_um)}
-        else:
-            source = {"name": name}
-        return opened.sample(
-            **source,
-            output=output,
-            draws=draws,
-            steps=steps,
-            seed=seed,
-            batch_size=batch_size,
-            observed=observed,
-            genes=outside,
-            allow=allow or (),
-            patient=patient,
-            bulk=bulk,
-            bulk_sd=bulk_sd,
-            library_size=_number_or_name(library_size),
-        )
-
-    for _, written in each_slide(names, draw, opened.folder / "samples"):
-        print(f"draws: {written}")
+    open_worker = partial(
+        open_sampling,
+        run,
+        image,
+        um_per_px,
+        spot_um,
+        output=output,
+        draws=draws,
+        steps=steps,
+        seed=seed,
+        batch_size=batch_size,
+        observed=observed,
+        genes=outside,
+        allow=tuple(allow or ()),
+        patient=patient,
+        bulk=bulk,
+        bulk_sd=bulk_sd,
+        library_size=_number_or_name(library_size),
+    )
+    for _, written in each_slide(names, open_worker, cluster):
+        print(f"draws: {written[0]}")
 
 
 def adapt(
@@ -173,18 +169,32 @@ def map_expression(
     batch_size: Annotated[int, typer.Option(help="Patches in one forward pass.", min=1)] = 64,
     um_per_px: Annotated[float | None, typer.Option(help="µm per pixel, where the image does not state it.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder.  [default: RUN/maps]")] = None,
+    ray: Ray = None,
+    workers: Workers = None,
 ) -> None:
     """Predict expression on a grid finer than the spots, over all tissue: an h5ad, and an OME-TIFF of some genes.
 
     Example: hinge map runs/her2st --slide C5 --pitch-um 25 --gene ERBB2 --gene CD74
     """
     existing(run)
-    from hinge.tasks.dense import map_slide, open_predictor
+    from hinge.tasks.many_slides import open_maps
+    from hinge.utils.parallel import each_slide, require_one_process
 
-    predictor = open_predictor(run, method, draws, steps, seed)
-    for name in slide:
-        written = map_slide(
-            predictor, predictor.slide(name, um_per_px), output or run / "maps", pitch_um, gene, batch_size
-        )
+    cluster = as_cluster(ray, workers)
+    require_one_process("hinge map")
+    open_worker = partial(
+        open_maps,
+        run,
+        output or run / "maps",
+        um_per_px,
+        pitch_um,
+        gene,
+        batch_size,
+        method=method,
+        draws=draws,
+        steps=steps,
+        seed=seed,
+    )
+    for _, written in each_slide(slide, open_worker, cluster):
         for what, path in zip(("map", "image"), written, strict=True):
             print(f"{what}: {path}")

@@ -1,11 +1,12 @@
 """Commands that read slides: features, gene panels, downloads."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hinge.cli.options import Allow, DataSet, SpotSide, existing
+from hinge.cli.options import Allow, DataSet, Ray, SpotSide, Workers, as_cluster, existing
 from hinge.config import FeaturesConfig, PanelConfig
 from hinge.models.options import DEFAULT_TRANSFORM
 from hinge.utils.errors import ConfigError
@@ -35,40 +36,42 @@ def features(
     ] = False,
     spot_um: SpotSide = None,
     allow: Allow = None,
+    ray: Ray = None,
+    workers: Workers = None,
 ) -> None:
     """Extract histology features, one patch a spot, into one HDF5 file a slide.
-
-    Several processes share the slides: accelerate launch -m hinge.cli features …
 
     Example: hinge features her2st --sample C5 --encoder stain-texture --output features
     """
     existing(data)
-    from hinge.data.checks import Context, check_slide, require_codes, stop_on_errors
-    from hinge.data.readers import build_slide, require_samples
+    from hinge.data.checks import require_codes
+    from hinge.data.readers import require_samples
+    from hinge.tasks.many_slides import open_features
+    from hinge.utils.parallel import each_slide, require_one_process
 
+    cluster = as_cluster(ray, workers)
+    require_one_process("hinge features")
     require_codes(allow or ())
     names = require_samples(data, sample)
     if image is not None and len(names) > 1:
         raise ConfigError("--image is the image of one slide; name the slide with --sample")
-    from hinge.encoders import extract_features, load_encoder
-    from hinge.encoders.names import features_file
-    from hinge.utils.parallel import each_slide, work_alone
-
-    loaded = load_encoder(encoder, pooling=pooling)
-    side = patch_um if patch_um is not None and patch_um > 0 else loaded.patch_um
-    context = Context(side / loaded.patch_px)
-    work_alone()
-
-    def extract(name: str) -> Path:
-        slide = build_slide(data, name, image=image, um_per_px=um_per_px, require_counts=False, spot_um=spot_um)
-        stop_on_errors(slide, check_slide(slide, context), allow or ())
-        target = features_file(output, name, loaded.name)
-        return extract_features(
-            slide, loaded, target, views=views, batch_size=batch_size, patch_um=patch_um, overwrite=overwrite
-        )
-
-    for _, written in each_slide(names, extract, output):
-        print(f"features: {written}")
+    open_worker = partial(
+        open_features,
+        data,
+        output,
+        encoder,
+        pooling,
+        image,
+        um_per_px,
+        spot_um,
+        tuple(allow or ()),
+        patch_um,
+        views=views,
+        batch_size=batch_size,
+        overwrite=overwrite,
+    )
+    for _, written in each_slide(names, open_worker, cluster):
+        print(f"features: {written[0]}")
 
 
 def panel(

@@ -12,17 +12,19 @@ where it stopped.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hinge.experiments.cells import extract, pretrain, run_cells
 from hinge.experiments.grid import Cell, Grid, make_cells
 from hinge.experiments.table import summarise_cells, write_table
-from hinge.experiments.workers import run_tasks
 from hinge.utils.files import read_json
 from hinge.utils.locks import lock_folder
+from hinge.utils.parallel import RunTasks, task_runner
+from hinge.utils.ray_workers import Cluster
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +46,12 @@ class Tables:
     failures: list[Failure]
 
 
-def ablate(grid: Grid, output: str | Path, overrides: Sequence[str] = (), jobs: int = 1) -> Tables:
+def ablate(grid: Grid, output: str | Path, overrides: Sequence[str] = (), cluster: Cluster | None = None) -> Tables:
     """Run the unfinished cells of a grid and write `table.csv` and `table.md`.
 
     Parameters
     ----------
-    grid, output, overrides, jobs
+    grid, output, overrides, cluster
         As for `run_grid`.
 
     Returns
@@ -58,12 +60,12 @@ def ablate(grid: Grid, output: str | Path, overrides: Sequence[str] = (), jobs: 
         Tables of the finished cells; the failures name the others.
     """
     with lock_folder(output):
-        rows, failures = run_grid(grid, output, overrides, jobs)
+        rows, failures = run_grid(grid, output, overrides, cluster)
         return Tables(*write_table(Path(output), summarise_cells(rows)), failures)
 
 
 def run_grid(
-    grid: Grid, output: str | Path, overrides: Sequence[str] = (), jobs: int = 1
+    grid: Grid, output: str | Path, overrides: Sequence[str] = (), cluster: Cluster | None = None
 ) -> tuple[list[dict[str, Any]], list[Failure]]:
     """Run the unfinished cells of a grid.
 
@@ -73,8 +75,8 @@ def run_grid(
         As for `make_cells`.
     output
         Folder for all results.
-    jobs
-        Number of processes, each with its share of the cores and, where there are several GPUs, one of them.
+    cluster
+        Where cells run; None: in this process, one after the other.
 
     Returns
     -------
@@ -88,12 +90,15 @@ def run_grid(
             grid.simulate.write(Path(os.path.realpath(output)) / "slides")
         waiting = [cell for cell in cells if not cell.is_finished()]
         logger.info("%d cells, %d of them finished", len(cells), len(cells) - len(waiting))
-        failures = _run_waiting(waiting, jobs)
+        failures: list[Failure] = []
+        if waiting:
+            with task_runner(cluster) as run:
+                failures = _run_waiting(waiting, run)
         rows = [row for cell in cells if cell.is_finished() for row in read_json(cell.result_path)["rows"]]
         return rows, failures
 
 
-def _run_waiting(waiting: list[Cell], jobs: int) -> list[Failure]:
+def _run_waiting(waiting: list[Cell], run: RunTasks) -> list[Failure]:
     patches = {}
     for cell in waiting:
         cell.error_path.unlink(missing_ok=True)
@@ -101,9 +106,9 @@ def _run_waiting(waiting: list[Cell], jobs: int) -> list[Failure]:
         for slide in (*data.train, *data.test):
             patches[f"{features.encoder_name} features of {data.path}/{slide} in {features.folder}"] = (cell, slide)
     # an error here appears again in every cell that needs these features
-    run_tasks("features", extract, patches, jobs)
-    foundations = {str(cell.foundation.output): (cell.foundation,) for cell in waiting if cell.foundation is not None}
-    broken = run_tasks("backbones", pretrain, foundations, jobs)
+    _reasons(run, "features", extract, patches)
+    foundations = {str(cell.foundation.output): cell.foundation for cell in waiting if cell.foundation is not None}
+    broken = _reasons(run, "backbones", pretrain, foundations)
 
     failures = []
     groups: dict[str, list[Cell]] = {}
@@ -113,8 +118,8 @@ def _run_waiting(waiting: list[Cell], jobs: int) -> list[Failure]:
             failures.append(Failure(cell.name, f"no backbone: {broken[path]}"))
         else:
             groups.setdefault(cell.training_digest(), []).append(cell)
-    reasons = run_tasks("cells", run_cells, {digest: (group,) for digest, group in groups.items()}, jobs)
-    # a process may die between two cells of its group: the files show which cells are finished
+    reasons = _reasons(run, "cells", run_cells, groups)
+    # a worker may be lost between two cells of its group: the files show which cells are finished
     for digest, group in groups.items():
         for cell in group:
             if cell.is_finished():
@@ -125,3 +130,14 @@ def _run_waiting(waiting: list[Cell], jobs: int) -> list[Failure]:
                 reason = reasons.get(digest, "it did not end")
             failures.append(Failure(cell.name, reason))
     return failures
+
+
+def _reasons(run: RunTasks, what: str, function: Callable[[Any], None], tasks: Mapping[str, Any]) -> dict[str, str]:
+    """Call a function for every task; return name → reason of those that failed."""
+    outcomes = run(what, tasks, partial(_given, function))
+    return {outcome.name: outcome.failure for outcome in outcomes if outcome.failure}
+
+
+def _given(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Open a worker whose tasks share nothing but their code."""
+    return function

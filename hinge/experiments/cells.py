@@ -10,17 +10,17 @@ from typing import Any
 
 from hinge.config import RunConfig
 from hinge.experiments.grid import Cell
-from hinge.experiments.workers import sentence
 from hinge.models import HingeModel
 from hinge.run.run import Run
-from hinge.utils.errors import Interrupted
+from hinge.utils.errors import Interrupted, sentence
 from hinge.utils.files import atomic_path, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 
-def extract(cell: Cell, slide: str) -> None:
-    """Write the features of one slide."""
+def extract(features: tuple[Cell, str]) -> None:
+    """Write the features of one slide, with the settings of a cell."""
+    cell, slide = features
     run = Run(cell.config)
     run.features(run.slide(slide))
 

@@ -119,6 +119,7 @@ class Run:
         bulk: Bulk | None = None,
         bulk_sd: float | None = None,
         library_size: float | str | None = None,
+        pipeline: HingePipeline | None = None,
     ) -> Path:
         """Draw the expression of a slide's spots; finished draws with the same settings are kept.
 
@@ -146,6 +147,8 @@ class Run:
             Name of the slide's patient; None: as the data set names it, or a new one.
         bulk, bulk_sd, library_size
             What else is known of the slide as a whole, see `hinge.diffusion.evidence.slide_evidence`.
+        pipeline
+            The result of `pipeline()`, which is loaded once for many slides; None: it is loaded here.
 
         Returns
         -------
@@ -173,6 +176,7 @@ class Run:
             bulk,
             bulk_sd,
             library_size,
+            pipeline,
         )
 
     def fit_baselines(self, slides: list[str] | None = None) -> dict[str, Path]:

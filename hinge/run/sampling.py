@@ -83,6 +83,7 @@ def sample_slide(
     bulk: Bulk | None = None,
     bulk_sd: float | None = None,
     library_size: float | str | None = None,
+    pipeline: HingePipeline | None = None,
 ) -> Path:
     """Draw the expression of a slide's spots and return the file; see `Run.sample`."""
     config, diffusion = inputs.config.sampling, inputs.config.diffusion
@@ -94,7 +95,7 @@ def sample_slide(
         )
     name = slide_name(slide) if genes is None else f"{slide_name(slide)}{OUTSIDE_SUFFIX}"
     output = output or inputs.paths.samples(name)
-    pipeline = load_pipeline(inputs).to(PRECISIONS[config.precision])
+    pipeline = (pipeline or load_pipeline(inputs)).to(PRECISIONS[config.precision])
     outside = None if genes is None else pipeline.outside_genes(genes)
     encoder, digest = inputs.encoder, "" if observed is None else observed_digest(observed)
     evidence, known = slide_evidence(pipeline.model, slide, pipeline.genes, patient, bulk, bulk_sd, library_size)

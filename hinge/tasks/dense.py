@@ -133,6 +133,7 @@ class RunPredictor:
         self.sampling = sampling_settings(sampling, draws, steps, seed)
         self.pipeline = run.pipeline().to(PRECISIONS[sampling.precision]).to(encoder.device)
         self.about |= self.pipeline.provenance(self.sampling, encoder.name, encoder.digest)
+        self._about = self.about
 
     def slide(self, name: str, um_per_px: float | None) -> AnnData:
         data = self.run.config.data
@@ -142,7 +143,7 @@ class RunPredictor:
             patient = self.run.patient(name) if known else patient_of_slide(slide)
             evidence, facts = slide_evidence(self.pipeline.model, slide, self.genes, patient)
             self._evidence[slide_name(slide)] = evidence
-            self.about |= facts
+            self.about = self._about | facts
         return slide
 
     def predict(self, conditions, names, slide, positions):

@@ -14,14 +14,13 @@ or patients held out.
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from anndata import AnnData
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
@@ -29,8 +28,6 @@ from torch import Tensor, nn
 from hinge.config import explain
 from hinge.data.features import read_features
 from hinge.data.panel import Panel, select_panel
-from hinge.data.patches import PatchReader
-from hinge.data.slide import slide_name
 from hinge.data.spots import SpotTable, concatenate_spots, load_spots, spot_groups
 from hinge.encoders import Encoder, extract_features, load_encoder
 from hinge.encoders.encoder import Joined
@@ -39,12 +36,15 @@ from hinge.evaluation.ridge import fit_ridge
 from hinge.models.options import DEFAULT_TRANSFORM
 from hinge.tasks.embeddings import read_slides
 from hinge.tasks.folds import Fold, make_folds, slide_groups
+from hinge.tasks.patch_store import VIEWS, cut_patches, patch_inputs
 from hinge.tasks.regressor import GeneRegressor, predict_slide, save_regressor, start_head
 from hinge.training.loop import LoopConfig, make_accelerator, run_loop
 from hinge.utils.errors import ConfigError
 from hinge.utils.files import atomic_path, read_json, write_json
 from hinge.utils.locks import lock_folder
 from hinge.utils.packages import require
+from hinge.utils.parallel import require_all, task_runner
+from hinge.utils.ray_workers import Cluster
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,6 @@ LEARNING_RATES = {"all": 1e-5, "lora": 2e-4, "linear": 1e-4}
 
 ADAPTED = ("qkv", "attn.proj", "fc1", "fc2")
 """Ends of the timm names of the linear layers that get low-rank adapters."""
-
-_VIEWS = 8
 
 
 class FinetuneConfig(LoopConfig):
@@ -91,20 +89,67 @@ def finetune_config(**settings: Any) -> FinetuneConfig:
         raise ConfigError(f"fine-tuning cannot start: {explain(error, FinetuneConfig)}") from error
 
 
-@dataclass(frozen=True)
 class _Task:
-    """The arguments of `finetune_encoder` that all folds share."""
+    """What all slides and folds share: the arguments of `finetune_encoder`, the slides, the encoder and the device."""
 
-    data: Path
-    slides: dict[str, AnnData]
-    output: Path
-    config: FinetuneConfig
-    panel: Panel | None
-    n_genes: int
-    transform: str
-    patch_um: float
-    seed: int
-    accelerator: Accelerator
+    def __init__(
+        self,
+        data: Path,
+        samples: list[str] | None,
+        encoder: str,
+        output: Path,
+        config: FinetuneConfig,
+        folds: str,
+        hold_out: list[str] | None,
+        panel: Panel | None,
+        n_genes: int,
+        transform: str,
+        patch_um: float | None,
+        seed: int,
+    ):
+        self.data, self.encoder, self.output, self.config = data, encoder, output, config
+        self.panel, self.n_genes, self.transform, self.seed = panel, n_genes, transform, seed
+        self.accelerator = make_accelerator(config, output)
+        self.start = load_encoder(encoder, device=self.accelerator.device)
+        _check_tunable(self.start, config.tune)
+        self.patch_um = self.start.patch_um if patch_um is None else patch_um
+        self.slides = read_slides(data, samples)
+        self.groups = slide_groups(self.slides, folds)
+        self.folds = {fold.name: fold for fold in make_folds(self.groups, hold_out)}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the content of `config.json`."""
+        return {
+            "encoder": self.encoder,
+            "digest": self.start.digest,
+            "panel": None if self.panel is None else self.panel.genes,
+            "n_genes": self.n_genes,
+            "transform": self.transform,
+            "patch_um": self.patch_um,
+            "seed": self.seed,
+            "training": self.config.model_dump(mode="json"),
+            "groups": self.groups,
+        }
+
+    def extract(self, name: str) -> None:
+        """Write the features of a slide, of the encoder before it is tuned."""
+        # the head alone is trained on the features of all views
+        views = VIEWS if self.config.tune == "linear" else 1
+        path = features_of(self.output, name)
+        extract_features(self.slides[name], self.start, path, views=views, patch_um=self.patch_um)
+
+    def tune(self, name: str) -> None:
+        """Train and score a fold, unless that is done."""
+        if not self.scores_of(name).exists():
+            # each fold starts from the original weights
+            again = self.config.tune != "linear"
+            fresh = load_encoder(self.encoder, device=self.accelerator.device) if again else self.start
+            _run_fold(self.folds[name], fresh, self)
+        self.accelerator.wait_for_everyone()
+
+    def scores_of(self, name: str) -> Path:
+        """Return the file of the scores of a fold."""
+        return self.output / "folds" / name / "scores.json"
 
 
 def finetune_encoder(
@@ -121,6 +166,7 @@ def finetune_encoder(
     transform: str = DEFAULT_TRANSFORM,
     patch_um: float | None = None,
     seed: int = 0,
+    cluster: Cluster | None = None,
 ) -> Path:
     """Train an encoder and a head on all folds; predict and score the held-out slides.
 
@@ -148,6 +194,8 @@ def finetune_encoder(
         Side of a patch in µm; None for the encoder's.
     seed
         Seed of the head, the order of patches and their views.
+    cluster
+        Where slides and folds are processed; None: in this process, one after the other.
 
     Returns
     -------
@@ -156,41 +204,23 @@ def finetune_encoder(
         spots, and the mean squared error, beside the mean of the training spots and ridge regression on the features
         of the encoder before it is tuned. Rows of slide `mean` are means over slides.
     """
-    accelerator = make_accelerator(config, output)
-    start = load_encoder(encoder, device=accelerator.device)
-    _check_tunable(start, config.tune)
-    side = start.patch_um if patch_um is None else patch_um
-    slides = read_slides(data, samples)
-    groups = slide_groups(slides, folds)
-    settings = {
-        "encoder": encoder,
-        "digest": start.digest,
-        "panel": None if panel is None else panel.genes,
-        "n_genes": n_genes,
-        "transform": transform,
-        "patch_um": side,
-        "seed": seed,
-        "training": config.model_dump(mode="json"),
-        "groups": groups,
-    }
-    made = make_folds(groups, hold_out)
+    given = (data, samples, encoder, output, config, folds, hold_out, panel, n_genes, transform, patch_um, seed)
+    task = _Task(*given)
+    accelerator = task.accelerator
     with lock_folder(output):
         with accelerator.main_process_first():
-            _claim(output, settings, accelerator.is_main_process)
-            for slide in slides.values():
-                # the head alone is trained on the features of all views
-                views = _VIEWS if config.tune == "linear" else 1
-                extract_features(slide, start, features_of(output, slide_name(slide)), views=views, patch_um=side)
-        task = _Task(data, slides, output, config, panel, n_genes, transform, side, seed, accelerator)
-        rows = []
-        for fold in made:
-            folder = output / "folds" / fold.name
-            if not (folder / "scores.json").exists():
-                # each fold starts from the original weights
-                fresh = start if config.tune == "linear" else load_encoder(encoder, device=accelerator.device)
-                _run_fold(fold, fresh, task)
-            accelerator.wait_for_everyone()
-            rows += read_json(folder / "scores.json")["rows"]
+            _claim(output, task.settings(), accelerator.is_main_process)
+            if cluster is None:
+                for name in task.slides:
+                    task.extract(name)
+        if cluster is None:
+            for name in task.folds:
+                task.tune(name)
+        else:
+            with task_runner(cluster) as run:
+                require_all(run("slides", {name: name for name in task.slides}, partial(_open_slides, given)), "slides")
+                require_all(run("folds", {name: name for name in task.folds}, partial(_open_folds, given)), "folds")
+        rows = [row for name in task.folds for row in read_json(task.scores_of(name))["rows"]]
         path = output / "scores.json"
         if accelerator.is_main_process:
             if len({row["slide"] for row in rows}) > 1:
@@ -199,6 +229,14 @@ def finetune_encoder(
             shutil.rmtree(output / "patches", ignore_errors=True)
         accelerator.wait_for_everyone()
         return path
+
+
+def _open_slides(given: tuple[Any, ...]) -> Callable[[str], None]:
+    return _Task(*given).extract
+
+
+def _open_folds(given: tuple[Any, ...]) -> Callable[[str], None]:
+    return _Task(*given).tune
 
 
 # --- one fold ----------------------------------------------------------------------------------------
@@ -221,7 +259,7 @@ def _run_fold(fold: Fold, encoder: Encoder, task: _Task) -> None:
     target = torch.from_numpy(spots.values)
 
     def batch_loss(module, step, rows, positions, generator) -> Tensor:
-        turns = torch.randint(_VIEWS, (len(rows),), generator=generator).numpy()
+        turns = torch.randint(VIEWS, (len(rows),), generator=generator).numpy()
         predicted = module(inputs(rows[positions], turns[positions]).to(device))
         error = (predicted.float() - target[rows[positions]].to(device)) ** 2
         return error.sum() / (len(rows) * target.shape[1])
@@ -338,48 +376,14 @@ def _training_inputs(
     with task.accelerator.main_process_first():
         folder = task.output / "patches"
         patches = [
-            _cut_patches(task.slides[name], encoder, task.patch_um, folder / f"{name}.npy", table.barcodes)
+            cut_patches(task.slides[name], encoder, task.patch_um, folder / f"{name}.npy", table.barcodes)
             for name, table in tables.items()
         ]
     if task.config.tune == "lora":
         model.encoder = _seeded(task.seed, lambda: _with_adapters(model.encoder, task.config.lora_rank))
     else:
         model.encoder.requires_grad_(True)
-    return _patch_inputs(patches)
-
-
-def _cut_patches(
-    slide: AnnData, encoder: Encoder, patch_um: float, path: Path, barcodes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the patches of a slide on disk, uint8 (n, H, W, 3), and the rows of some spots in them.
-
-    Patches are cut once, because training reads spots in random order and images are compressed by tile or as a whole.
-    """
-    px = encoder.patch_px
-    if not path.exists():
-        with atomic_path(path) as temporary:
-            stored = np.lib.format.open_memmap(temporary, "w+", np.uint8, (slide.n_obs, px, px, 3))
-            for indices, patches in PatchReader(slide, patch_um, px):
-                stored[indices] = patches
-            stored.flush()
-    return np.load(path, mmap_mode="r", allow_pickle=False), slide.obs_names.get_indexer(barcodes)
-
-
-def _patch_inputs(patches: list[tuple[np.ndarray, np.ndarray]]) -> Callable[[np.ndarray, np.ndarray], Tensor]:
-    source = np.concatenate([np.full(len(rows), number) for number, (_, rows) in enumerate(patches)])
-    place = np.concatenate([rows for _, rows in patches])
-
-    def inputs(rows: np.ndarray, turns: np.ndarray) -> Tensor:
-        batch = [_turned(patches[source[row]][0][place[row]], turn) for row, turn in zip(rows, turns, strict=True)]
-        return torch.from_numpy(np.stack(batch))
-
-    return inputs
-
-
-def _turned(patch: np.ndarray, view: int) -> np.ndarray:
-    """Return one of the eight views of a patch (H, W, 3), in the order of `dihedral_views`."""
-    turned = np.rot90(patch, view % 4)
-    return turned[:, ::-1] if view >= 4 else turned
+    return patch_inputs(patches)
 
 
 # --- model -------------------------------------------------------------------------------------------

@@ -36,6 +36,12 @@ class Interrupted(HingeError):
         self.signal_number = int(signal_number)
 
 
+def sentence(error: BaseException) -> str:
+    """Return the message of an error as one line, with its type unless the error is a HingeError."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, HingeError) else f"{type(error).__name__}: {text}"
+
+
 def one_line(error: BaseException, most: int = 160) -> str:
     """Return the first line of an exception's message, or the name of its class if it has no message."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,45 +1,57 @@
-"""Processing of many slides by several processes: each slide once; failures are reported after the last slide.
+"""Work on many slides, cells or folds: one after the other in this process, or by workers of a Ray cluster.
 
-Processes coordinate through files beside the results. They may run on several machines that share a disk, start at
-different times, and die: a claim is a lock, which the operating system releases when its process ends.
+What is worked on is a task with a name. A function opens a worker: it loads what the tasks share, such as an encoder
+and a model, and returns the function that does one task. A task that fails does not stop the others.
 """
 
 import contextlib
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from hinge.utils.errors import DataError, HingeError, Interrupted
-from hinge.utils.files import missing_folders, remove_empty
-from hinge.utils.locks import try_lock
+from hinge.utils.errors import ConfigError, DataError, Interrupted, sentence
+from hinge.utils.ray_workers import Cluster, Open, Outcome, RunTasks, connected
 
 logger = logging.getLogger(__name__)
 
-_DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
+_MOST_REASONS = 20
 
 
-def work_alone() -> int:
-    """Detach this process from those that `accelerate launch` started with it; return the number of processes.
+@contextlib.contextmanager
+def task_runner(cluster: Cluster | None) -> Iterator[RunTasks]:
+    """Give the function that runs tasks.
 
-    Each process then works on whole slides. Call this before accelerate counts its processes. On a machine with several
-    GPUs each process keeps its own GPU.
+    Parameters
+    ----------
+    cluster
+        None: this process does one task after the other.
+
+    Yields
+    ------
+    callable
+        Takes what the tasks are (`slides`), the tasks (name → argument), and a function that opens a worker. Yields
+        outcomes as tasks end. With a cluster, the function and the arguments are pickled.
+
+    Raises
+    ------
+    ConfigError
+        Ray is not installed, there is no cluster at the address, or several processes were launched together.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        local = int(os.environ.pop("LOCAL_RANK", "0"))
-        for name in [name for name in os.environ if name in _DISTRIBUTED or name.startswith("TORCHELASTIC_")]:
-            del os.environ[name]
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local % torch.cuda.device_count())
-    return processes
+    if cluster is None:
+        yield _one_after_the_other
+        return
+    if launched_processes() > 1:
+        raise ConfigError("--ray starts workers itself: start the command as one process, without accelerate launch")
+    with connected(cluster) as run:
+        yield run
 
 
-def each_slide(names: Sequence[str], work: Callable[[str], Path], folder: Path) -> Iterator[tuple[str, Path]]:
-    """Process every slide that no other process works on, and yield the results.
+def each_slide(
+    names: Sequence[str], open_worker: Callable[[], Callable[[str], list[Path]]], cluster: Cluster | None = None
+) -> Iterator[tuple[str, list[Path]]]:
+    """Process slides and yield the files that are written, as slides end.
 
     The error of a single slide is raised unchanged.
 
@@ -47,78 +59,91 @@ def each_slide(names: Sequence[str], work: Callable[[str], Path], folder: Path) 
     ----------
     names
         Slides.
-    work
-        Processes the slide of a name and returns the file it wrote; skips finished work.
-    folder
-        Folder of the results; claims lie in its `.claims`.
+    open_worker
+        Returns the function that processes the slide of a name, skips finished work and returns the files.
+    cluster
+        Where slides are processed; None: in this process, one after the other.
 
     Yields
     ------
     tuple
-        Name and result of each slide that this process finished.
+        Name and files of each slide that is finished.
 
     Raises
     ------
     DataError
-        After the last slide, if slides failed in this or a parallel process; the message names them with their errors.
+        After the last slide, if slides failed; the message names them with their errors.
     """
-    if len(names) == 1:
-        yield names[0], work(names[0])
+    if cluster is None and len(names) == 1:
+        yield names[0], open_worker()(names[0])
         return
-    started, claims = time.time(), folder / ".claims"
-    failed: dict[str, str] = {}
-    created = missing_folders(folder)
-    claims.mkdir(parents=True, exist_ok=True)
-    try:
-        for name in names:
-            report = claims / f"{_file_name(name)}.failed"
-            with try_lock(report.with_suffix(".lock")) as mine:
-                if not mine:
-                    continue
-                if report.exists() and report.stat().st_mtime >= started:
-                    continue  # a parallel process has tried
-                report.unlink(missing_ok=True)
-                try:
-                    result = work(name)
-                except Interrupted:
-                    raise
-                except HingeError as error:
-                    failed[name] = str(error)
-                except Exception as error:  # the other slides are processed nevertheless
-                    logger.debug("slide %s", name, exc_info=True)
-                    failed[name] = f"{type(error).__name__}: {error}"
-                else:
-                    yield name, result
-                    continue
-                logger.error("slide %s failed: %s", name, failed[name])
-                report.write_text(failed[name], encoding="utf-8")
-        for name in names:
-            report = claims / f"{_file_name(name)}.failed"
-            # a launcher ends all its processes when one ends with an error: none does before the last slide is done
-            with try_lock(report.with_suffix(".lock"), wait=True), contextlib.suppress(OSError):
-                if report.stat().st_mtime >= started:
-                    failed.setdefault(name, report.read_text("utf-8"))
-    finally:
-        _tidy(claims)
-        remove_empty(created)
+    failed = {}
+    with task_runner(cluster) as run:
+        for outcome in run("slides", {name: name for name in names}, open_worker):
+            if outcome.failure:
+                failed[outcome.name] = outcome.failure
+            else:
+                yield outcome.name, outcome.result
     if failed:
-        reasons = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
-        raise DataError(f"{len(failed)} of {len(names)} slides failed, the others are done: {reasons}")
+        raise DataError(_report("slides", failed, len(names)))
 
 
-def _file_name(name: str) -> str:
-    """Return a name or path as the name of one file."""
-    return name.replace("%", "%25").replace("/", "%2F").replace("\\", "%5C").replace(".", "%2E")
+def require_all(outcomes: Iterator[Outcome], what: str) -> None:
+    """Wait until all tasks have ended.
+
+    Raises
+    ------
+    DataError
+        Tasks failed; the message names them with their errors.
+    """
+    ended = list(outcomes)
+    failed = {outcome.name: outcome.failure for outcome in ended if outcome.failure}
+    if failed:
+        raise DataError(_report(what, failed, len(ended)))
 
 
-def _tidy(claims: Path) -> None:
-    """Remove the claims if no process holds one."""
-    # another process may be tidying too
-    with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as held:
-        paths = list(claims.iterdir())
-        if not all(held.enter_context(try_lock(path)) for path in paths if path.suffix == ".lock"):
-            return
-        for path in paths:
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # another process has just started
-            claims.rmdir()
+def launched_processes() -> int:
+    """Return the number of processes that `accelerate launch` or `torchrun` started together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def require_one_process(command: str) -> None:
+    """Check that a command whose processes would write the same files was not launched several times.
+
+    Raises
+    ------
+    ConfigError
+        Several processes were launched together.
+    """
+    if launched_processes() > 1:
+        raise ConfigError(
+            f"{command} is one process: start it without accelerate launch, on several devices with --ray"
+        )
+
+
+def _one_after_the_other(what: str, tasks: Mapping[str, Any], open_worker: Open) -> Iterator[Outcome]:
+    if not tasks:
+        return
+    if len(tasks) > 1:
+        logger.info("%s: %d to do", what, len(tasks))
+    work = open_worker()
+    for name, argument in tasks.items():
+        try:
+            yield Outcome(name, work(argument))
+        except Interrupted:
+            raise
+        except Exception as error:
+            # processes that were launched together would wait for each other at different slides
+            if launched_processes() > 1:
+                raise
+            logger.debug("%s", name, exc_info=True)
+            logger.error("%s failed: %s", name, sentence(error))
+            yield Outcome(name, failure=sentence(error))
+
+
+def _report(what: str, failed: dict[str, str], total: int) -> str:
+    shown = [f"{name} ({reason})" for name, reason in list(failed.items())[:_MOST_REASONS]]
+    if len(failed) > _MOST_REASONS:
+        shown.append(f"and {len(failed) - _MOST_REASONS} more")
+    done = "the others are done" if len(failed) < total else "none is done"
+    return f"{len(failed)} of {total} {what} failed, {done}: {'; '.join(shown)}"

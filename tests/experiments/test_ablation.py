@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from hinge.data import simulate_slides
 from hinge.experiments.ablation import ablate, run_grid
 from hinge.experiments.grid import load_grid, make_cells
 from hinge.experiments.table import COLUMNS, markdown, summarise_cells
-from hinge.experiments.workers import run_tasks
 from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, HingeError, Interrupted
 
@@ -267,24 +265,6 @@ def test_a_failing_cell_does_not_stop_the_others(write_grid, tmp_path):
     assert (tmp_path / "out" / "bad" / "sim2" / "seed0" / "error.txt").read_text().count("Traceback") == 1
     rows = list(csv.DictReader(tables.csv.open()))
     assert {row["variant"] for row in rows} == {"good"}
-
-
-@pytest.mark.slow  # every process imports torch
-def test_two_processes_do_what_one_does(write_grid, tmp_path):
-    path = write_grid(variants={"a": {}, "bad": {"features.encoder": "no_such_encoder"}, "b": {"training.steps": 3}})
-    one, two = (run_grid(load_grid(path), tmp_path / f"{jobs}", jobs=jobs) for jobs in (1, 2))
-    for rows in (one[0], two[0]):
-        assert {row["variant"] for row in rows} == {"a", "b"}
-    assert [row["crps"] for row in one[0]] == pytest.approx([row["crps"] for row in two[0]], abs=1e-5, nan_ok=True)
-    assert [failure.name for failure in one[1]] == [failure.name for failure in two[1]] == ["bad/sim2/seed0"]
-
-
-@pytest.mark.slow
-def test_a_process_that_dies_is_reported_and_the_others_are_done():
-    failed = run_tasks("tasks", os._exit, {"first": (1,)}, 2)
-    failed |= run_tasks("tasks", os.fspath, {"fine": ("a path",), "wrong": (3,)}, 2)
-    assert failed == {"first": "its process died (out of memory?)", "wrong": failed["wrong"]}
-    assert failed["wrong"].startswith("TypeError")
 
 
 @pytest.mark.full
