@@ -124,9 +124,9 @@ def require_one_process(command: str) -> None:
 def _one_after_the_other(what: str, tasks: Mapping[str, Any], open_worker: Open) -> Iterator[Outcome]:
     if not tasks:
         return
+    work = open_worker()
     if len(tasks) > 1:
         logger.info("%s: %d to do", what, len(tasks))
-    work = open_worker()
     for name, argument in tasks.items():
         try:
             yield Outcome(name, work(argument))

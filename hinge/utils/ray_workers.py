@@ -129,9 +129,10 @@ def _connect(ray: Any, address: str, options: dict[str, Any]) -> None:
 
 
 def _set_environment() -> None:
-    """Keep a cluster of this machine to this machine and its user; Ray reads these variables when it is imported."""
+    """Keep a cluster of this machine to this machine and its user; Ray reads most of it when it is imported."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # all servers listen on 127.0.0.1 alone, as on macOS
+    os.environ.setdefault("RAY_worker_niceness", "0")  # or other programs would go before
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray would write one to the home folder
 
