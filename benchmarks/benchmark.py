@@ -8,6 +8,7 @@
     python benchmarks/benchmark.py steps runs/her2st
     python benchmarks/benchmark.py processes
     python benchmarks/benchmark.py workers
+    python benchmarks/benchmark.py rates slide.svs
 
 Every command prints JSON and writes it where --output says. The candidates alternate in one process, so that a busy
 machine slows all of it; times are medians with the smallest and the largest. Peak memory is that of a process of its
@@ -557,6 +558,39 @@ def _plot_scale(rows: list[dict], path: Path) -> None:
         memory.set(ylabel="peak memory, MB (dashed)", ylim=(0, None))
         axis.set(xlim=(0, None), ylim=(0, None))
     figure.savefig(path, dpi=120)
+
+
+@app.command()
+def rates(
+    slide: Annotated[Path, typer.Argument(help="Slide with an image.")],
+    encoder: Annotated[str, typer.Option(help="Encoder.")] = "stain-texture+efficientnet-lite0",
+    entries: Annotated[int, typer.Option(help="Entries of a file of checksums.")] = 100_000,
+    output: Output = None,
+) -> None:
+    """CPU time of a patch, read and encoded, and of a file more in the checksums of a run: rates for docs/scale.md."""
+    from hinge.data import read_slide
+    from hinge.data.patches import PatchReader
+    from hinge.encoders import load_encoder
+    from hinge.utils import checksums
+
+    torch.set_num_threads(1)
+    loaded = load_encoder(encoder)
+    there = read_slide(slide, require_counts=False, spot_pitch_um=100.0, spot_diameter_um=55.0)
+    started = time.process_time()
+    patches = np.concatenate([batch for _, batch in PatchReader(there, loaded.patch_um, loaded.patch_px)])
+    read, few = (time.process_time() - started) / len(patches), patches[:32]
+    loaded.encode(few, None)
+    started = time.process_time()
+    loaded.encode(few, None)
+    encode = (time.process_time() - started) / len(few)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        checksums._write(folder, {f"samples/slide{number}.h5ad": ["0" * 64] for number in range(entries)})
+        started = time.process_time()
+        checksums._write(folder, checksums._read(folder))
+        add = time.process_time() - started
+    found = {"read a patch": read, "encode a patch": encode, f"add to {entries} checksums": add}
+    report({"benchmark": "rates", "CPU seconds": found}, output)
 
 
 def _timed_features(data: Path, folder: Path, encoder: str):
