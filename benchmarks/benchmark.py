@@ -624,7 +624,7 @@ def workers(
     Only the ratio of seconds contains the start of Ray. That of CPU time is what an idle machine gives.
     """
     from hinge.data import simulate_slides
-    from hinge.utils.parallel import each_slide
+    from hinge.utils.parallel import task_runner
     from hinge.utils.ray_workers import Cluster
 
     found = {}
@@ -635,7 +635,8 @@ def workers(
         for kind, cluster in (("one process", None), ("workers", Cluster("local", number))):
             open_worker = partial(_timed_features, folder / "slides", folder / kind, encoder)
             started = time.perf_counter()
-            done = [timed for _, timed in each_slide(names, open_worker, cluster)]
+            with task_runner(cluster) as run:
+                done = [outcome.result for outcome in run("slides", {name: name for name in names}, open_worker)]
             seconds = time.perf_counter() - started
             each = {process: [one[1:] for one in done if one[0] == process] for process, *_ in done}
             found[kind] = {

@@ -110,7 +110,7 @@ def sample(
         bulk_sd=bulk_sd,
         library_size=_number_or_name(library_size),
     )
-    for _, written in each_slide(names, open_worker, cluster):
+    for _, written in each_slide(names, open_worker, opened.folder / "samples", cluster):
         print(f"draws: {written[0]}")
 
 
@@ -195,6 +195,6 @@ def map_expression(
         steps=steps,
         seed=seed,
     )
-    for _, written in each_slide(slide, open_worker, cluster):
+    for _, written in each_slide(slide, open_worker, output or run / "maps", cluster):
         for what, path in zip(("map", "image"), written, strict=True):
             print(f"{what}: {path}")

@@ -70,7 +70,7 @@ def features(
         batch_size=batch_size,
         overwrite=overwrite,
     )
-    for _, written in each_slide(names, open_worker, cluster):
+    for _, written in each_slide(names, open_worker, output, cluster):
         print(f"features: {written[0]}")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hinge.utils.catalogue import Catalogue
 from hinge.utils.errors import ConfigError, DataError, Interrupted, sentence
 from hinge.utils.ray_workers import Cluster, Open, Outcome, RunTasks, connected
 
@@ -49,7 +50,10 @@ def task_runner(cluster: Cluster | None) -> Iterator[RunTasks]:
 
 
 def each_slide(
-    names: Sequence[str], open_worker: Callable[[], Callable[[str], list[Path]]], cluster: Cluster | None = None
+    names: Sequence[str],
+    open_worker: Callable[[], Callable[[str], list[Path]]],
+    folder: Path,
+    cluster: Cluster | None = None,
 ) -> Iterator[tuple[str, list[Path]]]:
     """Process slides and yield the files that are written, as slides end.
 
@@ -61,6 +65,8 @@ def each_slide(
         Slides.
     open_worker
         Returns the function that processes the slide of a name, skips finished work and returns the files.
+    folder
+        Of the results; with a cluster, it gets their catalogue, see `hinge.utils.catalogue`.
     cluster
         Where slides are processed; None: in this process, one after the other.
 
@@ -77,13 +83,18 @@ def each_slide(
     if cluster is None and len(names) == 1:
         yield names[0], open_worker()(names[0])
         return
-    failed = {}
+    failed, catalogue = {}, None if cluster is None else Catalogue(folder)
+    opened = open_worker if catalogue is None else catalogue.noting(open_worker)
     with task_runner(cluster) as run:
-        for outcome in run("slides", {name: name for name in names}, open_worker):
-            if outcome.failure:
-                failed[outcome.name] = outcome.failure
-            else:
-                yield outcome.name, outcome.result
+        try:
+            for outcome in run("slides", {name: name for name in names}, opened):
+                if outcome.failure:
+                    failed[outcome.name] = outcome.failure
+                else:
+                    yield outcome.name, outcome.result if catalogue is None else catalogue.add(outcome.result)
+        finally:
+            if catalogue is not None:
+                catalogue.write()
     if failed:
         raise DataError(_report("slides", failed, len(names)))
 

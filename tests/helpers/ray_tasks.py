@@ -45,7 +45,7 @@ def open_unreliable() -> Callable[[str], list[Path]]:
             raise ZeroDivisionError("a bug")
         if name == "deadly":
             os._exit(9)
-        return [Path(name)]
+        return [Path(__file__)]
 
     return work
 

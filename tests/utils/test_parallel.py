@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+from helpers import ray_tasks
 from helpers.commands import call_hinge
 from helpers.ray_tasks import open_nothing, open_unreliable
 
 from hinge.cli.app import _with_address
+from hinge.utils.catalogue import Catalogue
 from hinge.utils.errors import ConfigError, DataError, Interrupted
 from hinge.utils.parallel import each_slide, require_all, require_one_process, task_runner
 from hinge.utils.ray_workers import Cluster, _share
@@ -15,9 +17,9 @@ from hinge.utils.ray_workers import Cluster, _share
 def test_a_slide_that_fails_stops_no_other():
     done = []
     with pytest.raises(DataError) as raised:
-        for name, paths in each_slide(["a", "damaged", "bug", "b"], open_unreliable):
+        for name, paths in each_slide(["a", "damaged", "bug", "b"], open_unreliable, Path("never")):
             done.append((name, paths))
-    assert done == [("a", [Path("a")]), ("b", [Path("b")])]
+    assert done == [(name, [Path(ray_tasks.__file__)]) for name in ("a", "b")]
     assert str(raised.value) == (
         "2 of 4 slides failed, the others are done: damaged (the slide is damaged); bug (ZeroDivisionError: a bug)"
     )
@@ -25,14 +27,14 @@ def test_a_slide_that_fails_stops_no_other():
 
 def test_one_slide_alone_fails_as_it_is():
     with pytest.raises(DataError, match=r"^the slide is damaged$"):
-        list(each_slide(["damaged"], open_unreliable))
+        list(each_slide(["damaged"], open_unreliable, Path("never")))
     with pytest.raises(ZeroDivisionError):
-        list(each_slide(["bug"], open_unreliable))
+        list(each_slide(["bug"], open_unreliable, Path("never")))
 
 
 def test_a_worker_that_cannot_open_and_an_interruption_end_the_work():
     with pytest.raises(DataError, match="there is no model"):
-        list(each_slide(["a", "b"], open_nothing))
+        list(each_slide(["a", "b"], open_nothing, Path("never")))
     tried = []
 
     def stop(name):
@@ -40,7 +42,7 @@ def test_a_worker_that_cannot_open_and_an_interruption_end_the_work():
         raise Interrupted("stopped")
 
     with pytest.raises(Interrupted):
-        list(each_slide(["a", "b"], lambda: stop))
+        list(each_slide(["a", "b"], lambda: stop, Path("never")))
     assert tried == ["a"]
 
 
@@ -56,7 +58,7 @@ def test_processes_that_were_launched_together(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     # one that went on would wait for the other at another slide
     with pytest.raises(DataError, match=r"^the slide is damaged$"):
-        list(each_slide(["damaged", "a"], open_unreliable))
+        list(each_slide(["damaged", "a"], open_unreliable, Path("never")))
     with pytest.raises(ConfigError, match="hinge features is one process"):
         require_one_process("hinge features")
     with pytest.raises(ConfigError, match="without accelerate launch"), task_runner(Cluster()):
@@ -125,3 +127,31 @@ def test_workers_share_this_machine(here, workers, expected):
 
 def test_a_head_that_does_not_work_is_no_machine():
     assert _share([machine(0), machine(8, alive=False)], None, local=False) is None
+
+
+def test_a_catalogue_reads_a_file_again_only_if_it_has_changed(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "inside").write_text("1")
+    (tmp_path.parent / "outside").write_text("2")
+    files = {"one": [tmp_path / "inside"], "two": [tmp_path.parent / "outside"]}
+
+    def note() -> Catalogue:
+        catalogue = Catalogue(tmp_path)
+        work = catalogue.noting(lambda: files.get)()
+        assert [catalogue.add(work(name)) for name in ("two", "one")] == [files["two"], files["one"]]
+        catalogue.write()
+        return Catalogue(tmp_path)
+
+    first = note().entries
+    assert list(first) == ["inside", str(tmp_path.parent / "outside")]
+    assert [entry.slide for entry in first.values()] == ["one", "two"]
+    (tmp_path / "inside").write_text("other")
+    monkeypatch.setattr("hinge.utils.catalogue.file_digest", lambda path: f"again {path.name}")
+    second = note().entries
+    assert [entry.sha256 for entry in second.values()] == [
+        "again inside",
+        first[str(tmp_path.parent / "outside")].sha256,
+    ]
+    (tmp_path / "catalogue.parquet").write_text("damaged")
+    with pytest.raises(DataError, match=r"catalogue\.parquet is not a readable catalogue"):
+        Catalogue(tmp_path)

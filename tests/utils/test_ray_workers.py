@@ -10,6 +10,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -21,6 +22,7 @@ from helpers.runs import tiny_settings
 from hinge.data import simulate_slides
 from hinge.tasks.many_slides import open_sampling
 from hinge.utils.errors import DataError
+from hinge.utils.files import file_digest
 from hinge.utils.parallel import each_slide
 from hinge.utils.ray_workers import TRIES, Cluster
 
@@ -72,10 +74,10 @@ def test_killed_workers_and_a_plain_loop_give_the_same_draws(cluster, tiny_run, 
     slides = [str(path) for path in sorted((tmp_path / "slides").glob("*.h5ad"))]
     plain, shared = (shutil.copytree(tiny_run.folder, tmp_path / name) for name in ("plain", "shared"))
     options = {"image": None, "um_per_px": None, "spot_um": None, "batch_size": 6, "seed": 3}
-    assert len(dict(each_slide(slides, partial(open_sampling, plain, **options)))) == 5
+    assert len(dict(each_slide(slides, partial(open_sampling, plain, **options), plain / "samples"))) == 5
 
     opened = partial(open_noted, partial(open_sampling, shared, **options), tmp_path, "sim22.h5ad")
-    written = dict(each_slide(slides, opened, cluster[1]))
+    written = dict(each_slide(slides, opened, shared / "samples", cluster[1]))
     assert sorted(written) == slides
     done = [line.split() for line in (tmp_path / "done").read_text().splitlines()]
     assert Counter(name for name, _ in done) == dict.fromkeys(slides, 1)
@@ -83,10 +85,10 @@ def test_killed_workers_and_a_plain_loop_give_the_same_draws(cluster, tiny_run, 
     for [path] in written.values():
         assert path.read_bytes() == (plain / "samples" / path.name).read_bytes()
     left = {path.name for path in (shared / "samples").iterdir()}
-    assert left == {path.name for path in (plain / "samples").iterdir()}
+    assert left == {"catalogue.parquet", *(path.name for path in (plain / "samples").iterdir())}
 
     before = {path: path.stat().st_mtime_ns for [path] in written.values()}
-    again = dict(each_slide(slides, partial(open_sampling, shared, **options), cluster[1]))
+    again = dict(each_slide(slides, partial(open_sampling, shared, **options), shared / "samples", cluster[1]))
     assert {path: path.stat().st_mtime_ns for [path] in again.values()} == before  # finished slides are skipped
 
 
@@ -94,14 +96,14 @@ def test_failures_and_an_address(cluster, tiny_slides, tmp_path, caplog, call_cl
     process, workers = cluster
     done = []
     with pytest.raises(DataError) as raised:
-        for name, _ in each_slide(["a", "damaged", "deadly", "b", "bug", "c"], open_unreliable, workers):
+        for name, _ in each_slide(["a", "damaged", "deadly", "b", "bug", "c"], open_unreliable, tmp_path, workers):
             done.append(name)
     assert sorted(done) == ["a", "b", "c"]
     text = str(raised.value)
     assert text.startswith("3 of 6 slides failed, the others are done: ") and "damaged (the slide is damaged)" in text
     assert "deadly (its worker was lost" in text and f"bug (ZeroDivisionError: a bug; {TRIES} workers tried)" in text
     with pytest.raises(DataError, match="there is no model; run hinge train first"):
-        list(each_slide(["a"], open_nothing, workers))
+        list(each_slide(["a"], open_nothing, tmp_path, workers))
 
     # cells of a grid and folds, on the command line
     base = tiny_settings(tiny_slides, Path("never"), training__steps=2, evaluation={"baselines": [], "bootstrap": 0})
@@ -139,8 +141,14 @@ def test_features_on_a_cluster_of_the_command(cluster, tiny_slides, tmp_path, ca
         features += ["--sample", name]
     result = call_cli(*features, "--output", tmp_path / "shared", "--ray", "--workers", "2")
     assert result.code == 0, result.err
-    assert sorted(result.out.splitlines()) == [f"features: {path}" for path in sorted((tmp_path / "shared").iterdir())]
+    assert sorted(result.out.splitlines()) == [
+        f"features: {path}" for path in sorted((tmp_path / "shared").glob("*.h5"))
+    ]
     assert "slides: 3 done, 0 failed" in result.err
     assert call_cli(*features, "--output", tmp_path / "plain").code == 0
+    catalogue = pd.read_parquet(tmp_path / "shared" / "catalogue.parquet")
+    assert list(catalogue["slide"]) == ["sim0", "sim1", "sim2"]
+    for path, digest in zip(catalogue["path"], catalogue["sha256"], strict=True):
+        assert file_digest(tmp_path / "shared" / path) == digest
     for path in (tmp_path / "plain").iterdir():
         assert path.read_bytes() == (tmp_path / "shared" / path.name).read_bytes()
