@@ -13,6 +13,7 @@ from PIL import Image
 
 from hinge.data import list_samples, read_slide, recognise_format
 from hinge.data.hest_download import TABLE, download_sample_table, download_samples, read_sample_table, select_samples
+from hinge.data.slide import patient_of_slide
 from hinge.utils.errors import ConfigError, DataError
 
 TABLE_ROWS = [
@@ -68,6 +69,19 @@ def test_a_local_copy(copy_of_hest, tmp_path):
     expected = read_slide(tmp_path / "slides", "TENX1", um_per_px=2.5)
     np.testing.assert_array_equal(slide.X.toarray(), expected.X.toarray())
     np.testing.assert_array_equal(slide.obsm["spatial"], expected.obsm["spatial"])
+
+
+@pytest.mark.parametrize(
+    "told, expected",
+    [
+        ({"patient": "patient 2", "dataset_title": "A study"}, "A study: patient 2"),
+        ({"patient": float("nan"), "dataset_title": "A study"}, None),
+        ({"patient": " "}, None),
+    ],
+)
+def test_a_patient_is_one_of_its_study(copy_of_hest, told, expected):
+    slide = read_slide(copy_of_hest({"pixel_size_um_estimated": 2.5, **told}))
+    assert patient_of_slide(slide) == expected
 
 
 def test_pooled_xenium_tells_no_spot_distance(copy_of_hest):

@@ -2,9 +2,11 @@
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from helpers import ROOT
@@ -14,6 +16,7 @@ from hinge.data import simulate_slides
 from hinge.experiments.ablation import ablate, run_grid
 from hinge.experiments.grid import load_grid, make_cells
 from hinge.experiments.table import COLUMNS, markdown, summarise_cells
+from hinge.run.preparation import Preparation
 from hinge.run.run import Run
 from hinge.utils.errors import ConfigError, HingeError, Interrupted
 
@@ -77,6 +80,21 @@ def test_shipped_grids_are_valid(path, tmp_path):
     # every variant is another run than the first
     plain = [cell.config.model_dump(exclude={"output"}) for cell in cells]
     assert all(plain.count(content) == 1 for content in plain)
+
+
+def test_hest_benchmark_holds_out_every_patient(hest, tmp_path, monkeypatch):
+    """The folds that follow from HEST-1k's table of samples; the slides themselves are not here."""
+    table = pd.read_csv(next(hest.glob("*.csv")), encoding="utf-8-sig").set_index("id")
+    patients = (table["dataset_title"] + ": " + table["patient"]).fillna(pd.Series(table.index, table.index))
+    monkeypatch.setattr(Preparation, "patient", lambda self, name: patients[name])
+    cells = make_cells(load_grid(ROOT / "configs" / "hest" / "bench.yaml"), tmp_path)
+    folds = Counter(cell.variant for cell in cells)
+    wanted = {"IDC": 4, "PRAD": 2, "PAAD": 3, "SKCM": 2, "COAD": 2, "READ": 2, "CCRCC": 24, "LUNG": 2, "LYMPH_IDC": 4}
+    assert folds == wanted
+    for cell in cells:
+        data = cell.config.data
+        assert {patients[name] for name in data.train}.isdisjoint(patients[name] for name in data.test)
+        assert cell.config.evaluation.baselines[0] == "ridge-hest" and cell.config.panel.genes == 50
 
 
 def test_there_is_a_grid_for_every_table():

@@ -54,7 +54,7 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
     for key, name in (("species", "species"), ("st_technology", "technology"), ("organ", "organ")):
         if facts.get(key):
             notes[name] = str(facts[key])
-    return describe_slide(
+    described = describe_slide(
         slide,
         sample,
         image_path=image,
@@ -65,3 +65,8 @@ def read(path: Path, sample: str, *, image: Path | None, um_per_px: float | None
         source_format="hest",
         source=notes,
     )
+    patient = facts.get("patient")
+    if isinstance(patient, str) and patient.strip():
+        # studies number their patients alike
+        described.uns["hinge"]["patient"] = f"{facts.get('dataset_title') or 'study'}: {patient.strip()}"
+    return described
