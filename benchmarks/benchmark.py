@@ -332,7 +332,7 @@ def steps(
             scores = score(test.values, prediction)
             pooled = np.nanmean([np.nan_to_num(correlation_matrix(draw)) for draw in prediction.draws], axis=0)
             together = matrix_scores(correlation_matrix(test.values), pooled)
-            keys = ("pcc_mean", "pcc_50", "crps", "coexpression_r", "coexpression_rmse")
+            keys = ("pcc_mean", "pcc_50", "crps", "energy", "variogram", "coexpression_r", "coexpression_rmse")
             rows.append(
                 {"slide": slide, "steps": number, "seconds": seconds}
                 | {key: float(scores[key]) for key in keys}

@@ -19,6 +19,9 @@ from hinge.backbones.cellfm_layers import GatedLinearUnit, Retention
 
 _RMS_FLOOR = 1e-12
 
+# η below 2⁻¹³: what the norm adds is less than a sixteenth of the rounding of bfloat16, and inference leaves it out
+_NEGLIGIBLE_MIX = -9.0
+
 
 def _as_given(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return `forward` without autocast, which on GPUs computes norms in float32 whatever the inputs are."""
@@ -76,7 +79,7 @@ class _Retain(Function):
         pair = torch.empty(apart[:2].shape, dtype=qkvu.dtype, device=qkvu.device)
         torch.clamp_min(apart[:2], 0, out=pair)
         if key_mask is not None:
-            pair[1].mul_(key_mask[:, None, :, None])
+            pair[1].mul_(_wide(key_mask[:, None, :, None], pair[1]))
         return pair, apart[2].contiguous()
 
     @staticmethod
@@ -90,7 +93,7 @@ class _Retain(Function):
         head_width = width // num_heads
         length = torch.linalg.vector_norm(mixed, dim=-1, keepdim=True, dtype=_accurate(mixed))
         inverse = (head_width**0.5 / length.clamp_min(floor)).to(mixed.dtype)
-        mixed.mul_(inverse)
+        mixed.mul_(_wide(inverse, mixed))
         ctx.save_for_backward(qkvu, key_mask, summary, mixed, inverse)
         ctx.num_heads = num_heads
         # contiguous, because the sigmoid is not vectorised on strided bfloat16
@@ -116,7 +119,7 @@ class _Retain(Function):
         torch.mul(grad.transpose(1, 2), opened.transpose(1, 2), out=grad_mixed)
         # x / rms(x) does not depend on the length of x: remove the component along x
         along = (grad_mixed * mixed).mean(dim=-1, keepdim=True)
-        grad_mixed.addcmul_(mixed, along, value=-1).mul_(inverse)
+        grad_mixed.addcmul_(mixed, _wide(along, mixed), value=-1).mul_(_wide(inverse, mixed))
 
         pair, value = _Retain._heads(qkvu, key_mask, ctx.num_heads)
         query, key = pair
@@ -183,6 +186,12 @@ def _apart(qkvu: Tensor, num_heads: int) -> Tensor:
     return qkvu.view(batch, tokens, 4, num_heads, width // (4 * num_heads)).permute(2, 0, 3, 1, 4)
 
 
+def _wide(column: Tensor, like: Tensor) -> Tensor:
+    """Return a column (…, 1) as wide as `like` where a product with a column is not vectorised: CPUs, bfloat16."""
+    slow = like.device.type == "cpu" and like.dtype == torch.bfloat16
+    return column.expand_as(like).contiguous() if slow else column
+
+
 def _accurate(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -201,6 +210,9 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor, mix: Tensor, eps: float) -
     eps
         Epsilon of the LayerNorm.
     """
+    if not torch.is_grad_enabled() and h.device.type == "cpu" and float(mix) < _NEGLIGIBLE_MIX:
+        # on a GPU the host would wait for the number
+        return torch.addcmul(shift, h, 1 + scale)
     return _Modulate.apply(h, shift, scale, mix, eps)
 
 
