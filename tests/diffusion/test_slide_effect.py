@@ -201,7 +201,7 @@ def test_visible_values_are_taken_as_on_a_training_slide(cohort):
     """Values far below those of training looked like strong residuals, and draws rose step by step."""
     model, features, _, _ = cohort
     effect = effect_of(cohort, SlideEvidence(library_size=500.0))
-    condition = effect.slide.condition(features)
+    condition = effect.slide.whole
     size = None
     if model.library_size_model is not None:
         size = model.library_size_model.typical(condition[:, :FEATURES], effect.typical.library_size)
