@@ -1,11 +1,15 @@
 """Each script of examples/ runs and prints what it promises."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import ROOT
+
+from hinge.data.draws import read_draws
 
 EXAMPLES = ROOT / "examples"
 
@@ -40,6 +44,22 @@ def test_impute_from_panel(tiny_run, tiny_slides):
 @pytest.mark.full
 def test_uncertainty(tiny_run):
     assert "correlation over spots" in run("uncertainty.py", tiny_run.samples_path("sim2"))
+
+
+@pytest.mark.full
+def test_napari_layers(tiny_run, monkeypatch):
+    """The layers as arrays; napari itself is not needed."""
+    path = tiny_run.samples_path("sim2")
+    draws = read_draws(path)
+    gene = draws.var_names[1]
+    assert run("napari_layers.py", path, gene).splitlines()[0].startswith("image H&E: (")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    image, *points = importlib.import_module("napari_layers").layers(draws, gene)
+    extent = np.array(image[0].shape[:2]) * image[1]["scale"]
+    values = [draws.X, draws.layers["std"], draws.layers["draw_000"]]
+    for (places, attributes, kind), expected in zip(points, values, strict=True):
+        assert kind == "points" and (places > 0).all() and (places < extent).all()
+        np.testing.assert_array_equal(attributes["features"]["value"], expected[:, 1])
 
 
 @pytest.mark.full

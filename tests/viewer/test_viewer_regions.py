@@ -108,7 +108,7 @@ def test_a_comparison_in_the_browser_equals_that_in_python(page, viewer, draws, 
         (x + 12, bottom),
         (x + 12, box["y"] + 60),
     )
-    page.locator("#region-table th", has_text="Difference").wait_for()
+    page.locator("#region-table th", has_text="A − B").wait_for()
     page.mouse.move(5, 5)
     assert np.abs(pixels(page, 0) - before).max() > 60  # outlines
     page.fill("#region-threshold", "1.5")

@@ -9,8 +9,8 @@ const ROWS_SHOWN = 200;
 const HEADS = {
   gene: "Gene",
   mean: "Mean",
-  difference: "Difference",
-  interval: "90 % interval",
+  difference: "A − B",
+  interval: "90 %",
   probability: "P(A > B)",
   measured: "Measured",
   measured_difference: "Measured",
@@ -21,7 +21,7 @@ const HEADS = {
 const TITLES = {
   mean: "Mean over the region, mean of the draws",
   difference: "Mean of region A minus mean of region B, mean of the draws",
-  interval: "Interval of the draws, each of which gives one mean over the region",
+  interval: "Interval of 90 % of the draws, each of which gives one mean over the region",
   probability: "Share of draws in which region A is higher",
   measured: "Mean of the measured values in the region",
   measured_difference: "Measured mean of region A minus that of region B",
