@@ -141,7 +141,7 @@ class _Handler(RequestHandler):
     async def get(self) -> None:
         # DNS rebinding: the page of another site must not read a patient's slide
         port = self.server.server_port
-        if self.request.headers.get("Host") not in (f"127.0.0.1:{port}", f"localhost:{port}"):
+        if self.request.headers.get("Host", "").lower() not in (f"127.0.0.1:{port}", f"localhost:{port}"):
             self._answer(HTTPStatus.MISDIRECTED_REQUEST, b"this server answers to 127.0.0.1 only\n", ".txt")
             return
         path = self.request.path.removeprefix("/") or "index.html"
