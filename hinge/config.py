@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from hinge.diffusion.defaults import DEFAULT_DRAWS, DEFAULT_STEPS
 from hinge.encoders.names import with_pooling
@@ -16,6 +16,7 @@ from hinge.training.settings import Precision, PretrainConfig, TrainingConfig
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path
 from hinge.utils.former_settings import update_settings
+from hinge.utils.settings import LARGEST_SEED, Settings
 from hinge.utils.yaml import read_settings
 
 
@@ -31,11 +32,7 @@ AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 PUBLISHED_CONSTANTS = ("masked_input", "negative_slope", "layer_norm_eps", "attention")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class DataConfig(_Section):
+class DataConfig(Settings):
     """Slides: which folder, and which samples in it do what."""
 
     path: AbsolutePath = Field(
@@ -95,7 +92,7 @@ class DataConfig(_Section):
         return self
 
 
-class PanelConfig(_Section):
+class PanelConfig(Settings):
     """The genes that are predicted."""
 
     method: Literal["hmhvg", "hvg", "file"] = Field(
@@ -107,7 +104,7 @@ class PanelConfig(_Section):
     )
 
 
-class FeaturesConfig(_Section):
+class FeaturesConfig(Settings):
     """Histology features."""
 
     encoder: str = Field(
@@ -133,7 +130,7 @@ class FeaturesConfig(_Section):
         return with_pooling(self.encoder, self.pooling)
 
 
-class BackboneConfig(_Section):
+class BackboneConfig(Settings):
     """The expression model: pre-trained weights, or the size of one that is pre-trained here."""
 
     path: AbsolutePath | None = Field(
@@ -210,7 +207,7 @@ class BackboneConfig(_Section):
         return self.model_dump(include=set(PUBLISHED_CONSTANTS), exclude_none=True)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Settings):
     """The denoiser; see hinge.models.HingeModel."""
 
     head: Literal[HEADS] = Field(  # type: ignore[valid-type]
@@ -233,7 +230,7 @@ class ModelConfig(_Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="the dropout rate in the modulation")
 
 
-class DiffusionConfig(_Section):
+class DiffusionConfig(Settings):
     """See hinge.diffusion.MaskedDiffusionScheduler."""
 
     num_train_timesteps: int = Field(50, ge=1, description="the number of timesteps")
@@ -249,18 +246,18 @@ class DiffusionConfig(_Section):
     )
 
 
-class SamplingConfig(_Section):
+class SamplingConfig(Settings):
     """How slides are sampled."""
 
     draws: int = Field(DEFAULT_DRAWS, ge=1, description="the number of draws of a slide")
     steps: int = Field(DEFAULT_STEPS, ge=1, description="the number of steps in which genes are revealed")
-    seed: int = Field(0, ge=0, description="the seed of the draws")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="the seed of the draws")
     spatially_correlated: bool = Field(True, description="whether the noise of a draw is smooth over the slide")
     remasking: int = Field(0, ge=0, description="the number of passes that mask a tenth of the genes and redraw them")
     precision: Precision = Field("no", description="no for float32, or bf16 for the backbone")
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Settings):
     """Baselines and scores."""
 
     baselines: list[Literal[*BASELINES, *GENERATIVE_BASELINES]] = Field(  # type: ignore[valid-type]
@@ -272,11 +269,11 @@ class EvaluationConfig(_Section):
     bootstrap: int = Field(DEFAULT_RESAMPLES, ge=0, description="the number of bootstrap resamples of the spots")
 
 
-class RunConfig(_Section):
+class RunConfig(Settings):
     """Everything one run needs."""
 
     output: AbsolutePath = Field(description="the folder of the run")
-    seed: int = Field(0, ge=0, description="the seed of everything but the draws")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="the seed of everything but the draws")
     transform: Literal["log2p1", "log1p_cp10k"] = Field(
         DEFAULT_TRANSFORM,
         description="of counts: log2p1, log2(count + 1), or log1p_cp10k, ln(1 + 10⁴ · count / library size)",

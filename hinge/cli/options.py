@@ -18,7 +18,7 @@ DataSet = Annotated[
         metavar="DATA", help="Data set: a folder or file of slides, or a table of them.", show_default=False
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", min=0, max=2**32 - 1)]
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML file of a run.", show_default=False)]
 Allow = Annotated[
     list[str] | None,

@@ -18,7 +18,9 @@ def sample(
     ] = None,
     draws: Annotated[int | None, typer.Option(help="Draws a spot.  [default: the run's]", min=1)] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of revealing genes.  [default: the run's]", min=1)] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws.  [default: the run's]", min=0)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the draws.  [default: the run's]", min=0, max=2**32 - 1)
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Spot-draws in one forward pass; no effect on the draws.", min=1)
     ] = None,
@@ -165,7 +167,9 @@ def map_expression(
     ] = None,
     draws: Annotated[int | None, typer.Option(help="Draws a point.  [default: the run's]", min=1)] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of revealing genes.  [default: the run's]", min=1)] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws.  [default: the run's]", min=0)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the draws.  [default: the run's]", min=0, max=2**32 - 1)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Patches in one forward pass.", min=1)] = 64,
     um_per_px: Annotated[float | None, typer.Option(help="µm per pixel, where the image does not state it.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder.  [default: RUN/maps]")] = None,

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from hinge.config import PATHS, RunConfig, check_config, explain
 from hinge.data.simulate import simulate_slides
 from hinge.run.preparation import Preparation
 from hinge.utils.errors import ConfigError
 from hinge.utils.files import read_json, write_json
+from hinge.utils.settings import LARGEST_SEED, Settings
 from hinge.utils.yaml import read_settings
 
 _SIMULATED_PRETRAIN_FROM = 100  # number of the first simulated slide without an image
@@ -26,11 +27,7 @@ def _name(value: str) -> str:
     return value
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class SimulatedTissue(_Part):
+class SimulatedTissue(Settings):
     """Slides that are simulated for the grid: sim0, sim1, … with images; sim100, … with counts alone."""
 
     slides: int = Field(4, ge=2, description="a number of slides with images; the last is the test slide")
@@ -38,7 +35,7 @@ class SimulatedTissue(_Part):
     grid: tuple[int, int] = (15, 15)
     pretrain_grid: tuple[int, int] = (20, 20)
     genes: int = Field(300, ge=2)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
 
     def data(self, folder: Path) -> dict[str, Any]:
         """The section `data` of a run on these slides."""
@@ -62,7 +59,7 @@ class SimulatedTissue(_Part):
                 simulate_slides(folder, n_slides=count, first=first, **common, **options)
 
 
-class Grid(_Part):
+class Grid(Settings):
     """The variants, held-out slides and seeds that `hinge ablate` runs."""
 
     base: Path = Field(description="the YAML file of a run")
@@ -73,7 +70,7 @@ class Grid(_Part):
         "data.train and data.test are the training set; patients: the slides of each patient are the test set once, "
         "and data.pretrain does not have that patient either; None: as in the base",
     )
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="a list of seeds")
+    seeds: list[Annotated[int, Field(ge=0, le=LARGEST_SEED)]] = Field([0], min_length=1, description="a list of seeds")
     simulate: SimulatedTissue | None = None
     variants: dict[Annotated[str, AfterValidator(_name)], dict[str, Any]] = Field(
         min_length=1, description="name: {key: value, …} for each variant"

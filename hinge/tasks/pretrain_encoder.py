@@ -11,13 +11,14 @@ from anndata import AnnData
 from pydantic import Field, ValidationError, model_validator
 from sklearn.cluster import KMeans
 
-from hinge.config import AbsolutePath, _Section, explain
+from hinge.config import AbsolutePath, explain
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.simulate import simulate_slides
 from hinge.training.ibot import pretrain_histology
 from hinge.training.ibot_config import IbotConfig, VitConfig
 from hinge.training.loop import make_accelerator
 from hinge.utils.errors import ConfigError, DataError
+from hinge.utils.settings import LARGEST_SEED, Settings
 from hinge.utils.yaml import read_settings
 
 CLUSTERS = 6
@@ -27,7 +28,7 @@ _COMPONENTS = 20
 _PATHS = (("output",), ("data", "path"))
 
 
-class PretrainingSlides(_Section):
+class PretrainingSlides(Settings):
     """The slides of the pre-training and of the probes."""
 
     path: AbsolutePath | None = Field(None, description="a data set: file or folder with slides")
@@ -46,11 +47,11 @@ class PretrainingSlides(_Section):
         return self
 
 
-class PretrainHistologyConfig(_Section):
+class PretrainHistologyConfig(Settings):
     """The configuration of a pre-training."""
 
     output: AbsolutePath = Field(description="the folder of the encoder")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     data: PretrainingSlides
     vit: VitConfig = VitConfig()
     training: IbotConfig = IbotConfig()

@@ -2,16 +2,15 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from hinge.training.loop import LoopConfig
 from hinge.training.schedules import cosine
+from hinge.utils.settings import Settings
 
 
-class VitConfig(BaseModel):
+class VitConfig(Settings):
     """The network: a ViT of timm, arguments that differ from its defaults, and the normalisation of pixels."""
-
-    model_config = ConfigDict(extra="forbid")
 
     architecture: str = Field("vit_small_patch16_224", description="the name of a ViT in timm")
     arguments: dict[str, Any] = Field({}, description="arguments of timm's ViT, such as img_size, patch_size, depth")

@@ -3,9 +3,10 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from hinge.utils.errors import ConfigError
+from hinge.utils.settings import Settings
 
 ScheduleName = Literal["constant", "cosine", "step"]
 
@@ -21,10 +22,8 @@ def _precision(value: Any) -> Any:
 Precision = Annotated[Literal["no", "bf16"], BeforeValidator(_precision)]
 
 
-class LoopConfig(BaseModel):
+class LoopConfig(Settings):
     """How something is optimised."""
-
-    model_config = ConfigDict(extra="forbid")
 
     steps: int | None = Field(None, ge=1, description="a number of optimiser steps; null: epochs decides")
     epochs: int | None = Field(None, ge=1, description="a number of passes over the training rows, in place of steps")
@@ -83,10 +82,8 @@ class TrainingConfig(LoopConfig):
     )
 
 
-class PretrainConfig(BaseModel):
+class PretrainConfig(Settings):
     """Masked-expression pre-training."""
-
-    model_config = ConfigDict(extra="forbid")
 
     steps: int = Field(3000, ge=1, description="a number of optimiser steps")
     batch_size: int = Field(64, ge=1, description="the spots of a step, over all processes")
