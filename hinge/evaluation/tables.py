@@ -9,7 +9,8 @@ import numpy as np
 
 from hinge.evaluation.definitions import METRICS
 from hinge.evaluation.statistics import paired_wilcoxon, summarise_rows
-from hinge.utils.files import write_json
+from hinge.utils.errors import DataError
+from hinge.utils.files import read_json, write_json
 from hinge.utils.packages import VERSION
 
 if TYPE_CHECKING:
@@ -32,6 +33,25 @@ _PRINTED = (
     "moran_ratio",
     "ssc",
 )
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """Return the content of a file of `write_scores`.
+
+    Raises
+    ------
+    DataError
+        The file is damaged, or holds something else.
+    """
+    content = read_json(path)
+    rows = content.get("rows") if isinstance(content, dict) else None
+    named = isinstance(rows, list) and all(
+        isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("slide", "method", "transform"))
+        for row in rows
+    )
+    if not named or not isinstance(content.get("definitions"), dict):
+        raise DataError(f"{path} holds no scores: definitions, and rows with slide, method and transform, are needed")
+    return content
 
 
 def write_scores(path: str | Path, evaluations: Sequence["Evaluation"], reference: str = "hinge") -> Path:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from hinge.data.draws import read_draws
 from hinge.data.regions import read_regions
+from hinge.evaluation.tables import read_scores
 from hinge.report.html import write_report
 from hinge.report.slides import ReportSlide, report_slide
 from hinge.tasks.regions import compare_regions, region_area
 from hinge.utils.errors import DataError
-from hinge.utils.files import read_json
 
 if TYPE_CHECKING:
     from hinge.run.run import Run
@@ -32,7 +32,7 @@ def report_run(run: Run) -> Path:
     """
     if not run.paths.scores.exists():
         raise DataError(f"there are no scores in {run.folder}; run hinge evaluate first")
-    scores = read_json(run.paths.scores)
+    scores = read_scores(run.paths.scores)
     names = list(dict.fromkeys(row["slide"] for row in scores["rows"]))
     names = [name for name in names if run.paths.samples(name).exists()]
     slides = [_slide(run, name) for name in names]

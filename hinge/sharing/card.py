@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from hinge.evaluation.tables import read_scores
 from hinge.models import HingeModel
 from hinge.run.run import Run
 from hinge.sharing.licences import encoder_licence, run_backbone_licence
@@ -218,7 +219,7 @@ def _score_table(run: Run) -> str:
     """Return the mean scores over the test slides, one row for each method, as a Markdown table."""
     if not run.paths.scores.exists():
         return "This run was not scored before it was uploaded."
-    scores = read_json(run.paths.scores)
+    scores = read_scores(run.paths.scores)
     definitions = scores.get("definitions", {})
     keys = [key for key in CARD_SCORES if any(row.get(key) is not None for row in scores["rows"])]
     rows: dict[str, list[dict[str, Any]]] = {}

@@ -546,3 +546,7 @@ def test_a_run_without_scores_has_no_report(tmp_path):
     )
     with pytest.raises(DataError, match=r"there are no scores in .*; run hinge evaluate first"):
         report_run(Run.open(tmp_path))
+    for text in ("[]", '{"rows": null}', '{"definitions": {}, "rows": [{}]}', '{"rows": []}'):
+        (tmp_path / "scores.json").write_text(text)
+        with pytest.raises(DataError, match=r"scores\.json holds no scores: definitions, and rows"):
+            report_run(Run.open(tmp_path))
