@@ -29,10 +29,9 @@ from hinge.models.subset import GeneSubset
 from hinge.utils.cuda_graphs import GraphedFunction
 from hinge.utils.memory import with_less_memory
 
+FLOAT64_DEVICES = ("cpu", "cuda")
 REMASKING_SHARE = 0.1
 """Share of the drawn genes that a remasking pass masks and draws again."""
-
-FLOAT64_DEVICES = ("cpu", "cuda")
 
 BATCHES_IN_A_PART = 8
 """Batches in a part of a slide's draws: what is drawn again if sampling is killed."""
@@ -101,8 +100,8 @@ def draw_parts(
             def draw(size: int, part: slice, expected: int) -> Draws:
                 if size != expected:  # memory ran out, and graphs of larger batches hold some of it
                     passes.clear()
-                with_size = replace(settings, batch_size=size)
-                return draw_spots(model, scheduler, gene_ids, inputs[part], with_size, passes=passes)
+                now = replace(settings, batch_size=size)
+                return draw_spots(model, scheduler, gene_ids, inputs[part], now, passes=passes)
 
             draws, batch_size = with_less_memory(batch_size, partial(draw, part=part, expected=batch_size))
             yield part, draws
@@ -217,8 +216,7 @@ class _Sampler:
         settings: SamplingSettings,
         passes: GraphedFunction,
     ) -> None:
-        self.model, self.scheduler, self.settings, self.inputs = model, scheduler, settings, inputs
-        self.passes = passes
+        self.model, self.scheduler, self.settings, self.inputs, self.passes = model, scheduler, settings, inputs, passes
         self.device = model.feature_mean.device
         self.gene_ids = gene_ids.to(self.device)
         self.features = self._tensor(inputs.features)
@@ -264,8 +262,7 @@ class _Sampler:
     def _prepare(self, spot_index: np.ndarray, draw_index: np.ndarray) -> tuple[_Batch, Tensor]:
         """Return the batch of spot-draws, and the values (B, G) that are measured, 0 elsewhere."""
         model, inputs, tensor = self.model, self.inputs, self._tensor
-        numbers = self.noise.numbers(spot_index, draw_index)
-        order = numbers.order
+        order = (numbers := self.noise.numbers(spot_index, draw_index)).order
         values = torch.zeros(order.shape, device=self.device)
         known = torch.zeros_like(values)
         if inputs.observed is not None:
