@@ -6,7 +6,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
-from helpers.viewer import HOSTILE_GENE, HOSTILE_SPOT, N_DRAWS
+from helpers.viewer import HOSTILE_GENE, HOSTILE_SPOT, N_DRAWS, is_complaint
 
 from hinge.config import check_config, save_config
 from hinge.data import read_slide, simulate_slides
@@ -66,7 +66,7 @@ def page(chromium, server):
     """The page, ready; whatever it complains of, or asks of other machines, fails the test."""
     context = chromium.new_context(viewport={"width": 1280, "height": 800}, color_scheme="light")
     page, complaints = context.new_page(), []
-    page.on("console", lambda message: complaints.append(message.text) if message.type != "log" else None)
+    page.on("console", lambda message: complaints.append(message.text) if is_complaint(message) else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("dialog", lambda dialog: (complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))
     page.on("request", lambda request: None if request.url.startswith(server.url) else complaints.append(request.url))

@@ -10,7 +10,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.viewer import pixels
+from helpers.viewer import is_complaint, pixels
 
 from hinge.data.draws import read_draws
 from hinge.run.run import Run
@@ -172,7 +172,7 @@ def rich_page(chromium, rich):
         thread.start()
         context = chromium.new_context(viewport={"width": 1440, "height": 900}, color_scheme="light")
         page, complaints = context.new_page(), []
-        page.on("console", lambda message: complaints.append(message.text))
+        page.on("console", lambda message: complaints.append(message.text) if is_complaint(message) else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(server.url)
         page.wait_for_selector("body[data-gene]")
