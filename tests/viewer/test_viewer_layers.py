@@ -165,21 +165,26 @@ def test_all_of_it_is_written_to_files(rich, run_folder, tmp_path):
 # --- the page ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def rich_page(chromium, rich):
-    with ViewerServer(rich) as server:
-        thread = threading.Thread(target=server.serve_forever)
+@pytest.fixture(scope="module")
+def rich_server(rich):
+    with ViewerServer(rich) as running:
+        thread = threading.Thread(target=running.serve_forever)
         thread.start()
-        context = chromium.new_context(viewport={"width": 1440, "height": 900}, color_scheme="light")
-        page, complaints = context.new_page(), []
-        page.on("console", lambda message: complaints.append(message.text) if is_complaint(message) else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(server.url)
-        page.wait_for_selector("body[data-gene]")
-        yield page
-        context.close()
-        server.shutdown()
+        yield running
+        running.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def rich_page(chromium, rich_server):
+    context = chromium.new_context(viewport={"width": 1440, "height": 900}, color_scheme="light")
+    page, complaints = context.new_page(), []
+    page.on("console", lambda message: complaints.append(message.text) if is_complaint(message) else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(rich_server.url)
+    page.wait_for_selector("body[data-gene]")
+    yield page
+    context.close()
     assert not complaints
 
 
@@ -244,6 +249,28 @@ def test_a_gene_outside_the_panel_says_so_and_offers_the_command(rich_page):
     page.click("#outside-clear")
     page.fill("#gene-search", "NOTHERE")
     page.locator("#genes .more", has_text="Neither the draws nor the backbone").wait_for()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [900, 1440])
+def test_layers_and_search_have_no_serious_fault_of_accessibility(chromium, rich_server, scheme, width):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+    context = chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True)
+    page = context.new_page()
+    page.goto(rich_server.url)
+    page.wait_for_selector("body[data-gene]")
+    for pane, layer in enumerate(("map", "novelty")):
+        page.locator(".pane select").nth(pane).select_option(layer)
+    page.fill("#gene-search", "ESR")
+    page.locator("#genes .outside").first.wait_for()
+    faults = axe.Axe().run(page).response["violations"]
+    page.locator("#genes .outside").first.click()
+    page.locator("#outside-dialog[open]").wait_for()
+    faults += axe.Axe().run(page).response["violations"]
+    assert [fault["id"] for fault in faults if fault["impact"] in ("serious", "critical")] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    context.close()
 
 
 @pytest.mark.full

@@ -93,8 +93,9 @@ export class GeneList {
       return item;
     });
     const rest = this.found.length - items.length;
-    if (rest > 0) items.push(make("li", { class: "more" }, `and ${rest.toLocaleString("en")} more: type to find them`));
-    if (!this.found.length) items.push(make("li", { class: "more" }, this.nothingText(outside.length)));
+    const note = (text) => items.push(make("li", { class: "more", role: "option", "aria-disabled": true, "aria-selected": false }, text));
+    if (rest > 0) note(`and ${rest.toLocaleString("en")} more: type to find them`);
+    if (!this.found.length) note(this.nothingText(outside.length));
     for (const gene of outside) {
       items.push(make("li", { role: "option", id: `gene-${gene}`, "data-gene": gene, "aria-selected": false, class: "outside" }, make("span", { class: "name" }, this.nameOf(gene)), make("span", {}, "outside the panel")));
     }
