@@ -72,7 +72,7 @@ function mapColours(slide, gene, display) {
   const table = TABLES[display.map];
   const shows = (value) => value >= (display.low ?? -Infinity) && value <= (display.high ?? Infinity); // never NaN
   const grid = paintGrid(gene.map, map.rows, map.columns, table, low, high, shows);
-  return { ...none, grid, legend: { low, high, table, values: gene.map, unit: `${gene.unit}, ${map.pitch_um} µm` } };
+  return { ...none, grid, legend: { low, high, table, values: gene.map, unit: `${gene.unit}, ${map.pitch_um} µm, ${map.method}` } };
 }
 
 /** Spots that the filter lets through. */
