@@ -212,6 +212,17 @@ def test_many_spots_are_drawn_by_webgl(page):
     assert pixels[60, 60, 3] == 0 and pixels[60, 60 + 7].tolist() == [138, 141, 146, 255]
 
 
+RANGE = """async () => {
+  const { ends } = await import("/page.js");
+  return ends(new Float32Array(150000).fill(2), [NaN, 1], new Float32Array(150000).fill(3));
+}"""
+
+
+@pytest.mark.full
+def test_the_range_of_more_values_than_a_call_takes_as_arguments(page):
+    assert page.evaluate(RANGE) == [1, 3]
+
+
 OUTLINE = """async () => {
   const { outlineOf } = await import("/regions.js");
   const places = [0, 1, 2, 3].flatMap((row) => [0, 1, 2, 3].flatMap((column) => [30 * column, 30 * row]));
