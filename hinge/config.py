@@ -95,10 +95,18 @@ class DataConfig(Settings):
 class PanelConfig(Settings):
     """The genes that are predicted."""
 
-    method: Literal["hmhvg", "hvg", "file"] = Field(
-        "hmhvg", description="hmhvg (high mean, highly variable), hvg (highly variable) or file"
+    method: Literal["hmhvg", "hvg", "union", "file"] = Field(
+        "hmhvg",
+        description="hmhvg (high mean, highly variable), hvg (highly variable), union (genes that some training slides "
+        "may lack) or file",
     )
-    genes: int = Field(200, ge=1, description="the number of genes")
+    genes: int | None = Field(200, ge=1, description="the number of genes; null: all that union finds")
+    min_slides: int | None = Field(
+        None,
+        ge=1,
+        description="the smallest number of training slides that have a gene, for union or file; null: 1 for union, "
+        "all training slides for file",
+    )
     file: AbsolutePath | None = Field(
         None, description="panel.json, or a text file with one symbol a line (method file)"
     )
@@ -294,6 +302,14 @@ class RunConfig(Settings):
             raise ValueError("give either training.steps or training.epochs")
         if self.panel.method == "file" and self.panel.file is None:
             raise ValueError("panel.method file needs panel.file")
+        if self.panel.method not in ("union", "file") and self.panel.min_slides is not None:
+            raise ValueError("panel.min_slides is for panel.method union or file")
+        if self.panel.method in ("hmhvg", "hvg") and self.panel.genes is None:
+            raise ValueError(f"panel.method {self.panel.method} needs a number as panel.genes; null is for union")
+        if (self.panel.min_slides or 1) > len(self.data.train):
+            raise ValueError(
+                f"panel.min_slides {self.panel.min_slides} exceeds the {len(self.data.train)} training slides"
+            )
         if self.sampling.steps > self.diffusion.num_train_timesteps:
             raise ValueError(
                 f"sampling.steps {self.sampling.steps} cannot exceed diffusion.num_train_timesteps "

@@ -78,8 +78,20 @@ def panel(
     data: DataSet,
     output: Annotated[Path, typer.Option("--output", "-o", help="panel.json to write.", show_default=False)],
     sample: Annotated[list[str] | None, typer.Option(help="Training sample; repeat for several.")] = None,
-    method: Annotated[str, typer.Option(help="hmhvg or hvg.")] = _PANEL.method,
-    genes: Annotated[int, typer.Option(help="Number of genes.")] = _PANEL.genes,
+    method: Annotated[
+        str, typer.Option(help="hmhvg, hvg, or union for genes that some slides may lack.")
+    ] = _PANEL.method,
+    genes: Annotated[
+        int | None, typer.Option(help="Number of genes.  [default: 200; of union all]", show_default=False)
+    ] = None,
+    min_slides: Annotated[
+        int | None,
+        typer.Option(
+            help="Smallest number of samples that have a gene, with --method union or --list.  "
+            "[default: 1 with union, all with --list]",
+            show_default=False,
+        ),
+    ] = None,
     from_list: Annotated[Path | None, typer.Option("--list", help="Text file of the genes, one symbol a line.")] = None,
     spot_um: SpotSide = None,
 ) -> None:
@@ -95,11 +107,17 @@ def panel(
     names = require_samples(data, sample)
     slides = [read_slide(data, name, require_image=False, spot_um=spot_um) for name in names]
     if from_list is None:
-        chosen = select_panel(slides, method, genes)
+        if min_slides is not None and method != "union":
+            raise ConfigError(f"--min-slides goes with --method union or --list, not with --method {method}")
+        number = _PANEL.genes if genes is None and method != "union" else genes
+        chosen = select_panel(slides, method, number, 1 if min_slides is None else min_slides)
+    elif min_slides is not None:
+        chosen = read_panel(from_list).of_slides(slides, min_slides)
     else:
         chosen = read_panel(from_list)
         for slide in slides:
-            load_spots(slide, chosen, DEFAULT_TRANSFORM)  # an error names the genes that a slide lacks
+            # an error names the genes that a slide lacks
+            load_spots(slide, chosen, DEFAULT_TRANSFORM, lacking="mask" if chosen.shares else "error")
     print(f"panel: {chosen.save(output)} ({len(chosen.genes)} genes)")
 
 

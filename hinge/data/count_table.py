@@ -1,11 +1,12 @@
 """Counts of many samples on one list of genes, for models of expression alone."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from anndata import AnnData
 
+from hinge.data.library_sizes import library_sizes
 from hinge.data.slide import slide_name
 from hinge.data.transforms import get_transform
 from hinge.utils.errors import DataError
@@ -41,7 +42,12 @@ class CountTable:
         return get_transform(transform).forward(self.counts[rows], self.library_size[rows])
 
 
-def read_counts(slides: Iterable[AnnData], genes: list[str], patient_of: Callable[[str], str] = str) -> CountTable:
+def read_counts(
+    slides: Iterable[AnnData],
+    genes: list[str],
+    patient_of: Callable[[str], str] = str,
+    shares: Mapping[str, float] | None = None,
+) -> CountTable:
     """Return the counts of slides on a list of genes. Spots without a count in these genes are left out.
 
     Parameters
@@ -52,6 +58,8 @@ def read_counts(slides: Iterable[AnnData], genes: list[str], patient_of: Callabl
         G symbols.
     patient_of
         The patient of a sample's name; each sample is a patient of its own by default.
+    shares
+        For `hinge.data.library_sizes.library_sizes`.
 
     Raises
     ------
@@ -60,7 +68,7 @@ def read_counts(slides: Iterable[AnnData], genes: list[str], patient_of: Callabl
     """
     counts, sizes, names = [], [], []
     for slide in slides:
-        found, library_size = panel_counts(slide, genes)
+        found, library_size = panel_counts(slide, genes, shares)
         kept = np.nansum(found, axis=1) > 0
         counts.append(found[kept])
         sizes.append(library_size[kept])
@@ -77,9 +85,12 @@ def read_counts(slides: Iterable[AnnData], genes: list[str], patient_of: Callabl
     return CountTable(table, np.concatenate(sizes), sample, patient, list(genes))
 
 
-def panel_counts(slide: AnnData, genes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def panel_counts(
+    slide: AnnData, genes: list[str], shares: Mapping[str, float] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return counts (n, G) of a slide on a list of genes, NaN where it lacks one, and library sizes (n,)."""
     columns = slide.var_names.get_indexer(genes)
     counts = slide.X[:, np.maximum(columns, 0)].toarray().astype(np.float32)
     counts[:, columns < 0] = np.nan
-    return counts, np.asarray(slide.X.sum(axis=1), dtype=np.float32).ravel()
+    sizes = library_sizes(slide, shares) if shares else np.asarray(slide.X.sum(axis=1)).ravel()
+    return counts, sizes.astype(np.float32)

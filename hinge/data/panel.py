@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pandas as pd
 from anndata import AnnData
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from hinge.data.library_sizes import gene_shares
 from hinge.data.slide import slide_name
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import read_json, write_json
@@ -34,9 +36,12 @@ class Panel(BaseModel):
     genes
         Gene symbols, unique; a selected panel has its best genes first.
     method
-        `hmhvg`, `hvg`, or `list` for a given list of genes.
+        `hmhvg`, `hvg`, `union`, or `list` for a given list of genes.
     slides
         Names of the slides of the selection.
+    shares
+        Share in all counts of every gene of these slides, see `hinge.data.library_sizes.gene_shares`, of a panel whose
+        genes some slides lack; empty: every slide has all genes of the panel.
     hinge_version
         Version of this package.
     """
@@ -46,6 +51,7 @@ class Panel(BaseModel):
     genes: list[str] = Field(min_length=1)
     method: str
     slides: list[str] = []
+    shares: dict[str, float] = {}
     hinge_version: str = VERSION
 
     @field_validator("genes")
@@ -82,10 +88,31 @@ class Panel(BaseModel):
 
     def save(self, path: str | Path) -> Path:
         """Write the panel as JSON."""
-        return write_json(path, self.model_dump())
+        return write_json(path, self.model_dump(exclude=None if self.shares else {"shares"}))
+
+    def of_slides(self, slides: Sequence[AnnData], min_slides: int) -> "Panel":
+        """Return this panel for slides that may lack some of its genes, which are then unknown and not zero.
+
+        Raises
+        ------
+        DataError
+            A gene is in fewer than `min_slides` of the slides.
+        """
+        counts = _slides_with(slides)
+        rare = [gene for gene in self.genes if counts.get(gene, 0) < min_slides]
+        if rare:
+            raise DataError(
+                f"{len(rare)} of the panel's {len(self.genes)} genes are in fewer than {min_slides} of the "
+                f"{len(slides)} slides: {', '.join(rare[:5])}; leave them out, or give a smaller --min-slides "
+                "(panel.min_slides)"
+            )
+        names = [slide_name(slide) for slide in slides]
+        return self.model_copy(update={"slides": names, "shares": gene_shares(slides)})
 
 
-def select_panel(slides: Sequence[AnnData], method: str = "hmhvg", n_genes: int = 200) -> Panel:
+def select_panel(
+    slides: Sequence[AnnData], method: str = "hmhvg", n_genes: int | None = 200, min_slides: int = 1
+) -> Panel:
     """Select a panel from the training slides.
 
     `hmhvg` (highly expressed and highly variable; HINGE, Fang et al. 2026, after Stem, Zhu et al. 2025): the
@@ -99,16 +126,22 @@ def select_panel(slides: Sequence[AnnData], method: str = "hmhvg", n_genes: int 
     variable in most slides, then by normalised dispersion, then by name. Only genes that some slide lacks are
     left out.
 
-    Both depend on the slides but not on their order.
+    `union`: genes that at least `min_slides` slides have, without MT-*, RPS* and RPL* and without genes that have no
+    count, ranked as those of `hmhvg`, by mean and standard deviation over the spots of the slides that have the gene.
+    The slides may lack genes of this panel: these are unknown there, and not zero.
+
+    All depend on the slides but not on their order.
 
     Parameters
     ----------
     slides
         Slides with raw counts.
     method
-        `hmhvg` or `hvg`.
+        `hmhvg`, `hvg` or `union`.
     n_genes
-        Size of the panel.
+        Size of the panel; None: all genes that `union` finds.
+    min_slides
+        Of `union`: the smallest number of slides that have a gene.
 
     Returns
     -------
@@ -118,19 +151,32 @@ def select_panel(slides: Sequence[AnnData], method: str = "hmhvg", n_genes: int 
     Raises
     ------
     ConfigError
-        The method is unknown, or `n_genes` is below 1.
+        The method is unknown, a number is out of range, or `n_genes` is None and the method is not `union`.
     DataError
         No slides are given, or the method finds fewer than `n_genes` genes.
     """
-    if method not in _METHODS:
-        raise ConfigError(f"there is no panel method {method!r}; choose one of {', '.join(_METHODS)}")
-    if n_genes < 1:
+    if method not in (*_METHODS, "union"):
+        raise ConfigError(f"there is no panel method {method!r}; choose one of {', '.join([*_METHODS, 'union'])}")
+    if n_genes is None and method != "union":
+        raise ConfigError(f"method {method} takes a number of genes; give --genes, or take the method union")
+    if n_genes is not None and n_genes < 1:
         raise ConfigError(f"a panel needs at least one gene, not {n_genes}")
     if not slides:
         raise DataError("a panel cannot be selected from no slides")
     names = [slide_name(slide) for slide in slides]
     if len(set(names)) < len(names):
         raise DataError(f"a panel needs each slide once, not {', '.join(names)}")
+    if not 1 <= min_slides <= len(slides):
+        raise ConfigError(f"--min-slides takes a number from 1 to that of the slides, {len(slides)}, not {min_slides}")
+    if method == "union":
+        genes = _union(slides, min_slides, n_genes)
+        if genes and (n_genes is None or len(genes) == n_genes):
+            return Panel(genes=genes, method=method).of_slides(slides, min_slides)
+        raise DataError(
+            f"a panel of {n_genes or 'some'} genes is needed, and {len(genes)} are in at least {min_slides} of "
+            f"{', '.join(names)}; give a smaller --genes or --min-slides"
+        )
+    assert n_genes is not None
     shared = sorted(set.intersection(*(set(slide.var_names) for slide in slides)))
     genes = _METHODS[method](slides, shared, n_genes)
     if len(genes) < n_genes:
@@ -178,6 +224,33 @@ def _hmhvg(slides: Sequence[AnnData], shared: list[str], n_genes: int) -> list[s
     ranks = np.stack([_ranks(total), _ranks(spread)])
     order = np.lexsort((ranks.min(axis=0), ranks.max(axis=0)))
     return [genes[i] for i in order[:n_genes]]
+
+
+def _union(slides: Sequence[AnnData], min_slides: int, n_genes: int | None) -> list[str]:
+    """Return the genes of a union, best first; at most `n_genes`."""
+    genes = sorted(
+        gene
+        for gene, count in _slides_with(slides).items()
+        if count >= min_slides and not gene.upper().startswith(("RPS", "RPL")) and not _MITOCHONDRIAL(gene)
+    )
+    n_spots, total, squares = np.zeros((3, len(genes)))
+    column_of = pd.Index(genes)
+    for slide in slides:
+        columns = column_of.get_indexer(slide.var_names)
+        counts = slide[:, columns >= 0].X.astype(np.float64)
+        own = columns[columns >= 0]
+        n_spots[own] += counts.shape[0]
+        total[own] += np.asarray(counts.sum(axis=0)).ravel()
+        squares[own] += np.asarray(counts.power(2).sum(axis=0)).ravel()
+    mean = total / np.maximum(n_spots, 1)
+    ranks = np.stack([_ranks(mean), _ranks(squares / np.maximum(n_spots, 1) - mean**2)])
+    order = [each for each in np.lexsort((ranks.min(axis=0), ranks.max(axis=0))) if total[each] > 0]
+    return [genes[each] for each in order[:n_genes]]
+
+
+def _slides_with(slides: Sequence[AnnData]) -> dict[str, int]:
+    """Return how many slides have each gene."""
+    return dict(Counter(gene for slide in slides for gene in slide.var_names))
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -1,14 +1,15 @@
 """The spots of one or several slides on a panel, as arrays."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from hinge.data.library_sizes import library_sizes
 from hinge.data.panel import Panel
 from hinge.data.slide import slide_name
 from hinge.data.transforms import get_transform
@@ -16,6 +17,9 @@ from hinge.utils.errors import DataError
 
 # Features and slide may round coordinates differently; spots of another section are farther away.
 _SAME_PLACE_PX = 2.0
+
+Lacking = Literal["error", "mask", "drop"]
+"""What happens with genes of the panel that a slide lacks."""
 
 NUM_BANDS = 5
 """Bands that a single slide is divided into for cross-validation."""
@@ -38,13 +42,16 @@ class SpotTable:
     counts
         Raw counts of the panel, float32 (n, G).
     library_size
-        Counts over all genes of the slide, float32 (n,).
+        Counts over all genes, float32 (n,), see `hinge.data.library_sizes`.
     values
         Transformed counts, float32 (n, G).
     genes
         The panel, G gene symbols.
     transform
         Name of the transform that made `values`.
+    measured
+        Slide → bool (G,), whether it measured each gene, of the slides that lack genes of the panel. Counts and values
+        of genes that a slide lacks are 0 and mean nothing.
     """
 
     slide: np.ndarray
@@ -56,9 +63,36 @@ class SpotTable:
     values: np.ndarray
     genes: list[str]
     transform: str
+    measured: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.barcodes)
+
+    def measured_slides(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return which genes the S slides measured, bool (S, G), and each spot's slide (n,); None where all are."""
+        names, slide_of = np.unique(self.slide, return_inverse=True)
+        everything = np.ones(len(self.genes), dtype=bool)
+        of_slides = np.stack([self.measured.get(name, everything) for name in names]) if len(names) else everything
+        return None if of_slides.all() else (of_slides, slide_of)
+
+    def on_genes(self, genes: Sequence[str]) -> Self:
+        """Return the spots on some of the genes, in the given order."""
+        if list(genes) == self.genes:
+            return self
+        columns = pd.Index(self.genes).get_indexer(list(genes))
+        measured = {name: there[columns] for name, there in self.measured.items() if not there[columns].all()}
+        return replace(
+            self,
+            counts=self.counts[:, columns],
+            values=self.values[:, columns],
+            genes=list(genes),
+            measured=measured,
+        )
+
+    def known_counts(self) -> np.ndarray:
+        """Return the counts (n, G), NaN where a slide lacks the gene."""
+        found = self.measured_slides()
+        return self.counts if found is None else np.where(found[0][found[1]], self.counts, np.float32(np.nan))
 
     def subset(self, index: np.ndarray | Sequence[int] | slice) -> Self:
         """Return the spots of a boolean mask, indices or a slice, in that order."""
@@ -76,6 +110,7 @@ def load_spots(
     transform_name: str,
     features_path: str | Path | None = None,
     drop_empty: bool = True,
+    lacking: Lacking = "error",
 ) -> SpotTable:
     """Return the spots of one slide on a panel.
 
@@ -92,25 +127,33 @@ def load_spots(
         CLAM), each spot gets the patch that contains it.
     drop_empty
         Leave out spots that have no count in the panel.
+    lacking
+        What to do with genes that the slide lacks: `"error"`; `"mask"`, keep them as not measured; `"drop"`, leave them
+        out of the genes of the table.
 
     Raises
     ------
     DataError
-        The slide lacks a gene of the panel, no spot is left, or the features lack a spot or have other
-        coordinates.
+        The slide lacks a gene of the panel and that is an error, or lacks all of them, no spot is left, or the features
+        lack a spot or have other coordinates.
     """
     name = slide_name(slide)
     columns = slide.var_names.get_indexer(panel.genes)
     missing = [gene for gene, column in zip(panel.genes, columns, strict=True) if column < 0]
-    if missing:
+    if missing and (lacking == "error" or len(missing) == len(panel.genes)):
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise DataError(f"slide {name} lacks {len(missing)} of the panel's {len(panel.genes)} genes: {shown}")
-    counts = slide.X[:, columns].toarray().astype(np.float32)
+    there = columns >= 0
+    genes = list(panel.genes)
+    if lacking == "drop":
+        genes, columns, there = [genes[index] for index in np.flatnonzero(there)], columns[there], there[there]
+    counts = slide.X[:, np.maximum(columns, 0)].toarray().astype(np.float32)
+    counts[:, ~there] = 0
     rows = np.flatnonzero(counts.any(axis=1)) if drop_empty else np.arange(slide.n_obs)
     if not len(rows):
         raise DataError(f"slide {name} has no spot with a count in the panel's {len(panel.genes)} genes")
     counts = counts[rows]
-    library_size = np.asarray(slide.X.sum(axis=1, dtype=np.float64), dtype=np.float32).ravel()[rows]
+    library_size = library_sizes(slide, panel.shares).astype(np.float32)[rows]
     barcodes = slide.obs_names.to_numpy(dtype=str)[rows]
     coords = np.asarray(slide.obsm["spatial"], dtype=np.float64)[rows]
     return SpotTable(
@@ -121,8 +164,9 @@ def load_spots(
         counts=counts,
         library_size=library_size,
         values=get_transform(transform_name).forward(counts, library_size),
-        genes=list(panel.genes),
+        genes=genes,
         transform=transform_name,
+        measured={} if there.all() else {name: there},
     )
 
 
@@ -157,7 +201,8 @@ def concatenate_spots(tables: Sequence[SpotTable]) -> SpotTable:
     if spots.has_duplicates:
         slide, barcode = spots[spots.duplicated()][0]
         raise DataError(f"spot {barcode} of slide {slide} occurs more than once")
-    return replace(first, **arrays)
+    measured = {name: there for table in tables for name, there in table.measured.items()}
+    return replace(first, **arrays, measured=measured)
 
 
 def spot_groups(slides: np.ndarray, coords: np.ndarray, groups: str) -> np.ndarray:

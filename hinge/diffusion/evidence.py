@@ -1,6 +1,7 @@
 """What is known of a slide as a whole: read, checked and described for the provenance of draws."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from hinge.data.bulk import Bulk, bulk_digest, read_bulk
+from hinge.data.library_sizes import library_sizes
 from hinge.data.slide import slide_name
 from hinge.data.slide_levels import library_ratios
 from hinge.diffusion.slide_effect import BULK_SD, LibrarySpread, SlideEvidence
@@ -27,6 +29,7 @@ def slide_evidence(
     bulk: Bulk | None = None,
     bulk_sd: float | None = None,
     library_size: float | str | None = None,
+    shares: Mapping[str, float] | None = None,
 ) -> tuple[SlideEvidence, dict[str, Any]]:
     """Return what is known of a slide, and the same for the provenance of its draws.
 
@@ -46,6 +49,8 @@ def slide_evidence(
         Mean over spots of the counts over all genes; `"slide"`: that of the slide's own counts; `"training"`: that of
         the training slides; `"unknown"`: drawn from those of all patients. None: of a patient that is known, his
         slides'; else the slide's own where it has counts, or the training slides'.
+    shares
+        With which the library size of the slide's own counts is computed, see `hinge.data.library_sizes`.
 
     Raises
     ------
@@ -67,7 +72,7 @@ def slide_evidence(
     if bulk_sd is not None and not 0 <= bulk_sd < 10:
         raise ConfigError(f"--bulk-sd takes a number from 0 to 10, not {bulk_sd:g}")
     known = patient in prior.patients
-    sizes = _library_sizes(slide)
+    sizes = _library_sizes(slide, shares or {})
     measured = None if sizes is None else float(sizes.mean())
     if library_size == "slide" and measured is None:
         raise ConfigError(f"slide {slide_name(slide)} has no counts; give --library-size a number instead of slide")
@@ -115,9 +120,9 @@ def log_evidence(model: HingeModel, slide: AnnData, about: dict[str, Any]) -> No
         )
 
 
-def _library_sizes(slide: AnnData) -> NDArray[np.float64] | None:
+def _library_sizes(slide: AnnData, shares: Mapping[str, float]) -> NDArray[np.float64] | None:
     """Return the library sizes of the spots of a slide that have counts; None without counts."""
     if slide.n_vars == 0 or slide.X is None:
         return None
-    sizes = np.asarray(slide.X.sum(axis=1), dtype=np.float64).ravel()
+    sizes = library_sizes(slide, shares) if shares else np.asarray(slide.X.sum(axis=1), dtype=np.float64).ravel()
     return sizes[sizes > 0] if (sizes > 0).any() else None

@@ -21,6 +21,7 @@ def chain_log_likelihood(
     seed: int = 0,
     library_size: np.ndarray | None = None,
     batch_size: int = 256,
+    measured: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the log-likelihood of each spot's genes along random orders of revealing, in nats.
 
@@ -50,6 +51,8 @@ def chain_log_likelihood(
         (n,) counts over all genes, where the model takes them: the likelihood is then given the library size.
     batch_size
         Spots in one forward pass.
+    measured
+        bool (G,) whether a gene was measured: the likelihood is of these genes. None: all were.
 
     Returns
     -------
@@ -58,23 +61,26 @@ def chain_log_likelihood(
     """
     device = model.feature_mean.device
     features = torch.as_tensor(np.asarray(features), dtype=torch.float32)
-    measured = torch.from_numpy(np.asarray(values, dtype=np.float32))
-    num_genes = measured.shape[1]
-    result = np.zeros(len(measured))
+    expression = torch.from_numpy(np.asarray(values, dtype=np.float32))
+    num_genes = expression.shape[1]
+    has = torch.ones(num_genes) if measured is None else torch.from_numpy(measured).float()
+    num_measured = int(has.sum())
+    result = np.zeros(len(expression))
     sizes = shift = None
     if library_size is not None:
         sizes = torch.as_tensor(np.asarray(library_size)).float().to(device)
         if model.slide_prior is not None and model.library_size_model is not None:
             shift = model.library_size_model.slide_shift(model.standardise(features.to(device)), sizes)
-    for start in range(0, len(measured), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(measured)))
-        truth = measured[rows].to(device)
+    for start in range(0, len(expression), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(expression)))
+        truth = expression[rows].to(device)
         for number in range(num_passes):
             uniform = np.stack(
                 [spot_uniforms(seed, spots[row], number, num_genes, stream=Stream.LIKELIHOOD_ORDER) for row in rows]
             )
-            num_visible = np.floor((number + uniform[:, 1, 0]) / num_passes * num_genes).astype(np.int64)
-            rank = torch.from_numpy(uniform[:, 0].argsort(1).argsort(1))
+            num_visible = np.floor((number + uniform[:, 1, 0]) / num_passes * num_measured).astype(np.int64)
+            # genes that were not measured come last, and are never visible
+            rank = torch.from_numpy((uniform[:, 0] + (1 - has.numpy())).argsort(1).argsort(1))
             visible = (rank < torch.from_numpy(num_visible)[:, None]).float().to(device)
             timesteps = scheduler.timesteps_of(visible)
             coming = torch.from_numpy(num_genes - scheduler.num_masked(timesteps - 1, num_genes))[:, None]
@@ -85,11 +91,11 @@ def chain_log_likelihood(
                 timestep=timesteps.to(device),
                 features=features[rows].to(device),
                 gene_ids=gene_ids.to(device),
-                next_visible=torch.maximum(visible, (rank < coming).float().to(device)),
+                next_visible=torch.maximum(visible, ((rank < coming).float() * has).to(device)),
                 library_size=None if sizes is None else sizes[torch.from_numpy(rows)],
                 **({} if shift is None else {"library_shift": torch.full((len(rows),), shift, device=device)}),
             )
             # to the CPU before float64: not every accelerator has it
-            hidden, log_prob = 1 - visible.cpu(), output.log_prob(truth).cpu().double()
-            result[rows] += ((log_prob * hidden).sum(dim=1) / hidden.sum(dim=1)).numpy() * num_genes / num_passes
+            hidden, log_prob = (1 - visible.cpu()) * has, output.log_prob(truth).cpu().double()
+            result[rows] += ((log_prob * hidden).sum(dim=1) / hidden.sum(dim=1)).numpy() * num_measured / num_passes
     return result

@@ -322,12 +322,12 @@ class HingePipeline(DiffusionPipeline):
             raise ConfigError(
                 f"{sampling.num_inference_steps} steps cannot be taken, the model was trained with {trained} timesteps"
             )
-        measured = sizes = None
-        if observed is not None:
-            measured, sizes = read_observed(observed, slide, settings.genes, settings.transform)
+        panel = (settings.genes, settings.transform)
+        measured, sizes = (None, None) if observed is None else read_observed(observed, slide, *panel)
         conditions, encoder, digest = self._conditions(slide, features)
         patient = patient or settings.patients.get(slide_name(slide)) or patient_of_slide(slide)
-        evidence, known = slide_evidence(self.model, slide, self.genes, patient, bulk, bulk_sd, library_size)
+        given_slide = (patient, bulk, bulk_sd, library_size, settings.shares)
+        evidence, known = slide_evidence(self.model, slide, self.genes, *given_slide)
         log_evidence(self.model, slide, known)
         inputs = self.with_slide_effect(SlideInputs.of_slide(slide, conditions, measured, sizes, evidence))
         values = np.zeros((sampling.num_draws, len(inputs), len(settings.genes)), dtype=np.float32)

@@ -91,6 +91,8 @@ class PipelineSettings:
         `no` for float32 or `bf16`: the type that the backbone computes in.
     backbone
         Source of the backbone.
+    shares
+        Share in all counts of every gene of the training slides; see `hinge.data.panel.Panel`.
     """
 
     genes: list[str]
@@ -108,6 +110,7 @@ class PipelineSettings:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     precision: str = "no"
     backbone: BackboneSource = field(default_factory=BackboneSource)
+    shares: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON stores them."""
@@ -142,7 +145,8 @@ def settings_of_run(folder: Path) -> PipelineSettings:
     try:
         features, backbone = config["features"], config["backbone"]
         own = backbone.get("path") is None or backbone.get("weights") == "random"
-        genes = Panel.load(folder / "panel.json").genes
+        panel = Panel.load(folder / "panel.json")
+        genes = panel.genes
         gene_ids, new_genes = _gene_ids(genes, folder, backbone)
         constants = ("masked_input", "negative_slope", "layer_norm_eps", "attention")
         grid = read_json(folder / "split.json") if (folder / "split.json").exists() else {}
@@ -166,6 +170,7 @@ def settings_of_run(folder: Path) -> PipelineSettings:
                 new_genes,
                 config.get("seed", 0),
             ),
+            shares=panel.shares,
         )
     except (TypeError, LookupError, AttributeError) as error:
         raise DataError(f"{folder / 'config.yaml'} is not the configuration of a run: {one_line(error)}") from error

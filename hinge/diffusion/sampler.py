@@ -25,7 +25,7 @@ from hinge.diffusion.slide_frame import SlideFrame
 from hinge.models.distributions import ExpressionDistribution
 from hinge.models.hinge import HingeModel
 from hinge.models.library_size import LibrarySizeModel
-from hinge.models.subset import GeneSubset
+from hinge.models.subset import GeneSubset, spots_at_a_time
 from hinge.utils.cuda_graphs import GraphedFunction
 from hinge.utils.memory import with_less_memory
 
@@ -158,8 +158,8 @@ def draw_spots(
     values = np.zeros((num_draws, num_spots, num_genes), dtype=np.float32)
     expected = np.zeros((num_spots, num_genes))
     # all draws of a spot are next to each other: the first pass is the same for them
-    for start in range(0, num_spots * num_draws, settings.batch_size):
-        flat = np.arange(start, min(start + settings.batch_size, num_spots * num_draws))
+    size = spots_at_a_time(settings.batch_size, num_genes, model.config.hidden_size)
+    for flat in (part.numpy() for part in torch.arange(num_spots * num_draws).split(size)):
         spot_index, draw_index = flat // num_draws, flat % num_draws
         drawn, means = sampler.draw(spot_index, first_draw + draw_index)
         values[draw_index, spot_index] = drawn

@@ -16,6 +16,7 @@ from hinge.models.expected_values import composition_of_values, expected_values,
 from hinge.models.hinge import HingeModel
 from hinge.models.regression_uncertainty import NUM_DIRECTIONS
 from hinge.models.slide_effects import Level
+from hinge.models.subset import spots_at_a_time
 
 # spots that represent a slide, largest shift in units of values, rounds of bisection
 NUM_SPOTS, LARGEST_SHIFT, ROUNDS = 48, 15.0, 14
@@ -202,7 +203,9 @@ class LevelEffect:
         if key not in self._kept:
             generator = random_generator(Stream.SLIDE_EFFECT, seed, slide, draw)
             level = self.level.draw(generator)
+            # the weights of a gene that few spots measured are known less well
             weights = self.slide.residuals(generator, NUM_DIRECTIONS + 1)
+            weights = weights / np.sqrt(self.prior.array("measured_share"))
             self._kept[key] = replace(self._shift(self._values(level), level[-1]), weights=weights)
         return self._kept[key]
 
@@ -219,9 +222,8 @@ class LevelEffect:
         if patient in self.prior.patients:
             level = self.prior.with_section(self.prior.of_patient(patient))
             expected = np.mean([self._values(draw) for draw in _draws(level)], axis=0) - self.of_image
-            self.offset = (
-                self.offset + self.prior.array("patient_values")[self.prior.patients.index(patient)] - expected
-            )
+            of_patient = self.prior.values_of_patient(patient)
+            self.offset = np.where(np.isfinite(of_patient), self.offset + of_patient - expected, self.offset)
 
     def _posterior(self, evidence: SlideEvidence, observed: NDArray | None, library_size: NDArray | None) -> Level:
         prior = self.prior
@@ -352,8 +354,13 @@ class _MaskedSlide:
         filled = scheduler.fill_masked(nothing, nothing, nothing)
         timesteps = torch.full((len(rows),), scheduler.config.num_train_timesteps, device=device)
         gene_ids = gene_ids.to(device)
-        tokens = model.tokens(filled, nothing, timesteps, condition, gene_ids, next_visible=nothing)
-        self.located = model.locate(tokens, filled, nothing, condition, gene_ids)
+        size = spots_at_a_time(len(rows), len(gene_ids), model.config.hidden_size)
+        parts = zip(*(part.split(size) for part in (filled, nothing, timesteps, condition)), strict=True)
+        found = []
+        for values, visible, times, some in parts:
+            tokens = model.tokens(values, visible, times, some, gene_ids, next_visible=visible)
+            found.append(model.locate(tokens, values, visible, some, gene_ids)[:3])
+        self.located = found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
         # how much more some spots express than all spots do, by the regression
         predicted = self.predicted()
         few, many = predicted[rows].mean(axis=0), predicted.mean(axis=0)
@@ -375,7 +382,7 @@ class _MaskedSlide:
 
     def distribution(self, shift: NDArray, library_shift: float) -> ExpressionDistribution:
         """Return the distributions with a shift (G,) of the locations, and one of the logarithms of library sizes."""
-        location, tokens, log_scale, _ = self.located
+        location, tokens, log_scale = self.located
         if log_scale is not None:
             log_scale = log_scale + torch.as_tensor(self.log_scale, dtype=log_scale.dtype, device=log_scale.device)
         moved = location + torch.as_tensor(shift, dtype=location.dtype, device=location.device)

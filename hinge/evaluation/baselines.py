@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hinge.evaluation.completion import complete_spots
 from hinge.evaluation.metrics.accuracy import as_matrix
 from hinge.evaluation.metrics.coexpression import correlation_matrix
 from hinge.evaluation.names import BASELINES, DEFAULT_BASELINES, DEFAULT_DRAWS, LEVELLED, PRETRAINED
@@ -51,7 +52,7 @@ def baseline_predictions(
         Spots on the same panel, under the same transform, with features of the same encoder; of several
         views of a patch the first is used, the patch as it is.
     methods, n_draws, seed, levels, correlation
-        See `fit_baselines`.
+        See `fit_baselines`. Genes that a training slide lacks are completed, see `complete_spots`.
 
     Raises
     ------
@@ -70,6 +71,7 @@ def baseline_predictions(
     for slide, barcode in zip(test.slide, test.barcodes, strict=True):
         if (slide, barcode) in seen:
             raise DataError(f"spot {barcode} of slide {slide} is among the training and the test spots")
+    train = complete_spots(train, seed)
     return fit_baselines(
         train.features[:, 0],
         train.values,

@@ -1,16 +1,26 @@
 """Ridge regression of expression on features, as a baseline and as the start of the model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hinge.utils.errors import DataError
 
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
+
+    from hinge.data.gene_parts import GenePart
+
 PENALTIES = np.logspace(-1, 6, 29)
 """Ridge penalties that cross-validation chooses from, for standardised features: four a decade."""
 
 MAX_FOLDS = 5
+
+MOST_SEARCHED = 8
+"""Parts of a panel whose cross-validated errors decide on the penalty."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +67,78 @@ def fit_ridge(features: ArrayLike, values: ArrayLike, groups: ArrayLike) -> Ridg
     DataError
         There is only one group.
     """
-    from sklearn.linear_model import Ridge
-    from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
-    from sklearn.pipeline import Pipeline
-    from sklearn.preprocessing import StandardScaler
-
     x, y = np.asarray(features, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    y = y.reshape(len(x), -1)
+    folds = _folds(x, groups)
+    return _with_penalty(x, y.reshape(len(x), -1), folds, _search(x, y.reshape(len(x), -1), folds, refit=True))
+
+
+def fit_ridge_of_parts(features: ArrayLike, values: ArrayLike, parts: "Sequence[GenePart]") -> RidgeFit:
+    """Fit ridge regression as `fit_ridge` does, each gene to the spots that have it, with one penalty for all genes.
+
+    Parameters
+    ----------
+    features
+        (n, d).
+    values
+        (n, G).
+    parts
+        Of `hinge.data.gene_parts.gene_parts`. The penalty has the least error over the largest of them.
+
+    Returns
+    -------
+    RidgeFit
+        `held_out` of a spot that lacks a gene is what the regression on all spots with the gene predicts.
+    """
+    x, y = np.asarray(features, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if len(parts) == 1 and len(parts[0].rows) == len(x):
+        return fit_ridge(x, y, parts[0].groups)
+    pieces = [(x[part.rows], y[np.ix_(part.rows, part.columns)]) for part in parts]
+    folds = [_folds(own, part.groups) for (own, _), part in zip(pieces, parts, strict=True)]
+    order = np.argsort([-target.size for _, target in pieces], kind="stable")[:MOST_SEARCHED]
+    scores = np.zeros(len(PENALTIES))
+    for number in order:
+        own, target = pieces[number]
+        scores += target.size * _search(own, target, folds[number], refit=False).cv_results_["mean_test_score"]
+    weight, bias, held_out = np.zeros((y.shape[1], x.shape[1])), np.zeros(y.shape[1]), np.zeros_like(y)
+    for part, (own, target), of_part in zip(parts, pieces, folds, strict=True):
+        pipeline = _pipeline().set_params(ridge__alpha=PENALTIES[int(np.argmax(scores))]).fit(own, target)
+        fit = _with_penalty(own, target, of_part, pipeline)
+        weight[part.columns], bias[part.columns] = fit.weight, fit.bias
+        held_out[:, part.columns] = fit.predict(x)
+        held_out[np.ix_(part.rows, part.columns)] = fit.held_out
+    return RidgeFit(weight, bias, held_out, float(PENALTIES[int(np.argmax(scores))]))
+
+
+def _folds(x: NDArray, groups: ArrayLike) -> list:
+    from sklearn.model_selection import GroupKFold
+
     num_groups = len(np.unique(groups))
     if num_groups < 2:
         raise DataError("cross-validation of ridge regression takes training spots of at least two groups")
-    folds = list(GroupKFold(min(num_groups, MAX_FOLDS)).split(x, groups=groups))
-    search = GridSearchCV(
-        Pipeline([("standardise", StandardScaler()), ("ridge", Ridge())]),
-        {"ridge__alpha": PENALTIES},
-        scoring="neg_mean_squared_error",
-        cv=folds,
-    ).fit(x, y)
-    chosen = search.best_estimator_
+    return list(GroupKFold(min(num_groups, MAX_FOLDS)).split(x, groups=groups))
+
+
+def _pipeline() -> "Pipeline":
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import Pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return Pipeline([("standardise", StandardScaler()), ("ridge", Ridge())])
+
+
+def _search(x: NDArray, y: NDArray, folds: list, refit: bool) -> Any:
+    """Return the cross-validated search of the penalty; with `refit` it is the best estimator, fitted to all."""
+    from sklearn.model_selection import GridSearchCV
+
+    grid, scoring = {"ridge__alpha": PENALTIES}, "neg_mean_squared_error"
+    search = GridSearchCV(_pipeline(), grid, scoring=scoring, cv=folds, refit=refit).fit(x, y)
+    return search.best_estimator_ if refit else search
+
+
+def _with_penalty(x: NDArray, y: NDArray, folds: list, chosen: "Pipeline") -> RidgeFit:
+    """Return the fit of a pipeline that was fitted to x (n, d) and y (n, G)."""
+    from sklearn.model_selection import cross_val_predict
+
     held_out = cross_val_predict(chosen, x, y, cv=folds).reshape(y.shape)
     scaler, ridge = chosen["standardise"], chosen["ridge"]
     weight = np.reshape(ridge.coef_, (y.shape[1], x.shape[1])) / scaler.scale_

@@ -91,7 +91,10 @@ def fit_dispersion(
             known = np.nan_to_num(shares[row])
             error = expected_values(known, library_sizes[row], ratios[row], spread, transform) - values[row]
             errors[number] += weight * np.nan_to_num(error) ** 2
-    return DISPERSIONS[errors.argmin(axis=0)]
+    found = DISPERSIONS[errors.argmin(axis=0)]
+    # a gene that none of the slides has
+    unknown = ~np.isfinite(values).any(axis=0)
+    return np.where(unknown, np.median(found[~unknown]), found) if unknown.any() else found
 
 
 def composition_of_values(

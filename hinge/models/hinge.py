@@ -254,6 +254,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         library_size: Tensor | None = None,
         present: Tensor | None = None,
         library_shift: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> ExpressionDistribution:
         """Predict the distribution of every gene's value.
 
@@ -278,6 +279,8 @@ class HingeModel(ModelMixin, ConfigMixin):
         present
             (B, G), 0 = the gene's token is hidden from the others, as if the pass were without it; it is predicted all
             the same. None: all are seen.
+        index
+            (n,) numbers of the genes that have tokens; the others are predicted without the backbone. None: all.
 
         Returns
         -------
@@ -291,7 +294,7 @@ class HingeModel(ModelMixin, ConfigMixin):
             of_slide = library_size if library_shift is None else library_size * (-library_shift).exp()
             dropped = self.with_library_size(dropped, of_slide, features)
             features = self.with_library_size(features, of_slide)
-        subset = None if present is None else GeneSubset(None, present)
+        subset = GeneSubset.chosen(present, index, len(values))
         h = self.tokens(values, visible, timestep, dropped, gene_ids, next_visible, subset)  # (B, P + G, D)
         return self.read_out(h, values, visible, features, gene_ids, slide_shift, library_size, subset)[0]
 

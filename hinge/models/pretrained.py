@@ -159,6 +159,20 @@ def _with_new_names(config: dict[str, Any], weights: dict[str, Tensor]) -> tuple
     return config, weights
 
 
+def _with_genes_of_slides(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights whose prior of slide levels says which slides have each gene: before, all had all genes."""
+    prefix = "slide_prior."
+    sections, population = weights.get(f"{prefix}patient_sections"), weights.get(f"{prefix}population")
+    if sections is None or population is None or sections.ndim != 1:
+        return weights
+    sections = sections[:, None].repeat(1, len(population) + 1)
+    return {
+        f"{prefix}measured_share": torch.ones_like(population),
+        **weights,
+        f"{prefix}patient_sections": sections,
+    }
+
+
 def load(cls: type["HingeModel"], folder: str | Path, backbone: ExpressionBackbone | None = None) -> "HingeModel":
     """Return the model that `save` wrote; arguments and errors as those of `HingeModel.from_pretrained`."""
     folder = checksums.verified(hub.find(folder, "model"))
@@ -177,6 +191,7 @@ def load(cls: type["HingeModel"], folder: str | Path, backbone: ExpressionBackbo
         backbone = load_backbone(beside)
     try:
         config, weights = _with_new_names(config, weights)
+        weights = _with_genes_of_slides(weights)
         panel = config.pop("panel_digest", None)
         model = _build(cls, config, sum(tensor.numel() for tensor in weights.values()))
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, OverflowError, OSError) as error:

@@ -163,6 +163,7 @@ class SlidePrior(nn.Module):
     training_values: Tensor
     training_variance: Tensor
     ratios: Tensor
+    measured_share: Tensor
 
     def __init__(self, num_genes: int, patients: Sequence[str], condition_dim: int):
         super().__init__()
@@ -174,11 +175,11 @@ class SlidePrior(nn.Module):
             ("patient_loadings", (num_genes, rank)),
             ("patient_noise", (num_genes,)),
             ("section_noise", (num_genes,)),
-            # of every patient: means over its slides of the composition and of the values, their number, and the mean
-            # log2 of their library size
+            # of every patient: means over its slides of the composition and of the values, the number of slides that
+            # have each gene, and last the number of all; and the mean log2 of their library size
             ("patient_means", (count, num_genes)),
             ("patient_values", (count, num_genes)),
-            ("patient_sections", (count,)),
+            ("patient_sections", (count, num_genes + 1)),
             ("patient_library", (count,)),
             # of log2 of the library size: mean, variance between patients, variance between slides of one
             ("library", (3,)),
@@ -193,6 +194,8 @@ class SlidePrior(nn.Module):
             ("ratios", (NUM_RATIOS,)),
         ):
             self.register_buffer(name, torch.zeros(shape))
+        # the share of the training spots that the gene was measured in
+        self.register_buffer("measured_share", torch.ones(num_genes))
 
     def array(self, name: str) -> NDArray[np.float64]:
         """Return a buffer as a float64 array."""
@@ -217,10 +220,18 @@ class SlidePrior(nn.Module):
         if patient not in self.patients:
             return level
         number = self.patients.index(patient)
-        sections = float(self.patient_sections[number])
+        sections = self.array("patient_sections")[number]
         values = np.append(self.array("patient_means")[number], self.array("patient_library")[number])
-        noise = np.append(self.array("section_noise"), self.array("library")[2]) / sections
-        return level.observe(values, noise)
+        noise = np.append(self.array("section_noise"), self.array("library")[2]) / np.maximum(sections, 1)
+        return level.observe(np.where(sections > 0, values, np.nan), noise)
+
+    def values_of_patient(self, patient: str | None) -> NDArray[np.float64]:
+        """Return the mean values (G,) of the slides of a patient, NaN where none is known."""
+        if patient not in self.patients:
+            return np.full(len(self.population), np.nan)
+        number = self.patients.index(patient)
+        known = self.array("patient_sections")[number, :-1] > 0
+        return np.where(known, self.array("patient_values")[number], np.nan)
 
     def with_section(self, level: Level) -> Level:
         """Return the level of one slide of a patient from the level that the patient's slides have in common."""

@@ -9,6 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOST_NUMBERS = 2**25
+"""Numbers in the tokens of a forward pass, at most, unless a single spot has more."""
+
+
+def spots_at_a_time(most: int, num_genes: int, hidden_size: int) -> int:
+    """Return the number of spots in a forward pass over G genes with tokens of D numbers, at most `most`."""
+    return max(1, min(most, MOST_NUMBERS // (num_genes * hidden_size)))
+
 
 @dataclass
 class GeneSubset:
@@ -40,6 +48,14 @@ class GeneSubset:
             return cls(None, present) if least < most else None
         index = present.argsort(dim=1, descending=True, stable=True)[:, :most]
         return cls(index, present.gather(1, index) if ragged else None)
+
+    @classmethod
+    def chosen(cls, present: Tensor | None, index: Tensor | None, num_spots: int) -> "GeneSubset | None":
+        """Return the subset of genes (n,) for all spots, with those present (B, G); None if it is all genes."""
+        if index is None:
+            return None if present is None else cls(None, present)
+        index = index.expand(num_spots, -1)
+        return cls(index, None if present is None else present.gather(1, index))
 
     def gather(self, values: Tensor) -> Tensor:
         """Return the values (B, n) of the subset from those (B, G) of the panel."""

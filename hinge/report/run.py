@@ -44,7 +44,7 @@ def report_run(run: Run) -> Path:
 def _slide(run: Run, name: str) -> ReportSlide:
     """Return a slide with the comparison of the first two regions in its saved file of regions, if there is one."""
     draws, slide = read_draws(run.paths.samples(name)), run.slide(name)
-    shown = report_slide(draws, slide)
+    shown = report_slide(draws, slide, run.panel().shares)
     if run.paths.regions(name).exists():
         regions = [region for region in read_regions(run.paths.regions(name), draws).values() if region.spots.any()]
         if len(regions) > 1:

@@ -1,5 +1,6 @@
 """The data of one slide in the report."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +84,8 @@ class ReportSlide:
             raise DataError(f"slide {self.name}: {len(self.barcodes)} barcodes for {n} spots")
 
 
-def report_slide(draws: AnnData, slide: AnnData) -> ReportSlide:
-    """Return the data that the report shows of one slide.
+def report_slide(draws: AnnData, slide: AnnData, shares: Mapping[str, float] | None = None) -> ReportSlide:
+    """Return the data that the report shows of one slide, of the genes that were drawn and measured.
 
     Parameters
     ----------
@@ -92,17 +93,20 @@ def report_slide(draws: AnnData, slide: AnnData) -> ReportSlide:
         Result of sampling, as `hinge.evaluation.prediction_from_draws` takes it, with the slide's image in
         `uns["spatial"]`.
     slide
-        The measured slide, with raw counts of at least the draws' genes and spots.
+        The measured slide, with raw counts of at least the draws' spots and one of their genes.
+    shares
+        For the library sizes, see `hinge.data.library_sizes`.
 
     Raises
     ------
     DataError
-        If the draws are of another slide, of spots or genes that the slide lacks, or hold no image.
+        If the draws are of another slide, of spots that the slide lacks or of other genes, or hold no image.
     """
     name, transform = slide_name(slide), draws.uns.get("hinge", {}).get("transform")
     if transform is None:
         raise DataError(f"the draws for slide {name} lack uns['hinge']['transform'], which sampling writes")
-    spots = load_spots(slide, Panel.from_list(list(draws.var_names)), transform, drop_empty=False)
+    panel = Panel(genes=list(draws.var_names), method="list", shares=dict(shares or {}))
+    spots = load_spots(slide, panel, transform, drop_empty=False, lacking="drop")
     rows = pd.Index(spots.barcodes).get_indexer(draws.obs_names)
     if (rows < 0).any():
         missing = draws.obs_names[rows < 0]

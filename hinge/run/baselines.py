@@ -11,6 +11,7 @@ from hinge.data.draws import read_draws
 from hinge.data.spots import SpotTable
 from hinge.diffusion.defaults import DEFAULT_BATCH_SIZE
 from hinge.evaluation.baselines import BASELINES_VERSION, baseline_predictions
+from hinge.evaluation.completion import complete_spots
 from hinge.evaluation.kept import PredictionStore, digest_of
 from hinge.evaluation.names import BASELINES, GENERATIVE_BASELINES, LEVELLED, PRETRAINED
 from hinge.evaluation.predictions import Prediction
@@ -41,11 +42,11 @@ def fit_baselines(inputs: Preparation, slides: Sequence[str]) -> dict[str, Path]
         none, unless it is the only one, which is an error.
     """
     methods = inputs.config.evaluation.baselines
-    train = inputs.training_spots() if methods else None
+    train = complete_spots(inputs.training_spots(), inputs.config.seed) if methods else None
     files = {}
     for name in slides:
         try:
-            test = inputs.spots([name])
+            test = inputs.scored_spots(name)
         except DataError:
             if len(slides) == 1:
                 raise
@@ -66,6 +67,8 @@ def _fit_of_slide(inputs: Preparation, name: str, train: SpotTable, test: SpotTa
         num_draws = int(draws.uns["hinge"]["draws"])
         if "slide_level" in draws.varm:
             levels = np.asarray(draws.varm["slide_level"])[draws.var_names.get_indexer(test.genes)].T
+    panel, every_gene = train.genes, train
+    train = train.on_genes(test.genes)
     arrays = {
         "train_slide": np.asarray(train.slide, dtype=np.str_),
         "train_coords": train.coords,
@@ -83,6 +86,8 @@ def _fit_of_slide(inputs: Preparation, name: str, train: SpotTable, test: SpotTa
     if correlation is None:
         digests.pop(PRETRAINED, None)
     else:
+        scored = [panel.index(gene) for gene in test.genes]
+        correlation = correlation[np.ix_(scored, scored)]
         digests[PRETRAINED] = digest_of({"correlation": correlation}, made_from)
     missing = [method for method in digests if store.digest(method) != digests[method]]
     if missing:
@@ -92,13 +97,15 @@ def _fit_of_slide(inputs: Preparation, name: str, train: SpotTable, test: SpotTa
         ):
             store.put(prediction, digests[prediction.method])
     for method in (method for method in methods if method in GENERATIVE_BASELINES):
-        model = _train_generative(inputs, method, train)
+        model = _train_generative(inputs, method, every_gene)
         of_model = [(file.name, file_digest(file)) for file in sorted(model.glob("*.*"))]
         settings = (num_draws, config.sampling.seed, config.sampling.precision, spot_names(test))
         digest = digest_of({"features": test.features[:, 0]}, BASELINES_VERSION, of_model, *settings)
+        if len(test.genes) < len(panel):
+            digest = digest_of({"genes": np.array(test.genes)}, digest)
         if store.digest(method) != digest:
             logger.info("drawing from baseline: %s (%s)", method, name)
-            store.put(_draw_generative(inputs, method, model, test, num_draws), digest)
+            store.put(_draw_generative(inputs, method, model, test, panel, num_draws), digest)
             missing.append(method)
     if missing:
         store.save()
@@ -107,10 +114,11 @@ def _fit_of_slide(inputs: Preparation, name: str, train: SpotTable, test: SpotTa
 
 def _pretrained_correlation(inputs: Preparation) -> np.ndarray | None:
     """Return the correlations of the panel's genes in the counts that the backbone was pre-trained on."""
-    from hinge.training.prior_covariance import prior_correlation
+    from hinge.training.prior_covariance import prior_covariance
 
     backbone = inputs.backbone()
-    return prior_correlation(backbone, inputs.gene_ids(backbone))
+    prior = prior_covariance(backbone, inputs.gene_ids(backbone))
+    return None if prior is None else prior.correlation()
 
 
 def _train_generative(inputs: Preparation, method: str, train: SpotTable) -> Path:
@@ -147,7 +155,9 @@ def _train_generative(inputs: Preparation, method: str, train: SpotTable) -> Pat
     return folder / "model"
 
 
-def _draw_generative(inputs: Preparation, method: str, model: Path, test: SpotTable, num_draws: int) -> Prediction:
+def _draw_generative(
+    inputs: Preparation, method: str, model: Path, test: SpotTable, panel: list[str], num_draws: int
+) -> Prediction:
     """Return the draws of a generative baseline, and as its mean theirs."""
     import torch
 
@@ -166,10 +176,11 @@ def _draw_generative(inputs: Preparation, method: str, model: Path, test: SpotTa
         denoiser.schedule,
         torch.from_numpy(np.asarray(test.features[:, 0], dtype=np.float32)).to(device),
         spot_names(test),
-        test.values.shape[1],
+        len(panel),
         num_draws=num_draws,
         seed=settings.seed,
     )
     draws, _ = with_less_memory(DEFAULT_BATCH_SIZE, lambda size: draw(batch_size=size))
     values = denoiser.expression(torch.from_numpy(draws).to(device)).clamp_min(0).cpu().numpy()
+    values = values[..., [panel.index(gene) for gene in test.genes]]
     return Prediction(method, mean=values.mean(axis=0, dtype=np.float64), draws=values)

@@ -8,6 +8,7 @@ from hinge.data.draws import read_draws
 from hinge.data.panel import read_panel
 from hinge.data.readers import read_slide
 from hinge.data.spots import SpotTable, load_spots
+from hinge.evaluation.completion import complete_spots
 from hinge.evaluation.kept import KeptPrediction, PredictionStore
 from hinge.evaluation.metrics.gene_sets import read_gene_sets
 from hinge.evaluation.names import BASELINES, GENERATIVE_BASELINES, LEVELLED, PRETRAINED
@@ -53,7 +54,7 @@ def evaluate_run(
     evaluations, failed = [], {}
     for name in slides:
         try:
-            test = inputs.spots([name])
+            test = inputs.scored_spots(name)
         except DataError as error:
             if len(slides) == 1:
                 raise
@@ -118,7 +119,8 @@ def log_likelihoods(inputs: Preparation, name: str) -> dict[str, float] | None:
         return None
     pipeline, device = load_pipeline(inputs), make_accelerator(config.training).device
     pipeline.model.to(device)
-    test, train = inputs.spots([name]), inputs.training_spots()
+    test, train = inputs.spots([name], "mask"), complete_spots(inputs.training_spots(), config.seed)
+    scored = inputs.scored_spots(name)
     of_model = chain_log_likelihood(
         pipeline.model,
         pipeline.scheduler,
@@ -128,11 +130,13 @@ def log_likelihoods(inputs: Preparation, name: str) -> dict[str, float] | None:
         spot_names(test),
         seed=config.sampling.seed,
         library_size=None if pipeline.model.library_size_model is None else test.library_size,
+        measured=test.measured.get(name),
     )
-    means = {"model": of_model.mean(), "marginal": marginal_log_likelihood(train.counts, test.counts).mean()}
+    of_marginal = marginal_log_likelihood(train.on_genes(scored.genes).counts, scored.counts)
+    means = {"model": of_model.mean(), "marginal": of_marginal.mean()}
     slide = inputs.slide(name)
     if "hinge_truth" in slide.uns:
-        means["oracle"] = oracle_log_likelihood(slide, test, seed=config.seed).mean()
+        means["oracle"] = oracle_log_likelihood(slide, scored, seed=config.seed).mean()
         means["share"] = (means["model"] - means["marginal"]) / (means["oracle"] - means["marginal"])
     return {key: float(value) for key, value in means.items()}
 

@@ -28,7 +28,7 @@ from hinge.data.readers import build_slide, table
 from hinge.data.resolution import positive_length
 from hinge.data.slide import patient_of_slide, slide_name
 from hinge.data.slide_levels import SlideLevels
-from hinge.data.spots import SpotTable, concatenate_spots, load_spots
+from hinge.data.spots import Lacking, SpotTable, concatenate_spots, load_spots
 from hinge.data.transforms import get_transform
 from hinge.run.genes import GeneMatcher
 from hinge.run.paths import RunPaths
@@ -108,7 +108,10 @@ class Preparation:
             if name in self._species:
                 continue
             slide = self.slide(name)
-            stop_on_errors(slide, check_slide(slide, context), allow)
+            findings = check_slide(slide, context)
+            if self._slides_may_lack_genes():
+                findings = [each for each in findings if each.code != "genes-panel"]
+            stop_on_errors(slide, findings, allow)
             self._species[name] = species_of_genes(slide.var_names)
         kinds = {species: name for name, species in self._species.items() if species}
         if len(kinds) > 1 and "genes-species" not in allow:
@@ -130,6 +133,11 @@ class Preparation:
         panel = self.panel().genes if self.paths.panel.exists() else ()
         findings = check_slide(slide, Context(self._target_um_per_px(), panel))
         return [each for each in findings if each.code != "genes-panel"]
+
+    def _slides_may_lack_genes(self) -> bool:
+        settings = self.config.panel
+        masked = settings.method == "union" or settings.min_slides is not None
+        return masked or (self.paths.panel.exists() and bool(self.panel().shares))
 
     def _target_um_per_px(self) -> float:
         return (self.config.features.patch_um or self.encoder.patch_um) / self.encoder.patch_px
@@ -205,7 +213,11 @@ class Preparation:
             if settings.method == "file":
                 panel = read_panel(settings.file)
             else:
-                panel = select_panel([self.slide(name) for name in training], settings.method, settings.genes)
+                panel = select_panel(
+                    [self.slide(name) for name in training], settings.method, settings.genes, settings.min_slides or 1
+                )
+            if settings.method == "file" and settings.min_slides is not None:
+                panel = panel.of_slides([self.slide(name) for name in training], settings.min_slides)
             if self.config.backbone.path is not None:
                 symbols = {name: list(self.slide(name).var_names) for name in training}
                 panel = panel.model_copy(update={"genes": self.matcher.select(panel.genes, symbols, self.paths.genes)})
@@ -276,16 +288,28 @@ class Preparation:
             stored.features, slide.obsm["spatial"], settings.neighbourhood, settings.standardise_slide
         )
 
-    def spots(self, names: list[str]) -> SpotTable:
-        """Return the spots of some slides on the panel, with features; spots without a count are left out."""
+    def spots(self, names: list[str], lacking: Lacking | None = None) -> SpotTable:
+        """Return the spots of some slides on the panel, with features; spots without a count are left out.
+
+        `lacking` says what happens with genes that a slide lacks, see `load_spots`; None: they are masked in a panel
+        whose genes slides may lack, and an error otherwise.
+        """
         panel, tables = self.panel(), []
         for name in names:
             slide = self.slide(name)
             path = self.features(slide)
-            spots = load_spots(slide, panel, self.config.transform, path)
+            missing: Lacking = lacking or ("mask" if panel.shares else "error")
+            spots = load_spots(slide, panel, self.config.transform, path, lacking=missing)
             rows = slide.obs_names.get_indexer(spots.barcodes)
             tables.append(replace(spots, features=self.conditions(slide, path)[rows]))
         return concatenate_spots(tables)
+
+    def scored_spots(self, name: str) -> SpotTable:
+        """Return the spots of a slide as `spots` does, on those genes of the panel that the slide has."""
+        spots, wanted = self.spots([name], "drop"), len(self.panel().genes)
+        if len(spots.genes) < wanted:
+            logger.warning("slide %s has %d of the panel's %d genes: these are scored", name, len(spots.genes), wanted)
+        return spots
 
     def training_spots(self) -> SpotTable:
         """Return the training spots: all of the training slides, or a random choice of `data.train_spots`.
@@ -371,14 +395,14 @@ class Preparation:
         if not data.pretrain:
             logger.info("data.pretrain names no samples: the expression model is pre-trained on the training slides")
         slides = (self.slide(name, require_image=False) for name in data.pretrain or data.train)
-        return read_counts(slides, genes, self.patient)
+        return read_counts(slides, genes, self.patient, self.panel().shares)
 
     def slide_levels(self, spots: SpotTable) -> SlideLevels:
         """Return the levels of all slides with counts: those of the training spots, and those to pre-train on."""
         patient_of = {name: self.patient(name) for name in np.unique(spots.slide).tolist()}
         patients = np.array([patient_of[name] for name in spots.slide.tolist()])
         transform = self.config.transform
-        levels = SlideLevels.of_spots(spots.counts, spots.library_size, spots.slide, patients, transform)
+        levels = SlideLevels.of_spots(spots.known_counts(), spots.library_size, spots.slide, patients, transform)
         if self.config.data.pretrain:
             counts = self.pretraining_counts()
             levels = levels.joined(

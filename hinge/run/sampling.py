@@ -98,7 +98,9 @@ def sample_slide(
     pipeline = (pipeline or load_pipeline(inputs)).to(PRECISIONS[config.precision])
     outside = None if genes is None else pipeline.outside_genes(genes)
     encoder, digest = inputs.encoder, "" if observed is None else observed_digest(observed)
-    evidence, known = slide_evidence(pipeline.model, slide, pipeline.genes, patient, bulk, bulk_sd, library_size)
+    evidence, known = slide_evidence(
+        pipeline.model, slide, pipeline.genes, patient, bulk, bulk_sd, library_size, pipeline.settings.shares
+    )
     about = pipeline.provenance(settings, encoder.name, encoder.digest, digest, outside.genes if outside else None)
     about = known | about
     drawn = [*pipeline.genes, *(outside.genes if outside else [])]

@@ -82,7 +82,9 @@ def adapt_run(
     features = run.conditions(slide, run.features(slide))[:, 0]
     patient = patient or run.patient(name)
     given: float | str = "unknown" if library_size is None else library_size
-    evidence, _ = slide_evidence(model, slide, pipeline.genes, patient, library_size=given)
+    evidence, _ = slide_evidence(
+        model, slide, pipeline.genes, patient, library_size=given, shares=pipeline.settings.shares
+    )
     inputs = pipeline.with_slide_effect(SlideInputs.of_slide(slide, features, values, sizes, evidence))
     effect = inputs.slide_effect
     assert isinstance(effect, LevelEffect)
@@ -139,7 +141,7 @@ def _add_patient(model: HingeModel, effect: LevelEffect, patient: str) -> None:
     own = {
         "patient_means": level.mean[None, :-1],
         "patient_values": effect.typical.level[None],
-        "patient_sections": np.array([min(sections, 50.0)]),
+        "patient_sections": np.full((1, len(level.mean)), min(sections, 50.0)),
         "patient_library": level.mean[-1:],
     }
     state = old.state_dict()

@@ -27,10 +27,10 @@ from torch import nn
 from tqdm import tqdm
 
 from hinge.data.features import read_features
+from hinge.data.gene_parts import gene_parts
 from hinge.data.neighbourhood import feature_scale, slide_features, spot_pitch, spot_positions
 from hinge.data.readers import list_samples, read_slide
 from hinge.data.slide import patient_of_slide, slide_name
-from hinge.data.spots import spot_groups
 from hinge.data.tissue_detection import slide_from_image
 from hinge.diffusion import SlideInputs
 from hinge.diffusion.evidence import slide_evidence
@@ -38,7 +38,7 @@ from hinge.diffusion.pipeline import PRECISIONS
 from hinge.diffusion.slide_effect import SlideEffect, SlideEvidence
 from hinge.encoders import Encoder, extract_features
 from hinge.evaluation.metrics.accuracy import gene_pcc
-from hinge.evaluation.ridge import fit_ridge
+from hinge.evaluation.ridge import fit_ridge_of_parts
 from hinge.run.run import Run
 from hinge.run.sampling import sampling_settings
 from hinge.tasks.lattice import Lattice, neighbour_offsets, window_offsets
@@ -125,8 +125,7 @@ class RunPredictor:
         self.about: dict[str, Any] = {"method": method, "encoder": encoder.name, "encoder_digest": encoder.digest}
         if method == "regression":
             spots = run.spots(run.config.data.train)
-            groups = spot_groups(spots.slide, spots.coords, "fold")
-            self.ridge = fit_ridge(spots.features[:, 0], spots.values, groups)
+            self.ridge = fit_ridge_of_parts(spots.features[:, 0], spots.values, gene_parts(spots))
             return
         self._evidence: dict[str, SlideEvidence] = {}
         self._effects: dict[str, SlideEffect | None] = {}
@@ -141,7 +140,9 @@ class RunPredictor:
         slide = self.run.slide(name) if known else self.run.slide_at(Path(name), um_per_px)
         if self.method == "draws":
             patient = self.run.patient(name) if known else patient_of_slide(slide)
-            evidence, facts = slide_evidence(self.pipeline.model, slide, self.genes, patient)
+            evidence, facts = slide_evidence(
+                self.pipeline.model, slide, self.genes, patient, shares=self.pipeline.settings.shares
+            )
             self._evidence[slide_name(slide)] = evidence
             self.about = self._about | facts
         return slide

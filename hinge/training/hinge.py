@@ -17,6 +17,7 @@ from hinge.models.value_bins import fit_to_panel
 from hinge.training.initialisation import Initialisation, initialise_gene_factors, initialise_library_size
 from hinge.training.loop import LoopResult, make_accelerator, run_loop, step_generator
 from hinge.training.masked_mean import fit_masked_mean
+from hinge.training.measured import MeasuredGenes
 from hinge.training.settings import TrainingConfig
 from hinge.training.slide_prior import fit_slide_prior
 from hinge.utils.errors import DataError
@@ -160,6 +161,7 @@ class _MaskedExpression:
         self.data, self.scheduler, self.config, self.seed, self.device = data, scheduler, config, seed, device
         self.gene_ids, self.slide_shift, self.library_shift = gene_ids.to(device), slide_shift, library_shift
         self.values = torch.from_numpy(np.asarray(spots.values, dtype=np.float32))
+        self.measured = MeasuredGenes.of(spots)
         self.library_size = None
         if data.model.library_size_model is not None:
             self.library_size = torch.from_numpy(np.asarray(spots.library_size, dtype=np.float32))
@@ -183,17 +185,19 @@ class _MaskedExpression:
         uniform and noise (B, G) decide which genes are masked and what fills them; condition and feature_mask are
         (B, d). end (B,) in [0, 1) decides at which timestep the step ends that is practised, see `drops_masked`.
         """
-        filled, visible = self.scheduler.add_mask(self.values[spot], timesteps, uniform=uniform, noise=noise)
+        visible = self.visible_at(spot, timesteps, uniform)
         inputs = {
-            "values": filled,
+            "values": self.scheduler.fill_masked(self.values[spot], visible, noise),
             "visible": visible,
             "timestep": timesteps,
             "features": condition,
-            "next_visible": self.scheduler.visible_at(timesteps - 1, uniform),
+            "next_visible": self.visible_at(spot, timesteps - 1, uniform),
         }
+        if self.measured is not None:
+            inputs["timestep"] = self.measured.timesteps(self.scheduler, spot, timesteps, visible)
         if end is not None:
             # as in sampling, where a step of any length has tokens of the genes that it reveals
-            inputs["present"] = self.scheduler.visible_at((end * timesteps).long(), uniform)
+            inputs["present"] = self.visible_at(spot, (end * timesteps).long(), uniform)
         if self.slide_shift is not None:
             inputs["slide_shift"] = self.slide_shift[spot]
         if self.library_size is not None:
@@ -204,10 +208,32 @@ class _MaskedExpression:
             inputs["feature_mask"] = feature_mask
         return {name: tensor.to(self.device) for name, tensor in inputs.items()} | {"gene_ids": self.gene_ids}
 
-    def loss_mask(self, timesteps: Tensor, uniform: Tensor) -> Tensor:
-        """Return which genes count (B, G)."""
+    def visible_at(self, spot: np.ndarray, timesteps: Tensor, uniform: Tensor) -> Tensor:
+        """Return which genes (B, G) of spots (B,) are visible at timesteps (B,); never one that was not measured."""
         visible = self.scheduler.visible_at(timesteps, uniform)
-        return loss_mask(self.scheduler, timesteps, visible, uniform, self.config.loss_on)
+        return visible if self.measured is None else visible * self.measured.of_spots(spot)
+
+    def loss_mask(self, spot: np.ndarray, timesteps: Tensor, uniform: Tensor, genes: Tensor | None) -> Tensor:
+        """Return which genes of spots (B,) count (B, G): none that was not measured or has no token."""
+        visible = self.scheduler.visible_at(timesteps, uniform)
+        mask = loss_mask(self.scheduler, timesteps, visible, uniform, self.config.loss_on)
+        if genes is not None:
+            mask = mask * torch.zeros(mask.shape[1]).index_fill(0, genes, 1.0)
+        return mask if self.measured is None else mask * self.measured.of_spots(spot)
+
+    def some_genes(self, generator: torch.Generator) -> Tensor | None:
+        """Return the numbers (n,) of the genes that have tokens in a step; None for all.
+
+        The gene factors see all visible genes, and the backbone a random part of them: as many as memory allows.
+        """
+        count, num_genes = self.config.genes_per_step, self.values.shape[1]
+        if count is None or count >= num_genes:
+            return None
+        return torch.randperm(num_genes, generator=generator)[:count].sort().values
+
+    def index_of(self, genes: Tensor | None) -> dict[str, Tensor]:
+        """Return the argument of the model that says which genes (n,) have tokens."""
+        return {} if genes is None else {"index": genes.to(self.device)}
 
     def batch_loss(self, module, step, rows, positions, generator) -> Tensor:
         """Return the loss of this process's rows; see `BatchLoss`."""
@@ -216,17 +242,20 @@ class _MaskedExpression:
         timesteps = draw_timesteps(self.scheduler, size, num_genes, generator, share)
         uniform = torch.rand(size, num_genes, generator=generator)
         noise = torch.randn(size, num_genes, generator=generator)
-        weights = spot_weights(self.loss_mask(timesteps, uniform), self.config.weighting)
         end = torch.rand(size, generator=generator) if self.data.model.drops_masked else None
         spot, condition, feature_mask = self.data.draw(rows, generator)
+        genes = self.some_genes(generator)
+        weights = spot_weights(self.loss_mask(spot, timesteps, uniform, genes), self.config.weighting)
         drawn = (spot, timesteps, uniform, noise, condition, end, feature_mask)
         inputs = self.inputs_at(*(None if each is None else each[positions] for each in drawn))
+        inputs |= self.index_of(genes)
         losses = module(self.values[spot[positions]].to(self.device), **inputs)
         return (losses * weights[positions].to(self.device)).sum() / size
 
     def evaluate(self, module, rows) -> Tensor:
         """Return the sum of the losses of validation rows, and their number; a row is a held-out spot at one time."""
         sums, num_genes = torch.zeros(2), self.values.shape[1]
+        genes = self.some_genes(step_generator(self.seed, 23))  # the same in every evaluation
         for start in range(0, len(rows), self.config.batch_size):
             part = rows[start : start + self.config.batch_size]
             spot = self.data.held[part // len(self.times)]
@@ -238,9 +267,10 @@ class _MaskedExpression:
             end = None
             if self.data.model.drops_masked:
                 end = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-            mask = self.loss_mask(timesteps, uniform)
+            mask = self.loss_mask(spot, timesteps, uniform, genes)
             weights = mask / mask.sum(dim=1, keepdim=True).clamp_min(1)
             inputs = self.inputs_at(spot, timesteps, uniform, noise, self.data.features[spot, 0], end)
+            inputs |= self.index_of(genes)
             losses = module(self.values[spot].to(self.device), **inputs).cpu()
             sums += torch.tensor([(losses * weights).sum().item(), float((mask.sum(dim=1) > 0).sum())])
         return sums
@@ -327,7 +357,7 @@ def train_hinge(
 
 def fit_slide_levels(model: HingeModel, spots: SpotTable, levels: SlideLevels | None = None) -> SlidePrior:
     """Give a model the prior of slide levels, and return it; arguments as of `train_hinge`."""
-    of_spots = SlideLevels.of_spots(spots.counts, spots.library_size, spots.slide, spots.slide, spots.transform)
+    of_spots = SlideLevels.of_spots(spots.known_counts(), spots.library_size, spots.slide, spots.slide, spots.transform)
     levels = of_spots if levels is None else levels
     prior = model.add_slide_prior(sorted(set(levels.patient.tolist())))
     fit_slide_prior(prior, levels, np.isin(levels.sample, of_spots.sample), spots.transform)

@@ -6,15 +6,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hinge.data.gene_parts import GenePart, gene_parts
 from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
-from hinge.evaluation.ridge import fit_ridge
+from hinge.evaluation.ridge import fit_ridge, fit_ridge_of_parts
 from hinge.models.gene_factors import GeneFactorModel
 from hinge.models.hinge import HingeModel
 from hinge.models.regression_uncertainty import RegressionUncertainty
+from hinge.models.subset import spots_at_a_time
 from hinge.training.loop import step_generator
+from hinge.training.measured import MeasuredGenes, variance_of
 from hinge.training.partly_masked import fit_visible_share, partly_masked_spots
-from hinge.training.prior_covariance import fit_factors, prior_correlation
+from hinge.training.prior_covariance import PriorCovariance, factor_scores, fit_factors, prior_covariance
 from hinge.training.spatial_correlation import SpatialCorrelation
 
 SMALLEST_SCALE = 0.05
@@ -75,11 +78,14 @@ def initialise_gene_factors(
     decoded, _ = backbone.decode(scheduler.config.num_train_timesteps)
     offset = decoded.mean(axis=0)
     residual = backbone.target - decoded
+    parts, measured = gene_parts(spots), backbone.measured
     groups = spot_groups(spots.slide, spots.coords, "fold")
-    ridge = fit_ridge(x, residual, groups)
-    shifts, slide_of = slide_shifts(residual - ridge.held_out, spots.slide)
+    ridge = fit_ridge_of_parts(x, residual, parts)
+    shifts, slide_of = slide_shifts(residual - ridge.held_out, spots.slide, measured)
     regression = ridge.held_out + shifts[slide_of]
     unexplained = residual - ridge.held_out - shifts[slide_of]
+    if measured is not None:
+        unexplained[~measured.values()] = 0.0
     for parameter, content in (
         (factors.masked_decoding, model.config.masked_decoding),
         (factors.mean.weight, ridge.weight),
@@ -87,11 +93,11 @@ def initialise_gene_factors(
         (factors.offset, offset),
     ):
         write(parameter, content)
-    correlation = prior_correlation(model.backbone, gene_ids)
-    _set_noise(factors, unexplained, SpatialCorrelation(spots.coords, slide_of), groups, correlation)
-    _set_scale_weights(factors, x, unexplained, groups)
+    prior = prior_covariance(model.backbone, gene_ids)
+    _set_noise(factors, unexplained, SpatialCorrelation(spots.coords, slide_of), groups, prior, measured)
+    _set_scale_weights(factors, x, unexplained, parts, measured)
     partly = partly_masked_spots(factors, scheduler, backbone, offset, regression)
-    _set_scales(factors, partly, unexplained, 1 - model.config.masked_decoding, x.mean(axis=0))
+    _set_scales(factors, partly, unexplained, 1 - model.config.masked_decoding, x.mean(axis=0), measured)
     uncertainty = RegressionUncertainty(x.shape[1])
     uncertainty.fit(x, ridge.penalty)
     slide_shift = torch.from_numpy(regression - ridge.predict(x)).float()
@@ -107,6 +113,8 @@ class _Backbone:
         (n, d) standardised features, with the library size where the model has it.
     values, target
         (n, G) expression, as a tensor and in float64.
+    measured
+        Which genes the spots have; None for all.
     library_shift
         As of `Initialisation`.
     """
@@ -117,6 +125,7 @@ class _Backbone:
         self.generator = step_generator(seed, 22)
         self.values = torch.from_numpy(np.asarray(spots.values, dtype=np.float32))
         self.target = self.values.double().numpy()
+        self.measured = MeasuredGenes.of(spots)
         features = torch.from_numpy(np.asarray(spots.features[:, 0], dtype=np.float32))
         self.condition = model.standardise(features.to(self.device))
         self.library_shift: Tensor | None = None
@@ -131,11 +140,18 @@ class _Backbone:
         timesteps = torch.full((len(self.values),), timestep)
         uniform = torch.rand(self.values.shape, generator=self.generator)
         noise = torch.randn(self.values.shape, generator=self.generator)
-        filled, visible = self.scheduler.add_mask(self.values, timesteps, uniform=uniform, noise=noise)
+        visible = self.scheduler.visible_at(timesteps, uniform)
         following = self.scheduler.visible_at(timesteps - 1, uniform)
+        if self.measured is not None:
+            everything = np.arange(len(timesteps))
+            has = self.measured.of_spots(everything)
+            visible, following = visible * has, following * has
+            timesteps = self.measured.timesteps(self.scheduler, everything, timesteps, visible)
+        filled = self.scheduler.fill_masked(self.values, visible, noise)
         parts = []
-        for start in range(0, len(timesteps), 256):
-            rows = slice(start, start + 256)
+        size = spots_at_a_time(256, len(self.gene_ids), self.model.config.hidden_size)
+        for start in range(0, len(timesteps), size):
+            rows = slice(start, start + size)
             inputs = (filled[rows], visible[rows], timesteps[rows], self.condition[rows])
             inputs = (*(tensor.to(self.device) for tensor in inputs), self.gene_ids)
             tokens = self.model.tokens(*inputs, next_visible=following[rows].to(self.device))
@@ -169,15 +185,21 @@ def initialise_library_size(model: HingeModel, spots: SpotTable) -> Tensor:
     return torch.tensor(of_slides)[torch.from_numpy(slide_of)].float()
 
 
-def slide_shifts(residual: np.ndarray, slides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def slide_shifts(
+    residual: np.ndarray, slides: np.ndarray, measured: MeasuredGenes | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean residual (S, G) of each slide, and the number of each spot's slide (n,).
 
-    residual is (n, G), slides (n,). The shift of a single slide is zero: nothing tells it from the regression.
+    residual is (n, G), slides (n,). The shift of a single slide is zero: nothing tells it from the regression; so is
+    that of a gene that one slide or not this one has.
     """
     names, slide_of = np.unique(slides, return_inverse=True)
     if len(names) == 1:
         return np.zeros((1, residual.shape[1])), slide_of
-    return np.stack([residual[slide_of == number].mean(axis=0) for number in range(len(names))]), slide_of
+    shifts = np.stack([residual[slide_of == number].mean(axis=0) for number in range(len(names))])
+    if measured is not None:
+        shifts = np.where(measured.of_slides & (measured.of_slides.sum(axis=0) > 1), shifts, 0.0)
+    return shifts, slide_of
 
 
 def write(parameter: Tensor, content: np.ndarray | float) -> None:
@@ -191,53 +213,69 @@ def _set_noise(
     unexplained: np.ndarray,
     spatial: SpatialCorrelation,
     groups: np.ndarray,
-    correlation: np.ndarray | None,
+    prior: PriorCovariance | None,
+    measured: MeasuredGenes | None,
 ) -> None:
     """Set loadings, noise and spatial correlation from what is unexplained within slides (n, G).
 
-    correlation (G, G) is that of the pre-training counts, towards which that of the residuals is shrunk; None for none.
+    The correlations of the residuals are shrunk towards those of `prior`, of the pre-training counts; None for none.
     """
     num_spots, num_genes = unexplained.shape
-    spatial_range = spatial.range(unexplained)
+    of_slides = None if measured is None else measured.of_slides
+    spatial_range = spatial.range(unexplained, of_slides)
     write(factors.spatial_range, spatial_range)
     write(factors.spatial_scale, (1 - spatial.common(spatial_range)) ** -0.5)
     num_factors = min(factors.loadings.shape[1], num_genes // 2, num_spots // 10)
     loadings = np.zeros(tuple(factors.loadings.shape))
-    variance, left_over = unexplained.var(axis=0), unexplained
+    variance, left_over = variance_of(unexplained, measured), unexplained
     if num_factors:
-        analysis = fit_factors(unexplained, groups, num_factors, correlation)
+        analysis = fit_factors(unexplained, groups, num_factors, prior, measured)
         loadings[:, :num_factors] = analysis.components_.T
         variance = analysis.noise_variance_
-        scores = analysis.transform(unexplained)
+        scores = factor_scores(analysis, unexplained, measured)
         # scores are shrunk towards zero, which does not change their correlation
         write(factors.factor_spatial_share[:num_factors], spatial.share(scores, spatial_range))
         left_over = unexplained - scores @ analysis.components_
-    write(factors.spatial_share, spatial.share(left_over, spatial_range))
+        if measured is not None:
+            left_over = np.where(measured.values(), left_over, 0.0)
+    write(factors.spatial_share, spatial.share(left_over, spatial_range, of_slides))
     write(factors.loadings, loadings)
     write(factors.readout, loadings)
     write(factors.log_noise, np.log(np.maximum(variance, SMALLEST_SCALE**2)))
 
 
-def _set_scale_weights(factors: GeneFactorModel, x: np.ndarray, unexplained: np.ndarray, groups: np.ndarray) -> None:
+def _set_scale_weights(
+    factors: GeneFactorModel,
+    x: np.ndarray,
+    unexplained: np.ndarray,
+    parts: list[GenePart],
+    measured: MeasuredGenes | None,
+) -> None:
     """Set how a gene's log-scale follows the features (n, d): ridge regression of the logarithm of the residuals.
 
     The penalty is cross-validated, because spots are few: trained by gradients, the weights fit the training slides and
     widen or narrow the distributions of another slide at random.
     """
-    floor = RESIDUAL_FLOOR * unexplained.std(axis=0) + SMALLEST_SCALE
-    fit = fit_ridge(x, 0.5 * np.log(unexplained**2 + floor**2), groups)
+    deviation = unexplained.std(axis=0) if measured is None else np.sqrt(variance_of(unexplained, measured))
+    floor = RESIDUAL_FLOOR * deviation + SMALLEST_SCALE
+    fit = fit_ridge_of_parts(x, 0.5 * np.log(unexplained**2 + floor**2), parts)
     write(factors.log_scale.weight, fit.weight)
 
 
 def _set_scales(
-    factors: GeneFactorModel, partly: list, unexplained: np.ndarray, left_out: float, centre: np.ndarray
+    factors: GeneFactorModel,
+    partly: list,
+    unexplained: np.ndarray,
+    left_out: float,
+    centre: np.ndarray,
+    measured: MeasuredGenes | None,
 ) -> None:
     """Set how backbone, regression and factors are weighed, and log-scales, over the share of visible genes.
 
     partly is of `partly_masked_spots`, unexplained (n, G) what is left of fully masked spots, left_out the share of the
     decoded values that does not count where no gene is visible, centre (d,) the mean of the features.
     """
-    phi, variances = np.zeros(1), unexplained.var(axis=0)[None]
+    phi, variances = np.zeros(1), variance_of(unexplained, measured)[None]
     if partly:
         fit = fit_visible_share(partly, left_out)
         write(factors.saturation, fit.saturation)
@@ -252,7 +290,19 @@ def _set_scales(
     # a variance of many masked genes is known better than one of few
     num_spots, num_genes = unexplained.shape
     counts = np.array([num_spots, *(each.weight.sum() / num_genes for each in partly)])
-    line = np.polynomial.polynomial.polyfit(phi, log_scales, 1 if len(phi) > 1 else 0, w=np.sqrt(counts))
+    if measured is None:
+        line = np.polynomial.polynomial.polyfit(phi, log_scales, 1 if len(phi) > 1 else 0, w=np.sqrt(counts))
+    else:
+        line = _lines(phi, log_scales, np.stack([measured.count(), *(each.weight.sum(axis=0) for each in partly)]))
     # the log-scales above are of a typical spot
     write(factors.log_scale.bias, line[0] - factors.log_scale.weight.cpu().double().numpy() @ centre)
     write(factors.visible_log_scale, line[1] if len(line) > 1 else np.zeros(num_genes))
+
+
+def _lines(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return intercept and slope (2, G) of the weighted least-squares line of each column of y (T, G) on x (T,)."""
+    total = np.maximum(weights.sum(axis=0), 1e-12)
+    centre, mean = weights.T @ x / total, (weights * y).sum(axis=0) / total
+    away = x[:, None] - centre
+    slope = (weights * away * (y - mean)).sum(axis=0) / np.maximum((weights * away**2).sum(axis=0), 1e-12)
+    return np.stack([mean - slope * centre, slope])

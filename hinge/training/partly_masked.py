@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.gene_factors import GeneFactorModel, saturating_share
+from hinge.training.measured import MeasuredGenes
 
 # masked shares at which partly masked spots are looked at
 MASKED_SHARES = (0.99, 0.97, 0.9, 0.75, 0.5, 0.25, 0.1)
@@ -85,7 +86,8 @@ def partly_masked_spots(
     scheduler
         Of the diffusion.
     backbone
-        Has `values` and `target` (n, G) of the spots, and decode(timestep) → decoded values and visible genes (n, G).
+        Has `values` and `target` (n, G) of the spots, `measured`, and decode(timestep) → decoded values and visible
+        genes (n, G).
     offset, regression
         (G,) mean of the decoded values, and (n, G) out-of-fold regression with slide shifts.
     """
@@ -93,11 +95,11 @@ def partly_masked_spots(
     curve = scheduler.num_masked(np.arange(total + 1), num_genes) / num_genes
     steps = {int(np.abs(curve[1:-1] - share).argmin()) + 1 for share in MASKED_SHARES} if total > 1 else set()
     loadings, noise = (tensor.detach().cpu().double().numpy() for tensor in (factors.loadings, factors.log_noise.exp()))
-    device = factors.loadings.device
+    device, measured = factors.loadings.device, backbone.measured
     found = []
     for step in sorted(step for step in steps if 0 < curve[step] < 1):
         decoded, visible = backbone.decode(step)
-        masked = 1 - visible
+        masked = 1 - visible if measured is None else (1 - visible) * measured.values()
 
         def on_device(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).float().to(device)
@@ -106,16 +108,21 @@ def partly_masked_spots(
         carried = scores.cpu().double().numpy() @ loadings.T
         left_variance = (left**2).sum(dim=1).cpu().double().numpy() + noise
         left_share = left_variance / ((loadings**2).sum(axis=1) + noise)
-        found.append(
-            PartlyMasked(
-                visible.mean(),
-                np.stack([decoded - offset, regression, carried]),
-                backbone.target - decoded - regression - carried,
-                masked,
-                (0.5 * np.log(left_share) * masked).sum(0) / np.maximum(masked.sum(0), 1),
-            )
-        )
+        columns = np.stack([decoded - offset, regression, carried])
+        remaining = backbone.target - decoded - regression - carried
+        for rows in _with_as_many_genes(measured, len(masked)):
+            weight = masked[rows]
+            left_log_scale = (0.5 * np.log(left_share[rows]) * weight).sum(0) / np.maximum(weight.sum(0), 1)
+            found.append(PartlyMasked(visible[rows].mean(), columns[:, rows], remaining[rows], weight, left_log_scale))
     return found
+
+
+def _with_as_many_genes(measured: MeasuredGenes | None, num_spots: int) -> list[slice | np.ndarray]:
+    """Return the numbers of the spots whose slides have about as many genes, in eighths: they share a visible share."""
+    if measured is None:
+        return [slice(0, num_spots)]
+    eighths = np.ceil(8 * measured.of_slides.mean(axis=1)).astype(int)[measured.slide_of]
+    return [np.flatnonzero(eighths == number) for number in np.unique(eighths)]
 
 
 def fit_visible_share(partly: list[PartlyMasked], left_out: float) -> VisibleShareFit:

@@ -77,6 +77,9 @@ class TrainingConfig(LoopConfig):
         "tile", description="what is held out as a whole: spot, tile (about 4 × 4 spots) or slide"
     )
     initialisation: bool = Field(True, description="whether the gene factors start from their closed-form solution")
+    genes_per_step: int | None = Field(
+        None, ge=1, description="the genes of a step, at random where the panel has more; null: all"
+    )
     gradient_checkpointing: bool = Field(
         False, description="whether layers are computed again in the backward pass, which saves memory"
     )

@@ -24,6 +24,7 @@ SHARED_PART = 0.5
 
 MOST_SLIDES = 40
 SMALLEST_VARIANCE = 1e-3
+SMALLEST_SHARE = 1e-3
 
 
 def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np.bool_], transform: str) -> None:
@@ -73,7 +74,9 @@ def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np
         moments(np.nan_to_num(shares[row]), levels.library_size[row], levels.ratios[row], dispersion, transform)
         for row in rows
     ]
-    expected, variance = (np.stack(each) for each in zip(*of_rows, strict=True))
+    expected, variance = (
+        np.where(np.isfinite(shares[rows]), np.stack(each), np.nan) for each in zip(*of_rows, strict=True)
+    )
     of_training = weights[rows] / weights[rows].sum()
     contents = {
         "population": population,
@@ -82,7 +85,7 @@ def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np
         "section_noise": section,
         "patient_means": known,
         "patient_values": np.where(np.isfinite(of_patients), of_patients, np.nanmean(of_patients, axis=0)),
-        "patient_sections": library_counts[:, 0],
+        "patient_sections": np.concatenate([counts, library_counts], axis=1),
         "patient_library": library_means[:, 0],
         "library": np.array([library_means.mean(), library_between[0], library_section[0]]),
         "training_library": np.array([log_library[rows].mean(), library_section[0] * (1 + 1 / len(rows))]),
@@ -92,6 +95,7 @@ def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np
         "training_values": np.nan_to_num(_weighted_mean(levels.values[rows], of_training)),
         "training_variance": _weighted_mean(variance, of_training),
         "ratios": levels.ratios[rows].mean(axis=0),
+        "measured_share": _measured_share(levels.values[rows], of_training),
     }
     with torch.no_grad():
         for name, content in contents.items():
@@ -165,6 +169,12 @@ def _some_slides(training: NDArray[np.bool_]) -> NDArray[np.int64]:
     if len(order) <= MOST_SLIDES:
         return order
     return order[np.linspace(0, len(order) - 1, MOST_SLIDES).astype(int)]
+
+
+def _measured_share(values: NDArray, weights: NDArray) -> NDArray:
+    """Return the share (G,) of slides with weights (S,) whose values (S, G) are known; of all slides exactly 1."""
+    known = np.isfinite(values)
+    return np.where(known.all(axis=0), 1.0, np.maximum(known.T @ weights, SMALLEST_SHARE))
 
 
 def _weighted_mean(values: NDArray, weights: NDArray) -> NDArray:

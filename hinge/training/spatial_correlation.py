@@ -36,38 +36,52 @@ class SpatialCorrelation:
             some = positions[:: max(1, len(positions) // 500)]
             self.slides.append((rows, near, cdist(some, some).ravel()))
 
-    def observed(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the correlation (lags, C) of the columns of y (n, C), and mean distances and weights (lags,)."""
+    def observed(self, y: np.ndarray, measured: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the correlation (lags, C) of the columns of y (n, C), and mean distances and weights (lags,).
+
+        measured (S, C) says which columns the slides have; y is 0 where they have not. None: all have all.
+        """
         products, counts, distances = np.zeros((len(LAGS), y.shape[1])), np.zeros(len(LAGS)), np.zeros(len(LAGS))
-        for rows, near, _ in self.slides:
+        of_columns = np.zeros_like(products)
+        for number, (rows, near, _) in enumerate(self.slides):
             own = y[rows]
             for lag, (low, high) in enumerate(LAGS):
                 chosen = (near.data >= low) & (near.data < high)
                 pairs = coo_matrix((np.ones(chosen.sum()), (near.row[chosen], near.col[chosen])), shape=near.shape)
                 products[lag] += (own * (pairs.tocsr() @ own)).sum(axis=0)
                 counts[lag] += chosen.sum()
+                if measured is not None:
+                    of_columns[lag] += chosen.sum() * measured[number]
                 distances[lag] += near.data[chosen].sum()
         seen = counts > 0
-        variance = np.maximum(y.var(axis=0), 1e-12)
-        return products[seen] / counts[seen, None] / variance, distances[seen] / counts[seen], np.sqrt(counts[seen])
+        variance, pairs_of = np.maximum(self._variance(y, measured), 1e-12), counts[seen, None]
+        if measured is not None:
+            pairs_of = np.maximum(of_columns[seen], 1)
+        return products[seen] / pairs_of / variance, distances[seen] / counts[seen], np.sqrt(counts[seen])
+
+    def _variance(self, y: np.ndarray, measured: np.ndarray | None) -> np.ndarray:
+        if measured is None:
+            return y.var(axis=0)
+        count = np.maximum(np.array([len(rows) for rows, _, _ in self.slides]) @ measured, 1)
+        return (y**2).sum(axis=0) / count - (y.sum(axis=0) / count) ** 2
 
     def common(self, spatial_range: float) -> float:
         """Return k̄ of k(r) = exp(−r / range), averaged over slides."""
         return float(np.mean([np.exp(-distances / spatial_range).mean() for _, _, distances in self.slides]))
 
-    def share(self, y: np.ndarray, spatial_range: float) -> np.ndarray:
+    def share(self, y: np.ndarray, spatial_range: float, measured: np.ndarray | None = None) -> np.ndarray:
         """Return the share (C,) of the variance of the columns of y (n, C) that is smooth with this range."""
-        correlation, distance, weight = self.observed(y)
+        correlation, distance, weight = self.observed(y, measured)
         if not len(distance):
             return np.zeros(y.shape[1])
         left = self._left(distance, spatial_range)[:, None]
         share = (weight[:, None] * left * correlation).sum(axis=0) / (weight[:, None] * left**2).sum()
         return np.clip(share, 0, LARGEST_SHARE)
 
-    def range(self, y: np.ndarray) -> float:
+    def range(self, y: np.ndarray, measured: np.ndarray | None = None) -> float:
         """Return the range in spot pitches that fits the average correlation of the columns of y (n, C) best."""
-        correlation, distance, weight = self.observed(y)
-        variance = y.var(axis=0)
+        correlation, distance, weight = self.observed(y, measured)
+        variance = self._variance(y, measured)
         if not len(distance) or variance.sum() == 0:
             return 1.0
         average = correlation @ variance / variance.sum()

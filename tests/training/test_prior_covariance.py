@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from hinge.backbones import CellFMConfig, CellFMModel
-from hinge.training.prior_covariance import fit_factors, prior_correlation
+from hinge.training.prior_covariance import PriorCovariance, fit_factors, prior_covariance
 
 GENES, FACTORS = 40, 4
 
@@ -13,7 +13,7 @@ def population(seed=0):
     rng = np.random.default_rng(seed)
     loadings = rng.normal(size=(GENES, FACTORS))
     covariance = loadings @ loadings.T + np.eye(GENES)
-    return covariance, covariance / np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)))
+    return covariance, PriorCovariance(loadings, np.ones(GENES))
 
 
 def draw(covariance, n, seed):
@@ -21,12 +21,12 @@ def draw(covariance, n, seed):
 
 
 def test_a_good_prior_helps_few_spots_and_a_bad_one_is_left_out():
-    covariance, correlation = population()
+    covariance, prior = population()
     new = draw(covariance, 2000, 9)
     few = draw(covariance, 30, 1)
     groups = np.arange(30) % 5
     plain = fit_factors(few, groups, FACTORS, None).score(new)
-    assert fit_factors(few, groups, FACTORS, correlation).score(new) > plain + 1
+    assert fit_factors(few, groups, FACTORS, prior).score(new) > plain + 1
     bad = population(seed=5)[1]
     many = draw(covariance, 600, 2)
     groups = np.arange(600) % 5
@@ -51,6 +51,8 @@ def test_the_correlations_are_those_within_patients():
     covariance = loadings[:, :FACTORS] @ loadings[:, :FACTORS].T + np.eye(GENES)
     expected = covariance / np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)))
     ids = torch.tensor([5, 1, 9])
-    np.testing.assert_allclose(prior_correlation(model, ids), expected[np.ix_([4, 0, 8], [4, 0, 8])], atol=1e-5)
+    np.testing.assert_allclose(
+        prior_covariance(model, ids).correlation(), expected[np.ix_([4, 0, 8], [4, 0, 8])], atol=1e-5
+    )
     plain = CellFMModel(CellFMConfig(num_genes=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
-    assert prior_correlation(plain, ids[:1]) is None
+    assert prior_covariance(plain, ids[:1]) is None
