@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+from helpers import ROOT
 from huggingface_hub import errors
 from PIL import Image
 
+from hinge.config import load_config
 from hinge.data import list_samples, read_slide, recognise_format
 from hinge.data.hest_download import TABLE, download_sample_table, download_samples, read_sample_table, select_samples
 from hinge.data.slide import patient_of_slide
@@ -82,6 +84,15 @@ def test_a_local_copy(copy_of_hest, tmp_path):
 def test_a_patient_is_one_of_its_study(copy_of_hest, told, expected):
     slide = read_slide(copy_of_hest({"pixel_size_um_estimated": 2.5, **told}))
     assert patient_of_slide(slide) == expected
+
+
+def test_the_configuration_of_all_samples_splits_patients(hest):
+    data = load_config(ROOT / "configs" / "hest" / "all.yaml").data
+    table = pd.read_csv(next(hest.glob("*.csv")), encoding="utf-8-sig").set_index("id")
+    patients = (table["dataset_title"] + ": " + table["patient"]).fillna(pd.Series(table.index, table.index))
+    assert {patients[name] for name in data.train}.isdisjoint(patients[name] for name in data.test)
+    named = table.loc[[*data.train, *data.test]]
+    assert set(named["species"]) == {"Homo sapiens"} and "TENX128" not in named.index and "TENX155" not in named.index
 
 
 def test_pooled_xenium_tells_no_spot_distance(copy_of_hest):
