@@ -138,6 +138,16 @@ class FeaturesConfig(Settings):
         return with_pooling(self.encoder, self.pooling)
 
 
+class ConditionConfig(Settings):
+    """What is known of whole slides and is part of the condition."""
+
+    tokens: list[str] = Field(
+        [],
+        description="a list of categorical columns of the table of slides, or of the metadata of samples, such as "
+        "organ and technology",
+    )
+
+
 class BackboneConfig(Settings):
     """The expression model: pre-trained weights, or the size of one that is pre-trained here."""
 
@@ -289,6 +299,7 @@ class RunConfig(Settings):
     data: DataConfig
     panel: PanelConfig = PanelConfig()
     features: FeaturesConfig = FeaturesConfig()
+    condition: ConditionConfig = ConditionConfig()
     backbone: BackboneConfig = BackboneConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -310,6 +321,10 @@ class RunConfig(Settings):
             raise ValueError(
                 f"panel.min_slides {self.panel.min_slides} exceeds the {len(self.data.train)} training slides"
             )
+        if self.condition.tokens and not self.features.standardise_slide:
+            raise ValueError("condition.tokens needs features.standardise_slide: true")
+        if len(set(self.condition.tokens)) < len(self.condition.tokens):
+            raise ValueError("condition.tokens names a token more than once")
         if self.sampling.steps > self.diffusion.num_train_timesteps:
             raise ValueError(
                 f"sampling.steps {self.sampling.steps} cannot exceed diffusion.num_train_timesteps "

@@ -53,6 +53,14 @@ def sample(
     patient: Annotated[
         str | None, typer.Option(help="Patient of the slide.  [default: as the data set names it, or a new one]")
     ] = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="TOKEN=CATEGORY, for example organ=breast, or TOKEN=unknown; repeat for several.  [default: as the "
+            "slide's metadata say]",
+            show_default=False,
+        ),
+    ] = None,
     genes: Annotated[
         Path | None,
         typer.Option(
@@ -93,6 +101,7 @@ def sample(
         raise ConfigError("--image is the image of one slide; name it with --slide")
     require_codes(allow or ())
     outside = None if genes is None else read_panel(genes).genes
+    categories = opened.tokens.checked_list(condition or [])
     open_worker = partial(
         open_sampling,
         run,
@@ -111,6 +120,7 @@ def sample(
         bulk=bulk,
         bulk_sd=bulk_sd,
         library_size=_number_or_name(library_size),
+        condition=categories,
     )
     for _, written in each_slide(names, open_worker, opened.folder / "samples", cluster):
         print(f"draws: {written[0]}")

@@ -1,5 +1,6 @@
 """The level of whole slides: composition over genes, library size and mean values, of slides with or without images."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -34,6 +35,8 @@ class SlideLevels:
         float64 (S, NUM_RATIOS).
     num_spots
         int (S,).
+    tokens
+        Which categories the slides have, float64 (S, T), see `hinge.data.condition_tokens.ConditionTokens.known`.
     """
 
     sample: NDArray[np.str_]
@@ -43,13 +46,20 @@ class SlideLevels:
     library_size: NDArray[np.float64]
     ratios: NDArray[np.float64]
     num_spots: NDArray[np.int64]
+    tokens: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.sample)
 
     @classmethod
     def of_spots(
-        cls, counts: NDArray, library_size: NDArray, samples: NDArray, patients: NDArray, transform: str
+        cls,
+        counts: NDArray,
+        library_size: NDArray,
+        samples: NDArray,
+        patients: NDArray,
+        transform: str,
+        tokens: Mapping[str, NDArray] | None = None,
     ) -> Self:
         """Return the levels of the slides that spots are on.
 
@@ -63,6 +73,8 @@ class SlideLevels:
             (n,) names of the slide and the patient of each spot.
         transform
             Name of the transform.
+        tokens
+            Sample → its categories (T,); None for no tokens.
         """
         names, first = np.unique(np.asarray(samples).astype(str), return_index=True)
         rows = [np.flatnonzero(samples == name) for name in names]
@@ -81,6 +93,7 @@ class SlideLevels:
             np.array([size.mean() for size in sizes]),
             np.stack([library_ratios(size) for size in sizes]),
             np.array([len(each) for each in rows]),
+            np.stack([np.zeros(0) if tokens is None else tokens[name] for name in names.tolist()]),
         )
 
     def joined(self, other: "SlideLevels") -> "SlideLevels":

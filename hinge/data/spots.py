@@ -52,6 +52,8 @@ class SpotTable:
     measured
         Slide → bool (G,), whether it measured each gene, of the slides that lack genes of the panel. Counts and values
         of genes that a slide lacks are 0 and mean nothing.
+    token_columns
+        Numbers of the columns of `features` of each condition token, see `hinge.data.condition_tokens`.
     """
 
     slide: np.ndarray
@@ -64,6 +66,7 @@ class SpotTable:
     genes: list[str]
     transform: str
     measured: dict[str, np.ndarray] = field(default_factory=dict)
+    token_columns: tuple[np.ndarray, ...] = ()
 
     def __len__(self) -> int:
         return len(self.barcodes)

@@ -9,6 +9,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from hinge.data.bulk import Bulk, bulk_digest, read_bulk
+from hinge.data.condition_tokens import UNKNOWN, ConditionTokens
 from hinge.data.library_sizes import library_sizes
 from hinge.data.slide import slide_name
 from hinge.data.slide_levels import library_ratios
@@ -30,6 +31,8 @@ def slide_evidence(
     bulk_sd: float | None = None,
     library_size: float | str | None = None,
     shares: Mapping[str, float] | None = None,
+    tokens: ConditionTokens | None = None,
+    categories: Mapping[str, str | None] | None = None,
 ) -> tuple[SlideEvidence, dict[str, Any]]:
     """Return what is known of a slide, and the same for the provenance of its draws.
 
@@ -51,6 +54,8 @@ def slide_evidence(
         slides'; else the slide's own where it has counts, or the training slides'.
     shares
         With which the library size of the slide's own counts is computed, see `hinge.data.library_sizes`.
+    tokens, categories
+        The model's condition tokens, and the slide's category of each.
 
     Raises
     ------
@@ -92,7 +97,16 @@ def slide_evidence(
     spread = None
     if sizes is not None and len(sizes) > 1 and resolved == measured:
         spread = LibrarySpread(library_ratios(sizes), float(np.log(sizes).std()))
-    return SlideEvidence(patient if known else None, composition, sd, resolved, spread), about
+    if tokens is None or not len(tokens):
+        return SlideEvidence(patient if known else None, composition, sd, resolved, spread), about
+    given = {name: (categories or {}).get(name) for name in tokens.shares}
+    for name, category in given.items():
+        if category is not None and category not in tokens.shares[name]:
+            logger.warning("slide %s: no training slide has %s %s; it is unknown", slide_name(slide), name, category)
+            given[name] = None
+    about["condition"] = ", ".join(f"{name}={category or UNKNOWN}" for name, category in given.items())
+    of_slide = tokens.known(given)
+    return SlideEvidence(patient if known else None, composition, sd, resolved, spread, of_slide), about
 
 
 def log_evidence(model: HingeModel, slide: AnnData, about: dict[str, Any]) -> None:

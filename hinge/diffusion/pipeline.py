@@ -1,8 +1,7 @@
 """The pipeline: a slide in, an AnnData with draws of every spot's expression out."""
 
 import json
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,12 +14,13 @@ from diffusers import DiffusionPipeline
 
 from hinge.backbones import ExpressionBackbone
 from hinge.data.bulk import Bulk
+from hinge.data.condition_tokens import ConditionTokens, categories_of_slide
 from hinge.data.draws import draws_of_slide
-from hinge.data.features import read_features
 from hinge.data.neighbourhood import slide_features
 from hinge.data.observed import observed_digest, read_observed
 from hinge.data.slide import patient_of_slide, slide_name
 from hinge.diffusion.evidence import log_evidence, slide_evidence
+from hinge.diffusion.features import features_of_slide
 from hinge.diffusion.inputs import SamplingSettings, SlideInputs
 from hinge.diffusion.outside_panel import OutsideGenes
 from hinge.diffusion.pipeline_settings import (
@@ -34,7 +34,7 @@ from hinge.diffusion.pipeline_settings import (
 )
 from hinge.diffusion.sampler import Draws, draw_parts
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler, load_scheduler
-from hinge.encoders import Encoder, extract_features, load_encoder
+from hinge.encoders import Encoder, load_encoder
 from hinge.models.hinge import HingeModel
 from hinge.models.pretrained import genes_digest
 from hinge.utils import hub
@@ -269,6 +269,7 @@ class HingePipeline(DiffusionPipeline):
         bulk: Bulk | None = None,
         bulk_sd: float | None = None,
         library_size: float | str | None = None,
+        condition: Mapping[str, str] | None = None,
     ) -> AnnData:
         """Draw the expression of every spot of a slide.
 
@@ -292,6 +293,8 @@ class HingePipeline(DiffusionPipeline):
             Whether to show a bar (only in a terminal).
         patient, bulk, bulk_sd, library_size
             What is known of the slide as a whole, see `hinge.diffusion.evidence.slide_evidence`.
+        condition
+            Category of condition tokens, `{"organ": "breast"}` or `"unknown"`; of others as the slide's metadata say.
 
         Returns
         -------
@@ -324,9 +327,10 @@ class HingePipeline(DiffusionPipeline):
             )
         panel = (settings.genes, settings.transform)
         measured, sizes = (None, None) if observed is None else read_observed(observed, slide, *panel)
-        conditions, encoder, digest = self._conditions(slide, features)
+        categories = self.categories(slide, condition)
+        conditions, encoder, digest = self._conditions(slide, features, categories)
         patient = patient or settings.patients.get(slide_name(slide)) or patient_of_slide(slide)
-        given_slide = (patient, bulk, bulk_sd, library_size, settings.shares)
+        given_slide = (patient, bulk, bulk_sd, library_size, settings.shares, self.tokens, categories)
         evidence, known = slide_evidence(self.model, slide, self.genes, *given_slide)
         log_evidence(self.model, slide, known)
         inputs = self.with_slide_effect(SlideInputs.of_slide(slide, conditions, measured, sizes, evidence))
@@ -404,47 +408,43 @@ class HingePipeline(DiffusionPipeline):
         """SHA-256 over the trained weights, as they were before a cast."""
         return self._model_digest or self.model.digest()
 
-    def _conditions(self, slide: AnnData, features: np.ndarray | str | Path | None) -> tuple[np.ndarray, str, str]:
+    def _conditions(
+        self, slide: AnnData, features: np.ndarray | str | Path | None, categories: Mapping[str, str | None]
+    ) -> tuple[np.ndarray, str, str]:
         """Return features (n, d) as the model takes them, and name and digest of their encoder."""
-        settings, barcodes = self.settings, list(slide.obs_names)
-        name, digest = settings.encoder, settings.encoder_digest
-        if features is None:
-            name, digest = self.encoder.name, self.encoder.digest
-            with tempfile.TemporaryDirectory() as folder:
-                path = extract_features(
-                    slide,
-                    self.encoder,
-                    Path(folder) / f"{slide_name(slide)}.h5",
-                    batch_size=settings.feature_batch_size,
-                    patch_um=settings.patch_um,
-                )
-                array = read_features(path, barcodes=barcodes, digest=digest).features
-        elif isinstance(features, str | Path):
-            stored = read_features(features, barcodes=barcodes, digest=digest)
-            array, name, digest = stored.features, stored.encoder or name, stored.digest or digest
-        else:
-            array = np.asarray(features, dtype=np.float32)
-            array = array[:, None] if array.ndim == 2 else array
-            if array.ndim != 3 or len(array) != slide.n_obs or not np.isfinite(array).all():
-                raise DataError(
-                    f"features must be finite numbers of shape ({slide.n_obs}, d), one row a spot of slide "
-                    f"{slide_name(slide)}; these are of shape {np.shape(features)}"
-                )
-        conditions = slide_features(array, slide.obsm["spatial"], settings.neighbourhood, settings.standardise_slide)[
-            :, 0
-        ]
+        settings = self.settings
+        array, name, digest = features_of_slide(settings, lambda: self.encoder, slide, features)
+        conditions = slide_features(array, slide.obsm["spatial"], settings.neighbourhood, settings.standardise_slide)
+        conditions = self.tokens.append(conditions, categories)[:, 0]
         if conditions.shape[1] != self.model.config.feature_dim:
             raise DataError(
                 f"the model takes {self.model.config.feature_dim} features of a spot, these are {conditions.shape[1]}"
             )
         return conditions, name, digest or ""
 
+    @property
+    def tokens(self) -> ConditionTokens:
+        """The categories of slides that are part of the condition."""
+        return ConditionTokens(self.settings.tokens)
 
-def write_model_index(folder: Path, model: HingeModel, scheduler: MaskedDiffusionScheduler, encoder: Encoder) -> None:
+    def categories(self, slide: AnnData, condition: Mapping[str, str] | None = None) -> dict[str, str | None]:
+        """Return the category of a slide for each condition token: as given, or else as its metadata say."""
+        return categories_of_slide(slide, self.settings.tokens) | self.tokens.checked(condition or {})
+
+
+def write_model_index(
+    folder: Path,
+    model: HingeModel,
+    scheduler: MaskedDiffusionScheduler,
+    encoder: Encoder,
+    tokens: ConditionTokens | None = None,
+) -> None:
     """Write `model_index.json` into the folder of a run whose model is trained: its panel, encoder and defaults."""
     settings = settings_of_run(folder)
     patch_um = encoder.patch_um if settings.patch_um is None else settings.patch_um
-    settings = replace(settings, encoder_digest=encoder.digest, patch_um=patch_um)
+    settings = replace(
+        settings, encoder_digest=encoder.digest, patch_um=patch_um, tokens={} if tokens is None else tokens.shares
+    )
     pipeline = HingePipeline(model, scheduler, settings.to_dict())
     with atomic_path(folder / HingePipeline.config_name) as temporary:
         temporary.write_text(pipeline.to_json_string(), "utf-8")

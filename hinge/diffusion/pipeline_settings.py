@@ -93,6 +93,8 @@ class PipelineSettings:
         Source of the backbone.
     shares
         Share in all counts of every gene of the training slides; see `hinge.data.panel.Panel`.
+    tokens
+        Categories of the condition tokens, see `hinge.data.condition_tokens.ConditionTokens`.
     """
 
     genes: list[str]
@@ -111,6 +113,7 @@ class PipelineSettings:
     precision: str = "no"
     backbone: BackboneSource = field(default_factory=BackboneSource)
     shares: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON stores them."""

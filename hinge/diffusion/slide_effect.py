@@ -66,6 +66,8 @@ class SlideEvidence:
         the library sizes of all patients; None: of the patient if it is known, else that of the training slides.
     library_spread
         How library sizes spread over the spots; None: as on the training slides.
+    tokens
+        Categories of the slide (T,), NaN where they are not known; None: none is known.
     """
 
     patient: str | None = None
@@ -73,6 +75,7 @@ class SlideEvidence:
     bulk_sd: float = BULK_SD
     library_size: float | str | None = None
     library_spread: LibrarySpread | None = None
+    tokens: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +186,7 @@ class LevelEffect:
         if not model.config.standardise_features:
             unshifted = self.slide.mean(nothing, 0.0)
             self.of_image = unshifted - self.prior.array("training_values")
-        self._use_values_of_patient(evidence.patient)
+        self._use_values_of_patient(evidence)
         variance = self.slide.variance(nothing, 0.0)
         if evidence.library_spread is not None:
             self.ratios = evidence.library_spread.ratios
@@ -217,17 +220,17 @@ class LevelEffect:
         """Return how far the features (n, d) of spots are from those of training, see `RegressionUncertainty`."""
         return spot_novelty(self.slide.model, features)
 
-    def _use_values_of_patient(self, patient: str | None) -> None:
+    def _use_values_of_patient(self, evidence: SlideEvidence) -> None:
         """Make the level that is expected of a further slide of a known patient have the values of his other slides."""
-        if patient in self.prior.patients:
-            level = self.prior.with_section(self.prior.of_patient(patient))
+        if evidence.patient in self.prior.patients:
+            level = self.prior.with_section(self.prior.of_patient(evidence.patient, evidence.tokens))
             expected = np.mean([self._values(draw) for draw in _draws(level)], axis=0) - self.of_image
-            of_patient = self.prior.values_of_patient(patient)
+            of_patient = self.prior.values_of_patient(evidence.patient)
             self.offset = np.where(np.isfinite(of_patient), self.offset + of_patient - expected, self.offset)
 
     def _posterior(self, evidence: SlideEvidence, observed: NDArray | None, library_size: NDArray | None) -> Level:
         prior = self.prior
-        level = prior.of_patient(evidence.patient)
+        level = prior.of_patient(evidence.patient, evidence.tokens)
         if evidence.bulk is not None:
             # the bulk profile is of another piece of the patient's tissue
             noise = np.append(prior.array("section_noise") + evidence.bulk_sd**2, 1.0)
@@ -235,7 +238,7 @@ class LevelEffect:
         level = prior.with_section(level)
         given = evidence.library_size
         if given == "training" or (given is None and evidence.patient not in prior.patients):
-            level = level.with_library_size(*prior.array("training_library"))
+            level = level.with_library_size(*prior.training_library_size(evidence.tokens))
         elif isinstance(given, int | float):
             level = level.with_library_size(np.log2(given))
         if observed is not None and np.isfinite(observed).any():

@@ -71,8 +71,8 @@ class HingeModel(ModelMixin, ConfigMixin):
         that stay masked in a step, and training hides some of them (`drops_masked`).
     num_slide_factors
         Of models that were trained before there was a `SlidePrior`; see `GeneFactorModel`.
-    slide_patients
-        Names of the patients that the `SlidePrior` is fitted on; None for a model without one.
+    slide_patients, num_tokens
+        Names of the patients that the `SlidePrior` is fitted on, None for a model without one; and its categories.
     masked_decoding
         From 0 to 1: weight of the backbone's prediction where no gene is visible; from the initialisation on.
     standardise_features
@@ -117,6 +117,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         num_factors: int = 8,
         num_slide_factors: int = 0,
         slide_patients: list[str] | None = None,
+        num_tokens: int = 0,
         masked_decoding: float = 0.0,
         standardise_features: bool = True,
         feature_dropout: float = 0.0,
@@ -148,7 +149,7 @@ class HingeModel(ModelMixin, ConfigMixin):
             self.gene_factor_model = factors
         self.slide_prior: SlidePrior | None = None
         if slide_patients is not None:
-            self.slide_prior = SlidePrior(num_genes, slide_patients, feature_dim + library_size)
+            self.slide_prior = SlidePrior(num_genes, slide_patients, feature_dim + library_size, num_tokens)
         self.gradient_checkpointing = False
         # outside the module registry: frozen, stored once elsewhere, and not part of this model's weights
         object.__setattr__(self, "_backbone", None)
@@ -234,11 +235,11 @@ class HingeModel(ModelMixin, ConfigMixin):
         unusual = self.library_size_model.standardise(features if whole is None else whole, library_size)
         return torch.cat([features, unusual.unsqueeze(-1).to(features.dtype)], dim=-1)
 
-    def add_slide_prior(self, patients: list[str]) -> SlidePrior:
-        """Give the model a prior of slide levels, still to be fitted, of these patients."""
+    def add_slide_prior(self, patients: list[str], num_tokens: int = 0) -> SlidePrior:
+        """Give the model a prior of slide levels, still to be fitted, of these patients and T categories."""
         size, device = self.config.feature_dim + self.config.library_size, self.feature_mean.device
-        self.register_to_config(slide_patients=list(patients))
-        self.slide_prior = SlidePrior(self.config.num_genes, patients, size).to(device)
+        self.register_to_config(slide_patients=list(patients), num_tokens=num_tokens)
+        self.slide_prior = SlidePrior(self.config.num_genes, patients, size, num_tokens).to(device)
         return self.slide_prior
 
     def forward(

@@ -160,14 +160,20 @@ def _with_new_names(config: dict[str, Any], weights: dict[str, Tensor]) -> tuple
 
 
 def _with_genes_of_slides(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights whose prior of slide levels says which slides have each gene: before, all had all genes."""
+    """Return weights whose prior of slide levels says which slides have each gene, and has a place for tokens.
+
+    Before, all slides had all genes, and there were no tokens.
+    """
     prefix = "slide_prior."
     sections, population = weights.get(f"{prefix}patient_sections"), weights.get(f"{prefix}population")
-    if sections is None or population is None or sections.ndim != 1:
+    if sections is None or population is None:
         return weights
-    sections = sections[:, None].repeat(1, len(population) + 1)
+    if sections.ndim == 1:
+        sections = sections[:, None].repeat(1, len(population) + 1)
     return {
         f"{prefix}measured_share": torch.ones_like(population),
+        f"{prefix}token_effects": population.new_zeros(0, len(population) + 1),
+        f"{prefix}token_shares": population.new_zeros(0),
         **weights,
         f"{prefix}patient_sections": sections,
     }

@@ -145,6 +145,8 @@ class SlidePrior(nn.Module):
         Names of the P patients that it is fitted on.
     condition_dim
         d of the regression on the features.
+    num_tokens
+        T categories of condition tokens.
     """
 
     population: Tensor
@@ -164,8 +166,10 @@ class SlidePrior(nn.Module):
     training_variance: Tensor
     ratios: Tensor
     measured_share: Tensor
+    token_effects: Tensor
+    token_shares: Tensor
 
-    def __init__(self, num_genes: int, patients: Sequence[str], condition_dim: int):
+    def __init__(self, num_genes: int, patients: Sequence[str], condition_dim: int, num_tokens: int = 0):
         super().__init__()
         self.regression = RegressionUncertainty(condition_dim)
         self.patients = list(patients)
@@ -192,6 +196,9 @@ class SlidePrior(nn.Module):
             ("training_values", (num_genes,)),
             ("training_variance", (num_genes,)),
             ("ratios", (NUM_RATIOS,)),
+            # effects of the categories on the level of a slide, and their shares of the slides
+            ("token_effects", (num_tokens, num_genes + 1)),
+            ("token_shares", (num_tokens,)),
         ):
             self.register_buffer(name, torch.zeros(shape))
         # the share of the training spots that the gene was measured in
@@ -202,8 +209,11 @@ class SlidePrior(nn.Module):
         # to the CPU before float64: not every accelerator has it
         return getattr(self, name).detach().cpu().double().numpy()
 
-    def of_new_patient(self) -> Level:
-        """Return the level that the slides of a patient never seen have in common."""
+    def of_new_patient(self, tokens: NDArray | None = None) -> Level:
+        """Return the level that the slides of a patient never seen have in common.
+
+        tokens (T,) are the categories of the slide, NaN where they are not known: then the level may be that of any.
+        """
         count = len(self.patients)
         mean, between, _ = self.array("library")
         # the population mean is that of a few patients
@@ -212,11 +222,30 @@ class SlidePrior(nn.Module):
         loadings[:-1, :-1] = self.array("patient_loadings") * np.sqrt(more)
         loadings[-1, -1] = np.sqrt(between * more)
         noise = np.append(self.array("patient_noise") * more, 0.0)
-        return Level(np.append(self.array("population"), mean), loadings, noise, float(self.degrees))
+        level = Level(np.append(self.array("population"), mean), loadings, noise, float(self.degrees))
+        effects = self.array("token_effects")
+        if not len(effects):
+            return level
+        known = np.full(len(effects), np.nan) if tokens is None else tokens
+        unknown, shares = np.isnan(known), self.array("token_shares")
+        spread = effects[unknown].T * np.sqrt(shares[unknown])
+        moved = level.mean + np.where(unknown, shares, known) @ effects
+        return replace(level, mean=moved, loadings=np.concatenate([level.loadings, spread], axis=1))
 
-    def of_patient(self, patient: str | None) -> Level:
-        """Return the level that the slides of a patient have in common; None or a name that is not known: a new one."""
-        level = self.of_new_patient()
+    def training_library_size(self, tokens: NDArray | None = None) -> tuple[float, float]:
+        """Return mean and variance of log2 of the library size of a further slide like those of training."""
+        mean, variance = self.array("training_library")
+        effects, shares = self.array("token_effects")[:, -1], self.array("token_shares")
+        known = np.full(len(effects), np.nan) if tokens is None else tokens
+        spread = np.where(np.isnan(known), shares * effects**2, 0.0).sum()
+        return float(mean + np.where(np.isnan(known), shares, known) @ effects), float(variance + spread)
+
+    def of_patient(self, patient: str | None, tokens: NDArray | None = None) -> Level:
+        """Return the level that the slides of a patient have in common; None or a name that is not known: a new one.
+
+        `tokens` as of `of_new_patient`.
+        """
+        level = self.of_new_patient(tokens)
         if patient not in self.patients:
             return level
         number = self.patients.index(patient)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from anndata import AnnData
 from hinge.config import RunConfig
 from hinge.data.checks import Context, Finding, check_slide, require_codes, stop_on_errors
 from hinge.data.checks.species import species_of_genes
+from hinge.data.condition_tokens import ConditionTokens, categories_of_slide
 from hinge.data.count_table import CountTable, panel_counts, read_counts
 from hinge.data.features import difference_from, read_features
 from hinge.data.neighbourhood import slide_features
@@ -276,17 +277,29 @@ class Preparation:
             difference_from(path, slide, settings.encoder, known[0], settings.views, known[1]) is None
         )
 
-    def conditions(self, slide: AnnData, path: Path) -> np.ndarray:
+    def conditions(self, slide: AnnData, path: Path, categories: Mapping[str, str | None] | None = None) -> np.ndarray:
         """Return the condition of every spot of a slide: float32 (n, V, d).
 
         It consists of the features of the patch and, with `features.neighbourhood`, their mean over the neighbourhood,
-        both standardised in the slide with `features.standardise_slide`. `path` is the slide's feature file.
+        both standardised in the slide with `features.standardise_slide`, and the columns of the condition tokens.
+        `path` is the slide's feature file, `categories` those of the tokens; None: as the slide's metadata say.
         """
         settings = self.config.features
         stored = read_features(path, barcodes=list(slide.obs_names), digest=self.encoder_digest)
-        return slide_features(
+        features = slide_features(
             stored.features, slide.obsm["spatial"], settings.neighbourhood, settings.standardise_slide
         )
+        given = categories_of_slide(slide, self.config.condition.tokens) if categories is None else categories
+        return self.tokens.append(features, given) if self.config.condition.tokens else features
+
+    @cached_property
+    def tokens(self) -> ConditionTokens:
+        """The condition tokens and their categories on the training slides."""
+        names = self.config.condition.tokens
+        if self._of_model.get("tokens"):
+            return ConditionTokens(self._of_model["tokens"])
+        slides = [categories_of_slide(self.slide(name), names) for name in self.config.data.train if names]
+        return ConditionTokens.of_slides(names, slides)
 
     def spots(self, names: list[str], lacking: Lacking | None = None) -> SpotTable:
         """Return the spots of some slides on the panel, with features; spots without a count are left out.
@@ -295,14 +308,15 @@ class Preparation:
         whose genes slides may lack, and an error otherwise.
         """
         panel, tables = self.panel(), []
+        lacking = lacking or ("mask" if panel.shares else "error")
         for name in names:
             slide = self.slide(name)
             path = self.features(slide)
-            missing: Lacking = lacking or ("mask" if panel.shares else "error")
-            spots = load_spots(slide, panel, self.config.transform, path, lacking=missing)
+            spots = load_spots(slide, panel, self.config.transform, path, lacking=lacking)
             rows = slide.obs_names.get_indexer(spots.barcodes)
             tables.append(replace(spots, features=self.conditions(slide, path)[rows]))
-        return concatenate_spots(tables)
+        spots = concatenate_spots(tables)
+        return replace(spots, token_columns=tuple(self.tokens.columns(spots.features.shape[2])))
 
     def scored_spots(self, name: str) -> SpotTable:
         """Return the spots of a slide as `spots` does, on those genes of the panel that the slide has."""
@@ -402,13 +416,19 @@ class Preparation:
         patient_of = {name: self.patient(name) for name in np.unique(spots.slide).tolist()}
         patients = np.array([patient_of[name] for name in spots.slide.tolist()])
         transform = self.config.transform
-        levels = SlideLevels.of_spots(spots.known_counts(), spots.library_size, spots.slide, patients, transform)
+        known = (spots.known_counts(), spots.library_size, spots.slide, patients, transform)
+        levels = SlideLevels.of_spots(*known, self._tokens_of(self.config.data.train))
         if self.config.data.pretrain:
             counts = self.pretraining_counts()
-            levels = levels.joined(
-                SlideLevels.of_spots(counts.counts, counts.library_size, counts.sample, counts.patient, transform)
-            )
+            known = (counts.counts, counts.library_size, counts.sample, counts.patient, transform)
+            levels = levels.joined(SlideLevels.of_spots(*known, self._tokens_of(self.config.data.pretrain)))
         return levels
+
+    def _tokens_of(self, names: list[str]) -> dict[str, np.ndarray] | None:
+        """Return the categories (T,) of slides by name; None without tokens."""
+        tokens = self.config.condition.tokens
+        slides = (self.slide(name, require_image=False) for name in (names if tokens else ()))
+        return {slide_name(each): self.tokens.known(categories_of_slide(each, tokens)) for each in slides} or None
 
     def patient(self, name: str) -> str:
         """Return the patient of a sample: of the table of slides, the first characters of its name, or of its file.

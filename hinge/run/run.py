@@ -7,7 +7,7 @@ Each stage reads what the one before wrote, recognises what is finished and can 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from hinge.config import RunConfig, load_config
 from hinge.data.bulk import Bulk
 from hinge.data.checks import Finding
+from hinge.data.condition_tokens import ConditionTokens
 from hinge.data.count_table import CountTable
 from hinge.data.panel import Panel
 from hinge.data.slide import patient_of_slide, slide_name
@@ -120,6 +121,7 @@ class Run:
         bulk_sd: float | None = None,
         library_size: float | str | None = None,
         pipeline: HingePipeline | None = None,
+        condition: Mapping[str, str] | None = None,
     ) -> Path:
         """Draw the expression of a slide's spots; finished draws with the same settings are kept.
 
@@ -149,6 +151,8 @@ class Run:
             What else is known of the slide as a whole, see `hinge.diffusion.evidence.slide_evidence`.
         pipeline
             The result of `pipeline()`, which is loaded once for many slides; None: it is loaded here.
+        condition
+            Category of each condition token, see `HingePipeline.__call__`.
 
         Returns
         -------
@@ -177,6 +181,7 @@ class Run:
             bulk_sd,
             library_size,
             pipeline,
+            condition,
         )
 
     def fit_baselines(self, slides: list[str] | None = None) -> dict[str, Path]:
@@ -292,6 +297,11 @@ class Run:
     def panel(self) -> Panel:
         """Return the panel; select and write it if it is not there yet."""
         return self._inputs.panel()
+
+    @property
+    def tokens(self) -> ConditionTokens:
+        """The condition tokens and their categories."""
+        return self._inputs.tokens
 
     @property
     def encoder(self) -> Encoder:

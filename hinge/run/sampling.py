@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ def sample_slide(
     bulk_sd: float | None = None,
     library_size: float | str | None = None,
     pipeline: HingePipeline | None = None,
+    condition: Mapping[str, str] | None = None,
 ) -> Path:
     """Draw the expression of a slide's spots and return the file; see `Run.sample`."""
     config, diffusion = inputs.config.sampling, inputs.config.diffusion
@@ -98,9 +99,9 @@ def sample_slide(
     pipeline = (pipeline or load_pipeline(inputs)).to(PRECISIONS[config.precision])
     outside = None if genes is None else pipeline.outside_genes(genes)
     encoder, digest = inputs.encoder, "" if observed is None else observed_digest(observed)
-    evidence, known = slide_evidence(
-        pipeline.model, slide, pipeline.genes, patient, bulk, bulk_sd, library_size, pipeline.settings.shares
-    )
+    categories = pipeline.categories(slide, condition)
+    given_slide = (patient, bulk, bulk_sd, library_size, pipeline.settings.shares, pipeline.tokens, categories)
+    evidence, known = slide_evidence(pipeline.model, slide, pipeline.genes, *given_slide)
     about = pipeline.provenance(settings, encoder.name, encoder.digest, digest, outside.genes if outside else None)
     about = known | about
     drawn = [*pipeline.genes, *(outside.genes if outside else [])]
@@ -111,7 +112,7 @@ def sample_slide(
     inputs.check_to_sample(slide, allow)
     with lock_file(output):
         accelerator = make_accelerator(inputs.config.training)
-        spots = _spots(inputs, slide, observed, evidence, accelerator)
+        spots = _spots(inputs, slide, observed, evidence, accelerator, categories)
         pipeline.to(accelerator.device)
         log_evidence(pipeline.model, slide, about)
         spots = pipeline.with_slide_effect(spots)
@@ -129,7 +130,12 @@ def sample_slide(
 
 
 def _spots(
-    inputs: Preparation, slide: AnnData, observed: Path | None, evidence: SlideEvidence, accelerator: Accelerator
+    inputs: Preparation,
+    slide: AnnData,
+    observed: Path | None,
+    evidence: SlideEvidence,
+    accelerator: Accelerator,
+    categories: Mapping[str, str | None],
 ) -> SlideInputs:
     """Return what the draws of a slide depend on, beside the model and the settings."""
     measured = library_size = None
@@ -137,7 +143,8 @@ def _spots(
         measured, library_size = read_observed(observed, slide, inputs.panel().genes, inputs.config.transform)
     with accelerator.main_process_first():
         path = inputs.features(slide)
-    return SlideInputs.of_slide(slide, inputs.conditions(slide, path)[:, 0], measured, library_size, evidence)
+    conditions = inputs.conditions(slide, path, categories)[:, 0]
+    return SlideInputs.of_slide(slide, conditions, measured, library_size, evidence)
 
 
 def _draw(

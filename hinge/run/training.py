@@ -190,7 +190,7 @@ def _train(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbone, 
     )
     if accelerator.is_main_process:
         # before the model, which marks the run as trained
-        write_model_index(paths.folder, model, scheduler, inputs.encoder)
+        write_model_index(paths.folder, model, scheduler, inputs.encoder, inputs.tokens)
         with atomic_path(paths.model) as temporary:
             model.to("cpu").save_pretrained(temporary)
             scheduler.save_config(temporary)

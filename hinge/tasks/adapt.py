@@ -82,9 +82,8 @@ def adapt_run(
     features = run.conditions(slide, run.features(slide))[:, 0]
     patient = patient or run.patient(name)
     given: float | str = "unknown" if library_size is None else library_size
-    evidence, _ = slide_evidence(
-        model, slide, pipeline.genes, patient, library_size=given, shares=pipeline.settings.shares
-    )
+    known = (pipeline.settings.shares, pipeline.tokens, pipeline.categories(slide))
+    evidence, _ = slide_evidence(model, slide, pipeline.genes, patient, None, None, given, *known)
     inputs = pipeline.with_slide_effect(SlideInputs.of_slide(slide, features, values, sizes, evidence))
     effect = inputs.slide_effect
     assert isinstance(effect, LevelEffect)
@@ -133,7 +132,10 @@ def _add_patient(model: HingeModel, effect: LevelEffect, patient: str) -> None:
     assert old is not None and effect.typical.level is not None
     others = [number for number, name in enumerate(old.patients) if name != patient]
     new = SlidePrior(
-        model.config.num_genes, [*(old.patients[number] for number in others), patient], len(old.regression.centre)
+        model.config.num_genes,
+        [*(old.patients[number] for number in others), patient],
+        len(old.regression.centre),
+        len(old.token_shares),
     )
     variance = (level.loadings[:-1] ** 2).sum(axis=1) + level.noise[:-1]
     # as many sections as would leave the same uncertainty

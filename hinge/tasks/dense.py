@@ -26,6 +26,7 @@ from scipy.spatial import KDTree
 from torch import nn
 from tqdm import tqdm
 
+from hinge.data.condition_tokens import categories_of_slide
 from hinge.data.features import read_features
 from hinge.data.gene_parts import gene_parts
 from hinge.data.neighbourhood import feature_scale, slide_features, spot_pitch, spot_positions
@@ -123,6 +124,7 @@ class RunPredictor:
         self.pitch_um, self.diameter_um = run.spot_grid()
         encoder = self.encoder
         self.about: dict[str, Any] = {"method": method, "encoder": encoder.name, "encoder_digest": encoder.digest}
+        self._categories: dict[str, dict[str, str | None]] = {}
         if method == "regression":
             spots = run.spots(run.config.data.train)
             self.ridge = fit_ridge_of_parts(spots.features[:, 0], spots.values, gene_parts(spots))
@@ -138,16 +140,25 @@ class RunPredictor:
         data = self.run.config.data
         known = name in [*data.train, *data.test, *data.pretrain] or not Path(name).exists()
         slide = self.run.slide(name) if known else self.run.slide_at(Path(name), um_per_px)
+        self._categories[slide_name(slide)] = categories_of_slide(slide, self.run.config.condition.tokens)
         if self.method == "draws":
             patient = self.run.patient(name) if known else patient_of_slide(slide)
             evidence, facts = slide_evidence(
-                self.pipeline.model, slide, self.genes, patient, shares=self.pipeline.settings.shares
+                self.pipeline.model,
+                slide,
+                self.genes,
+                patient,
+                shares=self.pipeline.settings.shares,
+                tokens=self.pipeline.tokens,
+                categories=self._categories[slide_name(slide)],
             )
             self._evidence[slide_name(slide)] = evidence
             self.about = self._about | facts
         return slide
 
     def predict(self, conditions, names, slide, positions):
+        if self.run.config.condition.tokens:
+            conditions = self.run.tokens.append(conditions, self._categories[slide])
         if self.method == "regression":
             return {"X": self.ridge.predict(conditions).astype(np.float32)}
         inputs = SlideInputs(slide, names, conditions, positions, evidence=self._evidence.get(slide, SlideEvidence()))

@@ -27,6 +27,10 @@ from hinge.utils.errors import DataError
 VALIDATION_TIMES = 6
 
 
+# share of the training rows of whose slide a token is not known
+TOKEN_DROPOUT = 0.15
+
+
 # the masked share of genes, at most, in the lightly masked steps that training starts with, as in HINGE's paper
 WARM_START_MASKED_SHARE = 0.2
 
@@ -108,6 +112,7 @@ class TrainingRows:
         self.training, self.held = split_spots(spots, config.validation_share, config.validation_groups, seed)
         self.features = torch.from_numpy(np.asarray(spots.features, dtype=np.float32))
         model.set_feature_statistics(self.features[self.training].flatten(0, 1))
+        self.token_columns = spots.token_columns
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         model.eval()  # the start is without dropout: it would be another one each time that a run is resumed
@@ -126,6 +131,12 @@ class TrainingRows:
         if dropout:
             kept = torch.rand(condition.shape, generator=generator) >= dropout
             mask = kept.float() / (1 - dropout)
+        if self.token_columns:
+            # a token whose columns are 0, their mean, is not known
+            mask = torch.ones_like(condition) if mask is None else mask
+            known = torch.rand(len(condition), len(self.token_columns), generator=generator) >= TOKEN_DROPOUT
+            for number, columns in enumerate(self.token_columns):
+                mask[:, columns] = known[:, [number]].float()
         return spot, condition, mask
 
 
@@ -359,7 +370,7 @@ def fit_slide_levels(model: HingeModel, spots: SpotTable, levels: SlideLevels | 
     """Give a model the prior of slide levels, and return it; arguments as of `train_hinge`."""
     of_spots = SlideLevels.of_spots(spots.known_counts(), spots.library_size, spots.slide, spots.slide, spots.transform)
     levels = of_spots if levels is None else levels
-    prior = model.add_slide_prior(sorted(set(levels.patient.tolist())))
+    prior = model.add_slide_prior(sorted(set(levels.patient.tolist())), levels.tokens.shape[1])
     fit_slide_prior(prior, levels, np.isin(levels.sample, of_spots.sample), spots.transform)
     return prior
 

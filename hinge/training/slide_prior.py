@@ -25,6 +25,7 @@ SHARED_PART = 0.5
 MOST_SLIDES = 40
 SMALLEST_VARIANCE = 1e-3
 SMALLEST_SHARE = 1e-3
+SMALLEST_PENALTY, LARGEST_PENALTY = 1e-3, 10.0
 
 
 def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np.bool_], transform: str) -> None:
@@ -46,14 +47,21 @@ def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np
         Name of the transform of the values.
     """
     patients, numbers = prior.patients, np.array([prior.patients.index(name) for name in levels.patient])
-    log_library = np.log2(levels.library_size)[:, None]
-    means, counts = _means(levels.composition, numbers, len(patients))
+    log_library, composition = np.log2(levels.library_size)[:, None], levels.composition
+    own_means, _ = _means(composition, numbers, len(patients))
+    own_library, _ = _means(log_library, numbers, len(patients))
+    effects, token_shares = token_effects(levels, numbers)
+    if len(effects):
+        # from here on levels are those of a slide without the effects of its categories
+        of_slides = np.where(np.isfinite(levels.tokens), levels.tokens, token_shares) @ effects
+        composition, log_library = composition - of_slides[:, :-1], log_library - of_slides[:, -1:]
+    means, counts = _means(composition, numbers, len(patients))
     library_means, library_counts = _means(log_library, numbers, len(patients))
     # a gene that a patient lacks has the population's level there
     population = np.nanmean(means, axis=0)
     known = np.where(np.isfinite(means), means, population)
     of_patients, _ = _means(levels.values, numbers, len(patients))
-    section = _pooled(levels.composition, known[numbers], counts, BETWEEN_SECTIONS)
+    section = _pooled(composition, known[numbers], counts, BETWEEN_SECTIONS)
     library_section = _pooled(log_library, library_means[numbers], library_counts, LIBRARY_BETWEEN_SECTIONS)
     between = _between(means, counts, section, BETWEEN_PATIENTS)
     library_between = _between(library_means, library_counts, library_section, LIBRARY_BETWEEN_PATIENTS)
@@ -83,10 +91,10 @@ def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np
         "patient_loadings": loadings,
         "patient_noise": noise,
         "section_noise": section,
-        "patient_means": known,
+        "patient_means": np.where(np.isfinite(own_means), own_means, population),
         "patient_values": np.where(np.isfinite(of_patients), of_patients, np.nanmean(of_patients, axis=0)),
         "patient_sections": np.concatenate([counts, library_counts], axis=1),
-        "patient_library": library_means[:, 0],
+        "patient_library": own_library[:, 0],
         "library": np.array([library_means.mean(), library_between[0], library_section[0]]),
         "training_library": np.array([log_library[rows].mean(), library_section[0] * (1 + 1 / len(rows))]),
         "degrees": np.array(ASSUMED_DEGREES + POOLED_DEGREES + len(patients) - 1),
@@ -96,6 +104,8 @@ def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np
         "training_variance": _weighted_mean(variance, of_training),
         "ratios": levels.ratios[rows].mean(axis=0),
         "measured_share": _measured_share(levels.values[rows], of_training),
+        "token_effects": effects,
+        "token_shares": token_shares,
     }
     with torch.no_grad():
         for name, content in contents.items():
@@ -109,6 +119,49 @@ def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np
         np.sqrt(between.mean()),
         np.sqrt(section.mean()),
     )
+
+
+def token_effects(levels: SlideLevels, numbers: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the effects of categories on the levels of slides, and the shares of the categories.
+
+    Ridge regression of the levels on the categories. Every patient counts as much, and the penalty is the variance
+    between patients of one category over that between categories (empirical Bayes), which all genes share.
+
+    Parameters
+    ----------
+    levels
+        Of S slides, with tokens of T categories.
+    numbers
+        (S,) of each slide's patient.
+
+    Returns
+    -------
+    tuple
+        (T, G + 1), with log2 of the library size last, and (T,).
+    """
+    y = np.concatenate([levels.composition, np.log2(levels.library_size)[:, None]], axis=1)
+    if not levels.tokens.shape[1]:
+        return np.zeros((0, y.shape[1])), np.zeros(0)
+    weight = 1 / np.bincount(numbers)[numbers]
+    has = np.isfinite(levels.tokens) * weight[:, None]
+    shares = np.nansum(levels.tokens * weight[:, None], axis=0) / np.maximum(has.sum(axis=0), 1e-12)
+    design = np.where(np.isfinite(levels.tokens), levels.tokens, shares)
+    design = design - np.average(design, axis=0, weights=weight)
+    known = np.isfinite(y) * weight[:, None]
+    mean = np.nansum(y * weight[:, None], axis=0) / np.maximum(known.sum(axis=0), 1e-12)
+    centred = np.nan_to_num(y - mean)
+    gram = np.einsum("sg,st,su->gtu", known, design, design)
+    right = (known * centred).T @ design
+
+    def effects_with(penalty: float) -> NDArray:
+        return np.linalg.solve(gram + penalty * np.eye(len(shares)), right[:, :, None])[:, :, 0].T
+
+    rough = effects_with(SMALLEST_PENALTY)
+    squares = (known * (centred - design @ rough) ** 2).sum()
+    degrees = max(known.sum() - y.shape[1] * (np.linalg.matrix_rank(design) + 1), 0.0) / y.shape[1]
+    within = (ASSUMED_DEGREES * BETWEEN_PATIENTS**2 + squares / y.shape[1]) / (ASSUMED_DEGREES + degrees)
+    penalty = within / max(float((rough**2).mean()), 1e-12)
+    return effects_with(float(np.clip(penalty, SMALLEST_PENALTY, LARGEST_PENALTY))), shares
 
 
 def _means(values: NDArray, numbers: NDArray, count: int) -> tuple[NDArray, NDArray]:

@@ -95,6 +95,7 @@ def levels_of_patients(num_patients: int, num_sections: int, between: float, wit
         np.full(count, 5000.0),
         np.ones((count, 7)),
         np.full(count, 100),
+        np.zeros((count, 0)),
     )
 
 

@@ -249,7 +249,8 @@ def test_pretrained_weights_of_runs_before_this_open(tmp_path):
     file = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["slide_prior.patient_sections"] = torch.tensor([2.0, 3.0])
-    del weights["slide_prior.measured_share"]
+    for name in ("measured_share", "token_effects", "token_shares"):
+        del weights[f"slide_prior.{name}"]
     save_file(weights, file, metadata={"format": "pt"})
     loaded = HingeModel.from_pretrained(tmp_path / "model", backbone)
     for name, tensor in model.trained_state().items():

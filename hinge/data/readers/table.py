@@ -4,14 +4,15 @@
     P1_A,scans/P1_A.svs,visium/P1_A,,,P1,train,tumour
     P2_A,scans/P2_A.svs,,,0.25,P2,test,tumour
 
-`slide` is needed, and `image` or `counts`; further columns are not read. Fields are separated by commas, semicolons or
-tabs, and capitals in the first line do not matter. Paths are relative to the table. `sample` names the slide within
-`counts`, where there are several; a slide without counts can be sampled. `patient` and `condition` go into
-`uns["hinge"]`; a run (`data.path`) reads `split`.
+`slide` is needed, and `image` or `counts`; further columns are the slide's `uns["hinge"]["metadata"]`. Fields are
+separated by commas, semicolons or tabs, and capitals in the first line do not matter. Paths are relative to the table.
+`sample` names the slide within `counts`, where there are several; a slide without counts can be sampled. `patient` and
+`condition` go into `uns["hinge"]`; a run (`data.path`) reads `split`.
 """
 
 import csv
 from pathlib import Path
+from typing import Any
 
 from anndata import AnnData
 
@@ -45,7 +46,7 @@ def _names(head: list[str]) -> list[str]:
 
 
 def read_table(path: str | Path) -> dict[str, dict[str, str]]:
-    """Return the rows of a table by the name of their slide, with all `COLUMNS`; "" for an empty field.
+    """Return the rows of a table by the name of their slide, with all `COLUMNS` and others; "" for an empty field.
 
     Raises
     ------
@@ -74,7 +75,7 @@ def read_table(path: str | Path) -> dict[str, dict[str, str]]:
     for line, row in enumerate(rows, 2):
         if None in row:
             raise DataError(f"{path}, line {line}: more fields than columns")
-        fields = {column: (row.get(column) or "").strip() for column in COLUMNS}
+        fields = {column: (row.get(column) or "").strip() for column in (*COLUMNS, *filter(None, head))}
         name = fields["slide"]
         if not any(fields.values()):
             continue
@@ -150,10 +151,12 @@ def read(
         others = list_others(counts)
         inside = fields["sample"] or (sample if sample in others and len(others) > 1 else None)
         slide = build_slide(counts, inside, image=image, um_per_px=um_per_px, require_image=require_image)
-    return _renamed(slide, sample, {key: fields[key] for key in ("patient", "condition") if fields[key]})
+    further = {column: field for column, field in fields.items() if column not in COLUMNS and field}
+    facts: dict[str, Any] = {key: fields[key] for key in ("patient", "condition") if fields[key]}
+    return _renamed(slide, sample, facts | ({"metadata": further} if further else {}))
 
 
-def _renamed(slide: AnnData, name: str, facts: dict[str, str]) -> AnnData:
+def _renamed(slide: AnnData, name: str, facts: dict[str, Any]) -> AnnData:
     """Return the slide with its name and metadata of the table; changed in place."""
     library = next(iter(slide.uns.get("spatial", {}).values()), None)
     if library is not None:
