@@ -125,11 +125,13 @@ def _flush(path: Path) -> None:
     if not path.is_dir():
         _flush_one(path)
         return
-    inside = list(path.rglob("*"))
-    if len(inside) > _MOST_FLUSHED and hasattr(os, "sync"):
-        os.sync()  # quicker than thousands of files one by one
-        return
-    for each in [*inside, path]:
+    inside = [path]
+    for place, folders, files in os.walk(path):
+        inside += [Path(place, name) for name in (*folders, *files)]
+        if len(inside) > _MOST_FLUSHED and hasattr(os, "sync"):
+            os.sync()  # quicker than thousands of files one by one
+            return
+    for each in reversed(inside):  # a folder after what it holds
         _flush_one(each)
 
 
