@@ -17,7 +17,7 @@ from hinge.models import HingeModel
 from hinge.run.run import Run
 from hinge.sharing.released_hinge import import_hinge, read_hinge, write_hinge
 from hinge.utils.errors import ConfigError, DataError, WeightsError
-from hinge.utils.files import atomic_path, read_json, write_json
+from hinge.utils.files import atomic_path, read_json, remove_left_behind, write_json
 from hinge.utils.licences import BACKBONE_LICENCES
 
 # the diffusion settings of the released code, which does not contain a sampler
@@ -113,6 +113,7 @@ def _genes(published: PublishedCellFM, vocabulary: str | Path | None) -> list[st
 
 def _refuse_existing(out: str | Path) -> None:
     if Path(out).exists():
+        remove_left_behind(Path(out))  # by a process that was killed after it had written it
         raise ConfigError(f"{out} exists already; name a new folder")
 
 

@@ -18,7 +18,7 @@ from hinge.sharing.card import part_card, run_card
 from hinge.sharing.licences import backbone_licence, run_backbone_licence
 from hinge.utils import checksums, hub
 from hinge.utils.errors import ConfigError, DataError
-from hinge.utils.files import atomic_path, read_json, write_json
+from hinge.utils.files import atomic_path, read_json, remove_left_behind, write_json
 from hinge.utils.licences import BACKBONE_LICENCES, check_licence
 from hinge.utils.yaml import read_settings
 
@@ -183,6 +183,7 @@ def fetch_run(repository: str, output: Path, backbone: Path | None = None, vocab
         The folder exists already, or the repository holds no run.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        remove_left_behind(output)  # by a process that was killed after it had written it
         raise DataError(f"{output} exists already; choose another folder with --output")
     with atomic_path(output) as folder:
         hub.fetch(repository, folder)

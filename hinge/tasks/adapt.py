@@ -19,7 +19,7 @@ from hinge.models.slide_effects import SlidePrior
 from hinge.run.run import Run
 from hinge.utils import checksums
 from hinge.utils.errors import ConfigError, DataError
-from hinge.utils.files import atomic_path, read_json, write_json
+from hinge.utils.files import atomic_path, read_json, remove_left_behind, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ def adapt_run(
         The run has no prior of slide levels.
     """
     if output.exists():
+        remove_left_behind(output)  # by a process that was killed after it had written it
         raise DataError(f"{output} exists; give --output a folder that does not")
     run.paths.require_model()
     pipeline = HingePipeline.from_pretrained(run.folder, torch_dtype=torch.float32)
