@@ -295,7 +295,7 @@ class HingeModel(ModelMixin, ConfigMixin):
             of_slide = library_size if library_shift is None else library_size * (-library_shift).exp()
             dropped = self.with_library_size(dropped, of_slide, features)
             features = self.with_library_size(features, of_slide)
-        subset = GeneSubset.chosen(present, index, len(values))
+        subset = GeneSubset.chosen(present, index, values.shape[0])  # len() would fix the size in `torch.export`
         h = self.tokens(values, visible, timestep, dropped, gene_ids, next_visible, subset)  # (B, P + G, D)
         return self.read_out(h, values, visible, features, gene_ids, slide_shift, library_size, subset)[0]
 
