@@ -16,7 +16,6 @@ import json
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ prepare_cpu()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
+from benchmark import device, summary, timed  # noqa: E402
 from plain import PlainHinge, plain_draws  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
@@ -88,31 +88,14 @@ FULL = Plan(
 SMALL = Plan(TINY, 4, 16, {"default": 6, "cellfm-80m": 3, "scgpt": 3}, 2, 2, "vit_tiny_patch16_224", 2, 0.0)
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def timed(function: Callable[[], object], seconds: float, most: int = 30, warm: int = 2) -> list[float]:
+def repeated(function: Callable[[], object], seconds: float, most: int = 30, warm: int = 2) -> list[float]:
     """Seconds of each of three to `most` calls after some that do not count."""
     for _ in range(warm):
         function()
     found: list[float] = []
     while len(found) < 3 or (sum(found) < seconds and len(found) < most):
-        synchronise()
-        started = time.perf_counter()
-        function()
-        synchronise()
-        found.append(time.perf_counter() - started)
+        found.append(timed(function))
     return found
-
-
-def summary(seconds: list[float]) -> dict[str, float]:
-    return {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
 
 
 def rates() -> dict[str, float]:
@@ -121,10 +104,10 @@ def rates() -> dict[str, float]:
     found = {}
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         a, b = (torch.randn(side, side, device=device()).to(dtype) for _ in range(2))
-        found[f"{name}_tflop_per_s"] = 2 * side**3 / statistics.median(timed(lambda: a @ b, 0.5)) / 1e12  # noqa: B023
+        found[f"{name}_tflop_per_s"] = 2 * side**3 / statistics.median(repeated(lambda: a @ b, 0.5)) / 1e12  # noqa: B023
     source = torch.randn(side, side, device=device())
     target = torch.empty_like(source)
-    found["copy_tb_per_s"] = 2 * source.nbytes / statistics.median(timed(lambda: target.copy_(source), 0.3)) / 1e12
+    found["copy_tb_per_s"] = 2 * source.nbytes / statistics.median(repeated(lambda: target.copy_(source), 0.3)) / 1e12
     return found
 
 
@@ -316,7 +299,7 @@ def training(cases: list[StepCase], plan: Plan, matrix: dict[str, float], report
             step = _step(case, plan)
             flops = plain[case.name][1] if case.name in plain else operations(step)
             forget()
-            seconds = timed(step, plan.seconds)
+            seconds = repeated(step, plan.seconds)
         except Exception as error:
             report({"part": "training", "case": case.label, "error": reason(error)})
             continue
@@ -391,7 +374,7 @@ def sampling(plan: Plan, report: Callable[[dict], None]) -> None:
                     rate, seconds = _plain_rate(name, plan)
                 else:
                     with without_graphs() if "eager" in kind else nullcontext():
-                        seconds = timed(lambda: draw(model, inputs, settings), plan.seconds, 3, 1)  # noqa: B023
+                        seconds = repeated(lambda: draw(model, inputs, settings), plan.seconds, 3, 1)  # noqa: B023
                     rate = spots * plan.draws / statistics.median(seconds)
             except Exception as error:
                 report({"part": "sampling", "case": label, "error": reason(error)})
@@ -411,7 +394,7 @@ def _plain_rate(name: str, plan: Plan) -> tuple[float, list[float]]:
     scheduler, ids = MaskedDiffusionScheduler(TIMESTEPS, "cosine"), arguments[4]
     if isinstance(model.backbone, CellFMModel):
         plain, generator = PlainHinge(model).to(device()).eval(), torch.Generator().manual_seed(0)
-        seconds = timed(lambda: plain_draws(plain, scheduler, arguments[3], ids, 1, generator), 0, 3, 1)
+        seconds = repeated(lambda: plain_draws(plain, scheduler, arguments[3], ids, 1, generator), 0, 3, 1)
     else:
 
         @torch.no_grad()
@@ -419,7 +402,7 @@ def _plain_rate(name: str, plan: Plan) -> tuple[float, list[float]]:
             for _ in range(TIMESTEPS):
                 model(*arguments)
 
-        seconds = timed(passes, 0, 3, 1)
+        seconds = repeated(passes, 0, 3, 1)
     return plan.plain_spots / statistics.median(seconds), seconds
 
 
@@ -455,7 +438,9 @@ def features(plan: Plan, report: Callable[[dict], None]) -> None:
         ):
             try:
                 forget()
-                seconds = timed(function, plan.seconds, 3 if function is whole else 30, 1 if function is whole else 2)
+                seconds = repeated(
+                    function, plan.seconds, 3 if function is whole else 30, 1 if function is whole else 2
+                )
             except Exception as error:
                 report({"part": "features", "case": label, "error": reason(error)})
                 continue

@@ -99,14 +99,15 @@ def fit_ridge_of_parts(features: ArrayLike, values: ArrayLike, parts: "Sequence[
     for number in order:
         own, target = pieces[number]
         scores += target.size * _search(own, target, folds[number], refit=False).cv_results_["mean_test_score"]
+    penalty = float(PENALTIES[int(np.argmax(scores))])
     weight, bias, held_out = np.zeros((y.shape[1], x.shape[1])), np.zeros(y.shape[1]), np.zeros_like(y)
     for part, (own, target), of_part in zip(parts, pieces, folds, strict=True):
-        pipeline = _pipeline().set_params(ridge__alpha=PENALTIES[int(np.argmax(scores))]).fit(own, target)
+        pipeline = _pipeline().set_params(ridge__alpha=penalty).fit(own, target)
         fit = _with_penalty(own, target, of_part, pipeline)
         weight[part.columns], bias[part.columns] = fit.weight, fit.bias
         held_out[:, part.columns] = fit.predict(x)
         held_out[np.ix_(part.rows, part.columns)] = fit.held_out
-    return RidgeFit(weight, bias, held_out, float(PENALTIES[int(np.argmax(scores))]))
+    return RidgeFit(weight, bias, held_out, penalty)
 
 
 def _folds(x: NDArray, groups: ArrayLike) -> list:

@@ -1,13 +1,30 @@
 """Names in the run that the tests of the viewer show, and looks at its page."""
 
+import contextlib
 import io
+import threading
 
 import numpy as np
 from PIL import Image
 
+from hinge.viewer.server import ViewerServer
+
 HOSTILE_GENE = "<img src=x onerror=alert(1)>"
 HOSTILE_SPOT = '"><script>alert(2)</script>'
 N_DRAWS = 20
+
+
+@contextlib.contextmanager
+def serving(viewer):
+    """A server of the viewer that runs in a thread."""
+    with ViewerServer(viewer) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        try:
+            yield running
+        finally:  # a failed test would leave a thread that keeps the process alive
+            running.shutdown()
+            thread.join()
 
 
 def is_complaint(message) -> bool:

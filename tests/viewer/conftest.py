@@ -1,12 +1,11 @@
 """A run with draws of two slides, its viewer, the server, and the page in a browser."""
 
-import threading
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pytest
-from helpers.viewer import HOSTILE_GENE, HOSTILE_SPOT, N_DRAWS, is_complaint
+from helpers.viewer import HOSTILE_GENE, HOSTILE_SPOT, N_DRAWS, is_complaint, serving
 
 from hinge.config import check_config, save_config
 from hinge.data import read_slide, simulate_slides
@@ -14,7 +13,6 @@ from hinge.data.count_table import read_counts
 from hinge.data.draws import draws_of_slide, write_draws
 from hinge.run.run import Run
 from hinge.viewer import Viewer
-from hinge.viewer.server import ViewerServer
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +51,8 @@ def viewer(folder) -> Viewer:
 
 @pytest.fixture(scope="module")
 def server(viewer):
-    with ViewerServer(viewer) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
+    with serving(viewer) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import anndata as ad
 import numpy as np
 import pytest
 from helpers import ROOT
-from helpers.viewer import HOSTILE_GENE, HOSTILE_SPOT, N_DRAWS, middle, pixels
+from helpers.viewer import HOSTILE_GENE, HOSTILE_SPOT, N_DRAWS, middle, pixels, serving
 from PIL import Image
 
 from hinge.data import SlideImage
@@ -24,7 +24,7 @@ from hinge.utils.errors import ConfigError, DataError
 from hinge.viewer import Viewer, serve, write_viewer
 from hinge.viewer import server as server_module
 from hinge.viewer.files import CONTENT_TYPES
-from hinge.viewer.server import CONTENT_SECURITY_POLICY, ViewerServer
+from hinge.viewer.server import CONTENT_SECURITY_POLICY
 from hinge.viewer.tiles import OVERLAP_PX, TILE_PX, TiledImage
 
 
@@ -239,9 +239,7 @@ def test_many_requests_at_once_are_answered(server):
 
 def test_slow_connections_are_closed(viewer, monkeypatch):
     monkeypatch.setattr(server_module, "SECONDS", 0.5)
-    with ViewerServer(viewer) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with serving(viewer) as server:
         slow = [socket.create_connection(("127.0.0.1", server.server_port)) for _ in range(100)]
         for number, each in enumerate(slow):
             each.settimeout(30)
@@ -249,8 +247,6 @@ def test_slow_connections_are_closed(viewer, monkeypatch):
         assert threading.active_count() < 100
         assert ask(server, "/run.json")[0].status == 200
         assert {each.recv(100) for each in slow} == {b""}
-        server.shutdown()
-        thread.join()
         for each in slow:
             each.close()
 
@@ -279,10 +275,8 @@ def test_a_port_in_use_is_one_sentence(server, viewer):
 def test_damaged_draws_are_told(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
     (tmp_path / "run" / "samples" / "sim0.h5ad").write_bytes(b"no draws")
-    with ViewerServer(Viewer(Run.open(tmp_path / "run"))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(Viewer(Run.open(tmp_path / "run"))) as server:
         answer, content = ask(server, "/slides/0/slide.json")
-        server.shutdown()
     assert answer.status == 500 and "not a readable h5ad file" in json.loads(content)["error"]
 
 

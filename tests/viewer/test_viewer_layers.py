@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import threading
 import zlib
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.viewer import is_complaint, pixels
+from helpers.viewer import is_complaint, pixels, serving
 
 from hinge.data.draws import read_draws
 from hinge.run.run import Run
@@ -19,7 +18,6 @@ from hinge.utils.files import write_json
 from hinge.viewer import Viewer, write_viewer
 from hinge.viewer import maps as maps_module
 from hinge.viewer.maps import SlideMap, find_map
-from hinge.viewer.server import ViewerServer
 
 
 def write_map(path: Path, draws: ad.AnnData, pitch_px: float = 25.0, **about) -> np.ndarray:
@@ -167,12 +165,8 @@ def test_all_of_it_is_written_to_files(rich, run_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def rich_server(rich):
-    with ViewerServer(rich) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
+    with serving(rich) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 @pytest.fixture
