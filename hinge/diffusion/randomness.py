@@ -11,6 +11,7 @@ All numbers are made in float64 on the CPU, on any device that the model compute
 """
 
 import hashlib
+import threading
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -216,6 +217,7 @@ class DrawNoise:
             share[num_genes] = float(library_size.spatial_share)
         self.share = share if positions is not None else np.zeros_like(share)
         self._slides: dict[tuple[int, int], SlideNoise] = {}
+        self._lock = threading.Lock()
 
     def _slide(self, spot: int, draw: int, remasking: int) -> SlideNoise:
         if self.slide is None:  # a spot alone is a slide of one spot
@@ -235,6 +237,10 @@ class DrawNoise:
 
     def numbers(self, spot_index: np.ndarray, draw_index: np.ndarray, remasking: int = 0) -> DrawNumbers:
         """Return the numbers of spot-draws: spots (B,), draws (B,), and the number of a remasking pass or 0."""
+        with self._lock:  # the generator of a slide's fields must not be used by two threads at once
+            return self._numbers(spot_index, draw_index, remasking)
+
+    def _numbers(self, spot_index: np.ndarray, draw_index: np.ndarray, remasking: int) -> DrawNumbers:
         genes = self.num_genes
         pairs = [(self.spots[spot], int(draw)) for spot, draw in zip(spot_index, draw_index, strict=True)]
         own = np.stack([spot_uniforms(self.seed, spot, draw, genes, remasking) for spot, draw in pairs])

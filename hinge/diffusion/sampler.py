@@ -28,6 +28,7 @@ from hinge.models.library_size import LibrarySizeModel
 from hinge.models.subset import GeneSubset, spots_at_a_time
 from hinge.utils.cuda_graphs import GraphedFunction
 from hinge.utils.memory import with_less_memory
+from hinge.utils.threads import in_torch_threads
 
 FLOAT64_DEVICES = ("cpu", "cuda")
 REMASKING_SHARE = 0.1
@@ -155,13 +156,12 @@ def draw_spots(
     inputs = inputs.with_slide_effect(model, scheduler, gene_ids)
     scheduler.set_timesteps(settings.num_inference_steps)
     sampler = _Sampler(model, scheduler, gene_ids, inputs, settings, passes or graphed_tokens(model))
-    values = np.zeros((num_draws, num_spots, num_genes), dtype=np.float32)
-    expected = np.zeros((num_spots, num_genes))
+    values, expected = np.zeros((num_draws, num_spots, num_genes), np.float32), np.zeros((num_spots, num_genes))
     # all draws of a spot are next to each other: the first pass is the same for them
     size = spots_at_a_time(settings.batch_size, num_genes, model.config.hidden_size)
-    for flat in (part.numpy() for part in torch.arange(num_spots * num_draws).split(size)):
-        spot_index, draw_index = flat // num_draws, flat % num_draws
-        drawn, means = sampler.draw(spot_index, first_draw + draw_index)
+    batches = [np.divmod(part.numpy(), num_draws) for part in torch.arange(num_spots * num_draws).split(size)]
+    results = in_torch_threads(lambda at: sampler.draw(at[0], first_draw + at[1]), batches, sampler.device.type)
+    for (spot_index, draw_index), (drawn, means) in zip(batches, results, strict=True):
         values[draw_index, spot_index] = drawn
         np.add.at(expected, spot_index, means / num_draws)
     return Draws(values, expected.astype(np.float32))
@@ -238,6 +238,7 @@ class _Sampler:
         # float32 before the device: not every accelerator has float64
         return torch.from_numpy(np.asarray(array, dtype=np.float32)).to(self.device)
 
+    @torch.inference_mode()  # is of a thread
     def draw(self, spot_index: np.ndarray, draw_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return values and first-pass means (B, G) of spot-draws."""
         batch, values = self._prepare(spot_index, draw_index)
@@ -347,10 +348,9 @@ class _Sampler:
         sizes, typical = batch.library_sizes, batch.typical_library_sizes
         if sizes is None or typical is None or (not self.model.drops_masked and torch.equal(sizes, typical)):
             return h, None
-        timestep, subset = int(self.scheduler.timesteps[0]), genes_with_tokens(self.model, following)
-        return self._tokens(
-            batch, values, batch.known, following, timestep, batch.condition, batch.frame, subset
-        ), subset
+        subset = genes_with_tokens(self.model, following)
+        given = (batch.known, following, int(self.scheduler.timesteps[0]), batch.condition, batch.frame, subset)
+        return self._tokens(batch, values, *given), subset
 
     def _remask(self, batch: _Batch, values: Tensor, numbers: DrawNumbers) -> Tensor:
         """Return values (B, G) after a pass that masks some drawn genes and draws them again."""

@@ -5,7 +5,7 @@ import ctypes
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -50,17 +50,20 @@ def limit_threads() -> Iterator[None]:
         yield
 
 
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield the results of a function in the order of the items, computed by `num_threads` threads.
+def in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None
+) -> Iterator[Result]:
+    """Yield the results of a function in the order of the items, computed by some threads; None: by `num_threads`.
 
-    For functions that spend their time in numpy or scipy, which let other threads run. At most one result per thread
-    waits to be taken, so that memory does not grow with the items.
+    For functions that spend their time in numpy, scipy or torch, which let other threads run. At most one result per
+    thread waits to be taken, so that memory does not grow with the items.
     """
-    with ThreadPoolExecutor(num_threads()) as pool:
+    threads = threads or num_threads()
+    with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
-                if len(waiting) == num_threads():
+                if len(waiting) == threads:
                     yield waiting.popleft().result()
                 waiting.append(pool.submit(function, item))
             while waiting:
@@ -68,3 +71,32 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def in_torch_threads(function: Callable[[Item], Result], items: Sequence[Item], device: str) -> Iterator[Result]:
+    """Yield the results of a function of torch in the order of the items, several items at a time on a CPU.
+
+    The threads that torch may use are shared out among the items: work in pieces that fit the cache gains little from
+    several threads in each operation.
+
+    Parameters
+    ----------
+    function
+        May be called by several threads at once.
+    items
+        What it is called with.
+    device
+        Type of the device that computes. Items are worked on one after the other on all but "cpu".
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    together = min(threads, len(items)) if device == "cpu" else 1
+    if together <= 1:
+        yield from map(function, items)
+        return
+    torch.set_num_threads(threads // together)
+    try:
+        yield from in_threads(function, items, together)
+    finally:
+        torch.set_num_threads(threads)

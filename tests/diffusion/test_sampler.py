@@ -139,6 +139,18 @@ def test_slides_are_drawn_the_same_in_any_batch(fill, library_size):
     assert whole.values.std(axis=0).max() > 0
 
 
+@pytest.mark.parametrize("library_size", [False, True])
+def test_threads_change_nothing(library_size):
+    parts, before, drawn = slide_parts(library_size=library_size), torch.get_num_threads(), {}
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            drawn[threads] = draw(parts, remasking=1, batch_size=3)
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(drawn[1].values, drawn[4].values) and np.array_equal(drawn[1].expected, drawn[4].expected)
+
+
 def test_measured_genes_pass_through_to_the_bit_and_inform_the_rest():
     parts = slide_parts()
     observed = np.full((9, GENES), np.nan, dtype=np.float32)
