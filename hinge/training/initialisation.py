@@ -293,7 +293,7 @@ def _set_scales(
     if measured is None:
         line = np.polynomial.polynomial.polyfit(phi, log_scales, 1 if len(phi) > 1 else 0, w=np.sqrt(counts))
     else:
-        line = _lines(phi, log_scales, np.stack([measured.count(), *(each.weight.sum(axis=0) for each in partly)]))
+        line = _lines(phi, log_scales, np.stack([measured.count(), *(each.weight for each in partly)]))
     # the log-scales above are of a typical spot
     write(factors.log_scale.bias, line[0] - factors.log_scale.weight.cpu().double().numpy() @ centre)
     write(factors.visible_log_scale, line[1] if len(line) > 1 else np.zeros(num_genes))

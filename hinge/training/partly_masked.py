@@ -15,36 +15,38 @@ MASKED_SHARES = (0.99, 0.97, 0.9, 0.75, 0.5, 0.25, 0.1)
 SATURATIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 # the factors may take over from the backbone, but not so far that training it has no effect any more
 LEAST_BACKBONE_MIX = -1.0
+# values of spots that are looked at together
+MOST_VALUES = 1 << 22
 
 
 @dataclass(frozen=True)
 class PartlyMasked:
-    """The training spots at one share of visible genes.
+    """What the fit needs of the training spots at one share of visible genes, however many they are.
 
     Attributes
     ----------
     share
         Mean share of visible genes.
-    columns
-        (3, n, G) what is weighed: the decoded values without their mean, the regression, the factors' part.
-    remaining
-        (n, G) values without the three.
-    weight
-        (n, G), 1 for masked genes.
+    moments
+        (5, 5, G) sums over masked values of the products of five columns: the decoded values without their mean, the
+        regression, the factors' part, the values without these three, and 1.
     left_log_scale
         (G,) mean log of the deviation that visible genes leave, as a share of that without them, of the factor model.
     """
 
     share: float
-    columns: np.ndarray
-    remaining: np.ndarray
-    weight: np.ndarray
+    moments: np.ndarray
     left_log_scale: np.ndarray
+
+    @property
+    def weight(self) -> np.ndarray:
+        """The number (G,) of masked values."""
+        return self.moments[4, 4]
 
 
 @dataclass(frozen=True)
 class VisibleShareFit:
-    """Weights of the three columns of `PartlyMasked`, which grow with φ(share of visible genes).
+    """Weights of the first three columns of `PartlyMasked`, which grow with φ(share of visible genes).
 
     Attributes
     ----------
@@ -96,31 +98,52 @@ def partly_masked_spots(
     steps = {int(np.abs(curve[1:-1] - share).argmin()) + 1 for share in MASKED_SHARES} if total > 1 else set()
     loadings, noise = (tensor.detach().cpu().double().numpy() for tensor in (factors.loadings, factors.log_noise.exp()))
     device, measured = factors.loadings.device, backbone.measured
+    prior_variance = (loadings**2).sum(axis=1) + noise
+
+    def on_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).float().to(device)
+
+    def of_spots(decoded: np.ndarray, visible: np.ndarray, rows: np.ndarray) -> PartlyMasked:
+        moments, left_log_scale, shown = np.zeros((5, 5, num_genes)), np.zeros(num_genes), 0.0
+        for some in np.array_split(rows, -(-len(rows) * num_genes // MOST_VALUES)):
+            weight = 1 - visible[some] if measured is None else (1 - visible[some]) * measured.of_rows(some).values()
+            predicted = offset + regression[some]
+            scores, left = factors.posterior(
+                backbone.values[torch.from_numpy(some)].to(device), on_device(visible[some]), on_device(predicted)
+            )
+            carried = scores.cpu().double().numpy() @ loadings.T
+            left_variance = (left**2).sum(dim=1).cpu().double().numpy() + noise
+            left_log_scale += (0.5 * np.log(left_variance / prior_variance) * weight).sum(axis=0)
+            remaining = backbone.target[some] - decoded[some] - regression[some] - carried
+            moments += _moments([decoded[some] - offset, regression[some], carried, remaining], weight)
+            shown += visible[some].sum()
+        share = float(shown) / (len(rows) * num_genes)
+        return PartlyMasked(share, moments, left_log_scale / np.maximum(moments[4, 4], 1))
+
     found = []
     for step in sorted(step for step in steps if 0 < curve[step] < 1):
         decoded, visible = backbone.decode(step)
-        masked = 1 - visible if measured is None else (1 - visible) * measured.values()
-
-        def on_device(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).float().to(device)
-
-        scores, left = factors.posterior(backbone.values.to(device), on_device(visible), on_device(offset + regression))
-        carried = scores.cpu().double().numpy() @ loadings.T
-        left_variance = (left**2).sum(dim=1).cpu().double().numpy() + noise
-        left_share = left_variance / ((loadings**2).sum(axis=1) + noise)
-        columns = np.stack([decoded - offset, regression, carried])
-        remaining = backbone.target - decoded - regression - carried
-        for rows in _with_as_many_genes(measured, len(masked)):
-            weight = masked[rows]
-            left_log_scale = (0.5 * np.log(left_share[rows]) * weight).sum(0) / np.maximum(weight.sum(0), 1)
-            found.append(PartlyMasked(visible[rows].mean(), columns[:, rows], remaining[rows], weight, left_log_scale))
+        found += [of_spots(decoded, visible, rows) for rows in _with_as_many_genes(measured, len(decoded))]
     return found
 
 
-def _with_as_many_genes(measured: MeasuredGenes | None, num_spots: int) -> list[slice | np.ndarray]:
+def _moments(columns: list[np.ndarray], weight: np.ndarray) -> np.ndarray:
+    """Return the weighted sums (m + 1, m + 1, G) of products of m columns (n, G) and of 1."""
+    weighted = [weight * column for column in columns] + [weight]
+    size = len(weighted)
+    sums = np.empty((size, size, weight.shape[1]))
+    for i in range(size):
+        for j in range(i, size):
+            product = weighted[i].sum(axis=0) if j == size - 1 else np.einsum("ng,ng->g", columns[j], weighted[i])
+            sums[i, j] = sums[j, i] = product
+    sums[-1, -1] = weight.sum(axis=0)
+    return sums
+
+
+def _with_as_many_genes(measured: MeasuredGenes | None, num_spots: int) -> list[np.ndarray]:
     """Return the numbers of the spots whose slides have about as many genes, in eighths: they share a visible share."""
     if measured is None:
-        return [slice(0, num_spots)]
+        return [np.arange(num_spots)]
     eighths = np.ceil(8 * measured.of_slides.mean(axis=1)).astype(int)[measured.slide_of]
     return [np.flatnonzero(eighths == number) for number in np.unique(eighths)]
 
@@ -141,29 +164,26 @@ def fit_visible_share(partly: list[PartlyMasked], left_out: float) -> VisibleSha
 def _fit(partly: list[PartlyMasked], left_out: float, saturation: float) -> VisibleShareFit:
     """Least squares of what remains on φ·columns, and on φ per gene, over masked genes."""
     phi = saturating_share(np.asarray([each.share for each in partly]), saturation)
-    weights = [each.weight for each in partly]
-    scaled = [f * each.columns for f, each in zip(phi, partly, strict=True)]
-    rests = [each.remaining + left_out * (1 - f) * each.columns[0] for f, each in zip(phi, partly, strict=True)]
-    per_gene = np.maximum(sum(f**2 * w.sum(axis=0) for f, w in zip(phi, weights, strict=True)), 1e-12)
-
-    def bias_of(parts: list[np.ndarray]) -> np.ndarray:
-        return sum(f * (w * part).sum(axis=-2) for f, w, part in zip(phi, weights, parts, strict=True)) / per_gene
-
-    column_bias, left_bias = bias_of(scaled), bias_of(rests)
-    gram, right = np.zeros((3, 3)), np.zeros(3)
-    for f, w, column, rest in zip(phi, weights, scaled, rests, strict=True):
-        free = column - f * column_bias[:, None, :]
-        gram += np.einsum("ing,jng,ng->ij", free, free, w)
-        right += np.einsum("ing,ng,ng->i", free, rest - f * left_bias, w)
+    # moments of φ·columns, of what remains without the part of the decoded values that does not count, and of φ
+    shares = []
+    for f, each in zip(phi, partly, strict=True):
+        change = np.diag([f, f, f, 1.0, f])
+        change[3, 0] = left_out * (1 - f)
+        shares.append(np.einsum("ik,klg,jl->ijg", change, each.moments, change, optimize=True))
+    total = sum(shares)
+    per_gene = np.maximum(total[4, 4], 1e-12)
+    # what a gene's own bias explains of the columns and of the rest
+    biases = total[4, :4] / per_gene
+    crossed = np.einsum("ig,jg->ijg", biases, total[4, :4])
+    left = total[:4, :4] - crossed - crossed.transpose(1, 0, 2) + biases[:, None] * biases * total[4, 4]
+    gram, right = left[:3, :3].sum(axis=-1), left[:3, 3].sum(axis=-1)
     gram += (1e-6 * np.trace(gram) + 1e-12) * np.eye(3)
     mix = np.linalg.solve(gram, right)
     if not LEAST_BACKBONE_MIX <= mix[0] <= 0:
         mix[0] = np.clip(mix[0], LEAST_BACKBONE_MIX, 0)
         mix[1:] = np.linalg.solve(gram[1:, 1:], right[1:] - gram[1:, 0] * mix[0])
-    bias = left_bias - np.einsum("i,ig->g", mix, column_bias)
-    variances, error = [], 0.0
-    for f, w, column, rest in zip(phi, weights, scaled, rests, strict=True):
-        squared = (w * (rest - np.einsum("i,ing->ng", mix, column) - f * bias) ** 2).sum(axis=0)
-        variances.append(squared / np.maximum(w.sum(axis=0), 1))
-        error += squared.sum()
-    return VisibleShareFit(saturation, mix, bias, phi, np.stack(variances), error)
+    bias = biases[3] - mix @ biases[:3]
+    weights = np.vstack([np.tile(-mix[:, None], len(bias)), np.ones(len(bias)), -bias])
+    squared = [np.maximum(np.einsum("ig,ijg,jg->g", weights, share, weights), 0.0) for share in shares]
+    variances = np.stack([each / np.maximum(one.weight, 1) for each, one in zip(squared, partly, strict=True)])
+    return VisibleShareFit(saturation, mix, bias, phi, variances, float(np.sum(squared)))
