@@ -158,7 +158,7 @@ def draw_spots(
     sampler = _Sampler(model, scheduler, gene_ids, inputs, settings, passes or graphed_tokens(model))
     values, expected = np.zeros((num_draws, num_spots, num_genes), np.float32), np.zeros((num_spots, num_genes))
     # all draws of a spot are next to each other: the first pass is the same for them
-    size = spots_at_a_time(settings.batch_size, num_genes, model.config.hidden_size)
+    size = spots_at_a_time(settings.batch_size, num_genes, model.config.hidden_size, sampler.device)
     batches = [np.divmod(part.numpy(), num_draws) for part in torch.arange(num_spots * num_draws).split(size)]
     results = in_torch_threads(lambda at: sampler.draw(at[0], first_draw + at[1]), batches, sampler.device.type)
     for (spot_index, draw_index), (drawn, means) in zip(batches, results, strict=True):

@@ -357,7 +357,7 @@ class _MaskedSlide:
         filled = scheduler.fill_masked(nothing, nothing, nothing)
         timesteps = torch.full((len(rows),), scheduler.config.num_train_timesteps, device=device)
         gene_ids = gene_ids.to(device)
-        size = spots_at_a_time(len(rows), len(gene_ids), model.config.hidden_size)
+        size = spots_at_a_time(len(rows), len(gene_ids), model.config.hidden_size, gene_ids.device)
         parts = zip(*(part.split(size) for part in (filled, nothing, timesteps, condition)), strict=True)
         found = []
         for values, visible, times, some in parts:

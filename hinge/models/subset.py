@@ -9,13 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOST_NUMBERS = 2**25
-"""Numbers in the tokens of a forward pass, at most, unless a single spot has more."""
+# on CPUs the C library keeps freed tensors up to 256 MB for the next ones (`hinge.utils.threads`); to clear the memory
+# of larger ones takes longer than to compute them. The largest tensor of a layer is four times that of the tokens
+MOST_NUMBERS = {"cpu": 2**23, "other": 2**25}
+"""Numbers in the tokens of a forward pass on a type of device, at most, unless a single spot has more."""
 
 
-def spots_at_a_time(most: int, num_genes: int, hidden_size: int) -> int:
+def spots_at_a_time(most: int, num_genes: int, hidden_size: int, device: torch.device) -> int:
     """Return the number of spots in a forward pass over G genes with tokens of D numbers, at most `most`."""
-    return max(1, min(most, MOST_NUMBERS // (num_genes * hidden_size)))
+    numbers = MOST_NUMBERS["cpu" if device.type == "cpu" else "other"]
+    return max(1, min(most, numbers // (num_genes * hidden_size)))
 
 
 @dataclass

@@ -149,7 +149,7 @@ class _Backbone:
             timesteps = self.measured.timesteps(self.scheduler, everything, timesteps, visible)
         filled = self.scheduler.fill_masked(self.values, visible, noise)
         parts = []
-        size = spots_at_a_time(256, len(self.gene_ids), self.model.config.hidden_size)
+        size = spots_at_a_time(256, len(self.gene_ids), self.model.config.hidden_size, self.device)
         for start in range(0, len(timesteps), size):
             rows = slice(start, start + size)
             inputs = (filled[rows], visible[rows], timesteps[rows], self.condition[rows])

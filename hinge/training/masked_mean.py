@@ -9,7 +9,7 @@ from hinge.models.hinge import HingeModel
 from hinge.models.subset import spots_at_a_time
 
 # spots and numbers in their tokens at most, rounds, step of the derivative and its least value, bounds of the slope
-MEAN_SPOTS, MEAN_NUMBERS = 1000, 3 * 10**8
+MEAN_SPOTS, MEAN_NUMBERS = 1000, 10**8
 MEAN_ROUNDS, MEAN_STEP, SLOWEST_MEAN, MEAN_SLOPES = 5, 0.05, 0.02, (-0.5, 1.0)
 
 
@@ -79,7 +79,7 @@ class _MaskedSpots:
         size = len(self.condition)
         self.nothing = torch.zeros(size, len(gene_ids), device=device)
         self.filled = scheduler.fill_masked(self.nothing, self.nothing, self.nothing)
-        batch_size = spots_at_a_time(batch_size, len(gene_ids), model.config.hidden_size)
+        batch_size = spots_at_a_time(batch_size, len(gene_ids), model.config.hidden_size, device)
         self.batches = [slice(start, start + batch_size) for start in range(0, size, batch_size)]
         timesteps = torch.full((size,), scheduler.config.num_train_timesteps, device=device)
         self.tokens = []

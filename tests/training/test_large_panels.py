@@ -57,10 +57,9 @@ def test_memory_grows_with_the_number_of_genes_and_not_with_its_square():
 
 
 def test_the_tokens_of_a_forward_pass_are_bounded():
-    assert spots_at_a_time(256, 200, 64) == 256
-    assert (
-        spots_at_a_time(256, 18000, 64) * 18000 * 64
-        <= MOST_NUMBERS
-        < (spots_at_a_time(256, 18000, 64) + 1) * 18000 * 64
-    )
-    assert spots_at_a_time(8, 10**6, 4096) == 1
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert spots_at_a_time(256, 200, 64, cpu) == spots_at_a_time(256, 200, 64, gpu) == 256
+    for device, most in ((cpu, MOST_NUMBERS["cpu"]), (gpu, MOST_NUMBERS["other"])):
+        spots = spots_at_a_time(256, 18000, 64, device)
+        assert spots * 18000 * 64 <= most < (spots + 1) * 18000 * 64
+        assert spots_at_a_time(8, 10**6, 4096, device) == 1
