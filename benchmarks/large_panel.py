@@ -22,6 +22,9 @@ def peak_gb() -> float:
 
 def measure(folder: Path, genes: int, draws: int) -> None:
     """Train and sample in this process and print a row of the table."""
+    from hinge.utils.threads import prepare_cpu
+
+    prepare_cpu()  # as every command does
     from hinge.config import check_config
     from hinge.run.run import Run
 
