@@ -5,11 +5,9 @@ every masked gene, and the scheduler reveals some genes, which take a value from
 independent of each other given their random numbers, and are computed in batches of any size.
 """
 
-import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +23,18 @@ from hinge.diffusion.slide_frame import SlideFrame
 from hinge.models.distributions import ExpressionDistribution
 from hinge.models.hinge import HingeModel
 from hinge.models.library_size import LibrarySizeModel
+from hinge.models.precision import with_float64
 from hinge.models.subset import GeneSubset, spots_at_a_time
 from hinge.utils.cuda_graphs import GraphedFunction
 from hinge.utils.memory import with_less_memory
 from hinge.utils.threads import in_torch_threads
 
-FLOAT64_DEVICES = ("cpu", "cuda")
 REMASKING_SHARE = 0.1
 """Share of the drawn genes that a remasking pass masks and draws again."""
+
+LIBRARY_SIZES = ((0.0, 2 / 3), (3**0.5, 1 / 6), (-(3**0.5), 1 / 6))
+"""Library sizes of a spot, in standard deviations of their logarithm from the median, and weights: Gauss-Hermite
+quadrature, which gives the mean over the normal distribution of the logarithm."""
 
 BATCHES_IN_A_PART = 8
 """Batches in a part of a slide's draws: what is drawn again if sampling is killed."""
@@ -47,8 +49,9 @@ class Draws:
     values
         (K, n, G) float32 in the model's units, one slice a draw.
     expected
-        (n, G) float32: mean of the predicted distribution in the first pass, in which only observed genes are visible.
-        It is E[expression | features] without the Monte-Carlo error of a mean of draws.
+        (n, G) float32: mean of the predicted distribution in the first pass, in which only observed genes are visible,
+        and over the library sizes that the spot may have. It is E[expression | features] without the Monte-Carlo error
+        of a mean of draws.
     """
 
     values: np.ndarray
@@ -179,8 +182,8 @@ class _Batch:
         (B, G) of the scheduler.
     condition, library_sizes
         Standardised features (B, d), with the library size for a model that takes it, and library sizes (B,) or None.
-    typical_condition, typical_library_sizes
-        The same with the median library size where it is not known.
+    typical
+        The same and a weight, for library sizes that stand for all that the spots may have, the median first.
     fill, shift
         (B, G) in place of masked values, and the slide effect.
     typical_shift
@@ -195,8 +198,7 @@ class _Batch:
     mask_times: Tensor
     condition: Tensor
     library_sizes: Tensor | None
-    typical_condition: Tensor
-    typical_library_sizes: Tensor | None
+    typical: list[tuple[Tensor, Tensor | None, float]]
     fill: Tensor
     shift: Tensor
     typical_shift: Tensor
@@ -278,8 +280,7 @@ class _Sampler:
             mask_times=self.scheduler.mask_times(torch.from_numpy(order)).to(self.device),
             condition=standardised,
             library_sizes=None,
-            typical_condition=standardised,
-            typical_library_sizes=None,
+            typical=[(standardised, None, 1.0)],
             fill=tensor(numbers.fill),
             shift=tensor(numbers.shift),
             typical_shift=tensor(self.noise.effect.typical.values),
@@ -301,21 +302,28 @@ class _Sampler:
         """Put drawn and typical library sizes, or the known ones, into the batch and its conditions."""
         model, numbers, features = self.model, batch.numbers, batch.condition
         shift, typical_shift = self._tensor(numbers.library_shift), self.noise.effect.typical.library_size
-        stretch = self.noise.effect.stretch
-        drawn = library_size(features, self._tensor(numbers.library_size), shift, stretch)
-        typical = library_size.typical(features, typical_shift, stretch)
+        stretch, known = self.noise.effect.stretch, None
         if self.inputs.library_size is not None:
-            given = self._tensor(self.inputs.library_size[spot_index])
-            drawn, typical = torch.where(given.isnan(), drawn, given), torch.where(given.isnan(), typical, given)
-        batch.library_sizes, batch.typical_library_sizes = drawn, typical
-        if model.slide_prior is None:  # its condition is the library size, whatever the slide
-            shift, typical_shift = torch.zeros_like(shift), 0.0
-        batch.condition = model.with_library_size(features, library_size.of_slide(drawn, shift, stretch))
-        typical = library_size.of_slide(typical, typical_shift, stretch)
-        batch.typical_condition = model.with_library_size(features, typical)
+            known = self._tensor(self.inputs.library_size[spot_index])
+        # runs of version 0.1, whose models have no prior of slides, keep their expected values
+        several = model.slide_prior is not None and (known is None or bool(known.isnan().any()))
+
+        def sizes(normal: Tensor, shift: Tensor | float) -> Tensor:
+            drawn = library_size(features, normal, shift, stretch)
+            return drawn if known is None else torch.where(known.isnan(), drawn, known)
+
+        def condition(sizes: Tensor, shift: Tensor | float) -> Tensor:
+            own = 0.0 if model.slide_prior is None else shift  # without it the condition is the same on all slides
+            return model.with_library_size(features, library_size.of_slide(sizes, own, stretch))
+
+        batch.library_sizes = sizes(self._tensor(numbers.library_size), shift)
+        batch.condition, batch.typical = condition(batch.library_sizes, shift), []
+        for normal, weight in LIBRARY_SIZES if several else ((0.0, 1.0),):
+            size = sizes(features.new_full((len(features),), normal), typical_shift)
+            batch.typical.append((condition(size, typical_shift), size, weight))
 
     def _first_pass(self, batch: _Batch, values: Tensor, spot_index: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return tokens (B, P + G, D) and means (B, G) at the first timestep, with the typical library size."""
+        """Return tokens (B, P + G, D) at the first timestep with the median library size, and means (B, G)."""
         scheduler, model, visible = self.scheduler, self.model, batch.known
         timestep = int(scheduler.timesteps[0])
         following = scheduler.next_visible(timestep, visible, batch.mask_times)
@@ -324,15 +332,18 @@ class _Sampler:
         shared = scheduler.config.fill != "noise" and model.config.condition_on_visible != "next"
         _, first, back = np.unique(spot_index, return_index=True, return_inverse=True)
         rows = torch.from_numpy(first if shared else np.arange(len(spot_index))).to(self.device)
-        condition, shift = batch.typical_condition[rows], batch.typical_shift.expand(len(rows), -1)
-        sizes = None if batch.typical_library_sizes is None else batch.typical_library_sizes[rows]
-        frame = self._frame(condition, shift, sizes)
-        h = self._tokens(batch, values, visible, following, timestep, condition, frame, rows=rows)
-        filled = scheduler.fill_masked(values, visible, batch.fill)[rows]
-        output, _ = self._read_out(h, filled, visible[rows], condition, shift, sizes, frame)
-        # some means are averages of quantiles, which need float64
-        mean = _with_float64(output).mean.float().to(self.device)
-        means = torch.where(visible[rows] > 0, values[rows], mean)
+        shift, filled = batch.typical_shift.expand(len(rows), -1), scheduler.fill_masked(values, visible, batch.fill)
+        h, means = None, torch.zeros_like(filled[rows])
+        for condition, sizes, weight in batch.typical:
+            condition, sizes = condition[rows], None if sizes is None else sizes[rows]
+            frame = self._frame(condition, shift, sizes)
+            tokens = self._tokens(batch, values, visible, following, timestep, condition, frame, rows=rows)
+            output, _ = self._read_out(tokens, filled[rows], visible[rows], condition, shift, sizes, frame)
+            # some means are averages of quantiles, which need float64
+            means += weight * with_float64(output).mean.float().to(self.device)
+            h = tokens if h is None else h
+        assert h is not None
+        means = torch.where(visible[rows] > 0, values[rows], means)
         if shared:
             of_spot = torch.from_numpy(back).to(self.device)
             h, means = h[of_spot], means[of_spot]
@@ -345,7 +356,7 @@ class _Sampler:
 
         Whether tokens are those of all genes must not depend on which spots are in the batch.
         """
-        sizes, typical = batch.library_sizes, batch.typical_library_sizes
+        sizes, typical = batch.library_sizes, batch.typical[0][1]
         if sizes is None or typical is None or (not self.model.drops_masked and torch.equal(sizes, typical)):
             return h, None
         subset = genes_with_tokens(self.model, following)
@@ -435,16 +446,5 @@ class _Sampler:
         factors = self.model.gene_factor_model
         if factors is not None and left is not None:
             normal = factors.innovation(left, self._tensor(numbers.factors[:, number]), normal)
-        uniform = torch.special.ndtr(_with_float64(normal).double()).clamp(1e-12, 1 - 1e-12)
-        return _with_float64(output).icdf(uniform).float().to(self.device)
-
-
-def _with_float64(given: Any) -> Any:
-    """Return a tensor, or a distribution with its parameters, on a device that has float64: its own, or the CPU."""
-    if isinstance(given, Tensor):
-        return given if given.device.type in FLOAT64_DEVICES else given.cpu()
-    moved = copy.copy(given)
-    for name, value in vars(given).items():
-        if isinstance(value, Tensor) or hasattr(value, "__dataclass_fields__"):
-            setattr(moved, name, _with_float64(value))
-    return moved
+        uniform = torch.special.ndtr(with_float64(normal).double()).clamp(1e-12, 1 - 1e-12)
+        return with_float64(output).icdf(uniform).float().to(self.device)

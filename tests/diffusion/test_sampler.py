@@ -10,7 +10,7 @@ from helpers.draws import draw_features
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.diffusion import MaskedDiffusionScheduler, sampler
 from hinge.diffusion.slide_effect import LoadingsEffect
-from hinge.models import HingeModel
+from hinge.models import HingeModel, precision
 from hinge.utils.errors import DataError
 
 GENES, FEATURES = 12, 4
@@ -214,7 +214,7 @@ def test_float64_stays_on_the_cpu(head, monkeypatch):
                     moved.append((name, each.dtype))
             return result
 
-    monkeypatch.setattr(sampler, "FLOAT64_DEVICES", ())
+    monkeypatch.setattr(precision, "FLOAT64_DEVICES", ())
     to_device = sampler._Sampler._tensor
     monkeypatch.setattr(sampler._Sampler, "_tensor", lambda self, array: to_device(self, array).as_subclass(Elsewhere))
     observed = np.full((9, GENES), np.nan, dtype=np.float32)

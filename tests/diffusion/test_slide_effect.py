@@ -6,14 +6,15 @@ import pytest
 import torch
 from anndata import AnnData
 from scipy.sparse import csr_matrix
+from scipy.special import ndtri
 
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.data.bulk import read_bulk
-from hinge.data.slide_levels import SlideLevels, composition_of_shares
+from hinge.data.slide_levels import NUM_RATIOS, SlideLevels, composition_of_shares
 from hinge.data.transforms import get_transform
 from hinge.diffusion import MaskedDiffusionScheduler, SamplingSettings, SlideInputs, draw_spots
 from hinge.diffusion.evidence import log_evidence, slide_evidence
-from hinge.diffusion.slide_effect import SlideEvidence
+from hinge.diffusion.slide_effect import LibrarySpread, SlideEvidence
 from hinge.diffusion.slide_frame import SlideFrame
 from hinge.models import HingeModel
 from hinge.training.slide_prior import fit_slide_prior
@@ -228,3 +229,27 @@ def test_visible_values_are_taken_as_on_a_training_slide(cohort):
     settings = SamplingSettings(num_draws=60, num_inference_steps=8, spatially_correlated=False)
     draws = draw_spots(model, MaskedDiffusionScheduler(10, "linear"), torch.arange(1, GENES + 1), inputs, settings)
     assert abs(draws.values.mean() / draws.expected.mean() - 1) < 0.1
+
+
+def test_what_is_expected_is_a_mean_over_the_library_sizes(cohort):
+    """That at the median library size is not the slide's level where library sizes spread widely."""
+    model, features, _, _ = cohort
+    if model.library_size_model is None:
+        pytest.skip("the library size is part of the values")
+    spread = LibrarySpread(np.ones(NUM_RATIOS), 0.8)
+    effect = effect_of(cohort, SlideEvidence(library_size=500.0, library_spread=spread))
+    scheduler, names = MaskedDiffusionScheduler(10, "linear"), [f"b{number}" for number in range(SPOTS)]
+
+    def expected(normal: float | None) -> np.ndarray:
+        sizes, size = model.library_size_model, None
+        if normal is not None:
+            x = model.standardise(torch.from_numpy(features))
+            shift, stretch = effect.typical.library_size, effect.stretch
+            size = sizes(x, torch.full((SPOTS,), normal), shift, stretch).detach().numpy()
+        inputs = SlideInputs("x", names, features, library_size=size, slide_effect=effect)
+        settings = SamplingSettings(num_draws=1, num_inference_steps=1, spatially_correlated=False)
+        return draw_spots(model, scheduler, torch.arange(1, GENES + 1), inputs, settings).expected
+
+    wanted = np.mean([expected(float(normal)) for normal in ndtri((np.arange(15) + 0.5) / 15)], axis=0)
+    errors = [np.sqrt(np.mean((each - wanted) ** 2)) for each in (expected(None), expected(0.0))]
+    assert errors[0] < 0.2 * errors[1]
