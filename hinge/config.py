@@ -321,6 +321,8 @@ class RunConfig(Settings):
             raise ValueError(
                 f"panel.min_slides {self.panel.min_slides} exceeds the {len(self.data.train)} training slides"
             )
+        if self.training.store == "disk" and self.data.train_spots is not None:
+            raise ValueError("data.train_spots is for training.store memory, and not for disk, which has all spots")
         if self.condition.tokens and not self.features.standardise_slide:
             raise ValueError("condition.tokens needs features.standardise_slide: true")
         if len(set(self.condition.tokens)) < len(self.condition.tokens):

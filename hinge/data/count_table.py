@@ -47,6 +47,7 @@ def read_counts(
     genes: list[str],
     patient_of: Callable[[str], str] = str,
     shares: Mapping[str, float] | None = None,
+    most: int | None = None,
 ) -> CountTable:
     """Return the counts of slides on a list of genes. Spots without a count in these genes are left out.
 
@@ -60,6 +61,8 @@ def read_counts(
         The patient of a sample's name; each sample is a patient of its own by default.
     shares
         For `hinge.data.library_sizes.library_sizes`.
+    most
+        Spots of a slide, at most, evenly spread over its order; None: all.
 
     Raises
     ------
@@ -69,10 +72,12 @@ def read_counts(
     counts, sizes, names = [], [], []
     for slide in slides:
         found, library_size = panel_counts(slide, genes, shares)
-        kept = np.nansum(found, axis=1) > 0
+        kept = np.flatnonzero(np.nansum(found, axis=1) > 0)
+        if most is not None and len(kept) > most:
+            kept = kept[np.linspace(0, len(kept) - 1, max(1, most)).astype(int)]
         counts.append(found[kept])
         sizes.append(library_size[kept])
-        names.append(np.full(int(kept.sum()), slide_name(slide)))
+        names.append(np.full(len(kept), slide_name(slide)))
     table = np.concatenate(counts)
     missing = [gene for gene, known in zip(genes, np.isfinite(table).any(axis=0), strict=True) if not known]
     if missing:

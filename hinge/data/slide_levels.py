@@ -1,6 +1,6 @@
 """The level of whole slides: composition over genes, library size and mean values, of slides with or without images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -99,8 +99,14 @@ class SlideLevels:
     def joined(self, other: "SlideLevels") -> "SlideLevels":
         """Return these slides and those of `other` that are not among them."""
         new = ~np.isin(other.sample, self.sample)
-        pairs = {each.name: (getattr(self, each.name), getattr(other, each.name)[new]) for each in fields(self)}
-        return SlideLevels(**{name: np.concatenate(pair) for name, pair in pairs.items()})
+        of_new = SlideLevels(**{each.name: getattr(other, each.name)[new] for each in fields(self)})
+        return SlideLevels.concatenated([self, of_new])
+
+    @classmethod
+    def concatenated(cls, parts: "Sequence[SlideLevels]") -> Self:
+        """Return the levels of slides, no two of which are the same, in the order of their names."""
+        arrays = {each.name: np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)}
+        return cls(**arrays)
 
 
 def composition_of_shares(shares: NDArray) -> NDArray[np.float64]:

@@ -71,6 +71,11 @@ class SpotTable:
     def __len__(self) -> int:
         return len(self.barcodes)
 
+    @property
+    def feature_dim(self) -> int:
+        """Width d of the features."""
+        return 0 if self.features is None else self.features.shape[2]
+
     def measured_slides(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return which genes the S slides measured, bool (S, G), and each spot's slide (n,); None where all are."""
         names, slide_of = np.unique(self.slide, return_inverse=True)

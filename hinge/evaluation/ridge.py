@@ -92,22 +92,27 @@ def fit_ridge_of_parts(features: ArrayLike, values: ArrayLike, parts: "Sequence[
     x, y = np.asarray(features, dtype=np.float64), np.asarray(values, dtype=np.float64)
     if len(parts) == 1 and len(parts[0].rows) == len(x):
         return fit_ridge(x, y, parts[0].groups)
-    pieces = [(x[part.rows], y[np.ix_(part.rows, part.columns)]) for part in parts]
-    folds = [_folds(own, part.groups) for (own, _), part in zip(pieces, parts, strict=True)]
-    order = np.argsort([-target.size for _, target in pieces], kind="stable")[:MOST_SEARCHED]
+    sizes = [len(part.rows) * len(part.columns) for part in parts]
     scores = np.zeros(len(PENALTIES))
-    for number in order:
-        own, target = pieces[number]
-        scores += target.size * _search(own, target, folds[number], refit=False).cv_results_["mean_test_score"]
+    for number in np.argsort([-size for size in sizes], kind="stable")[:MOST_SEARCHED]:
+        own, target, folds = _piece(x, y, parts[number])
+        scores += sizes[number] * _search(own, target, folds, refit=False).cv_results_["mean_test_score"]
     penalty = float(PENALTIES[int(np.argmax(scores))])
     weight, bias, held_out = np.zeros((y.shape[1], x.shape[1])), np.zeros(y.shape[1]), np.zeros_like(y)
-    for part, (own, target), of_part in zip(parts, pieces, folds, strict=True):
+    for part in parts:
+        own, target, of_part = _piece(x, y, part)  # one at a time: together they are many times x
         pipeline = _pipeline().set_params(ridge__alpha=penalty).fit(own, target)
         fit = _with_penalty(own, target, of_part, pipeline)
         weight[part.columns], bias[part.columns] = fit.weight, fit.bias
         held_out[:, part.columns] = fit.predict(x)
         held_out[np.ix_(part.rows, part.columns)] = fit.held_out
     return RidgeFit(weight, bias, held_out, penalty)
+
+
+def _piece(x: NDArray, y: NDArray, part: "GenePart") -> tuple[NDArray, NDArray, list]:
+    """Return features (m, d) and values (m, C) of the spots and genes of a part, and the folds of the spots."""
+    own = x[part.rows]
+    return own, y[np.ix_(part.rows, part.columns)], _folds(own, part.groups)
 
 
 def _folds(x: NDArray, groups: ArrayLike) -> list:

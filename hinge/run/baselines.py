@@ -16,6 +16,7 @@ from hinge.evaluation.kept import PredictionStore, digest_of
 from hinge.evaluation.names import BASELINES, GENERATIVE_BASELINES, LEVELLED, PRETRAINED
 from hinge.evaluation.predictions import Prediction
 from hinge.run.preparation import Preparation, spot_names
+from hinge.run.training_spots import training_table
 from hinge.utils.errors import DataError
 from hinge.utils.files import file_digest
 from hinge.utils.locks import lock_folder
@@ -42,7 +43,7 @@ def fit_baselines(inputs: Preparation, slides: Sequence[str]) -> dict[str, Path]
         none, unless it is the only one, which is an error.
     """
     methods = inputs.config.evaluation.baselines
-    train = complete_spots(inputs.training_spots(), inputs.config.seed) if methods else None
+    train = complete_spots(training_table(inputs), inputs.config.seed) if methods else None
     files = {}
     for name in slides:
         try:

@@ -17,6 +17,7 @@ from hinge.evaluation.predictions import Prediction, PredictionFiles, prediction
 from hinge.evaluation.scores import evaluate_slide
 from hinge.evaluation.tables import write_scores
 from hinge.run.preparation import Preparation, spot_names
+from hinge.run.training_spots import training_table
 from hinge.utils.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def log_likelihoods(inputs: Preparation, name: str) -> dict[str, float] | None:
         return None
     pipeline, device = load_pipeline(inputs), make_accelerator(config.training).device
     pipeline.model.to(device)
-    test, train = inputs.spots([name], "mask"), complete_spots(inputs.training_spots(), config.seed)
+    test, train = inputs.spots([name], "mask"), complete_spots(training_table(inputs), config.seed)
     scored = inputs.scored_spots(name)
     of_model = chain_log_likelihood(
         pipeline.model,

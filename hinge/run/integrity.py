@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from hinge.data.spot_store import STORE_NAME, damaged_slides
 from hinge.utils import checksums
 from hinge.utils.errors import DataError
 
@@ -35,6 +36,9 @@ def verify_run(folder: str | Path) -> Verification:
         known = set(checksums.names(folder))
     except DataError as error:
         faults, missing, known = [str(error)], [], set()
+    for store in sorted(folder.glob(f"training/{STORE_NAME}")):
+        damaged, whole = damaged_slides(store)
+        faults, right = [*faults, *damaged], right + whole
     unknown = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder)

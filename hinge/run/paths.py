@@ -7,7 +7,7 @@ genes.json         which of them are in the vocabulary of given weights
 features/          one HDF5 file per slide and encoder (unless features.folder is set)
 backbone/          the expression model, where it was pre-trained in this run
 split.json         slides and validation spots
-training/          log and checkpoints
+training/          log and checkpoints; the store of spots, where training is from disk
 model/             the trained HingeModel and its scheduler
 samples/           draws, one h5ad a slide
 maps/              dense maps of hinge map, h5ad and OME-TIFF

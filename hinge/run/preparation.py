@@ -20,7 +20,7 @@ from hinge.config import RunConfig
 from hinge.data.checks import Context, Finding, check_slide, require_codes, stop_on_errors
 from hinge.data.checks.species import species_of_genes
 from hinge.data.condition_tokens import ConditionTokens, categories_of_slide
-from hinge.data.count_table import CountTable, panel_counts, read_counts
+from hinge.data.count_table import CountTable, read_counts
 from hinge.data.features import difference_from, read_features
 from hinge.data.neighbourhood import slide_features
 from hinge.data.panel import Panel, read_panel, select_panel
@@ -28,9 +28,8 @@ from hinge.data.pseudo_spots import pool_cells
 from hinge.data.readers import build_slide, table
 from hinge.data.resolution import positive_length
 from hinge.data.slide import patient_of_slide, slide_name
-from hinge.data.slide_levels import SlideLevels
+from hinge.data.slide_sequence import SlideSequence
 from hinge.data.spots import Lacking, SpotTable, concatenate_spots, load_spots
-from hinge.data.transforms import get_transform
 from hinge.run.genes import GeneMatcher
 from hinge.run.paths import RunPaths
 from hinge.utils import checksums
@@ -50,7 +49,9 @@ logger = logging.getLogger(__name__)
 
 # a slide holds the counts of all genes: only those in use are kept
 SLIDES_KEPT = 2
-_SPOTS_AT_A_TIME = 256
+_SLIDES_AT_ONCE = 64  # that the panel is selected from
+# counts to pre-train on beside a store of training spots: as many as have these bytes, but at least these spots
+_PRETRAINING_BYTES, _MOST_PRETRAINING_SPOTS = 64 << 20, 10_000
 _GRID = ("spot_pitch_um", "spot_diameter_um")
 
 
@@ -72,6 +73,7 @@ class Preparation:
         self._grids: dict[str, dict[str, float]] = {}
         self._species: dict[str, str] = {}
         self._patients: dict[str, str | None] = {}
+        self._num_spots: dict[str, int] = {}
         self._counts: CountTable | None = None
 
     # --- slides ----------------------------------------------------------------------------------
@@ -92,8 +94,14 @@ class Preparation:
             spot_um=data.spot_um,
         )
         self._grids[name] = {key: slide.uns["hinge"][key] for key in _GRID}
-        self._patients[name] = patient_of_slide(slide)
+        self._patients[name], self._num_spots[name] = patient_of_slide(slide), slide.n_obs
         return slide
+
+    def num_spots(self, name: str) -> int:
+        """Return the number of spots of a slide, which is read at most once for it."""
+        if name not in self._num_spots:
+            self.slide(name)
+        return self._num_spots[name]
 
     def check(self, names: Sequence[str], allow: Collection[str] = ()) -> None:
         """Check slides that are trained on or scored, before anything is computed; each is checked once.
@@ -211,14 +219,15 @@ class Preparation:
         """
         if not self.paths.panel.exists():
             settings, training = self.config.panel, self.config.data.train
+            slides: Sequence[AnnData] = SlideSequence(training, self.slide)
+            if self.config.training.store != "disk" and len(training) <= _SLIDES_AT_ONCE:
+                slides = list(slides)  # they are read several times
             if settings.method == "file":
                 panel = read_panel(settings.file)
             else:
-                panel = select_panel(
-                    [self.slide(name) for name in training], settings.method, settings.genes, settings.min_slides or 1
-                )
+                panel = select_panel(slides, settings.method, settings.genes, settings.min_slides or 1)
             if settings.method == "file" and settings.min_slides is not None:
-                panel = panel.of_slides([self.slide(name) for name in training], settings.min_slides)
+                panel = panel.of_slides(slides, settings.min_slides)
             if self.config.backbone.path is not None:
                 symbols = {name: list(self.slide(name).var_names) for name in training}
                 panel = panel.model_copy(update={"genes": self.matcher.select(panel.genes, symbols, self.paths.genes)})
@@ -325,24 +334,6 @@ class Preparation:
             logger.warning("slide %s has %d of the panel's %d genes: these are scored", name, len(spots.genes), wanted)
         return spots
 
-    def training_spots(self) -> SpotTable:
-        """Return the training spots: all of the training slides, or a random choice of `data.train_spots`.
-
-        Raises
-        ------
-        DataError
-            There are fewer spots than that.
-        """
-        spots, wanted = self.spots(self.config.data.train), self.config.data.train_spots
-        if wanted is None:
-            return spots
-        if wanted > len(spots):
-            raise DataError(
-                f"data.train_spots is {wanted}, but the training slides have {len(spots)} spots with counts"
-            )
-        chosen = np.random.default_rng([self.config.seed, 5]).choice(len(spots), wanted, replace=False)
-        return spots.subset(np.sort(chosen))
-
     # --- backbone --------------------------------------------------------------------------------
 
     def backbone(self) -> ExpressionBackbone:
@@ -373,31 +364,6 @@ class Preparation:
             raise WeightsError(f"this backbone has no embedding for the new genes of {self.paths.panel}")
         return ids
 
-    def ranked_values(self, backbone: ExpressionBackbone) -> tuple[np.ndarray, np.ndarray]:
-        """Return values and bins (n, G) of the training spots on the panel, for a backbone that ranks expression.
-
-        As in the published code, a spot's bins depend on all of its genes that the backbone knows. A gene of the panel
-        that a slide lacks, or that is new to the backbone, has the bin 0, as genes without a count.
-        """
-        import torch
-
-        panel, values, bins = self.panel().genes, [], []
-        for name in self.config.data.train:
-            slide = self.slide(name)
-            known = self.matcher.match(list(slide.var_names), "drop")
-            column = {gene: number for number, gene in enumerate(known.genes)}
-            there = [number for number, gene in enumerate(panel) if gene in column]
-            of_slide = np.zeros((slide.n_obs, len(panel)), dtype=np.float32)
-            for start in range(0, slide.n_obs, _SPOTS_AT_A_TIME):
-                rows = slice(start, start + _SPOTS_AT_A_TIME)
-                counts = torch.from_numpy(slide.X[rows][:, known.index].toarray().astype(np.float32))
-                ranked = backbone.encode_values(counts, counts.sum(dim=1), torch.from_numpy(known.ids)).numpy()
-                of_slide[rows, there] = ranked[:, [column[panel[number]] for number in there]]
-            found, sizes = panel_counts(slide, panel)
-            values.append(get_transform(self.config.transform).forward(np.nan_to_num(found), sizes))
-            bins.append(of_slide)
-        return np.concatenate(values), np.concatenate(bins)
-
     def pretraining_counts(self) -> CountTable:
         """Return the counts, on the panel, of the slides to pre-train the backbone on; they are read once."""
         if self._counts is None:
@@ -409,22 +375,14 @@ class Preparation:
         if not data.pretrain:
             logger.info("data.pretrain names no samples: the expression model is pre-trained on the training slides")
         slides = (self.slide(name, require_image=False) for name in data.pretrain or data.train)
-        return read_counts(slides, genes, self.patient, self.panel().shares)
+        most = None
+        if self.config.training.store == "disk":
+            most = max(_MOST_PRETRAINING_SPOTS, _PRETRAINING_BYTES // (4 * len(genes))) // len(
+                data.pretrain or data.train
+            )
+        return read_counts(slides, genes, self.patient, self.panel().shares, most)
 
-    def slide_levels(self, spots: SpotTable) -> SlideLevels:
-        """Return the levels of all slides with counts: those of the training spots, and those to pre-train on."""
-        patient_of = {name: self.patient(name) for name in np.unique(spots.slide).tolist()}
-        patients = np.array([patient_of[name] for name in spots.slide.tolist()])
-        transform = self.config.transform
-        known = (spots.known_counts(), spots.library_size, spots.slide, patients, transform)
-        levels = SlideLevels.of_spots(*known, self._tokens_of(self.config.data.train))
-        if self.config.data.pretrain:
-            counts = self.pretraining_counts()
-            known = (counts.counts, counts.library_size, counts.sample, counts.patient, transform)
-            levels = levels.joined(SlideLevels.of_spots(*known, self._tokens_of(self.config.data.pretrain)))
-        return levels
-
-    def _tokens_of(self, names: list[str]) -> dict[str, np.ndarray] | None:
+    def known_tokens(self, names: list[str]) -> dict[str, np.ndarray] | None:
         """Return the categories (T,) of slides by name; None without tokens."""
         tokens = self.config.condition.tokens
         slides = (self.slide(name, require_image=False) for name in (names if tokens else ()))

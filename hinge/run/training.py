@@ -12,6 +12,7 @@ from hinge.backbones.loading import MODELS, new_config
 from hinge.backbones.packaged import packaged_for
 from hinge.data.count_table import CountTable
 from hinge.data.readers import require_samples
+from hinge.data.spot_store import SpotStore
 from hinge.data.spots import SpotTable
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.diffusion.pipeline import write_model_index
@@ -21,8 +22,11 @@ from hinge.models.pretrained import genes_digest
 from hinge.models.tuning import cast_frozen
 from hinge.run.paths import claim_folder, undone_on_error
 from hinge.run.preparation import Preparation
-from hinge.training import pretrain_expression, split_spots, train_hinge
+from hinge.run.ranked_values import ranked_values
+from hinge.run.training_spots import slide_levels, training_spots
+from hinge.training import pretrain_expression, split_spots, spots_in_memory, train_hinge
 from hinge.training.loop import make_accelerator
+from hinge.training.rows import MOST_SPOTS
 from hinge.utils import checksums
 from hinge.utils.environment import write_environment
 from hinge.utils.files import atomic_path, write_json
@@ -92,10 +96,10 @@ def _check(inputs: Preparation, names: Sequence[str], allow: Collection[str]) ->
     inputs.check(names, allow)
 
 
-def _prepare(inputs: Preparation) -> tuple[SpotTable, ExpressionBackbone | None, CountTable | None]:
+def _prepare(inputs: Preparation) -> tuple[SpotTable | SpotStore, ExpressionBackbone | None, CountTable | None]:
     """Return training spots and the backbone, or the counts to pre-train it on; errors of the input are raised here."""
     data, settings = inputs.config.data, inputs.config.backbone
-    spots = inputs.training_spots()
+    spots = training_spots(inputs)
     if not inputs.paths.has_backbone:
         if settings.weights == "random":
             _write_random_backbone(inputs)
@@ -142,15 +146,15 @@ def _write_random_backbone(inputs: Preparation) -> None:
     logger.info("wrote %s (random weights)", inputs.paths.backbone)
 
 
-def _new_model(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbone) -> HingeModel:
+def _new_model(inputs: Preparation, spots: SpotTable | SpotStore, backbone: ExpressionBackbone) -> HingeModel:
     """Return an untrained model for some spots."""
     config = inputs.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = HingeModel.from_backbone(
             backbone,
-            spots.features.shape[2],
-            spots.values.shape[1],
+            spots.feature_dim,
+            len(spots.genes),
             transform=config.transform,
             tuning=config.backbone.tuning,
             library_size=needs_library_size(config.model.head, config.transform),
@@ -158,16 +162,18 @@ def _new_model(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbo
             **config.model.model_dump(),
         )
     if model.value_bins is not None:
-        values, bins = inputs.ranked_values(backbone)
+        values, bins = ranked_values(inputs, backbone, MOST_SPOTS if isinstance(spots, SpotStore) else None)
         model.value_bins.fit(values, bins, backbone.config.gene_scale(inputs.gene_ids(backbone).numpy()))
     cast_frozen(model.backbone, torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
     return model
 
 
-def _train(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbone, accelerator: Accelerator) -> Path:
+def _train(
+    inputs: Preparation, spots: SpotTable | SpotStore, backbone: ExpressionBackbone, accelerator: Accelerator
+) -> Path:
     config, paths = inputs.config, inputs.paths
     # before the patients of the split are asked for: they are in the slides that are read here
-    levels = inputs.slide_levels(spots) if config.model.gene_factors and config.training.initialisation else None
+    levels = slide_levels(inputs, spots) if config.model.gene_factors and config.training.initialisation else None
     model = _new_model(inputs, spots, backbone)
     model.register_to_config(panel_digest=genes_digest(inputs.panel().genes))
     scheduler = MaskedDiffusionScheduler(**config.diffusion.model_dump())
@@ -199,10 +205,11 @@ def _train(inputs: Preparation, spots: SpotTable, backbone: ExpressionBackbone, 
     return paths.model
 
 
-def _write_split(inputs: Preparation, spots: SpotTable) -> None:
+def _write_split(inputs: Preparation, spots: SpotTable | SpotStore) -> None:
     """Write which slides serve what, the spot grid of the training slides, and the validation spots."""
     data, config = inputs.config.data, inputs.config.training
-    _, held = split_spots(spots, config.validation_share, config.validation_groups, inputs.config.seed)
+    table, _ = spots_in_memory(spots, inputs.config.seed)
+    _, held = split_spots(table, config.validation_share, config.validation_groups, inputs.config.seed)
     write_json(
         inputs.paths.split,
         {
@@ -211,6 +218,6 @@ def _write_split(inputs: Preparation, spots: SpotTable) -> None:
             "pretrain": data.pretrain,
             "patients": {name: inputs.patient(name) for name in [*data.train, *data.test, *data.pretrain]},
             **inputs.training_grid(),
-            "validation_spots": [f"{spots.slide[index]}/{spots.barcodes[index]}" for index in held],
+            "validation_spots": [f"{table.slide[index]}/{table.barcodes[index]}" for index in held],
         },
     )

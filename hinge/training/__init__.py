@@ -7,7 +7,8 @@ __getattr__, __all__ = lazy_names(
     {
         "expression": ("pretrain_expression",),
         "gaussian": ("train_denoiser",),
-        "hinge": ("split_spots", "train_hinge"),
+        "hinge": ("train_hinge",),
+        "rows": ("split_spots", "spots_in_memory"),
         "settings": ("PretrainConfig", "TrainingConfig"),
     },
 )

@@ -10,9 +10,11 @@ from torch import Tensor
 from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.gaussian import NUM_TIMES, Denoiser
 from hinge.evaluation.ridge import fit_ridge
-from hinge.training.hinge import VALIDATION_TIMES, TrainingConfig, TrainingRows
+from hinge.training.hinge import VALIDATION_TIMES
 from hinge.training.initialisation import write
 from hinge.training.loop import LoopResult, make_accelerator, run_loop, step_generator
+from hinge.training.rows import TrainingRows
+from hinge.training.settings import TrainingConfig
 
 
 def train_denoiser(

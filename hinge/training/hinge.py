@@ -1,5 +1,6 @@
 """Training of a HingeModel by masked diffusion, on the spots of some slides."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hinge.data.slide_levels import SlideLevels
-from hinge.data.spots import SpotTable, spot_groups
+from hinge.data.spot_store import SpotStore
+from hinge.data.spots import SpotTable
 from hinge.diffusion.loss import draw_timesteps, loss_mask, spot_weights
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.hinge import HingeModel
@@ -17,57 +19,18 @@ from hinge.models.value_bins import fit_to_panel
 from hinge.training.initialisation import Initialisation, initialise_gene_factors, initialise_library_size
 from hinge.training.loop import LoopResult, make_accelerator, run_loop, step_generator
 from hinge.training.masked_mean import fit_masked_mean
-from hinge.training.measured import MeasuredGenes
+from hinge.training.measured import fitting_timesteps
+from hinge.training.rows import SpotBatch, TrainingRows
 from hinge.training.settings import TrainingConfig
 from hinge.training.slide_prior import fit_slide_prior
-from hinge.utils.errors import DataError
 
 # fixed times, evenly spread, at which every held-out spot is scored: one random time a spot would be too noisy
 # to compare checkpoints by
 VALIDATION_TIMES = 6
 
 
-# share of the training rows of whose slide a token is not known
-TOKEN_DROPOUT = 0.15
-
-
 # the masked share of genes, at most, in the lightly masked steps that training starts with, as in HINGE's paper
 WARM_START_MASKED_SHARE = 0.2
-
-
-def split_spots(spots: SpotTable, share: float, groups: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split spots into training and validation, whole groups on one side.
-
-    Parameters
-    ----------
-    spots
-        All training spots.
-    share
-        Share of the spots that goes to validation, at least, in whole groups; 0 for none.
-    groups
-        `"spot"`; `"tile"`, squares of about 4 × 4 spots of one slide, because neighbouring spots resemble each other;
-        `"slide"`.
-    seed
-        Of the choice.
-
-    Returns
-    -------
-    tuple
-        Indices of training spots and of validation spots, both sorted.
-    """
-    names = spot_groups(spots.slide, spots.coords, groups)
-    unique, group, counts = np.unique(names, return_inverse=True, return_counts=True)
-    order = torch.randperm(len(unique), generator=step_generator(seed, 20)).numpy()
-    wanted = share * len(spots)
-    held: list[int] = []
-    taken = 0
-    for index in order:
-        if taken >= wanted or len(held) + 1 == len(unique):
-            break
-        held.append(index)
-        taken += counts[index]
-    is_held = np.isin(group, held)
-    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
 class _Denoising(nn.Module):
@@ -82,64 +45,6 @@ class _Denoising(nn.Module):
         return self.model(**inputs).loss(target)
 
 
-class TrainingRows:
-    """The rows that a run trains on: every view of every training spot is one. Prepares the model for them.
-
-    Parameters
-    ----------
-    model
-        Its feature statistics are set from the training spots; it is in eval mode afterwards.
-    spots, config, seed
-        As in `train_hinge`.
-
-    Attributes
-    ----------
-    training, held
-        Indices of spots.
-    features
-        (n, V, d) of all spots.
-
-    Raises
-    ------
-    DataError
-        No spot, or spots without features.
-    """
-
-    def __init__(self, model: HingeModel, spots: SpotTable, config: TrainingConfig, seed: int):
-        if len(spots) == 0 or spots.features is None:
-            raise DataError("training needs spots with features")
-        self.model = model
-        self.training, self.held = split_spots(spots, config.validation_share, config.validation_groups, seed)
-        self.features = torch.from_numpy(np.asarray(spots.features, dtype=np.float32))
-        model.set_feature_statistics(self.features[self.training].flatten(0, 1))
-        self.token_columns = spots.token_columns
-        if config.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        model.eval()  # the start is without dropout: it would be another one each time that a run is resumed
-
-    def __len__(self) -> int:
-        return len(self.training) * self.features.shape[1]
-
-    def draw(self, rows: np.ndarray, generator: torch.Generator) -> tuple[np.ndarray, Tensor, Tensor | None]:
-        """Return the spots (B,) of rows, their features (B, d), and the factors of feature dropout, if there is any.
-
-        Everything random is drawn for the global batch on every process; each then takes its rows.
-        """
-        num_views, dropout = self.features.shape[1], self.model.config.feature_dropout
-        spot, view = self.training[rows // num_views], rows % num_views
-        condition, mask = self.features[spot, view], None
-        if dropout:
-            kept = torch.rand(condition.shape, generator=generator) >= dropout
-            mask = kept.float() / (1 - dropout)
-        if self.token_columns:
-            # a token whose columns are 0, their mean, is not known
-            mask = torch.ones_like(condition) if mask is None else mask
-            known = torch.rand(len(condition), len(self.token_columns), generator=generator) >= TOKEN_DROPOUT
-            for number, columns in enumerate(self.token_columns):
-                mask[:, columns] = known[:, [number]].float()
-        return spot, condition, mask
-
-
 class _MaskedExpression:
     """The objective of masked diffusion: the losses of training and of validation.
 
@@ -147,12 +52,8 @@ class _MaskedExpression:
     ----------
     data
         Spots and their split.
-    spots, scheduler, gene_ids, config, seed
+    scheduler, gene_ids, config, seed
         As of `train_hinge`.
-    slide_shift
-        (n, G) of all spots; None without initialisation.
-    library_shift
-        (n,) of all spots, see `initialise_library_size`; None for a model without library sizes.
     device
         Where the model is.
     """
@@ -160,22 +61,14 @@ class _MaskedExpression:
     def __init__(
         self,
         data: TrainingRows,
-        spots: SpotTable,
         scheduler: MaskedDiffusionScheduler,
         gene_ids: Tensor,
         config: TrainingConfig,
         seed: int,
-        slide_shift: Tensor | None,
-        library_shift: Tensor | None,
         device: torch.device,
     ):
         self.data, self.scheduler, self.config, self.seed, self.device = data, scheduler, config, seed, device
-        self.gene_ids, self.slide_shift, self.library_shift = gene_ids.to(device), slide_shift, library_shift
-        self.values = torch.from_numpy(np.asarray(spots.values, dtype=np.float32))
-        self.measured = MeasuredGenes.of(spots)
-        self.library_size = None
-        if data.model.library_size_model is not None:
-            self.library_size = torch.from_numpy(np.asarray(spots.library_size, dtype=np.float32))
+        self.gene_ids, self.num_genes = gene_ids.to(device), data.num_genes
         self.warm_steps = round(config.warm_start_share * config.num_steps(len(data)))
         # of validation, evenly spread
         times = np.linspace(1, scheduler.config.num_train_timesteps, VALIDATION_TIMES)
@@ -183,61 +76,60 @@ class _MaskedExpression:
 
     def inputs_at(
         self,
-        spot: np.ndarray,
+        batch: SpotBatch,
         timesteps: Tensor,
         uniform: Tensor,
         noise: Tensor,
-        condition: Tensor,
         end: Tensor | None,
         feature_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return what the model is given for spots (B,) at timesteps (B,).
+        """Return what the model is given for B spots at timesteps (B,).
 
-        uniform and noise (B, G) decide which genes are masked and what fills them; condition and feature_mask are
-        (B, d). end (B,) in [0, 1) decides at which timestep the step ends that is practised, see `drops_masked`.
+        uniform and noise (B, G) decide which genes are masked and what fills them; feature_mask is (B, d). end (B,) in
+        [0, 1) decides at which timestep the step ends that is practised, see `drops_masked`.
         """
-        visible = self.visible_at(spot, timesteps, uniform)
+        visible = self.visible_at(batch, timesteps, uniform)
         inputs = {
-            "values": self.scheduler.fill_masked(self.values[spot], visible, noise),
+            "values": self.scheduler.fill_masked(batch.values, visible, noise),
             "visible": visible,
             "timestep": timesteps,
-            "features": condition,
-            "next_visible": self.visible_at(spot, timesteps - 1, uniform),
+            "features": batch.condition,
+            "next_visible": self.visible_at(batch, timesteps - 1, uniform),
         }
-        if self.measured is not None:
-            inputs["timestep"] = self.measured.timesteps(self.scheduler, spot, timesteps, visible)
+        if batch.measured is not None:
+            inputs["timestep"] = fitting_timesteps(self.scheduler, batch.measured, timesteps, visible)
         if end is not None:
             # as in sampling, where a step of any length has tokens of the genes that it reveals
-            inputs["present"] = self.visible_at(spot, (end * timesteps).long(), uniform)
-        if self.slide_shift is not None:
-            inputs["slide_shift"] = self.slide_shift[spot]
-        if self.library_size is not None:
-            inputs["library_size"] = self.library_size[spot]
-        if self.library_shift is not None:
-            inputs["library_shift"] = self.library_shift[spot]
+            inputs["present"] = self.visible_at(batch, (end * timesteps).long(), uniform)
+        if batch.slide_shift is not None:
+            inputs["slide_shift"] = batch.slide_shift
+        if self.data.model.library_size_model is not None:
+            inputs["library_size"] = batch.library_size
+        if batch.library_shift is not None:
+            inputs["library_shift"] = batch.library_shift
         if feature_mask is not None:
             inputs["feature_mask"] = feature_mask
         return {name: tensor.to(self.device) for name, tensor in inputs.items()} | {"gene_ids": self.gene_ids}
 
-    def visible_at(self, spot: np.ndarray, timesteps: Tensor, uniform: Tensor) -> Tensor:
-        """Return which genes (B, G) of spots (B,) are visible at timesteps (B,); never one that was not measured."""
+    def visible_at(self, batch: SpotBatch, timesteps: Tensor, uniform: Tensor) -> Tensor:
+        """Return which genes (B, G) of spots are visible at timesteps (B,); never one that was not measured."""
         visible = self.scheduler.visible_at(timesteps, uniform)
-        return visible if self.measured is None else visible * self.measured.of_spots(spot)
+        return visible if batch.measured is None else visible * batch.measured
 
-    def loss_mask(self, spot: np.ndarray, timesteps: Tensor, uniform: Tensor, genes: Tensor | None) -> Tensor:
-        """Return which genes of spots (B,) count (B, G): none that was not measured or has no token."""
+    def loss_mask(self, batch: SpotBatch, timesteps: Tensor, uniform: Tensor, genes: Tensor | None) -> Tensor:
+        """Return which genes of spots count (B, G): none that was not measured or has no token."""
         visible = self.scheduler.visible_at(timesteps, uniform)
         mask = loss_mask(self.scheduler, timesteps, visible, uniform, self.config.loss_on)
         if genes is not None:
             mask = mask * torch.zeros(mask.shape[1]).index_fill(0, genes, 1.0)
-        return mask if self.measured is None else mask * self.measured.of_spots(spot)
+        return mask if batch.measured is None else mask * batch.measured
 
     def some_genes(self, generator: torch.Generator) -> Tensor | None:
         """Return the numbers (n,) of the genes that have tokens in a step; None for all.
 
         The gene factors see all visible genes, and the backbone a random part of them: as many as memory allows.
         """
-        count, num_genes = self.config.genes_per_step, self.values.shape[1]
+        count, num_genes = self.config.genes_per_step, self.num_genes
         if count is None or count >= num_genes:
             return None
         return torch.randperm(num_genes, generator=generator)[:count].sort().values
@@ -248,28 +140,29 @@ class _MaskedExpression:
 
     def batch_loss(self, module, step, rows, positions, generator) -> Tensor:
         """Return the loss of this process's rows; see `BatchLoss`."""
-        size, num_genes = len(rows), self.values.shape[1]
+        size, num_genes = len(rows), self.num_genes
         share = WARM_START_MASKED_SHARE if step < self.warm_steps else 1.0
         timesteps = draw_timesteps(self.scheduler, size, num_genes, generator, share)
         uniform = torch.rand(size, num_genes, generator=generator)
         noise = torch.randn(size, num_genes, generator=generator)
         end = torch.rand(size, generator=generator) if self.data.model.drops_masked else None
-        spot, condition, feature_mask = self.data.draw(rows, generator)
+        batch, feature_mask = self.data.batch(step, rows, generator)
         genes = self.some_genes(generator)
-        weights = spot_weights(self.loss_mask(spot, timesteps, uniform, genes), self.config.weighting)
-        drawn = (spot, timesteps, uniform, noise, condition, end, feature_mask)
-        inputs = self.inputs_at(*(None if each is None else each[positions] for each in drawn))
+        weights = spot_weights(self.loss_mask(batch, timesteps, uniform, genes), self.config.weighting)
+        batch = batch.at(positions)
+        drawn = (timesteps, uniform, noise, end, feature_mask)
+        inputs = self.inputs_at(batch, *(None if each is None else each[positions] for each in drawn))
         inputs |= self.index_of(genes)
-        losses = module(self.values[spot[positions]].to(self.device), **inputs)
+        losses = module(batch.values.to(self.device), **inputs)
         return (losses * weights[positions].to(self.device)).sum() / size
 
     def evaluate(self, module, rows) -> Tensor:
         """Return the sum of the losses of validation rows, and their number; a row is a held-out spot at one time."""
-        sums, num_genes = torch.zeros(2), self.values.shape[1]
+        sums, num_genes = torch.zeros(2), self.num_genes
         genes = self.some_genes(step_generator(self.seed, 23))  # the same in every evaluation
         for start in range(0, len(rows), self.config.batch_size):
             part = rows[start : start + self.config.batch_size]
-            spot = self.data.held[part // len(self.times)]
+            batch = self.data.held_batch(part // len(self.times))
             timesteps = torch.from_numpy(self.times[part % len(self.times)])
             # one generator a row: the noise of a held-out spot is the same on any number of processes
             generators = [step_generator(self.seed, 21, int(row)) for row in part]
@@ -278,11 +171,11 @@ class _MaskedExpression:
             end = None
             if self.data.model.drops_masked:
                 end = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-            mask = self.loss_mask(spot, timesteps, uniform, genes)
+            mask = self.loss_mask(batch, timesteps, uniform, genes)
             weights = mask / mask.sum(dim=1, keepdim=True).clamp_min(1)
-            inputs = self.inputs_at(spot, timesteps, uniform, noise, self.data.features[spot, 0], end)
+            inputs = self.inputs_at(batch, timesteps, uniform, noise, end)
             inputs |= self.index_of(genes)
-            losses = module(self.values[spot].to(self.device), **inputs).cpu()
+            losses = module(batch.values.to(self.device), **inputs).cpu()
             sums += torch.tensor([(losses * weights).sum().item(), float((mask.sum(dim=1) > 0).sum())])
         return sums
 
@@ -291,7 +184,7 @@ def train_hinge(
     model: HingeModel,
     scheduler: MaskedDiffusionScheduler,
     gene_ids: Tensor,
-    spots: SpotTable,
+    spots: SpotTable | SpotStore,
     config: TrainingConfig,
     folder: str | Path,
     seed: int = 0,
@@ -311,7 +204,8 @@ def train_hinge(
         (G,) vocabulary ids of the panel.
     spots
         Training spots with their features (n, V, d): each view is one training row, view 0 also serves
-        validation.
+        validation. Of a store, blocks of spots are read while the model trains, see `hinge.training.blocks`; a bounded
+        part of its spots serves initialisation and validation, see `spots_in_memory`.
     config, folder, seed
         `folder` receives the log and the checkpoints.
     accelerator
@@ -328,61 +222,52 @@ def train_hinge(
         No spot, or spots without features.
     """
     data = TrainingRows(model, spots, config, seed)
+    training = data.spots.subset(data.training)
     if model.value_bins is not None and not model.value_bins.fitted:
-        fit_to_panel(model, gene_ids, spots.counts[data.training], spots.values[data.training])
+        fit_to_panel(model, gene_ids, training.counts, training.values)
     accelerator = accelerator or make_accelerator(config, folder)
     gene_ids = gene_ids.to(accelerator.device)
     slide_shift = library_shift = None
     # also before a resumed run: the checkpoint then replaces the parameters, but not buffers and shifts
     model.to(accelerator.device)
-    training = spots.subset(data.training)
     if config.initialisation and model.gene_factor_model is not None:
         start = _initialise(model, scheduler, gene_ids, training, seed)
         fit_slide_levels(model, spots, levels).regression.load_state_dict(start.regression.state_dict())
         slide_shift, library_shift = start.slide_shift, start.library_shift
     elif model.library_size_model is not None:
         library_shift = initialise_library_size(model, training)
-    # a spot that is held out has its slide's shift, because its regression is out of fold already
-    slide_shift, library_shift = (
-        None if each is None else _of_all_spots(each, spots, data.training) for each in (slide_shift, library_shift)
-    )
-    objective = _MaskedExpression(
-        data, spots, scheduler, gene_ids, config, seed, slide_shift, library_shift, accelerator.device
-    )
-    result = run_loop(
-        _Denoising(model),
-        objective.batch_loss,
-        len(data),
-        config,
-        folder,
-        seed,
-        evaluate=objective.evaluate if len(data.held) else None,
-        num_evaluation_rows=len(data.held) * VALIDATION_TIMES,
-        accelerator=accelerator,
-        continue_with=continue_with,
-    )
+    del training
+    data.set_shifts(slide_shift, library_shift)
+    objective = _MaskedExpression(data, scheduler, gene_ids, config, seed, accelerator.device)
+    with contextlib.nullcontext() if data.stored is None else data.stored.reader:
+        result = run_loop(
+            _Denoising(model),
+            objective.batch_loss,
+            len(data),
+            config,
+            folder,
+            seed,
+            evaluate=objective.evaluate if len(data.held) else None,
+            num_evaluation_rows=len(data.held) * VALIDATION_TIMES,
+            accelerator=accelerator,
+            continue_with=continue_with,
+            rows_of=None if data.stored is None else data.stored.order.rows,
+        )
     if slide_shift is not None:
         fit_masked_mean(model, scheduler, gene_ids, data.features[data.training, 0])
     return result
 
 
-def fit_slide_levels(model: HingeModel, spots: SpotTable, levels: SlideLevels | None = None) -> SlidePrior:
+def fit_slide_levels(model: HingeModel, spots: SpotTable | SpotStore, levels: SlideLevels | None = None) -> SlidePrior:
     """Give a model the prior of slide levels, and return it; arguments as of `train_hinge`."""
-    of_spots = SlideLevels.of_spots(spots.known_counts(), spots.library_size, spots.slide, spots.slide, spots.transform)
-    levels = of_spots if levels is None else levels
+    if isinstance(spots, SpotStore):
+        names, levels = spots.names, spots.levels() if levels is None else levels
+    else:
+        known = (spots.known_counts(), spots.library_size, spots.slide, spots.slide, spots.transform)
+        names, levels = np.unique(spots.slide), SlideLevels.of_spots(*known) if levels is None else levels
     prior = model.add_slide_prior(sorted(set(levels.patient.tolist())), levels.tokens.shape[1])
-    fit_slide_prior(prior, levels, np.isin(levels.sample, of_spots.sample), spots.transform)
+    fit_slide_prior(prior, levels, np.isin(levels.sample, names), spots.transform)
     return prior
-
-
-def _of_all_spots(shift: Tensor, spots: SpotTable, training: np.ndarray) -> Tensor:
-    """Return the shift (n, …) of all spots, given those of the training spots; the others have their slide's mean."""
-    result = shift.new_zeros(len(spots), *shift.shape[1:])
-    for name in np.unique(spots.slide[training]):
-        on_slide = torch.from_numpy(spots.slide[training] == name)
-        result[torch.from_numpy(spots.slide == name)] = shift[on_slide].mean(dim=0)
-    result[torch.from_numpy(training)] = shift
-    return result
 
 
 def _initialise(

@@ -85,6 +85,7 @@ def run_loop(
     measure: Callable[[], dict[str, float]] | None = None,
     weight_decay: Callable[[int], float] | None = None,
     max_grad_norm: float = 1.0,
+    rows_of: Callable[[int], np.ndarray] | None = None,
 ) -> LoopResult:
     """Optimise the parameters of `model` that require a gradient with AdamW, and leave the best of them in it.
 
@@ -120,6 +121,8 @@ def run_loop(
         Weight decay of a step, of matrices and kernels but not of biases and norms. None: none.
     max_grad_norm
         Gradients with a larger norm are scaled down to it.
+    rows_of
+        Step → rows of its global batch, a function of the step alone. None: `batch_rows`.
 
     Raises
     ------
@@ -156,7 +159,7 @@ def run_loop(
             rate = schedule.get_last_lr()[0]
             if weight_decay is not None:
                 optimizer.param_groups[0]["weight_decay"] = weight_decay(step)
-            rows = batch_rows(seed, step, num_rows, config.batch_size)
+            rows = batch_rows(seed, step, num_rows, config.batch_size) if rows_of is None else rows_of(step)
             loss = _backward(wrapped, batch_loss, step, rows, seed, accelerator)
             updates.apply(step, loss, rate)
             advance(schedule)

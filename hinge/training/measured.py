@@ -63,13 +63,19 @@ class MeasuredGenes:
     def timesteps(
         self, scheduler: MaskedDiffusionScheduler, spot: NDArray, timesteps: Tensor, visible: Tensor
     ) -> Tensor:
-        """Return the timesteps (B,) of spots (B,) that lack genes: those that fit their visible genes (B, G).
+        """Return the timesteps (B,) of spots (B,), see `fitting_timesteps`."""
+        return fitting_timesteps(scheduler, self.of_spots(spot), timesteps, visible)
 
-        In sampling, too, the timestep says how many genes of the panel are visible. The timesteps (B,) of spots that
-        have all genes stay as they are.
-        """
-        complete = torch.from_numpy(np.asarray(self.of_slides.all(axis=1))[self.slide_of[spot]])
-        return torch.where(complete, timesteps, scheduler.timesteps_of(visible))
+
+def fitting_timesteps(
+    scheduler: MaskedDiffusionScheduler, measured: Tensor, timesteps: Tensor, visible: Tensor
+) -> Tensor:
+    """Return the timesteps (B,) of spots of which some lack genes: those that fit their visible genes (B, G).
+
+    In sampling, too, the timestep says how many genes of the panel are visible. The timesteps (B,) of spots that have
+    all genes stay as they are. measured (B, G) is 1 where a spot has a gene.
+    """
+    return torch.where(measured.bool().all(dim=1), timesteps, scheduler.timesteps_of(visible))
 
 
 def variance_of(values: NDArray[np.float64], measured: MeasuredGenes | None) -> NDArray[np.float64]:

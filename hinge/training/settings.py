@@ -80,6 +80,11 @@ class TrainingConfig(LoopConfig):
     genes_per_step: int | None = Field(
         None, ge=1, description="the genes of a step, at random where the panel has more; null: all"
     )
+    store: Literal["auto", "memory", "disk"] = Field(
+        "auto",
+        description="where training reads spots from: memory, disk (a store in the run's folder), or auto (disk where "
+        "features and expression of all training spots have more than 4 GiB)",
+    )
     gradient_checkpointing: bool = Field(
         False, description="whether layers are computed again in the backward pass, which saves memory"
     )
