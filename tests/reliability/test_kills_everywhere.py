@@ -50,6 +50,7 @@ COMMANDS = {
     "--output {out}/backbone",
     "pretrain-histology": "pretrain-histology --config {files}/encoder.json",
     "train": "train --config {files}/run.json",
+    "train from disk": "train --config {files}/run.json training.store=disk",
     "run": "run --config {files}/run.json",
     "sample": "sample {run} --seed 5 --batch-size 6",
     "sample --output": "sample {run} --slide sim1 --draws 2 --batch-size 6 --output {out}/sim1.h5ad",
@@ -78,7 +79,12 @@ COMMANDS = {
     "download run": "download run lab/run --output {out}/theirs",
 }
 FEW = ("check --accept", "features", "panel", "train", "sample", "evaluate", "report", "export zarr", "cluster")
-FEW += ("map draws", "convert cellfm", "download run")  # in the full tier; the others take longer, or write alike
+FEW += (
+    "train from disk",
+    "map draws",
+    "convert cellfm",
+    "download run",
+)  # in the full tier; the others take longer, or write alike
 REFUSES_ITS_RESULT = {"convert cellfm", "convert hinge", "convert scgpt", "convert tahoe", "download run"}
 RECORDINGS = {"convert scgpt": "scgpt_generative.safetensors", "convert tahoe": "tahoe_generative.safetensors"}
 
