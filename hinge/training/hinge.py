@@ -231,7 +231,8 @@ def train_hinge(
     # also before a resumed run: the checkpoint then replaces the parameters, but not buffers and shifts
     model.to(accelerator.device)
     if config.initialisation and model.gene_factor_model is not None:
-        start = _initialise(model, scheduler, gene_ids, training, seed)
+        # beside a store, memory is short; spots that are all in memory give the same bits from there and from a store
+        start = _initialise(model, scheduler, gene_ids, training, seed, 256 if len(data.spots) == len(spots) else 32)
         fit_slide_levels(model, spots, levels).regression.load_state_dict(start.regression.state_dict())
         slide_shift, library_shift = start.slide_shift, start.library_shift
     elif model.library_size_model is not None:
@@ -271,10 +272,15 @@ def fit_slide_levels(model: HingeModel, spots: SpotTable | SpotStore, levels: Sl
 
 
 def _initialise(
-    model: HingeModel, scheduler: MaskedDiffusionScheduler, gene_ids: Tensor, training: SpotTable, seed: int
+    model: HingeModel,
+    scheduler: MaskedDiffusionScheduler,
+    gene_ids: Tensor,
+    training: SpotTable,
+    seed: int,
+    batch_size: int,
 ) -> Initialisation:
     """Initialise the gene factors from the training spots; what is fitted in closed form is not trained further."""
-    start = initialise_gene_factors(model, scheduler, gene_ids, training, seed)
+    start = initialise_gene_factors(model, scheduler, gene_ids, training, seed, batch_size)
     # moving it along with residuals that are out of fold would undo the cross-validation of its penalty
     model.gene_factor_model.mean.requires_grad_(False)
     model.gene_factor_model.log_scale.weight.requires_grad_(False)

@@ -47,7 +47,12 @@ class Initialisation(NamedTuple):
 
 @torch.no_grad()
 def initialise_gene_factors(
-    model: HingeModel, scheduler: MaskedDiffusionScheduler, gene_ids: Tensor, spots: SpotTable, seed: int
+    model: HingeModel,
+    scheduler: MaskedDiffusionScheduler,
+    gene_ids: Tensor,
+    spots: SpotTable,
+    seed: int,
+    batch_size: int = 256,
 ) -> Initialisation:
     """Set the parameters of a model's `GeneFactorModel` (and `LibrarySizeModel`) from its training spots.
 
@@ -71,9 +76,11 @@ def initialise_gene_factors(
         Training spots, with features (n, V, d) of which view 0 is used.
     seed
         Of the masks.
+    batch_size
+        Spots of a forward pass, at most.
     """
     factors = model.gene_factor_model
-    backbone = _Backbone(model, scheduler, gene_ids, spots, seed)
+    backbone = _Backbone(model, scheduler, gene_ids, spots, seed, batch_size)
     x = backbone.condition.cpu().numpy().astype(np.float64)
     decoded, _ = backbone.decode(scheduler.config.num_train_timesteps)
     offset = decoded.mean(axis=0)
@@ -119,7 +126,8 @@ class _Backbone:
         As of `Initialisation`.
     """
 
-    def __init__(self, model: HingeModel, scheduler, gene_ids: Tensor, spots: SpotTable, seed: int):
+    def __init__(self, model: HingeModel, scheduler, gene_ids: Tensor, spots: SpotTable, seed: int, batch_size: int):
+        self.batch_size = batch_size
         self.model, self.scheduler, self.gene_ids = model, scheduler, gene_ids
         self.device = model.feature_mean.device
         self.generator = step_generator(seed, 22)
@@ -149,7 +157,7 @@ class _Backbone:
             timesteps = self.measured.timesteps(self.scheduler, everything, timesteps, visible)
         filled = self.scheduler.fill_masked(self.values, visible, noise)
         parts = []
-        size = spots_at_a_time(256, len(self.gene_ids), self.model.config.hidden_size, self.device)
+        size = spots_at_a_time(self.batch_size, len(self.gene_ids), self.model.config.hidden_size, self.device)
         for start in range(0, len(timesteps), size):
             rows = slice(start, start + size)
             inputs = (filled[rows], visible[rows], timesteps[rows], self.condition[rows])

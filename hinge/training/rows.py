@@ -19,7 +19,7 @@ from hinge.utils.errors import DataError
 TOKEN_DROPOUT = 0.15
 """Share of the training rows of whose slide a token is not known."""
 
-MOST_SPOTS, MOST_BYTES = 10_000, 256 << 20
+MOST_SPOTS, MOST_BYTES = 6_000, 128 << 20
 """Spots of a store, and bytes of their features, at most, that initialisation and validation hold in memory."""
 
 

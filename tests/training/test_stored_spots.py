@@ -185,7 +185,7 @@ def test_no_thread_is_left_when_a_store_is_damaged(tmp_path):
     model = make_model(gene_factors=False)
     file = next(each for each in (store.folder / "s2" / "counts" / "c").rglob("*") if each.is_file())
     content = bytearray(file.read_bytes())
-    read = store.some_spots(10_000, 3)  # before the damage
+    read = store.some_spots(rows.MOST_SPOTS, 3)  # before the damage
     assert len(read[0]) == len(store)
     content[len(content) // 3] ^= 1
     file.write_bytes(content)
