@@ -233,7 +233,8 @@ class SpotStore:
         slides = np.arange(len(sizes))
         if len(self) > most and PART_SPOTS * len(sizes) > most:
             slides = np.unique(np.linspace(0, len(sizes) - 1, max(1, most // PART_SPOTS)).astype(np.int64))
-        share = _share(sizes[slides], most)
+            slides = self._with_every_gene(slides)
+        share = max(1, _share(sizes[slides], most))
         tables, numbers = [], []
         for number in slides.tolist():
             chosen = np.arange(sizes[number])
@@ -245,6 +246,15 @@ class SpotStore:
             tables.append(self.slide(number, chosen))
             numbers.append(self.offsets[number] + chosen)
         return concatenate_spots(tables), np.concatenate(numbers)
+
+    def _with_every_gene(self, slides: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return slides and, for each gene that none of them measured, another slide that did."""
+        if self.of_slides is None:
+            return slides
+        for gene in np.flatnonzero(~self.of_slides[slides].any(axis=0)):
+            if not self.of_slides[slides, gene].any():
+                slides = np.append(slides, int(self.of_slides[:, gene].argmax()))
+        return np.unique(slides)
 
     def moments(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return mean and standard deviation (d,) of the features of all spots and views, in one pass over them."""

@@ -19,7 +19,7 @@ from hinge.utils.errors import DataError
 TOKEN_DROPOUT = 0.15
 """Share of the training rows of whose slide a token is not known."""
 
-MOST_SPOTS, MOST_BYTES = 6_000, 128 << 20
+MOST_SPOTS, MOST_BYTES = 4_000, 128 << 20
 """Spots of a store, and bytes of their features, at most, that initialisation and validation hold in memory."""
 
 
@@ -55,6 +55,12 @@ def split_spots(spots: SpotTable, share: float, groups: str, seed: int) -> tuple
         held.append(index)
         taken += counts[index]
     is_held = np.isin(group, held)
+    found = spots.measured_slides()
+    if found is not None and is_held.any():
+        # a gene that held-out spots alone have cannot be trained: these spots are not held out
+        of_slides, slide_of = found
+        lost = ~of_slides[np.unique(slide_of[~is_held])].any(axis=0)
+        is_held &= ~np.asarray(of_slides[:, lost].any(axis=1))[slide_of]
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 

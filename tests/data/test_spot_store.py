@@ -11,6 +11,7 @@ from hinge.data import spot_store
 from hinge.data.slide_levels import SlideLevels
 from hinge.data.spot_store import SpotStore, damaged_slides, digest_of_slide, write_slide
 from hinge.data.transforms import get_transform
+from hinge.training import split_spots
 from hinge.utils.errors import DataError
 
 
@@ -89,6 +90,16 @@ def test_a_part_that_is_too_small_for_all_slides_is_of_some(tmp_path):
     _, numbers = store.some_spots(100, seed=1)
     chosen, counts = np.unique(store.slide_of(numbers), return_counts=True)
     assert chosen.tolist() == [0, 2, 5] and set(counts) == {33}
+
+
+def test_a_part_has_a_slide_with_every_gene(tmp_path):
+    spots = spots_of(n=600, slides=6, lacking=False)
+    lacking = {f"s{number}": np.arange(GENES) > 0 for number in (0, 1, 2, 3, 5)}
+    store, spots = write_store(tmp_path / "store", replace(spots, measured=lacking))
+    _, numbers = store.some_spots(100, seed=1)
+    assert np.unique(store.slide_of(numbers)).tolist() == [0, 2, 4, 5] and len(numbers) == 100
+    held = split_spots(spots, 0.99, "slide", seed=3)[1]
+    assert len(held) and "s4" not in spots.slide[held]
 
 
 def test_a_slide_is_written_again_as_a_whole(tmp_path):
