@@ -113,6 +113,7 @@ def few_spots(monkeypatch, number=120):
     monkeypatch.setattr(rows, "MOST_SPOTS", number)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", [{}, {"validation_groups": "slide", "validation_share": 0.4}])
 def test_a_part_of_the_spots_serves_initialisation_and_validation(tmp_path, monkeypatch, options):
     few_spots(monkeypatch)
