@@ -26,7 +26,6 @@ from hinge.run.ranked_values import ranked_values
 from hinge.run.training_spots import slide_levels, training_spots
 from hinge.training import pretrain_expression, split_spots, spots_in_memory, train_hinge
 from hinge.training.loop import make_accelerator
-from hinge.training.rows import MOST_SPOTS
 from hinge.utils import checksums
 from hinge.utils.environment import write_environment
 from hinge.utils.files import atomic_path, write_json
@@ -162,7 +161,8 @@ def _new_model(inputs: Preparation, spots: SpotTable | SpotStore, backbone: Expr
             **config.model.model_dump(),
         )
     if model.value_bins is not None:
-        values, bins = ranked_values(inputs, backbone, MOST_SPOTS if isinstance(spots, SpotStore) else None)
+        most = config.training.spots_in_memory if isinstance(spots, SpotStore) else None
+        values, bins = ranked_values(inputs, backbone, most)
         model.value_bins.fit(values, bins, backbone.config.gene_scale(inputs.gene_ids(backbone).numpy()))
     cast_frozen(model.backbone, torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
     return model
@@ -208,7 +208,7 @@ def _train(
 def _write_split(inputs: Preparation, spots: SpotTable | SpotStore) -> None:
     """Write which slides serve what, the spot grid of the training slides, and the validation spots."""
     data, config = inputs.config.data, inputs.config.training
-    table, _ = spots_in_memory(spots, inputs.config.seed)
+    table, _ = spots_in_memory(spots, config.spots_in_memory, inputs.config.seed)
     _, held = split_spots(table, config.validation_share, config.validation_groups, inputs.config.seed)
     write_json(
         inputs.paths.split,

@@ -54,7 +54,7 @@ def training_table(inputs: Preparation) -> SpotTable:
     from hinge.training.rows import spots_in_memory  # imports torch
 
     spots = training_spots(inputs)
-    table, _ = spots_in_memory(spots, inputs.config.seed)
+    table, _ = spots_in_memory(spots, inputs.config.training.spots_in_memory, inputs.config.seed)
     if len(table) < len(spots):
         logger.info("baselines are fitted to %d of %d training spots, which are on disk", len(table), len(spots))
     return table

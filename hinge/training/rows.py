@@ -19,9 +19,6 @@ from hinge.utils.errors import DataError
 TOKEN_DROPOUT = 0.15
 """Share of the training rows of whose slide a token is not known."""
 
-MOST_SPOTS, MOST_BYTES = 4_000, 128 << 20
-"""Spots of a store, and bytes of their features, at most, that initialisation and validation hold in memory."""
-
 
 def split_spots(spots: SpotTable, share: float, groups: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split spots into training and validation, whole groups on one side.
@@ -64,12 +61,9 @@ def split_spots(spots: SpotTable, share: float, groups: str, seed: int) -> tuple
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
-def spots_in_memory(spots: SpotTable | SpotStore, seed: int) -> tuple[SpotTable, NDArray[np.int64]]:
-    """Return the spots that initialisation and validation use, and their numbers: all, or a bounded part of a store."""
-    if isinstance(spots, SpotTable):
-        return spots, np.arange(len(spots))
-    of_spot = 4 * spots.num_views * spots.feature_dim
-    return spots.some_spots(max(PART_SPOTS, min(MOST_SPOTS, MOST_BYTES // of_spot)), seed)
+def spots_in_memory(spots: SpotTable | SpotStore, most: int, seed: int) -> tuple[SpotTable, NDArray[np.int64]]:
+    """Return the spots that initialisation and validation use, and their numbers: all, or at most `most` of a store."""
+    return (spots, np.arange(len(spots))) if isinstance(spots, SpotTable) else spots.some_spots(most, seed)
 
 
 class SpotBatch(NamedTuple):
@@ -130,7 +124,7 @@ class TrainingRows:
         if len(spots) == 0 or (isinstance(spots, SpotTable) and spots.features is None):
             raise DataError("training needs spots with features")
         self.model, self.token_columns = model, spots.token_columns
-        self.spots, self.numbers = spots_in_memory(spots, seed)
+        self.spots, self.numbers = spots_in_memory(spots, config.spots_in_memory, seed)
         self.training, self.held = split_spots(self.spots, config.validation_share, config.validation_groups, seed)
         self.features = torch.from_numpy(np.asarray(self.spots.features, dtype=np.float32))
         self._values = torch.from_numpy(np.asarray(self.spots.values, dtype=np.float32))

@@ -85,6 +85,11 @@ class TrainingConfig(LoopConfig):
         description="where training reads spots from: memory, disk (a store in the run's folder), or auto (disk where "
         "features and expression of all training spots have more than 4 GiB)",
     )
+    spots_in_memory: int = Field(
+        4000,
+        ge=32,
+        description="with a store: the spots that initialisation, validation and baselines use, at most",
+    )
     gradient_checkpointing: bool = Field(
         False, description="whether layers are computed again in the backward pass, which saves memory"
     )

@@ -135,11 +135,10 @@ def test_a_store_holds_what_training_in_memory_has(slides, tmp_path):
 
 @pytest.mark.full
 def test_baselines_are_fitted_to_a_part_of_a_store(slides, tmp_path, monkeypatch, call_cli):
-    monkeypatch.setattr("hinge.training.rows.MOST_SPOTS", 40)
     monkeypatch.setattr(spot_store, "PART_SPOTS", 10)
     config = tmp_path / "run.json"
     config.write_text(json.dumps(settings_of(slides, tmp_path / "run")))
-    done = call_cli("run", "--config", config)
+    done = call_cli("run", "--config", config, "training.spots_in_memory=40")
     assert done.code == 0, done.err
     assert "baselines are fitted to 40 of 72 training spots" in done.err
     assert {row["method"] for row in json.loads((tmp_path / "run" / "scores.json").read_text())["rows"]} >= {"mean"}

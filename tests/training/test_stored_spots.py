@@ -109,20 +109,16 @@ def test_the_same_order_gives_the_same_weights_as_in_memory(tmp_path, monkeypatc
     assert_same_weights(from_disk, fit(tmp_path / "memory", spots, **options))
 
 
-def few_spots(monkeypatch, number=120):
-    monkeypatch.setattr(rows, "MOST_SPOTS", number)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("options", [{}, {"validation_groups": "slide", "validation_share": 0.4}])
-def test_a_part_of_the_spots_serves_initialisation_and_validation(tmp_path, monkeypatch, options):
-    few_spots(monkeypatch)
+def test_a_part_of_the_spots_serves_initialisation_and_validation(tmp_path, options):
+    options = {**options, "spots_in_memory": 120}
     store, spots = write_store(tmp_path / "store", spots_of())
     data = rows.TrainingRows(make_model(), store, TrainingConfig(**{**SETTINGS, **options}), seed=3)
     assert len(data.spots) == 5 + 2 * 57 and len(data.spots) == len(data.training) + len(data.held)
     trained = set(np.concatenate([data.stored.order.rows(step) for step in range(-(-len(data) // 16))]).tolist())
     held = set(data.numbers[data.held].tolist())
-    if options:
+    if "validation_groups" in options:
         of_slides = set(spots.slide[list(held)])
         held = set(np.flatnonzero(np.isin(spots.slide, list(of_slides))).tolist())
     assert trained == set(range(len(spots))) - held and len(data) == len(trained)
@@ -142,12 +138,11 @@ def test_slides_that_initialisation_does_not_see_have_a_shift(tmp_path, monkeypa
     counts = np.round(2 ** np.maximum(shifted + 3, 0) - 1).astype(np.float32)
     values = get_transform(spots.transform).forward(counts, spots.library_size)
     store, spots = write_store(tmp_path / "store", replace(spots, counts=counts, values=values))
-    few_spots(monkeypatch, 200)
     monkeypatch.setattr(hinge, "run_loop", lambda *args, **named: None)
     seen = []
     monkeypatch.setattr(hinge, "_MaskedExpression", lambda data, *rest: seen.append(data) or pytest.fail("stop"))
     with pytest.raises(pytest.fail.Exception, match="stop"):
-        fit(tmp_path / "run", store)
+        fit(tmp_path / "run", store, spots_in_memory=200)
     data = seen[0]
     with data.stored.reader:
         batches = [data.stored.batch(step) for step in range(-(-len(data) // 16))]
@@ -161,9 +156,8 @@ def test_slides_that_initialisation_does_not_see_have_a_shift(tmp_path, monkeypa
 
 
 def test_stopped_training_continues_to_the_same_weights(tmp_path, monkeypatch):
-    few_spots(monkeypatch)
     store, _ = write_store(tmp_path / "store", spots_of(views=2))
-    whole = fit(tmp_path / "whole", store)
+    whole = fit(tmp_path / "whole", store, spots_in_memory=120)
     read, steps = BlockReader.read, []
 
     def interrupted(reader, step):
@@ -174,10 +168,10 @@ def test_stopped_training_continues_to_the_same_weights(tmp_path, monkeypatch):
 
     monkeypatch.setattr(BlockReader, "read", interrupted)
     with pytest.raises(Interrupted):
-        fit(tmp_path / "stopped", store)
+        fit(tmp_path / "stopped", store, spots_in_memory=120)
     monkeypatch.setattr(BlockReader, "read", read)
     again = SpotStore(store.folder, store.names, store.genes, store.transform)
-    assert_same_weights(fit(tmp_path / "stopped", again), whole)
+    assert_same_weights(fit(tmp_path / "stopped", again, spots_in_memory=120), whole)
     assert max(steps) == 20
 
 
@@ -186,7 +180,7 @@ def test_no_thread_is_left_when_a_store_is_damaged(tmp_path):
     model = make_model(gene_factors=False)
     file = next(each for each in (store.folder / "s2" / "counts" / "c").rglob("*") if each.is_file())
     content = bytearray(file.read_bytes())
-    read = store.some_spots(rows.MOST_SPOTS, 3)  # before the damage
+    read = store.some_spots(TrainingConfig().spots_in_memory, 3)  # before the damage
     assert len(read[0]) == len(store)
     content[len(content) // 3] ^= 1
     file.write_bytes(content)
