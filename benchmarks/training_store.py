@@ -51,6 +51,9 @@ def spots_of(number: int, spots: int, features: int, genes: int):
 
 def train(arguments: argparse.Namespace, slides: int, store: bool) -> None:
     """Train in this process; print its peak memory in MB and its steps per CPU second."""
+    from hinge.utils.threads import prepare_cpu
+
+    prepare_cpu()  # as every command does, before torch is imported
     import torch
 
     import hinge.evaluation.ridge as ridge
