@@ -82,8 +82,8 @@ def _from_disk(inputs: Preparation) -> bool:
     config = inputs.config
     if config.training.store != "auto" or config.data.train_spots is not None:
         return config.training.store == "disk"
-    first = inputs.slide(config.data.train[0])
-    header, size = read_feature_header(inputs.features(first)), len(inputs.panel().genes)
+    size = len(inputs.panel().genes)  # before features, which take longer: genes may be wrong
+    header = read_feature_header(inputs.features(inputs.slide(config.data.train[0])))
     of_spot = 4 * (header.n_views * header.dim * (1 + config.features.neighbourhood) + 2 * size)
     return of_spot * sum(inputs.num_spots(name) for name in config.data.train) > IN_MEMORY_BYTES
 
