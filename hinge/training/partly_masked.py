@@ -136,7 +136,6 @@ def _moments(columns: list[np.ndarray], weight: np.ndarray) -> np.ndarray:
         for j in range(i, size):
             product = weighted[i].sum(axis=0) if j == size - 1 else np.einsum("ng,ng->g", columns[j], weighted[i])
             sums[i, j] = sums[j, i] = product
-    sums[-1, -1] = weight.sum(axis=0)
     return sums
 
 
