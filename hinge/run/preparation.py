@@ -21,7 +21,7 @@ from hinge.data.checks import Context, Finding, check_slide, require_codes, stop
 from hinge.data.checks.species import species_of_genes
 from hinge.data.condition_tokens import ConditionTokens, categories_of_slide
 from hinge.data.count_table import CountTable, read_counts
-from hinge.data.features import difference_from, read_features
+from hinge.data.features import difference_from, read_feature_header, read_features
 from hinge.data.neighbourhood import slide_features
 from hinge.data.panel import Panel, read_panel, select_panel
 from hinge.data.pseudo_spots import pool_cells
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from hinge.encoders import Encoder
 
 logger = logging.getLogger(__name__)
+
+IN_MEMORY_BYTES = 4 << 30
+"""Features, counts and values of all training spots, above which `training.store: auto` trains from disk."""
 
 # a slide holds the counts of all genes: only those in use are kept
 SLIDES_KEPT = 2
@@ -376,11 +379,27 @@ class Preparation:
             logger.info("data.pretrain names no samples: the expression model is pre-trained on the training slides")
         slides = (self.slide(name, require_image=False) for name in data.pretrain or data.train)
         most = None
-        if self.config.training.store == "disk":
+        if self.trains_from_disk:
             most = max(_MOST_PRETRAINING_SPOTS, _PRETRAINING_BYTES // (4 * len(genes))) // len(
                 data.pretrain or data.train
             )
         return read_counts(slides, genes, self.patient, self.panel().shares, most)
+
+    @cached_property
+    def trains_from_disk(self) -> bool:
+        """Whether training spots are read from a store on disk: `training.store`, or what `auto` decides."""
+        training, data, features = self.config.training, self.config.data, self.config.features
+        if training.store != "auto" or data.train_spots is not None:
+            return training.store == "disk"
+        size = len(self.panel().genes)  # before the encoder, which takes longer: genes may be wrong
+        path = self.paths.features(data.train[0])
+        if path.exists():
+            header = read_feature_header(path)
+            views, dim = header.n_views, header.dim
+        else:
+            views, dim = features.views, self.encoder.dim
+        of_spot = 4 * (views * dim * (1 + features.neighbourhood) + 2 * size)
+        return of_spot * sum(self.num_spots(name) for name in data.train) > IN_MEMORY_BYTES
 
     def known_tokens(self, names: list[str]) -> dict[str, np.ndarray] | None:
         """Return the categories (T,) of slides by name; None without tokens."""

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from hinge.data.condition_tokens import categories_of_slide
 from hinge.data.count_table import panel_counts
-from hinge.data.features import read_feature_header
 from hinge.data.slide_levels import SlideLevels
 from hinge.data.spot_store import STORE_NAME, SpotStore, digest_of_slide, write_slide
 from hinge.data.spots import SpotTable
@@ -20,17 +19,13 @@ from hinge.utils.files import arrays_digest, file_digest
 
 logger = logging.getLogger(__name__)
 
-IN_MEMORY_BYTES = 4 << 30
-"""Features, counts and values of all training spots, above which `training.store: auto` trains from disk."""
-
 STORE_VERSION = 1
 
 
 def training_spots(inputs: Preparation) -> SpotTable | SpotStore:
     """Return the training spots: all of the training slides, or a random choice of `data.train_spots`.
 
-    With `training.store: disk`, or `auto` and more than `IN_MEMORY_BYTES`, a store that has those of all slides; what
-    is missing of it is written.
+    Where `Preparation.trains_from_disk`, a store that has those of all slides; what is missing of it is written.
 
     Raises
     ------
@@ -38,7 +33,7 @@ def training_spots(inputs: Preparation) -> SpotTable | SpotStore:
         There are fewer spots than `data.train_spots`; or a slide of the store has changed since training began.
     """
     data = inputs.config.data
-    if _from_disk(inputs):
+    if inputs.trains_from_disk:
         return _store(inputs)
     spots, wanted = inputs.spots(data.train), data.train_spots
     if wanted is None:
@@ -76,16 +71,6 @@ def slide_levels(inputs: Preparation, spots: SpotTable | SpotStore) -> SlideLeve
         known = (counts.counts, counts.library_size, counts.sample, counts.patient, transform)
         levels = levels.joined(SlideLevels.of_spots(*known, inputs.known_tokens(data.pretrain)))
     return levels
-
-
-def _from_disk(inputs: Preparation) -> bool:
-    config = inputs.config
-    if config.training.store != "auto" or config.data.train_spots is not None:
-        return config.training.store == "disk"
-    size = len(inputs.panel().genes)  # before features, which take longer: genes may be wrong
-    header = read_feature_header(inputs.features(inputs.slide(config.data.train[0])))
-    of_spot = 4 * (header.n_views * header.dim * (1 + config.features.neighbourhood) + 2 * size)
-    return of_spot * sum(inputs.num_spots(name) for name in config.data.train) > IN_MEMORY_BYTES
 
 
 def _store(inputs: Preparation) -> SpotStore:

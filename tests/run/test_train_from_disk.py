@@ -11,7 +11,7 @@ from helpers.runs import tiny_settings
 from hinge.config import check_config
 from hinge.data import spot_store
 from hinge.data.spot_store import SpotStore
-from hinge.run import training_spots
+from hinge.run import preparation, training_spots
 from hinge.run.integrity import verify_run
 from hinge.run.preparation import Preparation
 from hinge.run.run import Run
@@ -105,12 +105,29 @@ def test_large_runs_train_from_disk_by_themselves(slides, tmp_path, monkeypatch)
         return type(training_spots.training_spots(Preparation(config))).__name__
 
     assert kind(store="auto") == "SpotTable"
-    monkeypatch.setattr(training_spots, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(preparation, "IN_MEMORY_BYTES", 1000)
     assert kind(store="auto") == "SpotStore"
     assert kind(store="memory") == "SpotTable"
     assert kind(store="auto", data__train_spots=20) == "SpotTable"
     with pytest.raises(ConfigError, match=r"data\.train_spots is for training\.store memory"):
         kind(data__train_spots=20)
+
+
+def test_counts_to_pretrain_on_are_bounded_beside_a_store(slides, tmp_path, monkeypatch):
+    def spots(**changes):
+        config = check_config(settings_of(slides, tmp_path / "run", **changes), "config")
+        inputs = Preparation(config)
+        return len(inputs.pretraining_counts()), inputs.paths.features("sim0").exists()
+
+    monkeypatch.setattr(preparation, "_PRETRAINING_BYTES", 0)
+    monkeypatch.setattr(preparation, "_MOST_PRETRAINING_SPOTS", 10)
+    every = spots(store="memory")
+    assert every[0] > 10 and spots(store="auto") == every
+    assert spots(store="disk") == (10, False)
+    monkeypatch.setattr(preparation, "IN_MEMORY_BYTES", 1000)
+    # pre-training decides as training will, and without the features that are not extracted yet
+    assert spots(store="auto") == (10, False)
+    assert spots(store="auto", data__train_spots=20) == every
 
 
 @pytest.mark.full
