@@ -228,11 +228,12 @@ def train_hinge(
     accelerator = accelerator or make_accelerator(config, folder)
     gene_ids = gene_ids.to(accelerator.device)
     slide_shift = library_shift = None
+    # beside a store, memory is short; spots that are all in memory give the same bits from there and from a store
+    at_a_time = 256 if len(data.spots) == len(spots) else 32
     # also before a resumed run: the checkpoint then replaces the parameters, but not buffers and shifts
     model.to(accelerator.device)
     if config.initialisation and model.gene_factor_model is not None:
-        # beside a store, memory is short; spots that are all in memory give the same bits from there and from a store
-        start = _initialise(model, scheduler, gene_ids, training, seed, 256 if len(data.spots) == len(spots) else 32)
+        start = _initialise(model, scheduler, gene_ids, training, seed, at_a_time)
         fit_slide_levels(model, spots, levels).regression.load_state_dict(start.regression.state_dict())
         slide_shift, library_shift = start.slide_shift, start.library_shift
     elif model.library_size_model is not None:
@@ -255,7 +256,7 @@ def train_hinge(
             rows_of=None if data.stored is None else data.stored.order.rows,
         )
     if slide_shift is not None:
-        fit_masked_mean(model, scheduler, gene_ids, data.features[data.training, 0])
+        fit_masked_mean(model, scheduler, gene_ids, data.features[data.training, 0], at_a_time)
     return result
 
 
