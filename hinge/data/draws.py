@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 from anndata import AnnData
 
@@ -104,6 +105,14 @@ def write_draws(path: str | Path, draws: AnnData) -> None:
         draws.uns["hinge"]["draws_store"] = store.name
     with atomic_path(path) as temporary:
         draws.write_h5ad(temporary, compression="gzip")
+
+
+def draws_files(path: str | Path) -> list[Path]:
+    """Return the file that `write_draws` wrote and, where the draws lie beside it, their store."""
+    path = Path(path)
+    with h5py.File(path, "r") as file:
+        store = file.get("uns/hinge/draws_store")
+        return [path] if store is None else [path, inside(path.parent, store.asstr()[()], path)]
 
 
 def read_draws(path: str | Path) -> AnnData:

@@ -52,6 +52,7 @@ def open_sampling(
 
     `options` are those of `Run.sample`, the others as of `hinge sample`.
     """
+    from hinge.data.draws import draws_files
     from hinge.run.run import Run
 
     opened = Run.open(run)
@@ -66,7 +67,7 @@ def open_sampling(
             source = {"slide": opened.slide_at(data.path, um_per_px, image, name, spot_um)}
         else:
             source = {"name": name}
-        return [opened.sample(**source, pipeline=pipeline, **options)]
+        return draws_files(opened.sample(**source, pipeline=pipeline, **options))
 
     return draw
 

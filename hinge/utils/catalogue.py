@@ -1,7 +1,8 @@
-"""The catalogue of the files of many slides: `catalogue.parquet`, one row a file.
+"""The catalogue of the files of many slides: `catalogue.parquet`, one row a file, or a folder such as a Zarr store.
 
 Columns: `slide`, `path` (relative to the folder of the catalogue, where it is inside), `bytes`, `modified` (ns),
-`sha256` and `version` of hinge. A file that has not changed since is not read again for its checksum.
+`sha256` and `version` of hinge. For a folder they are the sum, the latest, and the digest of
+`hinge.utils.checksums.content_digest`. What has not changed since is not read again for its checksum.
 """
 
 import os
@@ -10,8 +11,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from hinge.utils.checksums import content_digest
 from hinge.utils.errors import DataError
-from hinge.utils.files import atomic_path, file_digest
+from hinge.utils.files import atomic_path
 from hinge.utils.packages import VERSION, require
 
 NAME = "catalogue.parquet"
@@ -86,7 +88,9 @@ def _open_noting(
 
 def _entry(slide: str, path: Path, folder: Path, known: Mapping[str, Entry]) -> Entry:
     name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
-    facts, before = os.stat(path), known.get(name)
-    if before is not None and (before.bytes, before.modified) == (facts.st_size, facts.st_mtime_ns):
+    inside = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+    facts, before = [os.stat(each) for each in inside], known.get(name)
+    size, modified = sum(each.st_size for each in facts), max(each.st_mtime_ns for each in facts)
+    if before is not None and (before.bytes, before.modified) == (size, modified):
         return before
-    return Entry(slide, name, facts.st_size, facts.st_mtime_ns, file_digest(path), VERSION)
+    return Entry(slide, name, size, modified, content_digest(path), VERSION)

@@ -110,6 +110,11 @@ def differences(folder: Path) -> tuple[list[str], list[str], int]:
     return changed, missing, right
 
 
+def content_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, or of a folder: of the lines `NAME|SHA-256` of its files, sorted by name."""
+    return _folder_digest(path, _files_below(path)) if path.is_dir() else _file_digest(path)
+
+
 def names(folder: Path) -> list[str]:
     """Return the names of files, and of large folders, that have a checksum."""
     return list(_read(folder))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from hinge.data import draws as draws_module
 from hinge.data import read_slide
-from hinge.data.draws import draws_of_slide, read_draws, write_draws
+from hinge.data.draws import draws_files, draws_of_slide, read_draws, write_draws
 from hinge.data.layers import named_layers
 from hinge.data.writers import (
     attach_draws,
@@ -235,6 +235,7 @@ def test_many_draws_lie_beside_the_h5ad(tiny_slide, tmp_path, monkeypatch):
     assert sorted(named_layers(anndata.read_h5ad(path))) == ["expected", "std"]
     draws = read_draws(path)
     np.testing.assert_array_equal(np.stack([draws.layers[f"draw_{i:03d}"] for i in range(3)]), values)
+    assert draws_files(path) == [path, tmp_path / "tiny.draws.zarr"]
     shutil.rmtree(tmp_path / "tiny.draws.zarr")
     with pytest.raises(DataError, match=r"tiny\.draws\.zarr is not a readable store of draws"):
         read_draws(path)

@@ -1,5 +1,6 @@
 """Tasks one after the other: failures are reported at the end, and what cannot be shared is refused."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from helpers.commands import call_hinge
 from helpers.ray_tasks import open_nothing, open_unreliable
 
 from hinge.cli.app import _with_address
-from hinge.utils.catalogue import Catalogue
+from hinge.utils.catalogue import Catalogue, Entry
 from hinge.utils.errors import ConfigError, DataError, Interrupted
 from hinge.utils.parallel import each_slide, require_all, require_one_process, task_runner
 from hinge.utils.ray_workers import Cluster, _share
@@ -146,7 +147,7 @@ def test_a_catalogue_reads_a_file_again_only_if_it_has_changed(tmp_path, monkeyp
     assert list(first) == ["inside", str(tmp_path.parent / "outside")]
     assert [entry.slide for entry in first.values()] == ["one", "two"]
     (tmp_path / "inside").write_text("other")
-    monkeypatch.setattr("hinge.utils.catalogue.file_digest", lambda path: f"again {path.name}")
+    monkeypatch.setattr("hinge.utils.catalogue.content_digest", lambda path: f"again {path.name}")
     second = note().entries
     assert [entry.sha256 for entry in second.values()] == [
         "again inside",
@@ -155,3 +156,29 @@ def test_a_catalogue_reads_a_file_again_only_if_it_has_changed(tmp_path, monkeyp
     (tmp_path / "catalogue.parquet").write_text("damaged")
     with pytest.raises(DataError, match=r"catalogue\.parquet is not a readable catalogue"):
         Catalogue(tmp_path)
+
+
+def test_a_catalogue_has_one_row_for_a_folder(tmp_path):
+    pytest.importorskip("pyarrow")
+    store = tmp_path / "a.draws.zarr"
+    (store / "inner").mkdir(parents=True)
+    (store / "zarr.json").write_text("12")
+    (store / "inner" / "chunk").write_text("345")
+
+    def note() -> Entry:
+        catalogue = Catalogue(tmp_path)
+        catalogue.add(catalogue.noting(lambda: lambda name: [store])()("a"))
+        catalogue.write()
+        (entry,) = Catalogue(tmp_path).entries.values()
+        return entry
+
+    first = note()
+    lines = [
+        f"{name}|{hashlib.sha256(content).hexdigest()}\n"
+        for name, content in (("inner/chunk", b"345"), ("zarr.json", b"12"))
+    ]
+    assert (first.slide, first.path, first.bytes) == ("a", "a.draws.zarr", 5)
+    assert first.sha256 == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert note() == first
+    (store / "inner" / "chunk").write_text("3456")
+    assert note().sha256 != first.sha256
