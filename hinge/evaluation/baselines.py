@@ -17,8 +17,6 @@ from hinge.evaluation.ridge import MAX_FOLDS, fit_ridge, shrink_correlations
 from hinge.utils.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from sklearn.model_selection import GridSearchCV
-
     from hinge.data.spots import SpotTable
     from hinge.evaluation.ridge import RidgeFit
 
@@ -211,19 +209,6 @@ class _Fit:
         self.n_draws, self.seed, self.n_genes = n_draws, seed, values.shape[1]
         self.levels, self.correlation = levels, correlation
 
-    def search(self, regression, grid: dict) -> "GridSearchCV":
-        """Choose a regression's setting by squared error over groups, on standardised features."""
-        from sklearn.model_selection import GridSearchCV, GroupKFold
-        from sklearn.pipeline import Pipeline
-        from sklearn.preprocessing import StandardScaler
-
-        return GridSearchCV(
-            Pipeline([("standardise", StandardScaler()), ("regression", regression)]),
-            {f"regression__{name}": values for name, values in grid.items()},
-            scoring="neg_mean_squared_error",
-            cv=GroupKFold(min(len(np.unique(self.groups)), MAX_FOLDS)),
-        ).fit(self.features, self.values, groups=self.groups)
-
     def predict(self, model) -> NDArray:
         """Predicted values (n_test, G), also of a single gene, for which scikit-learn leaves out the axis."""
         return model.predict(self.test).reshape(len(self.test), self.n_genes)
@@ -289,20 +274,41 @@ class _Fit:
         return Prediction(PRETRAINED, mean=self.ridge, draws=draws)
 
     def neighbours(self) -> Prediction:
-        from sklearn.neighbors import KNeighborsRegressor
+        from sklearn.model_selection import GroupKFold
 
         # a fold of the search has fewer spots than all together
         _, sizes = np.unique(self.groups, return_counts=True)
         most = max(1, len(self.values) - sizes.max() * -(-len(sizes) // MAX_FOLDS))
         counts = [count for count in NEIGHBOURS if count <= most] or [most]
-        search = self.search(KNeighborsRegressor(), {"n_neighbors": counts})
-        pipeline = search.best_estimator_
-        standardised = pipeline["standardise"].transform(self.test)
-        nearest = pipeline["regression"].kneighbors(standardised, return_distance=False)
+        errors = np.zeros(len(counts))
+        for fit, held in GroupKFold(min(len(sizes), MAX_FOLDS)).split(self.features, groups=self.groups):
+            nearest = _nearest(self.features[fit], self.features[held], counts[-1])
+            for number, count in enumerate(counts):
+                predicted = _mean_of_rows(self.values[fit], nearest[:, :count])
+                errors[number] += np.mean((predicted - self.values[held]) ** 2)
+        nearest = _nearest(self.features, self.test, counts[int(np.argmin(errors))])
         rng = np.random.default_rng(self.seed)
         chosen = rng.integers(nearest.shape[1], size=(self.n_draws, len(self.test)))
         spots = nearest[np.arange(len(self.test)), chosen]
-        return Prediction("knn", mean=self.predict(search), draws=self.values[spots].astype(np.float32))
+        return Prediction("knn", mean=_mean_of_rows(self.values, nearest), draws=self.values.astype(np.float32)[spots])
+
+
+def _nearest(features: NDArray, test: NDArray, count: int) -> NDArray[np.intp]:
+    """Return the rows (m, count) of `features` (n, d) that are nearest to test spots (m, d), the nearest first."""
+    from sklearn.neighbors import NearestNeighbors
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(features)
+    search = NearestNeighbors(n_neighbors=count).fit(scaler.transform(features))
+    return search.kneighbors(scaler.transform(test), return_distance=False)
+
+
+def _mean_of_rows(values: NDArray, rows: NDArray) -> NDArray[np.float64]:
+    """Return the means (m, G) of rows (m, k) of values (n, G), without the k values of every spot in memory."""
+    from scipy.sparse import csr_matrix
+
+    ends = np.arange(len(rows) + 1) * rows.shape[1]
+    return csr_matrix((np.ones(rows.size), rows.ravel(), ends), (len(rows), len(values))) @ values / rows.shape[1]
 
 
 def _covariance(residual: NDArray, correlation: NDArray | None, share: float) -> NDArray:

@@ -40,6 +40,7 @@ def oracle_prediction(slide: "AnnData", spots: "SpotTable", n_draws: int = DEFAU
     from scipy.linalg import cholesky
 
     from hinge.data.simulate.counts import activity_correlation, oracle_draws
+    from hinge.data.simulate.expected import expected_log_counts
     from hinge.data.transforms import get_transform
 
     rows = slide.obs_names.get_indexer(spots.barcodes)
@@ -54,10 +55,12 @@ def oracle_prediction(slide: "AnnData", spots: "SpotTable", n_draws: int = DEFAU
         counts = oracle_draws(slide, 1, seed=seed * DRAWS_OF_THE_MEAN + number, root=root)[0][rows]
         return transform.forward(counts[:, columns], counts.sum(axis=1)).astype(np.float32, copy=False)
 
-    mean, draws = np.zeros(spots.values.shape), np.empty((n_draws, *spots.values.shape), dtype=np.float32)
+    exact = spots.transform == "log2p1"
+    mean = expected_log_counts(slide)[np.ix_(rows, columns)] if exact else np.zeros(spots.values.shape)
+    draws = np.empty((n_draws, *spots.values.shape), dtype=np.float32)
     # a few draws at a time: the counts of all genes in all draws of a large slide would not fit into memory
-    for number, values in enumerate(in_threads(draw, range(max(DRAWS_OF_THE_MEAN, n_draws)))):
-        if number < DRAWS_OF_THE_MEAN:
+    for number, values in enumerate(in_threads(draw, range(n_draws if exact else max(DRAWS_OF_THE_MEAN, n_draws)))):
+        if not exact and number < DRAWS_OF_THE_MEAN:
             mean += values / DRAWS_OF_THE_MEAN
         if number < n_draws:
             draws[number] = values

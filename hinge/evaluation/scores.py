@@ -1,5 +1,6 @@
 """Scores of predicted slides: one flat row for each slide and method."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -309,9 +310,14 @@ def evaluate_slide(
         row = {"slide": name, "method": prediction.method, **about, **prediction.known, "n_draws": drawn, **scores}
         return row, {"slide": name, "method": prediction.method, "genes": test.genes, **detail} if detail else {}
 
+    training_mean = _of_training_mean(measured, everything)
+    # draws of a large slide take much memory: those in memory are let go as soon as they are scored
+    remaining = deque(everything)
+    del everything, predictions
+    each_once = (remaining.popleft() for _ in methods)
     with limit_threads():
-        results = in_threads(scored, everything)
-        both = list(tqdm(results, desc=f"scoring {name}", total=len(everything), disable=None))
+        results = in_threads(scored, each_once)
+        both = list(tqdm(results, desc=f"scoring {name}", total=len(methods), disable=None))
     rows, details = [row for row, _ in both], [detail for _, detail in both if detail]
     store.save()
     # whole numbers but for a slide that lacks genes, whose library sizes are estimates
@@ -319,7 +325,7 @@ def evaluate_slide(
     missing = dict.fromkeys(METRICS, float("nan"))
     pcc = summarise_pcc(ceiling, measured.var(axis=0))
     rows.append({"slide": name, "method": CEILING, **about, "n_draws": 0, **missing, **pcc})
-    return Evaluation(rows, details, attained_shares(rows, _of_training_mean(measured, everything)))
+    return Evaluation(rows, details, attained_shares(rows, training_mean))
 
 
 def _scores_and_detail(

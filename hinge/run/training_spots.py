@@ -46,10 +46,9 @@ def training_spots(inputs: Preparation) -> SpotTable | SpotStore:
 
 def training_table(inputs: Preparation) -> SpotTable:
     """Return the training spots in memory: all, or the bounded part of a store that the initialisation uses."""
-    from hinge.training.rows import spots_in_memory  # imports torch
-
-    spots = training_spots(inputs)
-    table, _ = spots_in_memory(spots, inputs.config.training.spots_in_memory, inputs.config.seed)
+    spots, most = training_spots(inputs), inputs.config.training.spots_in_memory
+    # evaluation imports no torch, which takes seconds and half a gigabyte
+    table = spots if isinstance(spots, SpotTable) else spots.some_spots(most, inputs.config.seed)[0]
     if len(table) < len(spots):
         logger.info("baselines are fitted to %d of %d training spots, which are on disk", len(table), len(spots))
     return table

@@ -1,5 +1,6 @@
 """Commands that end early import nothing heavy."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,3 +99,11 @@ def test_a_signal_during_imports_prints_no_traceback(name, number, tiny_slide, t
 
 def test_reading_a_run_needs_no_model():
     assert imported("from hinge.run.run import Run")[0] == []
+
+
+@pytest.mark.full
+def test_evaluation_imports_no_torch(copied_tiny_run):
+    """It takes seconds and half a gigabyte."""
+    shutil.rmtree(copied_tiny_run.folder / "baselines")
+    found, text = imported(command("evaluate", str(copied_tiny_run.folder)))
+    assert "scores:" in text and not {"torch", "diffusers", "transformers"} & set(found), text

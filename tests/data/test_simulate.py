@@ -11,6 +11,7 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
 from hinge.data import oracle_draws, read_slide, simulate_slides
+from hinge.data.simulate.expected import expected_log_counts
 from hinge.utils.errors import ConfigError, DataError
 
 
@@ -103,6 +104,13 @@ def test_expected_is_the_mean_of_oracle_draws(pair, draws):
     z = (draws.mean(0) - expected) / (draws.std(0, ddof=1) / np.sqrt(len(draws)))
     assert 0.8 < np.sqrt((z**2).mean()) < 1.25
     assert abs(draws.mean() / expected.mean() - 1) < 0.02
+
+
+def test_expected_log_counts_are_the_mean_of_oracle_draws(pair, draws):
+    logs = np.log2(draws + 1)
+    z = (logs.mean(0) - expected_log_counts(pair[0])) / (logs.std(0, ddof=1) / np.sqrt(len(logs)))
+    assert 0.8 < np.sqrt((z**2).mean()) < 1.25
+    assert abs(logs.mean() / expected_log_counts(pair[0]).mean() - 1) < 0.01
 
 
 def test_oracle_draws_are_reproducible_and_new(pair, draws):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -380,3 +381,28 @@ def test_draws_of_something_else_are_errors(slide):
     del draws.uns["hinge"]
     with pytest.raises(DataError, match="units of None"):
         prediction_from_draws(draws, slide)
+
+
+def test_draws_are_let_go_once_they_are_scored(monkeypatch):
+    from hinge.evaluation import scores
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    test, original = spots(("a",), n=20), scores._scores_and_detail
+
+    def predictions():
+        return [Prediction(name, mean=test.values, draws=np.stack([test.values] * 3)) for name in "xyz"]
+
+    alive, those = [], []
+
+    def counting(*arguments):
+        alive.append(sum(reference() is not None for reference in those))
+        return original(*arguments)
+
+    def noted():
+        made = predictions()
+        those.extend(weakref.ref(each) for each in made)
+        return made
+
+    monkeypatch.setattr(scores, "_scores_and_detail", counting)
+    evaluate_slide(None, test, noted(), n_resamples=0)
+    assert alive == [3, 2, 1]

@@ -155,7 +155,8 @@ def spot_structure(measured: ArrayLike, draws: ArrayLike) -> float:
     if n_spots < 3 or n_genes < 2:
         return float("nan")
     truth = _standardised_spots(measured)
-    return float(np.mean([_correlation_of_products(truth, _standardised_spots(draw)) for draw in draws]))
+    square = _mean_product_of_pairs(truth, truth)
+    return float(np.mean([_correlation_of_products(truth, square, _standardised_spots(draw)) for draw in draws]))
 
 
 def _standardised_spots(values: NDArray) -> NDArray[np.float64]:
@@ -167,24 +168,29 @@ def _standardised_spots(values: NDArray) -> NDArray[np.float64]:
     return np.divide(values, size, out=np.zeros_like(values), where=size > 1e-9)
 
 
-def _correlation_of_products(one: NDArray, other: NDArray) -> float:
+def _correlation_of_products(one: NDArray, square: float, other: NDArray) -> float:
     """Return the correlation, over pairs of different spots, between x_s · x_t of two arrays (n, G).
+
+    `square` is the mean over pairs of the square of x_s · x_t of the first.
+    """
+    n_pairs = len(one) * (len(one) - 1)
+    mean = [(np.square(values.sum(axis=0)).sum() - np.square(values).sum()) / n_pairs for values in (one, other)]
+    squares = (square, _mean_product_of_pairs(other, other))
+    spread = [np.sqrt(max(squared - average**2, 0.0)) for squared, average in zip(squares, mean, strict=True)]
+    if min(spread) <= CONSTANT_SHARE:  # of products that are correlations, at most 1
+        return float("nan") if spread[0] <= CONSTANT_SHARE else 0.0
+    product = _mean_product_of_pairs(one, other)
+    return float(np.clip((product - mean[0] * mean[1]) / (spread[0] * spread[1]), -1.0, 1.0))
+
+
+def _mean_product_of_pairs(one: NDArray, other: NDArray) -> float:
+    """Return the mean of (x_s · x_t)(y_s · y_t) over pairs of different spots of two arrays (n, G).
 
     Sums over all pairs of spots follow from products of genes, Σ (x_s · x_t)(y_s · y_t) = |Xᵀ Y|², so that neither time
     nor memory grows with the square of the spots.
     """
-    n_pairs = len(one) * (len(one) - 1)
-
-    def pair_mean(first: NDArray, second: NDArray) -> float:
-        of_a_spot = [np.einsum("sg,sg->s", values, values) for values in (first, second)]
-        return (np.square(first.T @ second).sum() - of_a_spot[0] @ of_a_spot[1]) / n_pairs
-
-    mean = [(np.square(values.sum(axis=0)).sum() - np.square(values).sum()) / n_pairs for values in (one, other)]
-    square = [pair_mean(one, one), pair_mean(other, other)]
-    spread = [np.sqrt(max(squared - average**2, 0.0)) for squared, average in zip(square, mean, strict=True)]
-    if min(spread) <= CONSTANT_SHARE:  # of products that are correlations, at most 1
-        return float("nan") if spread[0] <= CONSTANT_SHARE else 0.0
-    return float(np.clip((pair_mean(one, other) - mean[0] * mean[1]) / (spread[0] * spread[1]), -1.0, 1.0))
+    of_a_spot = [np.einsum("sg,sg->s", values, values) for values in (one, other)]
+    return float((np.square(one.T @ other).sum() - of_a_spot[0] @ of_a_spot[1]) / (len(one) * (len(one) - 1)))
 
 
 def ssim_of_maps(measured: ArrayLike, predicted: ArrayLike, coordinates: ArrayLike) -> float:
