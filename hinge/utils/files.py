@@ -249,5 +249,5 @@ def arrays_digest(arrays: dict[str, Any]) -> str:
             array = np.ascontiguousarray(array)
             dtype, shape, data = str(array.dtype), array.shape, array.reshape(-1).view(np.uint8)
         total.update(f"{name}|{dtype}|{shape}|".encode())
-        total.update(data)  # without a copy
+        total.update(data.data)  # without a copy
     return total.hexdigest()

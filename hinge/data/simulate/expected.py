@@ -51,7 +51,7 @@ def expected_log_counts(slide: ad.AnnData) -> NDArray[np.float64]:
 
 
 def _table(grid: NDArray, dispersion: NDArray, depth_sd: float) -> NDArray[np.float64]:
-    """Return E[log2(y + 1)] (G, R) of counts with the logarithms of rates `grid` (R,), mean over the capture efficiency.
+    """Return E[log2(y + 1)] (G, R) of counts of the log rates `grid` (R,), mean over the capture efficiency.
 
     A negative binomial of mean r and shape θ has E[exp(-t y)] = (1 + r (1 - exp(-t)) / θ)^-θ, and
     log(1 + y) = ∫ exp(-t) (1 - exp(-t y)) / t dt over t > 0 (Frullani's integral). In log(t) the trapezoidal rule
