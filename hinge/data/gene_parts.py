@@ -45,14 +45,22 @@ def gene_parts(spots: SpotTable) -> list[GenePart]:
     of_slides, slide_of = found
     if not of_slides.any(axis=0).all():
         raise ValueError(f"no slide has the gene {spots.genes[int(of_slides.any(axis=0).argmin())]}")
+    parts = []
+    for columns, slides in slide_sets(of_slides):
+        rows = np.flatnonzero(slides[slide_of])
+        parts.append(GenePart(rows, columns, spot_groups(spots.slide[rows], spots.coords[rows], "fold")))
+    return parts
+
+
+def slide_sets(of_slides: NDArray[np.bool_]) -> list[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+    """Return sets of genes, and slides (S,) that have all genes of a set; sets with most genes first.
+
+    of_slides is (S, G), whether a slide measured a gene.
+    """
     sets, of_genes = np.unique(of_slides.T, axis=0, return_inverse=True)
     of_genes, slides_of_set = _merged(sets, of_genes.ravel())
-    parts = []
-    for number in np.unique(of_genes):
-        columns = np.flatnonzero(of_genes == number)
-        rows = np.flatnonzero(slides_of_set[number][slide_of])
-        parts.append(GenePart(rows, columns, spot_groups(spots.slide[rows], spots.coords[rows], "fold")))
-    return sorted(parts, key=lambda part: -len(part.columns))
+    found = [(np.flatnonzero(of_genes == number), slides_of_set[number]) for number in np.unique(of_genes)]
+    return sorted(found, key=lambda each: -len(each[0]))
 
 
 def _merged(sets: NDArray[np.bool_], of_genes: NDArray) -> tuple[NDArray, NDArray[np.bool_]]:
@@ -66,6 +74,7 @@ def _merged(sets: NDArray[np.bool_], of_genes: NDArray) -> tuple[NDArray, NDArra
     common = np.argsort(-counts, kind="stable")[:MOST_PARTS]
     alone = np.eye(sets.shape[1], dtype=bool)
     kept = np.unique(np.concatenate([sets[common], alone]), axis=0)
-    within = (sets[:, None, :] | ~kept[None]).all(axis=2)  # (sets, kept): whether a kept set has no other slides
+    others = (~sets).astype(np.float32) @ kept.T.astype(np.float32)  # slides of a kept set that a set lacks
+    within = others == 0
     chosen = np.where(within, kept.sum(axis=1), 0).argmax(axis=1)
     return chosen[of_genes], kept

@@ -47,8 +47,11 @@ class RegressionUncertainty(nn.Module):
             self.register_buffer(name, torch.ones(shape) if name == "width" else torch.zeros(shape))
 
     @torch.no_grad()
-    def fit(self, features: NDArray, penalty: float) -> None:
-        """Set the buffers from the conditions (n, d) of the training spots and the penalty of standardised features."""
+    def fit(self, features: NDArray, penalty: float, num_spots: int | None = None) -> None:
+        """Set the buffers from the conditions (n, d) of the training spots and the penalty of standardised features.
+
+        num_spots is the number of spots that the regression was fitted to, where the conditions are of a part of them.
+        """
         x = np.asarray(features, dtype=np.float64)
         centre, width = x.mean(axis=0), x.std(axis=0)
         width[width == 0] = 1.0
@@ -59,6 +62,8 @@ class RegressionUncertainty(nn.Module):
         sizes, vectors = sizes[::-1][:count], vectors[:, ::-1][:, :count]
         if len(x) < x.shape[1]:
             vectors = x.T @ vectors / np.sqrt(sizes)
+        if num_spots is not None:
+            sizes = sizes * (num_spots / len(x))
         directions, deviations = np.zeros(self.directions.shape), np.zeros(NUM_DIRECTIONS)
         directions[:, :count], deviations[:count] = vectors, 1 / np.sqrt(sizes + penalty)
         for name, content in (

@@ -23,6 +23,7 @@ from hinge.training.measured import fitting_timesteps
 from hinge.training.rows import SpotBatch, TrainingRows
 from hinge.training.settings import TrainingConfig
 from hinge.training.slide_prior import fit_slide_prior
+from hinge.training.stored_regression import StoredRegression
 
 # fixed times, evenly spread, at which every held-out spot is scored: one random time a spot would be too noisy
 # to compare checkpoints by
@@ -233,7 +234,10 @@ def train_hinge(
     # also before a resumed run: the checkpoint then replaces the parameters, but not buffers and shifts
     model.to(accelerator.device)
     if config.initialisation and model.gene_factor_model is not None:
-        start = _initialise(model, scheduler, gene_ids, training, seed, at_a_time)
+        stored = None
+        if isinstance(spots, SpotStore) and data.stored is not None and len(data.spots) < len(spots):
+            stored = StoredRegression(spots, data.stored.order.left_out, data.numbers[data.training])
+        start = _initialise(model, scheduler, gene_ids, training, seed, at_a_time, stored)
         fit_slide_levels(model, spots, levels).regression.load_state_dict(start.regression.state_dict())
         slide_shift, library_shift = start.slide_shift, start.library_shift
     elif model.library_size_model is not None:
@@ -279,9 +283,10 @@ def _initialise(
     training: SpotTable,
     seed: int,
     batch_size: int,
+    stored: StoredRegression | None,
 ) -> Initialisation:
     """Initialise the gene factors from the training spots; what is fitted in closed form is not trained further."""
-    start = initialise_gene_factors(model, scheduler, gene_ids, training, seed, batch_size)
+    start = initialise_gene_factors(model, scheduler, gene_ids, training, seed, batch_size, stored)
     # moving it along with residuals that are out of fold would undo the cross-validation of its penalty
     model.gene_factor_model.mean.requires_grad_(False)
     model.gene_factor_model.log_scale.weight.requires_grad_(False)

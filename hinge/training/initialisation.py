@@ -1,5 +1,6 @@
 """Closed-form initialisation of the gene factors and of the library size, before the first gradient step."""
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +20,15 @@ from hinge.training.measured import MeasuredGenes, variance_of
 from hinge.training.partly_masked import fit_visible_share, partly_masked_spots
 from hinge.training.prior_covariance import PriorCovariance, factor_scores, fit_factors, prior_covariance
 from hinge.training.spatial_correlation import SpatialCorrelation
+from hinge.training.stored_regression import StoredRegression
+
+logger = logging.getLogger(__name__)
 
 SMALLEST_SCALE = 0.05
 # of a gene's deviation, added to residuals before their logarithm is taken
 RESIDUAL_FLOOR = 0.1
+# of values that a backbone decodes: rounding
+SAME_DECODED = 1e-3
 
 
 class Initialisation(NamedTuple):
@@ -53,6 +59,7 @@ def initialise_gene_factors(
     spots: SpotTable,
     seed: int,
     batch_size: int = 256,
+    stored: StoredRegression | None = None,
 ) -> Initialisation:
     """Set the parameters of a model's `GeneFactorModel` (and `LibrarySizeModel`) from its training spots.
 
@@ -78,6 +85,9 @@ def initialise_gene_factors(
         Of the masks.
     batch_size
         Spots of a forward pass, at most.
+    stored
+        Fits the regression to all spots of a store of which `spots` are a part. It is not used where what the backbone
+        decodes without a visible gene differs between spots.
     """
     factors = model.gene_factor_model
     backbone = _Backbone(model, scheduler, gene_ids, spots, seed, batch_size)
@@ -87,7 +97,13 @@ def initialise_gene_factors(
     residual = backbone.target - decoded
     parts, measured = gene_parts(spots), backbone.measured
     groups = spot_groups(spots.slide, spots.coords, "fold")
-    ridge = fit_ridge_of_parts(x, residual, parts)
+    if stored is not None and np.ptp(decoded, axis=0).max() > SAME_DECODED:
+        logger.info("the regression on the features is fitted to %d of %d training spots", len(x), len(stored))
+        stored = None
+    if stored is None:
+        ridge = fit_ridge_of_parts(x, residual, parts)
+    else:
+        ridge = stored.fit(model, x, offset, backbone.library_shift)
     shifts, slide_of = slide_shifts(residual - ridge.held_out, spots.slide, measured)
     regression = ridge.held_out + shifts[slide_of]
     unexplained = residual - ridge.held_out - shifts[slide_of]
@@ -106,7 +122,7 @@ def initialise_gene_factors(
     partly = partly_masked_spots(factors, scheduler, backbone, offset, regression)
     _set_scales(factors, partly, unexplained, 1 - model.config.masked_decoding, x.mean(axis=0), measured)
     uncertainty = RegressionUncertainty(x.shape[1])
-    uncertainty.fit(x, ridge.penalty)
+    uncertainty.fit(x, ridge.penalty, None if stored is None else len(stored))
     slide_shift = torch.from_numpy(regression - ridge.predict(x)).float()
     return Initialisation(slide_shift, backbone.library_shift, uncertainty)
 

@@ -242,7 +242,7 @@ class _StoredRows:
     def set_shifts(self, *shifts: Tensor | None) -> None:
         """Keep the mean shifts of the slides, from those (n, …) of the spots in memory.
 
-        Slides of which no spot is in memory have a shift of their own, see `_shift_of_slide`.
+        Slides of which no spot is in memory have a shift of their own, see `shifts_of_slide`.
         """
         slides = self.store.slide_of(self.data.numbers)
         for place, shift in enumerate(shifts):
@@ -253,7 +253,7 @@ class _StoredRows:
                 mean[slide] = shift[torch.from_numpy(slides == slide)].mean(dim=0)
             self._of_slides[place] = mean
         for slide in np.setdiff1d(np.arange(len(self.store.names)), slides).tolist():
-            found = _shifts_of_slide(self.data.model, self.store, slide, *(each is not None for each in shifts))
+            found = shifts_of_slide(self.data.model, self.store, slide, *(each is not None for each in shifts))
             for mean, shift in zip(self._of_slides, found, strict=True):
                 if mean is not None and shift is not None:
                     mean[slide] = shift
@@ -278,7 +278,7 @@ class _StoredRows:
 
 
 @torch.no_grad()
-def _shifts_of_slide(
+def shifts_of_slide(
     model: HingeModel, store: SpotStore, slide: int, with_genes: bool, with_library: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the slide shift (G,) and the library shift () of a slide that the initialisation did not see.

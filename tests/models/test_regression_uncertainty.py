@@ -24,3 +24,14 @@ def test_leverage_is_that_of_the_posterior_and_grows_away_from_training(num_feat
     assert not uncertainty.excess(x.mean(axis=0, keepdims=True)).any()
     assert uncertainty.novelty(x.mean(axis=0, keepdims=True))[0] < 1e-3
     assert uncertainty.novelty(new * 10).min() > 1
+
+
+def test_a_part_of_the_spots_stands_for_all():
+    features = np.random.default_rng(2).normal(size=(80, 12))
+    whole, part = RegressionUncertainty(12), RegressionUncertainty(12)
+    whole.fit(np.repeat(features, 3, axis=0), 20.0)
+    part.fit(features, 20.0, num_spots=240)
+    others = np.random.default_rng(3).normal(size=(9, 12)) * 2
+    leverages = [(each.coefficients(others) ** 2).sum(axis=1) for each in (whole, part)]
+    np.testing.assert_allclose(leverages[1], leverages[0], rtol=1e-4)
+    np.testing.assert_allclose(part.novelty(others), whole.novelty(others), rtol=0.05)
