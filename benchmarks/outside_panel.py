@@ -5,9 +5,9 @@
         backbone.weights=random
 
 A run trains on the genes of its panel with the backbone `backbone.path`, by default the packaged one. The next genes in
-the ranking of the training slides that the backbone knows are drawn and scored. Beside them: ridge regression to the panel,
-without and with the level of the slide that hinge drew, followed by the conditional mean and covariance of the further
-genes given the panel, by Ledoit and Wolf from the counts of `data.pretrain`.
+the ranking of the training slides that the backbone knows are drawn and scored. Beside them: ridge regression to the
+panel, without and with the level of the slide that hinge drew, followed by the conditional mean and covariance of the
+further genes given the panel, by Ledoit and Wolf from the counts of `data.pretrain`.
 """
 
 import json
