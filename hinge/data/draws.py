@@ -15,6 +15,8 @@ from hinge.utils.safe_hdf5 import inside, read_h5ad
 
 MOST_BYTES_IN_LAYERS = 2 << 30  # draws; a Visium slide's 20 draws of 200 genes are 80 MB
 
+_SPOTS_AT_ONCE = 512  # the deviation of all draws at once takes four times their memory
+
 
 def draws_of_slide(
     values: np.ndarray,
@@ -64,7 +66,9 @@ def draws_of_slide(
     result.obs_names, result.var_names = slide.obs_names, genes
     if "outside_panel" in about:
         result.var["in_panel"] = ~result.var_names.isin(about["outside_panel"])
-    result.layers["std"] = values.std(axis=0, dtype=np.float64).astype(np.float32)
+    parts = range(0, max(1, values.shape[1]), _SPOTS_AT_ONCE)
+    deviations = [values[:, start : start + _SPOTS_AT_ONCE].std(axis=0, dtype=np.float64) for start in parts]
+    result.layers["std"] = np.concatenate(deviations).astype(np.float32)
     result.layers["expected"] = np.asarray(expected)
     for number, draw in enumerate(values):
         result.layers[f"draw_{number:03d}"] = np.asarray(draw)  # anndata does not accept a memory map

@@ -266,8 +266,7 @@ class _Sampler:
         """Return the batch of spot-draws, and the values (B, G) that are measured, 0 elsewhere."""
         model, inputs, tensor = self.model, self.inputs, self._tensor
         order = (numbers := self.noise.numbers(spot_index, draw_index)).order
-        values = torch.zeros(order.shape, device=self.device)
-        known = torch.zeros_like(values)
+        values, known = torch.zeros(2, *order.shape, device=self.device)
         if inputs.observed is not None:
             measured = inputs.observed[spot_index]
             known, values = tensor(~np.isnan(measured)), tensor(np.nan_to_num(measured))
@@ -289,14 +288,15 @@ class _Sampler:
         )
         if model.library_size_model is not None:
             self._add_library_size(batch, spot_index, model.library_size_model)
-        batch.frame = self._frame(batch.condition, batch.shift, batch.library_sizes)
+        batch.frame = self._frame(batch.condition, batch.shift, batch.library_sizes, spot_index)
         return batch, values
 
-    def _frame(self, condition: Tensor, shift: Tensor, library_sizes: Tensor | None) -> SlideFrame | None:
-        """Return the frame of conditions (B, d), shifts (B, G) and library sizes (B,)."""
+    def _frame(self, condition: Tensor, shift: Tensor, sizes: Tensor | None, *spots: np.ndarray) -> SlideFrame | None:
+        """Return the frame of conditions (B, d), shifts (B, G), library sizes (B,), and the spots (B,) of draws."""
         if not isinstance(self.noise.effect, LevelEffect):
             return None
-        return SlideFrame(self.model, condition, shift, self._tensor(self.noise.effect.log_scale), library_sizes)
+        given = (sizes,) if sizes is not None else (None, *spots)  # draws without library sizes have one condition
+        return SlideFrame(self.model, condition, shift, self._tensor(self.noise.effect.log_scale), *given)
 
     def _add_library_size(self, batch: _Batch, spot_index: np.ndarray, library_size: LibrarySizeModel) -> None:
         """Put drawn and typical library sizes, or the known ones, into the batch and its conditions."""

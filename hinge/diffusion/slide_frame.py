@@ -1,5 +1,6 @@
 """Values of a slide in terms of the training slides: a model that was trained at one level draws at another."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,8 @@ class SlideFrame:
         (G,) added to the log-scales.
     library_size
         (B,) on the slide; None for a model without library sizes.
+    spots
+        (B,) the same number for rows of the same condition, whose part is computed once; None: all may differ.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class SlideFrame:
         shift: Tensor,
         log_scale: Tensor,
         library_size: Tensor | None,
+        spots: np.ndarray | None = None,
     ):
         factors, sizes, of_training = model.gene_factor_model, model.library_size_model, None
         if sizes is not None:
@@ -49,14 +53,25 @@ class SlideFrame:
             of_training = sizes(condition[:, :-1], condition[:, -1])
         assert factors is not None
         self.shift, self.log_scale = shift, log_scale
-        self.masked, masked_scale = factors.masked(condition)
-        nothing = self.masked.new_zeros(*self.masked.shape, model.config.hidden_size)
-        there = model.distribution(self.masked, nothing, masked_scale, of_training)
-        here = model.distribution(self.masked + shift, nothing, masked_scale + log_scale, library_size)
-        self.mean_there, self.mean_here = there.mean, here.mean
-        self.deviation_there, self.deviation_here = (
-            each.variance.sqrt().clamp_min(SMALLEST_DEVIATION) for each in (there, here)
-        )
+        if spots is None:
+            self.masked, masked_scale = factors.masked(condition)
+            there = self._moments(model, self.masked, masked_scale, of_training)
+        else:
+            rows = np.unique(spots, return_index=True, return_inverse=True)[1:]
+            first, back = (torch.from_numpy(each).to(condition.device) for each in rows)
+            masked = factors.masked(condition[first])
+            found = (*masked, *self._moments(model, *masked, of_training))
+            self.masked, masked_scale, *there = (each[back] for each in found)
+        self.mean_there, self.deviation_there = there
+        here = self._moments(model, self.masked + shift, masked_scale + log_scale, library_size)
+        self.mean_here, self.deviation_here = here
+
+    @staticmethod
+    def _moments(model: HingeModel, location: Tensor, log_scale: Tensor, sizes: Tensor | None) -> list[Tensor]:
+        """Return means and standard deviations (B, G) of fully masked genes."""
+        nothing = location.new_zeros(*location.shape, model.config.hidden_size)
+        found = model.distribution(location, nothing, log_scale, sizes)
+        return [found.mean, found.variance.sqrt().clamp_min(SMALLEST_DEVIATION)]
 
     def visible(self, values: Tensor, visible: Tensor) -> Tensor:
         """Return values (B, G), the visible ones replaced by those that a training slide would have in their place."""

@@ -235,13 +235,12 @@ def _rounded_mean(grid: CountGrid, location: Tensor, scale: Tensor) -> Tensor:
     Σ over counts k of (value of k − value of k − 1)·P(count ≥ k); rounding is left away where counts lie densely.
     Smooth in location and scale, as an average of rounded quantiles is not.
     """
-    total, below = torch.zeros_like(location), torch.zeros_like(location)
+    total, below = torch.zeros_like(location), 0.0
     for count in range(1, _SUMMED_COUNTS + 1):
-        value = grid.values(torch.full_like(location, count))
-        edge = grid.values(torch.full_like(location, count - 0.5))
-        total += (value - below) * torch.special.ndtr((location - edge) / scale)
+        value = _value_of(grid, location, count)
+        total += (value - below) * torch.special.ndtr((location - _value_of(grid, location, count - 0.5)) / scale)
         below = value
-    standard = (location - grid.values(torch.full_like(location, _SUMMED_COUNTS + 0.5))) / scale
+    standard = (location - _value_of(grid, location, _SUMMED_COUNTS + 0.5)) / scale
     return total + (location - below) * torch.special.ndtr(standard) + scale * _normal_density(standard)
 
 
@@ -251,15 +250,20 @@ def _rounded_variance(grid: CountGrid, location: Tensor, scale: Tensor, mean: Te
     Beyond the counts that are summed the Gaussian is not rounded: with Φ and φ at (μ − e)/σ,
     E[(X − m)²; X > e] = ((μ − m)² + σ²)Φ + σ(μ + e − 2m)φ.
     """
-    total, value, reached = torch.zeros_like(location), torch.zeros_like(location), torch.ones_like(location)
+    total, value, reached = torch.zeros_like(location), 0.0, torch.ones_like(location)
     for count in range(_SUMMED_COUNTS + 1):
-        edge = grid.values(torch.full_like(location, count + 0.5))
+        edge = _value_of(grid, location, count + 0.5)
         beyond = torch.special.ndtr((location - edge) / scale)
         total += (value - mean) ** 2 * (reached - beyond)
-        value, reached = grid.values(torch.full_like(location, count + 1)), beyond
+        value, reached = _value_of(grid, location, count + 1), beyond
     total += ((location - mean) ** 2 + scale**2) * reached
     total += scale * (location + edge - 2 * mean) * _normal_density((location - edge) / scale)
     return total.clamp_min(0)
+
+
+def _value_of(grid: CountGrid, location: Tensor, count: float) -> Tensor:
+    """Return the value of a count, the same for all genes of a spot: (B, 1) for location (B, G)."""
+    return grid.values(location.new_full((*location.shape[:-1], 1), count))
 
 
 class RoundedGaussian(ExpressionDistribution):

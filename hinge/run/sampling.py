@@ -28,6 +28,7 @@ from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import arrays_digest
 from hinge.utils.locks import lock_file
 from hinge.utils.resumable import ResumableArrays, remove_leftovers
+from hinge.utils.threads import release_memory
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,9 @@ def sample_slide(
         pipeline.to(accelerator.device)
         log_evidence(pipeline.model, slide, about)
         spots = pipeline.with_slide_effect(spots)
+        release_memory()  # of the image, and of what loaded the model
         unfinished = _draw(pipeline, spots, settings, about, output, accelerator)
+        release_memory()
         if accelerator.is_main_process:
             values, expected = unfinished.read()
             if outside is not None:

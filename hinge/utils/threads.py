@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # of glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST = 1 << 28
 
 
@@ -22,7 +22,8 @@ def prepare_cpu() -> None:
 
     By default OpenMP threads spin while they wait: two torch processes on the same cores then slow each other down
     about twenty times. OpenMP reads the setting when torch is imported. By default glibc returns every large tensor to
-    the system, which clears the pages of the next one: up to a fifth of the time of a training step.
+    the system, which clears the pages of the next one: up to a fifth of the time of a training step. And every thread
+    keeps freed memory for itself; with one arena for all, two threads need a sixth less.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if sys.platform == "linux":
@@ -30,6 +31,14 @@ def prepare_cpu() -> None:
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(_M_MMAP_THRESHOLD, _LARGEST)
             mallopt(_M_TRIM_THRESHOLD, _LARGEST)
+            mallopt(_M_ARENA_MAX, 1)
+
+
+def release_memory() -> None:
+    """Return freed memory to the system between stages, which `prepare_cpu` lets the C library keep."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def num_threads() -> int:

@@ -224,6 +224,12 @@ def test_visible_values_are_taken_as_on_a_training_slide(cohort):
         same = SlideFrame(model, condition, 0 * shift, 0 * scale, None if size is None else 1 * size)
     if size is None:
         torch.testing.assert_close(same.visible(same.mean_here + 0.5, everything), same.mean_here + 0.5)
+        # what the draws of a spot have in common is computed once
+        rows = np.arange(SPOTS) // 3
+        with torch.inference_mode():
+            apart, shared = (SlideFrame(model, condition[rows], shift, scale, None, *spots) for spots in ((), (rows,)))
+        for name in ("masked", "mean_there", "deviation_there", "mean_here", "deviation_here"):
+            torch.testing.assert_close(getattr(shared, name), getattr(apart, name))
     names = [f"b{number}" for number in range(SPOTS)]
     inputs = SlideInputs("x", names, features, slide_effect=effect)
     settings = SamplingSettings(num_draws=60, num_inference_steps=8, spatially_correlated=False)
