@@ -29,7 +29,7 @@ from hinge.diffusion.pipeline import HingePipeline  # noqa: E402
 from hinge.evaluation.metrics.calibration import crps_of_spots  # noqa: E402
 from hinge.run.run import Run  # noqa: E402
 
-PEERS = {"gaussian-diffusion": (2, 5, 10, 25, 50), "flow-matching": (2, 5, 10, 25, 50)}
+PEERS = {"gaussian-diffusion": (2, 5, 10, 25), "flow-matching": (2, 5, 10, 25)}
 HINGE_STEPS = (1, 2, 4, 8)
 STEM_STEPS = 1000
 
@@ -115,7 +115,8 @@ def main(
     functions = {("hinge", steps): (by_hinge, steps) for steps in HINGE_STEPS}
     condition = torch.from_numpy(np.asarray(test.features[:, 0], dtype=np.float32)).to(device())
     for method, numbers in PEERS.items():
-        denoiser = Denoiser.from_pretrained(run / "baselines" / method / "model", pipe.model.backbone)
+        denoiser = Denoiser.from_pretrained(run / "baselines" / method / "model", opened.backbone())
+        denoiser.model.backbone.to(pipe.dtype)
         denoiser = denoiser.to(device()).eval()
 
         def by_noise(steps: int, denoiser: Denoiser = denoiser) -> np.ndarray:
