@@ -55,8 +55,12 @@ def test_an_old_run_opens_samples_and_evaluates(old):
     for method in ("mean", "oracle", "noise-ceiling"):
         for key in ("pcc_mean", "mse"):
             if key in before[method]:
-                # the oracle's mean of log2p1 was that of its draws, and is exact now
-                close = 2e-2 if method == "oracle" else 1e-4
+                close = 5e-3 if method == "oracle" else 1e-4
+                if method == "oracle" and old.name == "run-log2":
+                    # its mean was that of draws and is exact now: better, by at most 2 %
+                    gain = (after[method][key] / before[method][key] - 1) * (1 if key == "pcc_mean" else -1)
+                    assert 0 < gain < 2e-2, (key, gain)
+                    continue
                 assert after[method][key] == pytest.approx(before[method][key], rel=close), (method, key)
     if old.name == "run":
         assert after["hinge"]["mse"] == pytest.approx(before["hinge"]["mse"], rel=1e-4)
