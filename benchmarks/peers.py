@@ -27,6 +27,7 @@ from hinge.config import load_config  # noqa: E402
 from hinge.diffusion.gaussian import Denoiser, draw_gaussian  # noqa: E402
 from hinge.diffusion.pipeline import HingePipeline  # noqa: E402
 from hinge.evaluation.metrics.calibration import crps_of_spots  # noqa: E402
+from hinge.evaluation.predictions import prediction_from_draws  # noqa: E402
 from hinge.run.run import Run  # noqa: E402
 
 PEERS = {"gaussian-diffusion": (2, 5, 10, 25), "flow-matching": (2, 5, 10, 25)}
@@ -105,12 +106,12 @@ def main(
     opened.fit_baselines([name])
     slide, test = opened.slide(name), opened.spots([name])
     slide.uns.setdefault("hinge", {})["patient"] = opened.patient(slide)
-    order, features = slide.obs_names.get_indexer(test.barcodes), opened.features(slide)
+    features = opened.features(slide)
     pipe = HingePipeline.from_pretrained(run)
 
     def by_hinge(steps: int) -> np.ndarray:
         drawn = pipe(slide, num_draws=draws, num_inference_steps=steps, features=features, progress=False)
-        return np.stack([np.asarray(drawn.layers[f"draw_{number:03d}"])[order] for number in range(draws)])
+        return prediction_from_draws(drawn, test).draws
 
     functions = {("hinge", steps): (by_hinge, steps) for steps in HINGE_STEPS}
     condition = torch.from_numpy(np.asarray(test.features[:, 0], dtype=np.float32)).to(device())
@@ -130,7 +131,7 @@ def main(
     for (method, steps), (function, argument) in functions.items():
         found: list[np.ndarray] = []
         seconds = [
-            timed(lambda: found.append(function(argument))) / (draws * len(order))  # noqa: B023
+            timed(lambda: found.append(function(argument))) / (draws * len(test))  # noqa: B023
             for _ in range(repeats)
         ]
         crps = float(crps_of_spots(test.values, found[-1]).mean())
@@ -139,7 +140,7 @@ def main(
     rows.append(stem_cost(len(test.genes), batch, repeats))
     print(json.dumps(rows[-1]), flush=True)
     if output is not None:
-        result = {**machine(), "run": run.name, "slide": name, "spots": len(order), "draws": draws, "rows": rows}
+        result = {**machine(), "run": run.name, "slide": name, "spots": len(test), "draws": draws, "rows": rows}
         output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -113,11 +113,11 @@ class StoredRegression:
         self._model, self._offset, self._width = model, offset, x.shape[1]
         self._shifts = self._library_shifts(library_shift)
         sizes = [len(columns) * self._folds(slides)[0].size for columns, slides in self.sets]
-        scores, kept = np.zeros(len(ridge.PENALTIES)), None
+        errors, kept = np.zeros(len(ridge.PENALTIES)), None
         for number in np.argsort([-size for size in sizes], kind="stable")[: ridge.MOST_SEARCHED]:
             kept = self._sums(*self.sets[number])
-            scores -= sizes[number] * _errors(kept)
-        penalty = float(ridge.PENALTIES[int(np.argmax(scores))])
+            errors += sizes[number] * _errors(kept)
+        penalty = float(ridge.PENALTIES[int(np.argmin(errors))])
         weight, bias = np.zeros((len(offset), self._width)), np.zeros(len(offset))
         held_out = np.zeros((len(x), len(offset)))
         for columns, slides in self.sets:
