@@ -3,8 +3,8 @@
 python docs/licences.py docs/licences.md
 """
 
+import argparse
 import re
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -68,6 +68,9 @@ def table(names: list[str]) -> list[str]:
 
 
 def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("page", type=Path, help="Markdown file to write")
+    page = arguments.parse_args().page
     plain = set(needed({""}))
     extra = set(needed({"", "cluster", "pretrain", "spatialdata", "tensorboard"})) - plain
     lines = [
@@ -88,8 +91,8 @@ def main() -> None:
             where = "needed" if name in plain else "optional"
             lines.append(f"- **{name}** ({where}): {found}. {EXPLAINED.get(name, 'Used unmodified, at run time.')}")
     lines += ["", "## Needed", "", *table(sorted(plain)), "", "## Of the extras", "", *table(sorted(extra)), ""]
-    Path(sys.argv[1]).write_text("\n".join(lines))
-    print(f"licences: {sys.argv[1]}")
+    page.write_text("\n".join(lines))
+    print(f"licences: {page}")
 
 
 if __name__ == "__main__":
