@@ -235,6 +235,18 @@ class SlideImage:
                 small.thumbnail((max_px, max_px), reducing_gap=3.0)
             return np.asarray(_to_rgb(small))
 
+    @property
+    def decoded_bytes(self) -> int:
+        """Memory of the decoded pixels: four bytes each, as Pillow stores RGB, and 0 if tiles are read."""
+        return 0 if self._flat is None else 4 * self._flat.width * self._flat.height
+
+    def release(self) -> None:
+        """Release the decoded pixels; they are decoded again when they are needed."""
+        # where the file is not there any more, the pixels are kept
+        with self._decode_lock, contextlib.suppress(OSError, DataError):
+            if self._decoded:
+                self._flat, self._decoded = self._open_flat(), False
+
     def close(self) -> None:
         """Release the file and the decoded pixels."""
         for image in (self._arrays, self._pyramid, self._flat):
@@ -296,13 +308,14 @@ class SlideImage:
                 with _no_pillow_limit():
                     self._flat = _to_rgb(self._flat)
                 self._decoded = True
-        image_width, image_height = self._flat.size
+            flat = self._flat  # another thread may release it
+        image_width, image_height = flat.size
         inside = (max(left, 0), max(top, 0), min(left + width, image_width), min(top + height, image_height))
         if inside == (left, top, left + width, top + height):
-            return self._flat.crop(inside)
+            return flat.crop(inside)
         canvas = Image.new("RGB", (width, height), "white")
         if inside[0] < inside[2] and inside[1] < inside[3]:
-            canvas.paste(self._flat.crop(inside), (inside[0] - left, inside[1] - top))
+            canvas.paste(flat.crop(inside), (inside[0] - left, inside[1] - top))
         return canvas
 
     def _open_flat(self) -> Image.Image:

@@ -44,6 +44,7 @@ from hinge.viewer.maps import SlideMap, find_map
 logger = logging.getLogger(__name__)
 
 SLIDES_OPEN = 3  # number of slides whose draws are kept in memory
+MOST_DECODED = 1 << 30  # bytes of images without tiles that are kept decoded, beside that of the last tile
 
 CONTENT_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -128,7 +129,22 @@ class Viewer:
         match = _OF_SLIDE.fullmatch(path)
         if match is None or int(match[1]) >= len(self.slides):
             return None
-        return self.slide(int(match[1])).read(match[2], query)
+        number = int(match[1])
+        slide = self.slide(number)
+        if match[2].startswith("image_files/"):
+            self._release_images(number)
+        return slide.read(match[2], query)
+
+    def _release_images(self, shown: int) -> None:
+        """Release decoded images of other slides than the one whose tiles are asked for, if they are too large."""
+        with self._lock:
+            if shown in self._open:
+                others = [content.image for number, content in reversed(self._open.items()) if number != shown]
+                room = MOST_DECODED - self._open[shown].image.decoded_bytes
+                for image in others:
+                    room -= image.decoded_bytes
+                    if room < 0:
+                        image.release()
 
     def index(self) -> dict[str, Any]:
         """Return the content of `run.json`."""

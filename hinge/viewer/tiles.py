@@ -67,6 +67,16 @@ class TiledImage:
         """Return the DZI file, which describes the tiles to other programs."""
         return self._tiles.get_dzi("jpeg").encode()
 
+    @property
+    def decoded_bytes(self) -> int:
+        """Memory of the decoded pixels of an image without tiles, 0 for others."""
+        return self._slide.image.decoded_bytes if isinstance(self._slide, _Levels) else 0
+
+    def release(self) -> None:
+        """Release the decoded pixels of an image without tiles; they are decoded again when they are needed."""
+        if isinstance(self._slide, _Levels):
+            self._slide.image.release()
+
     def close(self) -> None:
         """Release the file."""
         self._slide.close()
@@ -77,7 +87,7 @@ class _Levels(AbstractSlide):
 
     def __init__(self, image: SlideImage):
         super().__init__()
-        self._image = image
+        self.image = image
         self._sizes = list(image.level_dimensions)
         self._overview: Image.Image | None = None
         self._lock = threading.Lock()
@@ -92,7 +102,7 @@ class _Levels(AbstractSlide):
         return None
 
     def close(self) -> None:
-        self._image.close()
+        self.image.close()
 
     @property
     def level_count(self) -> int:
@@ -120,10 +130,11 @@ class _Levels(AbstractSlide):
 
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
         left, top = (round(place / self.level_downsamples[level]) for place in location)
-        if level < len(self._image.level_dimensions):
-            return self._image.read_level(left, top, *size, level).convert("RGBA")
         with self._lock:
-            if self._overview is None:
-                small = Image.fromarray(self._image.thumbnail(OVERVIEW_PX))
+            # first: the thumbnail of an image that is decoded whole is made of a copy of it
+            if self._overview is None and len(self._sizes) > len(self.image.level_dimensions):
+                small = Image.fromarray(self.image.thumbnail(OVERVIEW_PX))
                 self._overview = small.resize(self._sizes[-1]).convert("RGBA")
+        if level < len(self.image.level_dimensions):
+            return self.image.read_level(left, top, *size, level).convert("RGBA")
         return self._overview.crop((left, top, left + size[0], top + size[1]))

@@ -118,6 +118,27 @@ def test_tiles_are_the_image(folder, monkeypatch, overview_px):
     assert tiled.tile(len(tiled.level_tiles), 0, 0) is None and tiled.tile(0, 1, 0) is None
 
 
+def test_images_without_tiles_are_not_all_kept_decoded(folder, monkeypatch):
+    """Of slides that are looked at in turn, only so many decoded images are kept as have room; tiles stay the same."""
+    viewer = Viewer(Run.open(folder))
+    slides = [viewer.slide(0), viewer.slide(1)]
+    slides[1].image = TiledImage(folder.parent / "sim1.jpg")
+    top = len(slides[0].image.level_tiles) - 1
+    path = f"image_files/{top}/0_0.jpeg"
+    expected = [slide.image._cut(top, 0, 0) for slide in slides]
+
+    def decoded() -> list[bool]:
+        return [slide.image._slide.image._decoded for slide in slides]
+
+    assert decoded() == [True, True]
+    for room, kept in ((1 << 30, [True, True]), (0, [False, True])):
+        monkeypatch.setattr("hinge.viewer.files.MOST_DECODED", room)
+        for number, slide in enumerate(slides):
+            slide.image._cut_once.cache_clear()
+            assert viewer.read(f"slides/{number}/{path}") == expected[number]
+        assert decoded() == kept
+
+
 # --- the folder --------------------------------------------------------------------------------------
 
 
