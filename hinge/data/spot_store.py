@@ -8,12 +8,14 @@ A folder in format 3 of Zarr, with a group for each slide:
     coords        (n, 2) float64
     barcodes      (n, characters) uint8, UTF-8 filled up with zeros
     measured      (G,) bool, the genes that the slide measured
-    attributes    spots, made_from
+    attributes    spots, made_from, sha256 of the descriptions of the arrays (zarr.json)
 
-Every chunk has a checksum, which is compared whenever the chunk is read. A slide gets its name when it is complete.
+Every chunk has a checksum, which is compared whenever the chunk is read; the descriptions are compared when a slide is
+opened. A slide gets its name when it is complete.
 """
 
 import contextlib
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,6 +92,7 @@ def write_slide(folder: Path, spots: SpotTable, made_from: str) -> None:
         group = zarr.create_group(temporary, zarr_format=3, attributes={"spots": len(spots), "made_from": made_from})
         for key, array in arrays.items():
             _create(group, key, array)
+        group.attrs["sha256"] = _digest_of_descriptions(temporary)
 
 
 def _create(group: zarr.Group, name: str, array: NDArray) -> None:
@@ -303,7 +306,10 @@ def damaged_slides(folder: Path) -> tuple[list[str], int]:
 def _open_slide(path: Path) -> dict[str, CheckedArray]:
     """Return the arrays of a slide after checking that their sizes agree and that all files of chunks are there."""
     with _readable(path):
-        spots, found = zarr.open_group(path, mode="r", zarr_format=3).attrs["spots"], {}
+        attributes, found = zarr.open_group(path, mode="r", zarr_format=3).attrs, {}
+        spots, digest = attributes["spots"], attributes.get("sha256")  # stores of earlier versions have no digest
+        if digest is not None and digest != _digest_of_descriptions(path):
+            raise ValueError("the description of an array was changed")
         for name in _ARRAYS:
             array = zarr.open_array(path / name, mode="r", zarr_format=3)
             if name != "measured" and array.shape[0] != spots:
@@ -315,6 +321,11 @@ def _open_slide(path: Path) -> dict[str, CheckedArray]:
                     raise ValueError(f"a file of {name} is missing")
             found[name] = CheckedArray(array, path / name)
         return found
+
+
+def _digest_of_descriptions(path: Path) -> str:
+    """Return the SHA-256 of the shapes, types and codecs of a slide's arrays, as they are stored."""
+    return hashlib.sha256(b"".join((path / name / "zarr.json").read_bytes() for name in _ARRAYS)).hexdigest()
 
 
 @contextlib.contextmanager

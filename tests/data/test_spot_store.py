@@ -1,5 +1,6 @@
 """A store of the spots of many slides: what was written is read, all or in part, and damage is found."""
 
+import json
 from dataclasses import fields, replace
 
 import numpy as np
@@ -150,6 +151,20 @@ def test_damage_is_found_and_never_read(tmp_path):
     next((store.folder / "s2" / "counts" / "c").rglob("*")).joinpath("0").unlink()
     faults, right = damaged_slides(store.folder)
     assert right == 2 and len(faults) == 1 and str(store.folder / "s2") in faults[0]
+
+
+def test_a_changed_shape_is_found(tmp_path):
+    """One changed digit in a shape cuts off barcodes or genes, and every chunk that is left agrees with its checksum."""
+    store, _ = write_store(tmp_path / "store", spots_of(n=150))
+    for name in ("barcodes", "coords", "features", "measured"):
+        path = store.folder / "s1" / name / "zarr.json"
+        content = path.read_text()
+        shape = json.loads(content)["shape"]
+        path.write_text(content.replace(f"{shape[-1]}\n  ]", f"{shape[-1] - 1}\n  ]", 1))
+        assert json.loads(path.read_text())["shape"] == [*shape[:-1], shape[-1] - 1]
+        with pytest.raises(DataError, match=r"s1 is missing, damaged.*the description of an array was changed"):
+            SpotStore(store.folder, store.names, store.genes, store.transform)
+        path.write_text(content)
 
 
 def test_large_slides_have_several_files_of_chunks(tmp_path, monkeypatch):
