@@ -154,7 +154,7 @@ def test_damage_is_found_and_never_read(tmp_path):
 
 
 def test_a_changed_shape_is_found(tmp_path):
-    """One changed digit in a shape cuts off barcodes or genes, and every chunk that is left agrees with its checksum."""
+    """One changed digit in a shape cuts off barcodes or genes, and the chunks still agree with their checksums."""
     store, _ = write_store(tmp_path / "store", spots_of(n=150))
     for name in ("barcodes", "coords", "features", "measured"):
         path = store.folder / "s1" / name / "zarr.json"
