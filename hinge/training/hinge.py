@@ -258,6 +258,7 @@ def train_hinge(
             accelerator=accelerator,
             continue_with=continue_with,
             rows_of=None if data.stored is None else data.stored.order.rows,
+            compiled=config.compile,
         )
     if slide_shift is not None:
         fit_masked_mean(model, scheduler, gene_ids, data.features[data.training, 0], at_a_time)

@@ -6,8 +6,11 @@ what one process computes, to rounding. Dropout inside modules is the exception:
 processes.
 """
 
+import importlib.util
 import logging
 import math
+import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -86,6 +89,7 @@ def run_loop(
     weight_decay: Callable[[int], float] | None = None,
     max_grad_norm: float = 1.0,
     rows_of: Callable[[int], np.ndarray] | None = None,
+    compiled: bool = False,
 ) -> LoopResult:
     """Optimise the parameters of `model` that require a gradient with AdamW, and leave the best of them in it.
 
@@ -123,15 +127,21 @@ def run_loop(
         Gradients with a larger norm are scaled down to it.
     rows_of
         Step → rows of its global batch, a function of the step alone. None: `batch_rows`.
+    compiled
+        Whether `torch.compile` compiles what `batch_loss` calls; evaluations and checkpoints use the plain model.
 
     Raises
     ------
+    ConfigError
+        Nothing can be trained, the batch is smaller than the processes, or compiling needs what is not installed.
     HingeError
         The loss was not finite for ten steps in a row; or the run was interrupted (after a checkpoint).
     """
     folder = Path(folder)
     accelerator = accelerator or make_accelerator(config, folder)
     main, processes, total = accelerator.is_main_process, accelerator.num_processes, config.num_steps(num_rows)
+    if compiled:
+        check_compiler(accelerator.device)
     if config.batch_size < processes:
         raise ConfigError(f"batch_size {config.batch_size} is smaller than the {processes} processes")
     if main and processes > 1:
@@ -145,6 +155,8 @@ def run_loop(
     latest, best = folder / "latest.safetensors", folder / "best.safetensors"
     progress = resume(latest, trained, total)
     wrapped, optimizer = accelerator.prepare(model, trained.optimizer)
+    if compiled:  # around the model, whose parameters keep their names
+        wrapped = torch.compile(wrapped, dynamic=False)
     schedule = learning_rate_schedule(trained.optimizer, config.schedule, config.warmup_steps, total, progress.step)
     updates = _Updates(accelerator, optimizer, trained, before_step, after_step, max_grad_norm)
 
@@ -195,6 +207,19 @@ def run_loop(
     _take_result(trained, best if evaluate is not None and best.exists() else None)
     model.eval()
     return LoopResult(progress.step, progress.best_step, progress.best_score)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise a ConfigError unless `torch.compile` finds the compiler that it needs for a device."""
+    if device.type != "cpu" and importlib.util.find_spec("triton") is None:
+        raise ConfigError("training.compile needs the package triton, which is not installed; set it to false")
+    given = os.environ.get("CXX" if device.type == "cpu" else "CC")
+    names = ("g++", "clang++") if device.type == "cpu" else ("gcc", "clang", "cc")
+    if not any(shutil.which(name) for name in ([given] if given else names)):
+        raise ConfigError(
+            f"training.compile needs a compiler, {' or '.join([given] if given else names)}, which is not installed; "
+            "set training.compile to false"
+        )
 
 
 def _bar(total: int, done: int, description: str, shown: bool) -> tqdm:

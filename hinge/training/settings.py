@@ -93,6 +93,9 @@ class TrainingConfig(LoopConfig):
     gradient_checkpointing: bool = Field(
         False, description="whether layers are computed again in the backward pass, which saves memory"
     )
+    compile: bool = Field(
+        False, description="whether torch.compile compiles the step: a minute or two at the start, faster on a GPU"
+    )
 
 
 class PretrainConfig(Settings):
