@@ -181,8 +181,9 @@ class LevelEffect:
         self.slide = _MaskedSlide(model, scheduler, gene_ids, features)
         nothing = np.zeros(len(self.dispersion))
         self._near: tuple[NDArray, NDArray] = (nothing - LARGEST_SHIFT, nothing + LARGEST_SHIFT)
-        # features that are not standardised within slides say how a slide differs from those of training
-        self.of_image = np.zeros(len(self.dispersion))
+        # what the features say of the level: features that are not standardised within slides tell how a slide differs
+        # from those of training; standardised ones have the mean of the training spots, if these are whole slides
+        self.of_image = self.slide.regression_difference()
         if not model.config.standardise_features:
             unshifted = self.slide.mean(nothing, 0.0)
             self.of_image = unshifted - self.prior.array("training_values")
@@ -260,7 +261,12 @@ class LevelEffect:
         residual = np.where(known, observed - predicted, 0.0).sum(axis=0) / np.maximum(count, 1)
         values = np.where(count > 0, np.maximum(predicted.mean(axis=0) + residual, LEAST_VALUE), np.nan)
         composition, slope = composition_of_values(
-            np.nan_to_num(values), 2.0 ** level.mean[-1], self.ratios, self.dispersion, self.offset, self.transform
+            np.nan_to_num(values),
+            2.0 ** level.mean[-1],
+            self.ratios,
+            self.dispersion,
+            self.offset + self.of_image,
+            self.transform,
         )
         slope = np.maximum(slope, LEAST_SLOPE)
         loadings, noise = self.slide.within(count)
@@ -402,6 +408,17 @@ class _MaskedSlide:
         """Return the regression (n, G) of the gene factor model on the features of all spots."""
         factors = self._factors
         return (factors.offset + factors.mean(self.whole)).clamp_min(0).double().cpu().numpy()
+
+    @torch.inference_mode()
+    def regression_difference(self) -> NDArray[np.float64]:
+        """Return the mean regression (G,) over the slide, less that over the training spots.
+
+        Zero where both are whole slides whose features are standardised within each.
+        """
+        assert self.model.slide_prior is not None
+        weight = self._factors.mean.weight.double()
+        away = self.whole.double() - self.model.slide_prior.regression.centre.to(weight)
+        return (away.mean(dim=0) @ weight.T).cpu().numpy()
 
     def residuals(self, generator: np.random.Generator, count: int) -> NDArray[np.float64]:
         """Return random residuals (count, G) of the regression, correlated between genes as those of spots are."""

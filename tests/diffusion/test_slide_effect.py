@@ -146,6 +146,25 @@ def test_a_known_patient_has_the_level_of_his_slides_and_less_spread(cohort):
     assert known.level.noise.sum() < 0.3 * new.level.noise.sum()
 
 
+def test_the_level_follows_features_that_differ_from_those_of_the_training_spots(cohort):
+    model, features, values, held = cohort
+    weight = model.gene_factor_model.mean.weight
+    known, moved = SlideEvidence(patient="p0"), features - features.mean(axis=0) + np.float32(0.5)
+    before = effect_of(cohort, known).typical.level
+    try:
+        with torch.no_grad():
+            weight[:, :FEATURES] = torch.linspace(0, 0.4, GENES)[:, None]
+        # as one whole slide of spots of training has them: the level is that of the patient's slides
+        whole = effect_of((model, features - features.mean(axis=0), values, held), known).typical.level
+        other = effect_of((model, moved, values, held), known).typical.level
+    finally:
+        with torch.no_grad():
+            weight.zero_()
+    np.testing.assert_allclose(whole, before, atol=0.01)
+    difference = 0.5 * FEATURES * np.linspace(0, 0.4, GENES)
+    np.testing.assert_allclose(other - before, difference, atol=0.02)
+
+
 def slide_with(counts, sizes) -> AnnData:
     rest = sizes - counts.sum(axis=1)
     slide = AnnData(csr_matrix(np.column_stack([counts, rest])))
