@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hinge.diffusion.inputs import SamplingSettings, SlideInputs
-from hinge.diffusion.passes import genes_with_tokens, graphed_tokens
+from hinge.diffusion.passes import genes_with_tokens, given, graphed_tokens
 from hinge.diffusion.randomness import DrawNoise, DrawNumbers
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.diffusion.slide_effect import LevelEffect
@@ -253,7 +253,7 @@ class _Sampler:
             elif torch.equal(following, visible):
                 continue
             else:
-                subset = genes_with_tokens(self.model, following)
+                subset = genes_with_tokens(self.model, following, visible)
                 h = self._tokens(batch, values, visible, following, timestep, batch.condition, batch.frame, subset)
             sample = self._sample(batch, h, values, visible, batch.numbers, number, subset)
             step = self.scheduler.step(sample, timestep, values, visible, batch.mask_times)
@@ -359,9 +359,9 @@ class _Sampler:
         sizes, typical = batch.library_sizes, batch.typical[0][1]
         if sizes is None or typical is None or (not self.model.drops_masked and torch.equal(sizes, typical)):
             return h, None
-        subset = genes_with_tokens(self.model, following)
-        given = (batch.known, following, int(self.scheduler.timesteps[0]), batch.condition, batch.frame, subset)
-        return self._tokens(batch, values, *given), subset
+        subset = genes_with_tokens(self.model, following, batch.known)
+        inputs = (batch.known, following, int(self.scheduler.timesteps[0]), batch.condition, batch.frame, subset)
+        return self._tokens(batch, values, *inputs), subset
 
     def _remask(self, batch: _Batch, values: Tensor, numbers: DrawNumbers) -> Tensor:
         """Return values (B, G) after a pass that masks some drawn genes and draws them again."""
@@ -402,7 +402,7 @@ class _Sampler:
             condition,
             self.gene_ids,
             following[rows],
-            *((None, None) if subset is None else (subset.index, subset.present)),
+            *given(subset),
         )
 
     def _read_out(

@@ -333,7 +333,7 @@ class HingeModel(ModelMixin, ConfigMixin):
         subset: GeneSubset | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return location (B, G), tokens of the genes (B, G, D) and log-scale (B, G), and W; see `read_out`."""
-        factors, log_scale, left = self.gene_factor_model, None, None
+        factors, log_scale, left, subset = self.gene_factor_model, None, None, subset and subset.predicted
         location = self.decode(h, values, visible, gene_ids, subset)  # (B, n)
         h = h[:, self.backbone.num_prefix_tokens :]  # (B, n, D)
         if subset is not None and subset.index is not None:
@@ -362,11 +362,10 @@ class HingeModel(ModelMixin, ConfigMixin):
         next_visible: Tensor | None = None,
         subset: GeneSubset | None = None,
     ) -> Tensor:
-        """Return the modulated backbone's tokens before its decoder, (B, P + n, D); n = G without a subset.
+        """Return the modulated backbone's tokens before its decoder, (B, P + n, D); of a subset, those it wants.
 
         Arguments as those of `forward`, but `features` are standardised, and have the library size appended
-        (`with_library_size`) where the model takes one. `subset` are the genes that have tokens, None for all; the
-        others are predicted by the gene factor model alone.
+        (`with_library_size`) where the model takes one. `subset` are the genes that have tokens; None: all.
         """
         backbone, config = self.backbone, self.config
         visible = visible.to(features.dtype)
@@ -375,7 +374,6 @@ class HingeModel(ModelMixin, ConfigMixin):
             assert next_visible is not None, 'condition_on_visible="next" needs next_visible'
             shown = next_visible
         parts = self.condition(timestep, features, shown)  # (B, C, D)
-
         if self.value_bins is not None:
             values = self.value_bins.encode(values)
         present = None
@@ -383,7 +381,9 @@ class HingeModel(ModelMixin, ConfigMixin):
             values, visible, present = subset.gather(values), subset.gather(visible), subset.present
             gene_ids = gene_ids if subset.index is None else gene_ids[subset.index]
         h = backbone.embed(values, visible, gene_ids)  # (B, P + n, D)
-        return self.modulation(backbone, h, parts, backbone.layer_inputs(visible, present), partial(run_layer, self))
+        first = None if subset is None or subset.wanted is None else backbone.num_prefix_tokens + subset.wanted
+        seen = backbone.layer_inputs(visible, present)
+        return self.modulation(backbone, h, parts, seen, partial(run_layer, self), first)  # (B, P + m, D) of m wanted
 
     def decode(
         self, h: Tensor, values: Tensor, visible: Tensor, gene_ids: Tensor, subset: GeneSubset | None = None

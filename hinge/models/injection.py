@@ -37,6 +37,7 @@ class Concatenation(nn.Module):
         parts: Tensor,
         seen: Sequence[tuple],
         run: Callable[..., Tensor],
+        first: int | None = None,
     ) -> Tensor:
         """Return the tokens after the layers.
 
@@ -52,6 +53,8 @@ class Concatenation(nn.Module):
             Further arguments of each layer.
         run
             `run(function, *arguments)` computes a layer, with or without gradient checkpointing.
+        first
+            Number of tokens that are returned, from the first one; None: all.
 
         Returns
         -------
@@ -63,7 +66,7 @@ class Concatenation(nn.Module):
         count = parts.shape[1]
         for block, inputs in zip(backbone.layers, seen, strict=True):
             h = run(block, h, *backbone.with_prefix(inputs, count))
-        return backbone.finish(h[:, count:])
+        return backbone.finish(h[:, count:][:, :first])
 
 
 class CrossAttention(nn.Module):
@@ -98,6 +101,7 @@ class CrossAttention(nn.Module):
         parts: Tensor,
         seen: Sequence[tuple],
         run: Callable[..., Tensor],
+        first: int | None = None,
     ) -> Tensor:
         """Return the tokens after the layers; arguments as of `Concatenation`."""
         context = self.norm(parts + self.position)
@@ -110,7 +114,7 @@ class CrossAttention(nn.Module):
 
         for block, attention, inputs in zip(backbone.layers, self.attention, seen, strict=True):
             h = run(layer, block, attention, h, *inputs)
-        return backbone.finish(h)
+        return backbone.finish(h[:, :first])
 
 
 def make_injection(

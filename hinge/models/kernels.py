@@ -76,8 +76,7 @@ class _Retain(Function):
     def _heads(qkvu: Tensor, key_mask: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
         """Return ReLU of queries and masked keys (2, B, H, N, d), and values (B, H, N, d)."""
         apart = _apart(qkvu, num_heads)
-        pair = torch.empty(apart[:2].shape, dtype=qkvu.dtype, device=qkvu.device)
-        torch.clamp_min(apart[:2], 0, out=pair)
+        pair = _positive(apart[:2])
         if key_mask is not None:
             pair[1].mul_(_wide(key_mask[:, None, :, None], pair[1]))
         return pair, apart[2].contiguous()
@@ -90,15 +89,12 @@ class _Retain(Function):
         pair, value = _Retain._heads(qkvu, key_mask, num_heads)
         summary = pair[1].transpose(-2, -1) @ value
         mixed = pair[0] @ summary
-        head_width = width // num_heads
-        length = torch.linalg.vector_norm(mixed, dim=-1, keepdim=True, dtype=_accurate(mixed))
-        inverse = (head_width**0.5 / length.clamp_min(floor)).to(mixed.dtype)
-        mixed.mul_(_wide(inverse, mixed))
+        inverse = _normalise(mixed, floor)
         ctx.save_for_backward(qkvu, key_mask, summary, mixed, inverse)
         ctx.num_heads = num_heads
         # contiguous, because the sigmoid is not vectorised on strided bfloat16
         out = F.silu(qkvu[..., 3 * width :].contiguous(), inplace=True)
-        out.view(batch, tokens, num_heads, head_width).mul_(mixed.transpose(1, 2))
+        out.view(batch, tokens, num_heads, width // num_heads).mul_(mixed.transpose(1, 2))
         return out
 
     @staticmethod
@@ -180,6 +176,39 @@ class _Product(Function):
         return both
 
 
+def _normalise(mixed: Tensor, floor: Tensor | float) -> Tensor:
+    """Divide heads (…, d) in place by their root mean square, and return what they were multiplied by."""
+    length = torch.linalg.vector_norm(mixed, dim=-1, keepdim=True, dtype=_accurate(mixed))
+    inverse = (mixed.shape[-1] ** 0.5 / length.clamp_min(floor)).to(mixed.dtype)
+    mixed.mul_(_wide(inverse, mixed))
+    return inverse
+
+
+def _retain_first(layer: Retention, x: Tensor, key_mask: Tensor | None, floor: Tensor | float, first: int) -> Tensor:
+    """Return the first tokens (B, first, D) of what `_Retain` makes of a layer's joint projection, without gradients.
+
+    Heads stay side by side in the tokens: one product of all heads with all others replaces those of each head, and its
+    blocks off the diagonal are set to zero.
+    """
+    heads, width = layer.num_heads, x.shape[-1] // layer.num_heads
+    queries, keys, values, gates = layer.qkvu.weight.chunk(4)
+    key = F.linear(x, keys).clamp_min_(0)
+    if key_mask is not None:
+        key.mul_(_wide(key_mask.unsqueeze(-1), key))
+    summary = (key.transpose(-2, -1) @ F.linear(x, values)).unflatten(-1, (heads, width)).unflatten(1, (heads, width))
+    own = torch.eye(heads, dtype=x.dtype, device=x.device).view(heads, 1, heads, 1)
+    asked = x[:, :first].contiguous()
+    mixed = F.linear(asked, queries).clamp_min_(0) @ (summary * own).flatten(-2).flatten(1, 2)
+    by_head = mixed.unflatten(-1, (heads, width))
+    _normalise(by_head, floor)
+    return F.silu(F.linear(asked, gates), inplace=True).mul_(mixed)
+
+
+def _positive(x: Tensor) -> Tensor:
+    """Return ReLU of x, written into a contiguous tensor."""
+    return torch.clamp_min(x, 0, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+
+
 def _apart(qkvu: Tensor, num_heads: int) -> Tensor:
     """Return a view (4, B, H, N, d) of (B, N, 4D)."""
     batch, tokens, width = qkvu.shape
@@ -216,10 +245,13 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor, mix: Tensor, eps: float) -
     return _Modulate.apply(h, shift, scale, mix, eps)
 
 
-def retention(layer: Retention, x: Tensor, key_mask: Tensor | None, value_scale: Tensor | float) -> Tensor:
-    """Return `layer(x, key_mask, value_scale)`, where the key mask is 0 or 1.
+def retention(
+    layer: Retention, x: Tensor, key_mask: Tensor | None, value_scale: Tensor | float, first: int | None = None
+) -> Tensor:
+    """Return the first tokens (B, first, D) of `layer(x, key_mask, value_scale)`, where the key mask is 0 or 1.
 
-    The norm over each head removes the scale factors of queries, keys and values, which are therefore omitted.
+    The norm over each head removes the scale factors of queries, keys and values, which are therefore omitted. With
+    `first`, which is for inference, all tokens give keys and values, and only the first ones queries and gates.
     """
     head_width = x.shape[-1] // layer.num_heads
     if isinstance(value_scale, Tensor):  # stays on the device: reading it back would make the host wait in every layer
@@ -227,6 +259,8 @@ def retention(layer: Retention, x: Tensor, key_mask: Tensor | None, value_scale:
     # lower bound of the plain layer's root mean square, for unscaled factors
     floor = _RMS_FLOOR * head_width**1.5 / value_scale
     mask = None if key_mask is None else key_mask.to(x.dtype)
+    if first is not None:
+        return layer.out(_retain_first(layer, x, mask, floor, first))
     return layer.out(_Retain.apply(layer.qkvu(x), mask, layer.num_heads, floor))
 
 

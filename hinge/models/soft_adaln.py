@@ -121,6 +121,7 @@ class SoftAdaLN(nn.Module):
         parts: Tensor,
         seen: Sequence[tuple],
         run: Callable[..., Tensor],
+        first: int | None = None,
     ) -> Tensor:
         """Take tokens through the modulated layers, up to the decoder.
 
@@ -136,6 +137,9 @@ class SoftAdaLN(nn.Module):
             What each layer takes beside the tokens.
         run
             run(function, *arguments) computes a layer.
+        first
+            Number of tokens that are returned, from the first one; the last layer computes no others where it is fused.
+            None: all.
 
         Returns
         -------
@@ -144,7 +148,8 @@ class SoftAdaLN(nn.Module):
         """
         layers, decoder = self.vectors(sum(parts.unbind(dim=1)))  # (L, 6, B, 1, D), (2, B, 1, D)
         for number, (block, vectors) in enumerate(zip(backbone.layers, layers.to(h.dtype), strict=True)):
-            h = run(self._layer, number, block, h, vectors, *seen[number])
+            last = first if number == self.num_layers - 1 else None
+            h = run(self._layer, number, block, h, vectors, last, *seen[number])
         return self.modulate(backbone.finish(h), *decoder.to(h.dtype))
 
     def vectors(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,22 +198,27 @@ class SoftAdaLN(nn.Module):
             h = F.layer_norm(h, h.shape[-1:], eps=SOFT_NORM_EPS)
         return torch.addcmul(shift, h, 1 + scale)
 
-    def _layer(self, number: int, block: ResidualBlock, h: Tensor, vectors: Tensor, *seen: Any) -> Tensor:
-        """Return the tokens (B, N, D) after layer `number`; `vectors` are its shifts, scales and gates (6, B, 1, D)."""
+    def _layer(
+        self, number: int, block: ResidualBlock, h: Tensor, vectors: Tensor, first: int | None, *seen: Any
+    ) -> Tensor:
+        """Return the first tokens after layer `number` (B, first, D); None: all N.
+
+        `vectors` are the layer's shifts, scales and gates (6, B, 1, D).
+        """
         if self._may_fuse(block, h):
-            return self._fused_layer(number, block, h, vectors, *seen)
+            return self._fused_layer(number, block, h, vectors, first, *seen)
         for part, (shift, scale, gate) in enumerate((vectors[:3], vectors[3:])):
             x = self.modulate(block.enter(part, h), shift, scale, (number, part))
             h = block.leave(part, h, gate * self._dropout(block.sublayer(part, x, *seen)))
-        return h
+        return h[:, :first]
 
-    def _fused_layer(self, number, block, h, vectors, key_mask, value_scale) -> Tensor:
+    def _fused_layer(self, number, block, h, vectors, first, key_mask, value_scale) -> Tensor:
         """Return the same of a layer of CellFM by `hinge.models.kernels`."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = vectors
         mix, scale = self.norm_mix[number], block.residual_scale
         x = kernels.modulate(h, shift_a, scale_a, mix[0], SOFT_NORM_EPS)
-        mixed = kernels.retention(block.retention, x, key_mask, value_scale)
-        h = kernels.join(h, self._dropout(mixed), gate_a, block.norm1, scale)
+        mixed = kernels.retention(block.retention, x, key_mask, value_scale, first)
+        h = kernels.join(h[:, :first], self._dropout(mixed), gate_a, block.norm1, scale)
         x = kernels.modulate(h, shift_f, scale_f, mix[1], SOFT_NORM_EPS)
         fed = kernels.feed_forward(block.feed_forward, x)
         return kernels.join(h, self._dropout(fed), gate_f, block.norm2, scale)

@@ -31,26 +31,34 @@ class GeneSubset:
         (B, n) numbers of the genes in the panel; None for all, in their order.
     present
         (B, n), 0 = the token gives no key: the others are as they would be without it. None where all give one.
+    wanted
+        m: only the first m genes of the index are predicted, and the last layer computes no others. None: all.
     """
 
     index: Tensor | None
     present: Tensor | None
+    wanted: int | None = None
 
     @classmethod
-    def of(cls, present: Tensor, multiple: int = 1) -> "GeneSubset | None":
+    def of(cls, present: Tensor, multiple: int = 1, known: Tensor | None = None) -> "GeneSubset | None":
         """Return the subset of the genes present (B, G), 1 = present, padded to equal rows; None if it is all genes.
 
-        The number of genes n is rounded up to a multiple: then few shapes occur, as CUDA graphs need it.
+        The number of genes n is rounded up to a multiple: then few shapes occur, as CUDA graphs need it. Genes that are
+        `known` (B, G; 1 = known) need no prediction: they come last, and the subset has an index if it is all genes.
         """
         counts = present.sum(dim=1)
         # read back together: each reading makes the host wait for the device
         least, most = (int(count) for count in torch.stack([counts.min(), counts.max()]).tolist())
         most = min(max(1, -(-most // multiple) * multiple), present.shape[1])
         ragged = multiple > 1 or least < most
-        if most == present.shape[1]:
+        order, wanted = present, None
+        if known is not None:
+            asked = present * (1 - known)
+            order, wanted = present + asked, max(1, int(asked.sum(dim=1).max()))
+        if most == present.shape[1] and wanted in (None, most):
             return cls(None, present) if least < most else None
-        index = present.argsort(dim=1, descending=True, stable=True)[:, :most]
-        return cls(index, present.gather(1, index) if ragged else None)
+        index = order.argsort(dim=1, descending=True, stable=True)[:, :most]
+        return cls(index, present.gather(1, index) if ragged else None, wanted)
 
     @classmethod
     def chosen(cls, present: Tensor | None, index: Tensor | None, num_spots: int) -> "GeneSubset | None":
@@ -59,6 +67,13 @@ class GeneSubset:
             return None if present is None else cls(None, present)
         index = index.expand(num_spots, -1)
         return cls(index, None if present is None else present.gather(1, index))
+
+    @property
+    def predicted(self) -> "GeneSubset":
+        """The subset without the genes that are not wanted."""
+        if self.wanted is None or self.index is None:
+            return self
+        return GeneSubset(self.index[:, : self.wanted], None)
 
     def gather(self, values: Tensor) -> Tensor:
         """Return the values (B, n) of the subset from those (B, G) of the panel."""

@@ -93,6 +93,29 @@ def test_a_new_model_equals_its_backbone_on_any_subset(backbone):
         torch.testing.assert_close(predicted[row : row + 1, chosen], alone, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("backbone, options", VARIANTS)
+@pytest.mark.parametrize("ragged", [True, False])
+@pytest.mark.parametrize("everything", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_last_layer_computes_what_is_asked_for(backbone, options, ragged, everything, dtype):
+    """Genes that a step reveals are predicted as if those that were visible before were computed to the end too."""
+    model = make(backbone, **options)
+    model.backbone.to(dtype)
+    visible, present = masks(ragged=ragged)
+    present = torch.ones_like(present) if everything else present
+    given = inputs(visible)
+    features = model.standardise(given.pop("features"))
+    means = []
+    for subset in (GeneSubset.of(present), GeneSubset.of(present, known=visible)):
+        h = model.tokens(**given, features=features, gene_ids=IDS, subset=subset)
+        means.append(model.read_out(h, given["values"], visible, features, IDS, subset=subset)[0].mean)
+    asked = (present > 0) & (visible == 0)
+    assert h.shape[1] == model.backbone.num_prefix_tokens + int(asked.sum(1).max())
+    error = (means[1][asked] - means[0][asked]).norm() / means[0][asked].norm()
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
 def test_all_present_is_no_subset():
     assert GeneSubset.of(torch.ones(3, GENES)) is None
     none = GeneSubset.of(torch.zeros(3, GENES))
