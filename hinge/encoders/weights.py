@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hinge.encoders.networks import AttentionPooledViT, PooledStages, PooledTokens
+from hinge.utils import checksums
 from hinge.utils.errors import WeightsError
 from hinge.utils.safe_torch import load_torch, plain_tensors
 from hinge.utils.weights import check_weights
@@ -45,10 +46,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     ------
     WeightsError
         The file is missing, damaged, or holds objects other than weights, or no tensors.
+    DataError
+        The file has a checksum, and was changed since it was written.
     """
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"there is no weight file {path}")
+    checksums.verified(path)
     try:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)

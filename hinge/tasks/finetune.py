@@ -39,6 +39,7 @@ from hinge.tasks.folds import Fold, make_folds, slide_groups
 from hinge.tasks.patch_store import VIEWS, cut_patches, patch_inputs
 from hinge.tasks.regressor import GeneRegressor, predict_slide, save_regressor, start_head
 from hinge.training.loop import LoopConfig, make_accelerator, run_loop
+from hinge.utils import checksums
 from hinge.utils.errors import ConfigError
 from hinge.utils.files import atomic_path, read_json, write_json
 from hinge.utils.locks import lock_folder
@@ -282,6 +283,8 @@ def _run_fold(fold: Fold, encoder: Encoder, task: _Task) -> None:
             "mean of training spots": lambda features: np.tile(spots.values.mean(axis=0), (len(features), 1)),
         }
         rows = _score_fold(fold, model, encoder, panel, baselines, task)
+        folder.mkdir(parents=True, exist_ok=True)
+        checksums.start(folder, "finetune-encoder")
         panel.save(folder / "panel.json")
         save_regressor(model, encoder, folder, _about(fold, panel, task))
         write_json(folder / "scores.json", {"rows": rows})

@@ -18,6 +18,7 @@ from hinge.encoders import RECIPES, Encoder, load_encoder
 from hinge.encoders.encoder import Preprocess
 from hinge.encoders.networks import PooledStages, PooledTokens
 from hinge.evaluation.ridge import fit_ridge
+from hinge.utils import checksums
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, read_json, write_json
 from hinge.utils.weights import check_weights
@@ -124,6 +125,7 @@ def save_tuned_encoder(module: nn.Module, encoder: Encoder, folder: Path, patch_
         save_file(tensors, temporary / "model.safetensors")
         if described is not None:
             write_json(temporary / "config.json", {**described, "patch_um": patch_um})
+        checksums.accept(temporary, "finetune-encoder")
     stages = "stages:" if encoder.name.startswith("stages:") else ""
     if described is not None:
         return f"{stages}{folder.resolve()}"
@@ -215,7 +217,7 @@ def load_regressor(
         name = f"{name.partition('@')[0]}@{weights}" if "@" in name else str(folder / "encoder")
     encoder = load_encoder(name, device=device)
     model = GeneRegressor(encoder, len(about["genes"]))
-    head = load_file(folder / "head.safetensors")
+    head = load_file(checksums.verified(folder / "head.safetensors"))
     check_weights(head, folder / "head.safetensors")
     if {key: t.shape for key, t in head.items()} != {key: t.shape for key, t in model.head().items()}:
         raise DataError(f"{folder / 'head.safetensors'} does not fit encoder {name} and {len(about['genes'])} genes")

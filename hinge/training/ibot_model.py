@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, distributed, nn
 
 from hinge.training.ibot_config import IbotConfig, VitConfig
+from hinge.utils import checksums
 from hinge.utils.errors import ConfigError
 from hinge.utils.files import atomic_path, write_json
 from hinge.utils.packages import require
@@ -258,4 +259,5 @@ def save_encoder(network: VisionTransformer, vit: VitConfig, folder: str | Path,
         save_file(tensors, temporary / "model.safetensors")
         write_json(temporary / "pretraining.json", settings)
         write_json(temporary / "config.json", description)
+        checksums.accept(temporary, "pretrain-histology")
     return Path(folder)

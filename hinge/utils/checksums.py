@@ -43,11 +43,14 @@ Entries = dict[str, list[str]]
 _verified: dict[Path, tuple[tuple[int, ...], list[str]]] = {}
 
 
-def start(folder: Path) -> None:
-    """Make a folder one that records what is written in it; one that does so already is left as it is."""
+def start(folder: Path, command: str | None = None) -> None:
+    """Make a folder one that records what is written in it; one that does so already is left as it is.
+
+    `command` as in `accept`.
+    """
     with _locked(folder):
         if not (folder / NAME).exists():
-            _write(folder, {})
+            _write(folder, {}, command)
 
 
 def record(target: Path, content: Path) -> None:
@@ -120,17 +123,25 @@ def names(folder: Path) -> list[str]:
     return list(_read(folder))
 
 
-def accept(folder: Path) -> int:
-    """Note the digests of all files of a folder as they are now; return their number."""
+def accept(folder: Path, command: str | None = None) -> int:
+    """Note the digests of all files of a folder as they are now; return their number.
+
+    Parameters
+    ----------
+    folder
+        The folder of a run, or another one that is complete.
+    command
+        What wrote the files of a folder that is not a run, for errors; None: as noted before.
+    """
     with _locked(folder):
         files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         entries = {name.as_posix(): [_file_digest(folder / name)] for name in files if is_recorded(name)}
-        _write(folder, entries)
+        _write(folder, entries, command)
     return len(entries)
 
 
 def _sentence(root: Path, name: str) -> str:
-    command = _COMMANDS.get(Path(name).parts[0], "train")
+    command = _command(root) or _COMMANDS.get(Path(name).parts[0], "train")
     return (
         f"{root / name} was changed or damaged after hinge {command.split()[0]} wrote it (its checksum differs): "
         f"restore it, or delete it and run hinge {command} again (an intended change: hinge check {root} --accept)"
@@ -252,14 +263,25 @@ def _own_digest(files: Any) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _write(folder: Path, files: Entries) -> None:
+def _command(folder: Path) -> str | None:
+    """Return the command that wrote a folder that is not a run, None if it is not noted."""
+    try:
+        command = json.loads((folder / NAME).read_bytes()).get("command")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return command if isinstance(command, str) else None
+
+
+def _write(folder: Path, files: Entries, command: str | None = None) -> None:
+    command = command or _command(folder)
     temporary = folder / f".{NAME}.{os.getpid()}"
     files = dict(sorted(files.items()))
     for left in folder.glob(f".{NAME}.*"):  # by a process that was killed here
         left.unlink(missing_ok=True)
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps({"files": files, "sha256": _own_digest(files)}, indent=1) + "\n")
+            about = {} if command is None else {"command": command}
+            file.write(json.dumps({**about, "files": files, "sha256": _own_digest(files)}, indent=1) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder / NAME)

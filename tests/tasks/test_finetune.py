@@ -63,6 +63,13 @@ def test_what_was_trained_comes_back_from_disk(slides, tmp_path, tune):
         tuned = load_encoder(str(tmp_path / "elsewhere" / "encoder"), device="cpu")
         assert (tuned.patch_px, tuned.transform.describe()) == (before.patch_px, before.transform.describe())
     assert not (tmp_path / "patches").exists()
+    for name in ("head.safetensors", "model.json", *(["encoder/model.safetensors"] if tune != "linear" else [])):
+        changed = tmp_path / "elsewhere" / name
+        content = changed.read_bytes()
+        changed.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        with pytest.raises(DataError, match="was changed or damaged after hinge finetune-encoder wrote it"):
+            load_regressor(tmp_path / "elsewhere")
+        changed.write_bytes(content)
 
 
 @pytest.mark.full

@@ -22,6 +22,7 @@ from hinge.training.augmentation import CROP_DRAWS, STAIN_DRAWS, Crops, jitter_s
 from hinge.training.ibot import pretrain_histology
 from hinge.training.ibot_config import IbotConfig, VitConfig
 from hinge.training.ibot_model import Ibot, block_masks
+from hinge.utils import checksums
 from hinge.utils.errors import ConfigError, DataError, HingeError
 
 VIT = {
@@ -313,7 +314,22 @@ def test_folder_is_an_encoder(slides, tmp_path, pooling):
     if pooling == "avg":
         description["model_args"] |= {"global_pool": "token"}
     (tmp_path / "vit" / "config.json").write_text(json.dumps(description))
+    with pytest.raises(DataError, match=r"config\.json was changed or damaged after hinge pretrain-histology wrote it"):
+        load_encoder(str(tmp_path / "vit"), device="cpu")
+    checksums.accept(tmp_path / "vit")  # an intended change
     assert load_encoder(str(tmp_path / "vit"), device="cpu").digest != loaded.digest
+
+
+def test_a_changed_byte_of_an_encoder_is_found(slides, tmp_path):
+    train(slides, tmp_path / "vit", steps=1)
+    for name in ("model.safetensors", "config.json", "checksums.json"):
+        path = tmp_path / "vit" / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        with pytest.raises(HingeError, match=rf"{name.replace('.', '[.]')} was changed or damaged"):
+            load_encoder(str(tmp_path / "vit"), device="cpu")
+        path.write_bytes(content)
+    load_encoder(str(tmp_path / "vit"), device="cpu")
 
 
 def test_what_cannot_be_pretrained(slides, tmp_path):
