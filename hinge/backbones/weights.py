@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from hinge.backbones.base import ExpressionBackbone, torch_dtype
 from hinge.backbones.state_files import StateFile, fill_parameters, open_state
-from hinge.utils import hub
+from hinge.utils import checksums, hub
 from hinge.utils.errors import WeightsError, one_line
 
 MODEL_TYPES = ("cellfm", "scgpt", "tahoe")
@@ -92,7 +92,12 @@ def read_own(folder: str | Path, config_class: type[PretrainedConfig], **options
     ------
     WeightsError
         A file is missing or damaged, or the config is of another model.
+    DataError
+        A file has a checksum, and was changed since it was written.
     """
+    if (Path(folder) / checksums.NAME).is_file():
+        for name in checksums.names(Path(folder)):
+            checksums.verified(Path(folder) / name)
     given = {name: value for name, value in options.items() if value is not None}
     with built_from(folder):
         config = config_class.from_dict({**read_our_config(folder, config_class.model_type), **given})

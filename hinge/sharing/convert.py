@@ -16,6 +16,7 @@ from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.models import HingeModel
 from hinge.run.run import Run
 from hinge.sharing.released_hinge import import_hinge, read_hinge, write_hinge
+from hinge.utils import checksums
 from hinge.utils.errors import ConfigError, DataError, WeightsError
 from hinge.utils.files import atomic_path, read_json, remove_left_behind, write_json
 from hinge.utils.licences import BACKBONE_LICENCES
@@ -47,7 +48,7 @@ def convert_cellfm(
     path
         A published file.
     out
-        The folder; gets `config.json` and `model.safetensors`.
+        The folder; gets `config.json`, `model.safetensors` and their checksums.
     dtype
         `fp32`, `bf16` or `fp16`.
     vocabulary
@@ -140,6 +141,7 @@ def _write_backbone(weights: Weights, out: str | Path, dtype: str) -> Path:
         config.save_pretrained(folder)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         stream_safetensors(weights.state, weights.sources, shapes, folder / "model.safetensors", DTYPES[dtype])
+        checksums.accept(folder, "convert")
     return Path(out)
 
 

@@ -13,6 +13,7 @@ from hinge.data.count_table import read_counts
 from hinge.data.panel import read_panel
 from hinge.data.readers import list_samples, listed_names, read_slide
 from hinge.training import pretrain_expression
+from hinge.utils import checksums
 from hinge.utils.errors import ConfigError, DataError
 
 
@@ -73,7 +74,9 @@ def pretrain_on_files(
             raise DataError("no gene is in at least half of the samples; give --panel")
     counts = read_counts(slides, genes, lambda name: name if patient_prefix is None else name[:patient_prefix])
     wanted = new_config(transform=transform, **config.size())
-    return pretrain_expression(counts, wanted, config.pretrain, output, seed=seed)
+    model = pretrain_expression(counts, wanted, config.pretrain, output, seed=seed)
+    checksums.accept(output, "pretrain-expression")
+    return model
 
 
 def most_expressed(slides: list[AnnData], number: int | None) -> list[str]:

@@ -19,7 +19,7 @@ from hinge.training.loop import make_accelerator, run_loop, step_generator
 from hinge.training.settings import PretrainConfig
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, write_json
-from hinge.utils.locks import lock_folder
+from hinge.utils.locks import lock_folder, remove_left_lock
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +76,11 @@ def pretrain_expression(
     if len(table) < 10:
         raise DataError(f"pre-training needs at least 10 spots, there are {len(table)}")
     architecture.set_genes(list(table.genes))
+    training_folder, loop = folder.with_name(f"{folder.name}-training"), config.loop()
     if (folder / "config.json").exists():
+        remove_left_lock(training_folder)  # by a process that was killed after it had written the backbone
         return _finished(folder, architecture)
 
-    training_folder, loop = folder.with_name(f"{folder.name}-training"), config.loop()
     accelerator = accelerator or make_accelerator(loop, training_folder)
     training, held = split_patients(table, seed)
     model = _new_model(table, training, architecture, config, seed)

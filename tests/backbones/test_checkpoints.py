@@ -13,7 +13,7 @@ from helpers.runs import finish
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hinge.backbones import CellFMConfig, CellFMModel
+from hinge.backbones import CellFMConfig, CellFMModel, load_backbone
 from hinge.backbones.mindspore import read_mindspore
 from hinge.backbones.published_cellfm import export_cellfm, published_names, read_published
 from hinge.backbones.state_files import open_state
@@ -25,7 +25,7 @@ from hinge.models import HingeModel
 from hinge.run.run import Run
 from hinge.sharing.convert import RELEASED_DIFFUSION, convert_cellfm, convert_hinge, export_hinge_folder
 from hinge.sharing.released_hinge import RELEASED_MODEL, import_hinge, write_hinge
-from hinge.utils.errors import ConfigError, WeightsError
+from hinge.utils.errors import ConfigError, DataError, WeightsError
 from hinge.utils.files import read_json
 
 
@@ -241,7 +241,7 @@ def test_conversion(saved, tmp_path, dtype):
             convert_cellfm(path, tmp_path / "out", dtype)
         return
     out = convert_cellfm(path, tmp_path / "out", dtype, num_attention_heads=heads)
-    assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in out.iterdir()) == ["checksums.json", "config.json", "model.safetensors"]
     to = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     loaded = CellFMModel.from_pretrained(out)
     assert loaded.dtype == to
@@ -262,6 +262,20 @@ def test_conversion_of_a_hinge_checkpoints_backbone(parity, tmp_path):
     loaded, direct = CellFMModel.from_pretrained(out), CellFMModel.from_pretrained(path, num_attention_heads=4)
     assert loaded.digest() == direct.digest()
     assert loaded.config.layer_norm_eps == 1e-6
+
+
+def test_a_changed_byte_of_a_converted_backbone_is_found(tmp_path):
+    torch.save(export_cellfm(small()), tmp_path / "w.pth")
+    out = convert_cellfm(tmp_path / "w.pth", tmp_path / "out", num_attention_heads=4)
+    load_backbone(out)
+    for name in ("model.safetensors", "config.json"):
+        content = (out / name).read_bytes()
+        at = len(content) - 40  # a weight, or the value of a setting
+        (out / name).write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(DataError, match=f"{name} was changed or damaged after hinge convert wrote it"):
+            load_backbone(out)
+        (out / name).write_bytes(content)
+    load_backbone(out)
 
 
 def test_conversion_refuses(tmp_path):
