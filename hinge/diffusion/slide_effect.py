@@ -181,9 +181,8 @@ class LevelEffect:
         self.slide = _MaskedSlide(model, scheduler, gene_ids, features)
         nothing = np.zeros(len(self.dispersion))
         self._near: tuple[NDArray, NDArray] = (nothing - LARGEST_SHIFT, nothing + LARGEST_SHIFT)
-        # what the features say of the level: features that are not standardised within slides tell how a slide differs
-        # from those of training; standardised ones have the mean of the training spots, if these are whole slides
-        self.of_image = self.slide.regression_difference()
+        # features that are not standardised within slides say how a slide differs from those of training
+        self.of_image = np.zeros(len(self.dispersion))
         if not model.config.standardise_features:
             unshifted = self.slide.mean(nothing, 0.0)
             self.of_image = unshifted - self.prior.array("training_values")
@@ -227,6 +226,9 @@ class LevelEffect:
             level = self.prior.with_section(self.prior.of_patient(evidence.patient, evidence.tokens))
             expected = np.mean([self._values(draw) for draw in _draws(level)], axis=0) - self.of_image
             of_patient = self.prior.values_of_patient(evidence.patient)
+            if self.slide.model.config.standardise_features:
+                # the values are those of the training spots, which may be a part of a slide, with other features
+                of_patient = of_patient + self.slide.regression_difference()
             self.offset = np.where(np.isfinite(of_patient), self.offset + of_patient - expected, self.offset)
 
     def _posterior(self, evidence: SlideEvidence, observed: NDArray | None, library_size: NDArray | None) -> Level:
@@ -413,9 +415,12 @@ class _MaskedSlide:
     def regression_difference(self) -> NDArray[np.float64]:
         """Return the mean regression (G,) over the slide, less that over the training spots.
 
-        Zero where both are whole slides whose features are standardised within each.
+        Zero where both are whole slides whose features are standardised within each. Zero with condition tokens, which
+        are features too and whose part of the level the prior has.
         """
         assert self.model.slide_prior is not None
+        if self.model.config.num_tokens:
+            return np.zeros(self.model.config.num_genes)
         weight = self._factors.mean.weight.double()
         away = self.whole.double() - self.model.slide_prior.regression.centre.to(weight)
         return (away.mean(dim=0) @ weight.T).cpu().numpy()
