@@ -1,11 +1,10 @@
-"""Plot scores against the number of training spots, of the cells that configs/ablations/scarce.yaml has made.
+"""Plot scores against the number of training spots, of the table of configs/ablations/scarce.yaml.
 
 hinge ablate configs/ablations/scarce.yaml OUTPUT --ray
 python benchmarks/learning_curves.py OUTPUT learning-curves.png
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
@@ -14,12 +13,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
-# scores.json has the names of methods, a folder of the grid has the variant of the model
+# name of the method, and of the variant after the number of spots
 METHODS = {
-    "": "hinge",
-    "-random": "hinge, random backbone",
-    "-untrained": "hinge, one training step",
-    "-paper": "the paper's configuration",
+    "hinge": "hinge",
+    "hinge-random": "hinge, random backbone",
+    "hinge-untrained": "hinge, one training step",
+    "hinge-paper": "the paper's configuration",
     "ridge-cv+residual": "ridge + residual",
     "ridge-cv+residual+pretrained": "ridge + residual, covariance of the pre-training counts",
 }
@@ -35,16 +34,15 @@ SCORES = {
 
 def scores_of(output: Path) -> pd.DataFrame:
     """Return one row for each number of spots and method, the mean over slides and seeds."""
-    rows = []
-    for path in sorted(output.glob("*/*/*/scores.json")):
-        spots, _, kind = path.relative_to(output).parts[0].partition("-")
-        for row in json.loads(path.read_text())["rows"]:
-            name = f"-{kind}" if kind and row["method"] == "hinge" else row["method"].replace("hinge", "")
-            if name in METHODS and (row["method"] == "hinge" or not kind):
-                rows.append({"spots": int(spots), "method": METHODS[name], **{key: row[key] for key in SCORES}})
-    if not rows:
-        raise SystemExit(f"{output} has no scores of configs/ablations/scarce.yaml")
-    return pd.DataFrame(rows).groupby(["spots", "method"]).mean().reset_index()
+    path = output / "table.csv"
+    if not path.exists():
+        raise SystemExit(f"{output} has no scores of configs/ablations/scarce.yaml: table.csv is missing")
+    table = pd.read_csv(path, dtype={"variant": str})
+    parts = table.variant.str.partition("-")
+    names = (table.method + parts[1] + parts[2]).map(METHODS)
+    scores = table[[f"{key}_mean" for key in SCORES]].set_axis(list(SCORES), axis=1)
+    scores = pd.concat([parts[0].astype(int).rename("spots"), names.rename("method"), scores], axis=1)
+    return scores.dropna(subset="method").sort_values(["spots", "method"])
 
 
 def plot(scores: pd.DataFrame, path: Path) -> None:
@@ -52,7 +50,7 @@ def plot(scores: pd.DataFrame, path: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
     for axis, (key, label) in zip(axes.flat, SCORES.items(), strict=True):
         for name in METHODS.values():
-            if name == METHODS["-paper"]:
+            if name == METHODS["hinge-paper"]:
                 continue
             of_method = scores[scores.method == name].sort_values("spots")
             style = "--" if name.startswith("ridge") else "-"

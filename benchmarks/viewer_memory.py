@@ -4,18 +4,18 @@ python benchmarks/viewer_memory.py RUN [SLIDE ...]
 """
 
 import argparse
-import base64
 import json
 import re
 import subprocess
 import sys
 import time
 import urllib.request
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
+from hinge.viewer.regions import encode_spots
 
 SHARES = (0.02, 0.3, 0.5, 0.98, 1.0)  # of the spots in a region
 
@@ -62,7 +62,7 @@ def main() -> None:
 def views(below: str, slide: dict) -> dict[str, list[str]]:
     """Return the paths of each kind of view of a slide, and of all kinds mixed."""
     rng, n = np.random.default_rng(0), slide["spots"]
-    sets = [encoded(rng.random(n) < share) for share in SHARES]
+    sets = [encode_spots(rng.random(n) < share) for share in SHARES]
     genes = [f"{below}genes/{gene}.bin" for gene in range(len(slide["genes"]))]
     tables = [
         f"{below}{file}spots={spots}{threshold}"
@@ -81,12 +81,6 @@ def views(below: str, slide: dict) -> dict[str, list[str]]:
     mixed = [*tables, *comparisons, *cut[-40:], *genes[::4], *[f"{below}coexpression.bin"] * 5]
     rng.shuffle(mixed)
     return {"genes": genes * 2, "tiles": cut, "regions": tables, "comparisons": comparisons, "mixed": mixed}
-
-
-def encoded(spots: np.ndarray) -> str:
-    """Return a set of spots (n,) as the page sends it."""
-    packed = zlib.compress(np.packbits(spots, bitorder="little").tobytes())
-    return base64.urlsafe_b64encode(packed).decode().rstrip("=")
 
 
 def tiles(below: str, image: dict) -> list[str]:

@@ -95,9 +95,7 @@ def read_own(folder: str | Path, config_class: type[PretrainedConfig], **options
     DataError
         A file has a checksum, and was changed since it was written.
     """
-    if (Path(folder) / checksums.NAME).is_file():
-        for name in checksums.names(Path(folder)):
-            checksums.verified(Path(folder) / name)
+    checksums.verified(folder)
     given = {name: value for name, value in options.items() if value is not None}
     with built_from(folder):
         config = config_class.from_dict({**read_our_config(folder, config_class.model_type), **given})

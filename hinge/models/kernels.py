@@ -76,7 +76,8 @@ class _Retain(Function):
     def _heads(qkvu: Tensor, key_mask: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
         """Return ReLU of queries and masked keys (2, B, H, N, d), and values (B, H, N, d)."""
         apart = _apart(qkvu, num_heads)
-        pair = _positive(apart[:2])
+        pair = torch.empty(apart[:2].shape, dtype=qkvu.dtype, device=qkvu.device)
+        torch.clamp_min(apart[:2], 0, out=pair)
         if key_mask is not None:
             pair[1].mul_(_wide(key_mask[:, None, :, None], pair[1]))
         return pair, apart[2].contiguous()
@@ -202,11 +203,6 @@ def _retain_first(layer: Retention, x: Tensor, key_mask: Tensor | None, floor: T
     by_head = mixed.unflatten(-1, (heads, width))
     _normalise(by_head, floor)
     return F.silu(F.linear(asked, gates), inplace=True).mul_(mixed)
-
-
-def _positive(x: Tensor) -> Tensor:
-    """Return ReLU of x, written into a contiguous tensor."""
-    return torch.clamp_min(x, 0, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
 
 def _apart(qkvu: Tensor, num_heads: int) -> Tensor:

@@ -79,7 +79,7 @@ def verified(path: str | Path) -> Path:
         A file was changed or damaged since it was written.
     """
     path = Path(path)
-    root = _root_of(path)
+    root = path if (path / NAME).is_file() else _root_of(path)
     if root is not None:
         for file, digests in _expected(root, path).items():
             if (root / file).exists() and not _matches(root / file, digests):
@@ -165,7 +165,9 @@ def is_recorded(name: Path) -> bool:
 
 
 def _expected(root: Path, path: Path) -> Entries:
-    """Return the entries of a path: of a file, or of all files of a folder."""
+    """Return the entries of a path: of a file, or of all files of a folder, which may be the root."""
+    if path == root:
+        return _read(root)
     name, entries = path.absolute().relative_to(root).as_posix(), _read(root)
     return {key: digests for key, digests in entries.items() if key == name or key.startswith(f"{name}/")}
 

@@ -5,9 +5,8 @@ import pytest
 import torch
 from helpers.backbones import SMALL, small_backbone
 from helpers.draws import draw_features
-from helpers.training import FEATURES, GENES, make_model, table, train
+from helpers.training import FEATURES, GENES, killed_at, make_model, table, train
 
-import hinge.training.loop as loop
 from hinge.backbones import load_backbone
 from hinge.diffusion import MaskedDiffusionScheduler
 from hinge.models import HingeModel
@@ -88,20 +87,8 @@ def test_training_leaves_frozen_weights_and_resumes(name, tmp_path, monkeypatch)
     options = {"steps": 8, "checkpoint_every": 4, "evaluate_every": 4}
     whole, _ = train(tmp_path / "whole", make_model(backbone, feature_dropout=0.2), **options)
     assert backbone.digest() == before
-    saved = loop.save_checkpoint
-
-    class Killed(Exception):
-        pass
-
-    def save_then_die(path, trained, progress):
-        saved(path, trained, progress)
-        if progress.step == 4:
-            raise Killed
-
-    monkeypatch.setattr(loop, "save_checkpoint", save_then_die)
-    with pytest.raises(Killed):
+    with killed_at(monkeypatch, 4):
         train(tmp_path / "parts", make_model(small_backbone(name), feature_dropout=0.2), **options)
-    monkeypatch.setattr(loop, "save_checkpoint", saved)
     parts, _ = train(tmp_path / "parts", make_model(small_backbone(name), feature_dropout=0.2), **options)
     assert parts.digest() == whole.digest()
     # what is saved is what draws, whatever the batch size, and draws are expression

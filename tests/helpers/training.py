@@ -1,10 +1,14 @@
 """A small model and its training."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
+import pytest
 import torch
 
+import hinge.training.loop as loop
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.data.spots import SpotTable
 from hinge.diffusion import MaskedDiffusionScheduler
@@ -73,3 +77,22 @@ def train(folder, model=None, **options):
 def log_of(folder) -> list[dict]:
     """Return the records of a run's log."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+@contextmanager
+def killed_at(monkeypatch, step: int) -> Iterator[None]:
+    """End the training in the block when it has written the checkpoint of a step."""
+    saved = loop.save_checkpoint
+
+    def save_then_die(path, trained, progress):
+        saved(path, trained, progress)
+        if progress.step == step:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop, "save_checkpoint", save_then_die)
+        yield

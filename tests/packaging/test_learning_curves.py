@@ -1,21 +1,20 @@
 """The plot of learning curves takes each score from the cell and the method that it is of."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from hinge.experiments.table import summarise_cells, write_table
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "learning_curves.py"
 NAMES = ["mse", "crps", "energy", "variogram", "coexpression_r_pooled", "coverage_90"]
 
 
-def write_cell(folder: Path, variant: str, seed: int, crps: dict[str, float]) -> None:
-    cell = folder / variant / "S1" / f"seed{seed}"
-    cell.mkdir(parents=True)
-    rows = [{"method": method, **dict.fromkeys(NAMES, 0.5), "crps": value} for method, value in crps.items()]
-    (cell / "scores.json").write_text(json.dumps({"rows": rows}))
+def cell(variant: str, seed: int, crps: dict[str, float]) -> list[dict]:
+    of_cell = {"variant": variant, "slide": "S1", "seed": seed, "transform": "log2p1", **dict.fromkeys(NAMES, 0.5)}
+    return [{**of_cell, "method": method, "crps": value} for method, value in crps.items()]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
@@ -26,10 +25,11 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
 
 @pytest.mark.full
 def test_means_of_cells(tmp_path):
-    write_cell(tmp_path, "25", 0, {"hinge": 0.4, "ridge-cv+residual": 0.6})
-    write_cell(tmp_path, "25", 1, {"hinge": 0.2, "ridge-cv+residual": 0.6})
-    write_cell(tmp_path, "25-random", 0, {"hinge": 0.7, "ridge-cv+residual": 0.9})
-    write_cell(tmp_path, "100", 0, {"hinge": 0.1, "mean": 5.0})
+    rows = cell("25", 0, {"hinge": 0.4, "ridge-cv+residual": 0.6})
+    rows += cell("25", 1, {"hinge": 0.2, "ridge-cv+residual": 0.6})
+    rows += cell("25-random", 0, {"hinge": 0.7, "ridge-cv+residual": 0.9})
+    rows += cell("100", 0, {"hinge": 0.1, "mean": 5.0})
+    write_table(tmp_path, summarise_cells(rows))
     done = run(tmp_path, tmp_path / "plot.png")
     assert done.returncode == 0, done.stderr
     lines = [line.rsplit(maxsplit=len(NAMES)) for line in done.stdout.splitlines()[1:]]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.training import log_of, make_model, train
+from helpers.training import killed_at, log_of, make_model, train
 from safetensors import safe_open
 
 import hinge.training.loop as loop
@@ -26,17 +26,8 @@ def test_a_compiled_step_trains_as_the_plain_one_does(tmp_path, compiler, monkey
     """Names in its checkpoint are those of the plain model, whose loop continues it."""
     options = {"steps": 6, "checkpoint_every": 3}
     train(tmp_path / "plain", make_model(), **options)
-    saved = loop.save_checkpoint
-
-    def save_then_stop(path, trained, progress):
-        saved(path, trained, progress)
-        if progress.step == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "save_checkpoint", save_then_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(monkeypatch, 3):
         train(tmp_path / "compiled", make_model(), compile=True, **options)
-    monkeypatch.setattr(loop, "save_checkpoint", saved)
     train(tmp_path / "compiled", make_model(), **options)
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
     names = []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
-from helpers.training import log_of, make_model, train
+from helpers.training import killed_at, log_of, make_model, train
 
 import hinge.training.loop as loop
 from hinge.training.loop import LoopConfig, batch_rows, make_accelerator, run_loop
@@ -22,25 +22,12 @@ from hinge.utils.errors import ConfigError, DataError, HingeError
 @pytest.mark.parametrize("step", [6, 12, 18])
 def test_resume_equals_uninterrupted(tmp_path, monkeypatch, step):
     whole, _ = train(tmp_path / "whole")
-    saved = loop.save_checkpoint
-
-    def save_then_die(path, trained, progress):
-        saved(path, trained, progress)
-        if progress.step == step:
-            raise Killed
-
-    monkeypatch.setattr(loop, "save_checkpoint", save_then_die)
-    with pytest.raises(Killed):
+    with killed_at(monkeypatch, step):
         train(tmp_path / "parts")
-    monkeypatch.setattr(loop, "save_checkpoint", saved)
     parts, _ = train(tmp_path / "parts")
     assert parts.digest() == whole.digest()
     strip = [{k: v for k, v in record.items() if k != "seconds"} for record in log_of(tmp_path / "parts")]
     assert strip == [{k: v for k, v in record.items() if k != "seconds"} for record in log_of(tmp_path / "whole")]
-
-
-class Killed(Exception):
-    pass
 
 
 def test_the_same_command_twice_gives_the_same_weights(tmp_path):

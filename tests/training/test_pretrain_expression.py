@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.training import killed_at
 
 import hinge.training.expression as expression
-import hinge.training.loop as loop
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.backbones.loading import MODELS, new_config
 from hinge.data.count_table import CountTable
@@ -54,20 +54,8 @@ def test_pretraining_learns_and_resumes_to_the_same_weights(tmp_path, monkeypatc
     # these counts have no more structure than the prior describes
     assert prior or min(scores) < 0.9 * scores[0]
 
-    class Stop(Exception):
-        pass
-
-    saved = loop.save_checkpoint
-
-    def save_then_stop(path, trained, progress):
-        saved(path, trained, progress)
-        if progress.step == 20:
-            raise Stop
-
-    monkeypatch.setattr(loop, "save_checkpoint", save_then_stop)
-    with pytest.raises(Stop):
+    with killed_at(monkeypatch, 20):
         pretrain_expression(table, tiny(architecture), config, tmp_path / "parts")
-    monkeypatch.undo()
     parts = pretrain_expression(table, tiny(architecture), config, tmp_path / "parts")
     assert parts.digest() == whole.digest()
     # a finished folder is loaded, not trained again
