@@ -6,7 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 from sklearn.covariance import ledoit_wolf
-from sklearn.decomposition import FactorAnalysis
+
+from hinge.evaluation.factors import fit_factor_analysis
+from hinge.utils.threads import in_threads, limit_threads
 
 Predictor = Callable[[NDArray[np.float32], NDArray[np.bool_]], NDArray[np.float32]]
 """Maps values (n, G) and which of them are visible (n, G) to predicted values (n, G)."""
@@ -51,27 +53,29 @@ def masked_gene_table(
     filled = np.where(np.isfinite(training), training, mean).astype(np.float64)
     count = min(FACTORS, filled.shape[1] // 2, len(filled) // 10)
     predictors: dict[str, Predictor] = {
-        "backbone": backbone,
         "mean": lambda values, visible: np.broadcast_to(mean, values.shape),
         "ledoit_wolf": conditional_mean(mean, ledoit_wolf(filled)[0]),
     }
     if count:
-        analysis = FactorAnalysis(count, svd_method="lapack").fit(filled)
-        predictors["factors"] = conditional_mean(mean, analysis.get_covariance())
-    rows: list[dict[str, float | str]] = []
-    for sample, measured in held_out.items():
-        values = measured[:MOST_SPOTS]
-        known = np.isfinite(values)
-        shown = np.nan_to_num(values).astype(np.float32)
-        for share in MASKED_SHARES:
-            masked = draw_masks(len(values), values.shape[1], share, seed)
-            scored = masked & known
-            row: dict[str, float | str] = {"sample": sample, "masked": share}
-            for name, predict in predictors.items():
-                predicted = predict(shown, known & ~masked)
-                row[name] = float(((predicted - shown)[scored].astype(np.float64) ** 2).mean())
-            rows.append(row)
-    return rows
+        predictors["factors"] = conditional_mean(mean, fit_factor_analysis(filled, count).get_covariance())
+
+    def errors(task: tuple[str, float], predictors: Mapping[str, Predictor]) -> dict[str, float]:
+        values, share = held_out[task[0]][:MOST_SPOTS], task[1]
+        known, masked = np.isfinite(values), draw_masks(len(values), values.shape[1], share, seed)
+        shown, scored = np.nan_to_num(values).astype(np.float32), masked & known
+        predicted = {name: predict(shown, known & ~masked) for name, predict in predictors.items()}
+        return {
+            name: float(((each - shown)[scored].astype(np.float64) ** 2).mean()) for name, each in predicted.items()
+        }
+
+    tasks = [(sample, share) for sample in held_out for share in MASKED_SHARES]
+    of_backbone = [errors(task, {"backbone": backbone}) for task in tasks]
+    with limit_threads():  # many small systems of equations
+        of_linear = list(in_threads(lambda task: errors(task, predictors), tasks))
+    return [
+        {"sample": sample, "masked": share, **first, **others}
+        for (sample, share), first, others in zip(tasks, of_backbone, of_linear, strict=True)
+    ]
 
 
 def draw_masks(num_spots: int, num_genes: int, share: float, seed: int) -> NDArray[np.bool_]:

@@ -1,5 +1,6 @@
 """Ridge regression of expression on features, as a baseline and as the start of the model."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hinge.utils.errors import DataError
+from hinge.utils.threads import in_threads, limit_threads
 
 if TYPE_CHECKING:
     from hinge.data.gene_parts import GenePart
@@ -19,6 +21,10 @@ MAX_FOLDS = 5
 
 MOST_SEARCHED = 8
 """Parts of a panel whose cross-validated errors decide on the penalty."""
+
+MOST_TOGETHER = 1 << 22
+"""Numbers of the features up to which folds are fitted at the same time, each by one thread: it gains more than
+several threads in each decomposition, and memory is no concern."""
 
 
 @dataclass(frozen=True)
@@ -129,16 +135,26 @@ def _held_out_errors(x: NDArray, y: NDArray, folds: list) -> NDArray[np.float64]
     """
     from sklearn.preprocessing import StandardScaler
 
-    errors = np.zeros(len(PENALTIES))
-    for fit, held in folds:
+    def of_fold(fold: tuple[NDArray, NDArray]) -> list[float]:
+        fit, held = fold
         scaler = StandardScaler().fit(x[fit])
         sizes, vectors = _principal_axes(scaled := scaler.transform(x[fit]))
         mean = y[fit].mean(axis=0)
         products, held_out = vectors.T @ (scaled.T @ (y[fit] - mean)), scaler.transform(x[held]) @ vectors
-        for number, penalty in enumerate(PENALTIES):
-            predicted = held_out @ (products / (sizes + penalty)[:, None]) + mean
-            errors[number] += np.mean((predicted - y[held]) ** 2) / len(folds)
-    return errors
+        predictions = (held_out @ (products / (sizes + penalty)[:, None]) + mean for penalty in PENALTIES)
+        return [float(np.mean((predicted - y[held]) ** 2)) for predicted in predictions]
+
+    with _few_threads(x):
+        return np.mean(list(in_threads(of_fold, folds, None if _is_small(x) else 1)), axis=0)
+
+
+def _is_small(x: NDArray) -> bool:
+    return x.size <= MOST_TOGETHER
+
+
+def _few_threads(x: NDArray) -> contextlib.AbstractContextManager[None]:
+    """Keep decompositions of small matrices from several threads each."""
+    return limit_threads() if _is_small(x) else contextlib.nullcontext()
 
 
 def _principal_axes(x: NDArray) -> tuple[NDArray, NDArray]:
@@ -160,8 +176,9 @@ def _with_penalty(x: NDArray, y: NDArray, folds: list, penalty: float) -> RidgeF
 
     scaler, ridge = StandardScaler(), Ridge(penalty)
     pipeline = Pipeline([("standardise", scaler), ("ridge", ridge)])
-    held_out = cross_val_predict(pipeline, x, y, cv=folds).reshape(y.shape)
-    pipeline.fit(x, y)
+    with _few_threads(x):
+        held_out = cross_val_predict(pipeline, x, y, cv=folds).reshape(y.shape)
+        pipeline.fit(x, y)
     weight = np.reshape(ridge.coef_, (y.shape[1], x.shape[1])) / scaler.scale_
     return RidgeFit(weight, np.ravel(ridge.intercept_) - weight @ scaler.mean_, held_out, penalty)
 

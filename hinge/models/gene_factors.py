@@ -121,7 +121,9 @@ class GeneFactorModel(nn.Module):
             lower = torch.linalg.cholesky_ex(system).L
             right = (precision * (at_least_float32(values) - at_least_float32(expected))) @ loadings
             mean = torch.cholesky_solve(right.unsqueeze(-1), lower).squeeze(-1)
-            return mean, torch.linalg.solve_triangular(lower, loadings.T.expand(lower.shape[0], -1, -1), upper=False)
+            # the inverse times Λᵀ is one product: a third of the time of solving for G columns
+            identity = torch.eye(count, device=values.device).expand_as(lower)
+            return mean, torch.linalg.solve_triangular(lower, identity, upper=False) @ loadings.T
 
     def innovation(self, left: Tensor, factor_normal: Tensor, gene_normal: Tensor) -> Tensor:
         """Return standard normal numbers (B, G) with the correlations that are left between genes.

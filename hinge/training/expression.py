@@ -20,6 +20,7 @@ from hinge.training.settings import PretrainConfig
 from hinge.utils.errors import ConfigError, DataError
 from hinge.utils.files import atomic_path, write_json
 from hinge.utils.locks import lock_folder, remove_left_lock
+from hinge.utils.threads import in_torch_threads
 
 logger = logging.getLogger(__name__)
 
@@ -188,17 +189,15 @@ def backbone_predictor(model: ExpressionBackbone, gene_ids: np.ndarray, batch_si
     """Return the predictions of a backbone on genes with vocabulary ids (G,), for `masked_gene_table`."""
     ids = torch.from_numpy(np.asarray(gene_ids, dtype=np.int64))
 
-    @torch.no_grad()
     def predict(values: np.ndarray, visible: np.ndarray) -> np.ndarray:
-        parts = [
-            model.predict(
-                torch.from_numpy(values[start : start + batch_size]).float(),
-                torch.from_numpy(visible[start : start + batch_size]).float(),
-                ids,
-            )
-            for start in range(0, len(values), batch_size)
-        ]
-        return torch.cat(parts).numpy()
+        def part(start: int) -> torch.Tensor:
+            rows = slice(start, start + batch_size)
+            inputs = (torch.from_numpy(each[rows]).float() for each in (values, visible))
+            with torch.no_grad():  # which holds for one thread
+                return model.predict(*inputs, ids)
+
+        starts = range(0, len(values), batch_size)
+        return torch.cat(list(in_torch_threads(part, starts, "cpu"))).numpy()
 
     return predict
 

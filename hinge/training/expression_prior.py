@@ -4,6 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.decomposition import FactorAnalysis
 
+from hinge.evaluation.factors import fit_factor_analysis
+
 FACTORS = 32
 """Factors of the differences between spots of one patient."""
 
@@ -81,13 +83,9 @@ def _mean_or(values: NDArray[np.float32], default: NDArray[np.float64]) -> NDArr
 
 def _factor_analysis(centred: NDArray[np.float64], seed: int) -> tuple[NDArray, NDArray, NDArray]:
     """Return loadings (G, K), noise variances (G,) and scores (n, K)."""
-    exact = centred.shape[1] <= MOST_GENES_EXACT
-    analysis = FactorAnalysis(
-        num_spot_factors(*centred.shape),
-        svd_method="lapack" if exact else "randomized",
-        tol=0.1,
-        max_iter=60 if exact else 15,
-        random_state=seed,
-    )
-    scores = analysis.fit_transform(centred)
-    return analysis.components_.T, analysis.noise_variance_, scores
+    count = num_spot_factors(*centred.shape)
+    if centred.shape[1] <= MOST_GENES_EXACT:
+        analysis = fit_factor_analysis(centred, count, tol=0.1, max_iter=60)
+    else:
+        analysis = FactorAnalysis(count, tol=0.1, max_iter=15, random_state=seed).fit(centred)
+    return analysis.components_.T, analysis.noise_variance_, analysis.transform(centred)

@@ -21,6 +21,7 @@ from hinge.training.partly_masked import fit_visible_share, partly_masked_spots
 from hinge.training.prior_covariance import PriorCovariance, factor_scores, fit_factors, prior_covariance
 from hinge.training.spatial_correlation import SpatialCorrelation
 from hinge.training.stored_regression import StoredRegression
+from hinge.utils.threads import in_torch_threads
 
 logger = logging.getLogger(__name__)
 
@@ -172,15 +173,17 @@ class _Backbone:
             visible, following = visible * has, following * has
             timesteps = self.measured.timesteps(self.scheduler, everything, timesteps, visible)
         filled = self.scheduler.fill_masked(self.values, visible, noise)
-        parts = []
         size = spots_at_a_time(self.batch_size, len(self.gene_ids), self.model.config.hidden_size, self.device)
-        for start in range(0, len(timesteps), size):
+
+        def part(start: int) -> Tensor:
             rows = slice(start, start + size)
             inputs = (filled[rows], visible[rows], timesteps[rows], self.condition[rows])
             inputs = (*(tensor.to(self.device) for tensor in inputs), self.gene_ids)
-            tokens = self.model.tokens(*inputs, next_visible=following[rows].to(self.device))
-            decoded = self.model.decode(tokens, inputs[0], inputs[1], self.gene_ids)
-            parts.append(decoded.float().cpu())
+            with torch.no_grad():  # which holds for one thread
+                tokens = self.model.tokens(*inputs, next_visible=following[rows].to(self.device))
+                return self.model.decode(tokens, inputs[0], inputs[1], self.gene_ids).float().cpu()
+
+        parts = list(in_torch_threads(part, range(0, len(timesteps), size), self.device.type))
         return torch.cat(parts).double().numpy(), visible.double().numpy()
 
 

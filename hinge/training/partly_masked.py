@@ -1,6 +1,7 @@
 """Least squares on partly masked spots: how a model weighs backbone, regression and factors once genes are visible."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.gene_factors import GeneFactorModel, saturating_share
 from hinge.training.measured import MeasuredGenes
+from hinge.utils.threads import in_torch_threads
 
 # masked shares at which partly masked spots are looked at
 MASKED_SHARES = (0.99, 0.97, 0.9, 0.75, 0.5, 0.25, 0.1)
@@ -16,7 +18,7 @@ SATURATIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 # the factors may take over from the backbone, but not so far that training it has no effect any more
 LEAST_BACKBONE_MIX = -1.0
 # values of spots that are looked at together
-MOST_VALUES = 1 << 22
+MOST_VALUES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -103,21 +105,26 @@ def partly_masked_spots(
     def on_device(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).float().to(device)
 
-    def of_spots(decoded: np.ndarray, visible: np.ndarray, rows: np.ndarray) -> PartlyMasked:
-        moments, left_log_scale, shown = np.zeros((5, 5, num_genes)), np.zeros(num_genes), 0.0
-        for some in np.array_split(rows, -(-len(rows) * num_genes // MOST_VALUES)):
-            weight = 1 - visible[some] if measured is None else (1 - visible[some]) * measured.of_rows(some).values()
-            predicted = offset + regression[some]
+    def sums(decoded: np.ndarray, visible: np.ndarray, some: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        weight = 1 - visible[some] if measured is None else (1 - visible[some]) * measured.of_rows(some).values()
+        predicted = offset + regression[some]
+        with torch.no_grad():  # which holds for one thread
             scores, left = factors.posterior(
                 backbone.values[torch.from_numpy(some)].to(device), on_device(visible[some]), on_device(predicted)
             )
-            carried = scores.cpu().double().numpy() @ loadings.T
-            left_variance = (left**2).sum(dim=1).cpu().double().numpy() + noise
-            left_log_scale += (0.5 * np.log(left_variance / prior_variance) * weight).sum(axis=0)
-            remaining = backbone.target[some] - decoded[some] - regression[some] - carried
-            moments += _moments([decoded[some] - offset, regression[some], carried, remaining], weight)
-            shown += visible[some].sum()
-        share = float(shown) / (len(rows) * num_genes)
+        carried = scores.cpu().double().numpy() @ loadings.T
+        left_variance = (left**2).sum(dim=1).cpu().double().numpy() + noise
+        left_log_scale = (0.5 * np.log(left_variance / prior_variance) * weight).sum(axis=0)
+        remaining = backbone.target[some] - decoded[some] - regression[some] - carried
+        moments = _moments([decoded[some] - offset, regression[some], carried, remaining], weight)
+        return moments, left_log_scale, float(visible[some].sum())
+
+    def of_spots(decoded: np.ndarray, visible: np.ndarray, rows: np.ndarray) -> PartlyMasked:
+        parts = np.array_split(rows, -(-len(rows) * num_genes // MOST_VALUES))
+        results = list(in_torch_threads(partial(sums, decoded, visible), parts, device.type))
+        moments = np.sum([each for each, _, _ in results], axis=0)
+        left_log_scale = np.sum([each for _, each, _ in results], axis=0)
+        share = sum(each for _, _, each in results) / (len(rows) * num_genes)
         return PartlyMasked(share, moments, left_log_scale / np.maximum(moments[4, 4], 1))
 
     found = []

@@ -16,6 +16,7 @@ from hinge.backbones import ExpressionBackbone
 from hinge.evaluation.ridge import shrink_correlations
 from hinge.training.measured import MeasuredGenes
 from hinge.training.stacked_covariance import StackedCovariance
+from hinge.utils.threads import in_threads, limit_threads
 
 SHRINKAGES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7)
 """Weights of the pre-training correlations that cross-validation chooses from."""
@@ -89,6 +90,18 @@ def fit_factors(
     """
     if residual.shape[1] > MOST_DENSE:
         return _fit_large(residual, groups, num_factors, prior, measured)
+    with limit_threads():  # many decompositions of small matrices
+        return _fit_dense(residual, groups, num_factors, prior, measured)
+
+
+def _fit_dense(
+    residual: NDArray[np.float64],
+    groups: NDArray,
+    num_factors: int,
+    prior: PriorCovariance | None,
+    measured: MeasuredGenes | None,
+) -> FactorAnalysis:
+    """Return what `fit_factors` does, with matrices of all pairs of genes."""
     if prior is None and measured is None:
         return FactorAnalysis(num_factors, svd_method="lapack").fit(residual)
     share, correlation = 0.0, None if prior is None else prior.correlation()
@@ -117,7 +130,8 @@ def _fit_large(
     if prior is not None:
         some = np.sort(np.random.default_rng(0).choice(residual.shape[1], GENES_OF_SHARE, replace=False))
         of_some = None if measured is None else measured.of_genes(some)
-        share = _best_share(residual[:, some], groups, num_factors, prior.of_genes(some), of_some)
+        with limit_threads():
+            share = _best_share(residual[:, some], groups, num_factors, prior.of_genes(some), of_some)
     analysis = None
     for _ in range(1 if measured is None else COMPLETION_ROUNDS):
         covariance = completed_covariance(residual, measured, analysis)
@@ -132,19 +146,24 @@ def _best_share(
 ) -> float:
     """Return the weight of the prior with the largest likelihood of held-out groups."""
     folds = list(GroupKFold(min(len(np.unique(groups)), MAX_FOLDS)).split(residual, groups=groups))
-    scores, correlation = np.zeros(len(SHRINKAGES)), prior.correlation()
-    for fit, held in folds:
+    correlation = prior.correlation()
+
+    def scores(fold: tuple[NDArray, NDArray]) -> list[float]:
+        """Return the likelihood of held-out spots with each weight."""
+        fit, held = fold
         if measured is None:
             covariance = residual[fit].T @ residual[fit] / len(fit)
         else:
             covariance = _completed(residual[fit], measured.of_rows(fit), num_factors)
-        for number, share in enumerate(SHRINKAGES):
-            analysis = _of_covariance(shrink_correlations(covariance, correlation, share), num_factors)
-            if measured is None:
-                scores[number] += len(held) * analysis.score(residual[held])
-            else:
-                scores[number] += log_likelihood(analysis, residual[held], measured.of_rows(held))
-    return SHRINKAGES[int(np.argmax(scores))]
+        analyses = (
+            _of_covariance(shrink_correlations(covariance, correlation, share), num_factors) for share in SHRINKAGES
+        )
+        if measured is None:
+            return [len(held) * analysis.score(residual[held]) for analysis in analyses]
+        return [log_likelihood(analysis, residual[held], measured.of_rows(held)) for analysis in analyses]
+
+    total = np.sum(list(in_threads(scores, folds)), axis=0)
+    return SHRINKAGES[int(np.argmax(total))]
 
 
 def _completed(residual: NDArray, measured: MeasuredGenes, num_factors: int) -> NDArray[np.float64]:
