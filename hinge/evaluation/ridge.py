@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,9 +22,16 @@ MAX_FOLDS = 5
 MOST_SEARCHED = 8
 """Parts of a panel whose cross-validated errors decide on the penalty."""
 
+
 MOST_TOGETHER = 1 << 22
 """Numbers of the features up to which folds are fitted at the same time, each by one thread: it gains more than
 several threads in each decomposition, and memory is no concern."""
+
+MOST_COMPONENTS = 64
+"""Principal components of the values that have a penalty of their own, at most."""
+
+SPOTS_OF_COMPONENT = 10
+"""Spots that each of them takes, at least."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +79,57 @@ def fit_ridge(features: ArrayLike, values: ArrayLike, groups: ArrayLike) -> Ridg
         There is only one group.
     """
     x, y = np.asarray(features, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    y, folds = y.reshape(len(x), -1), _folds(x, groups)
-    return _with_penalty(x, y, folds, float(PENALTIES[int(np.argmin(_held_out_errors(x, y, folds)))]))
+    y, folds = y.reshape(len(x), -1), cross_validation_folds(x, groups)
+    errors = _held_out_errors(x, y, folds).sum(axis=1)
+    return _fit(x, y, folds, Shrinkage.of_all_values(y.shape[1], float(PENALTIES[int(np.argmin(errors))])))
 
 
-def fit_ridge_of_parts(features: ArrayLike, values: ArrayLike, parts: "Sequence[GenePart]") -> RidgeFit:
+def fit_ridge_by_component(
+    features: ArrayLike, values: ArrayLike, groups: ArrayLike, penalty_factors: NDArray | None = None
+) -> tuple[RidgeFit, "Shrinkage"]:
+    """Fit ridge regression as `fit_ridge` does, with penalties of their own for the leading components of the values.
+
+    Genes vary together, and features predict the leading principal components of their values better than the rest. A
+    single penalty shrinks these too much and the rest too little; the idea is that of Breiman and Friedman (Journal of
+    the Royal Statistical Society B 59, 1997), where what is predicted of components is shrunk.
+
+    Parameters
+    ----------
+    features, values, groups
+        As of `fit_ridge`.
+    penalty_factors
+        (d,) by which the penalties of each feature are multiplied; None: 1.
+
+    Returns
+    -------
+    RidgeFit
+        Its `penalty` is the best common one.
+    Shrinkage
+        The components and their penalties, each with the least cross-validated error: of the first, the second, the
+        next two, four and so on, and of the rest.
+
+    Raises
+    ------
+    DataError
+        There is only one group.
+    """
+    x, y = np.asarray(features, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    folds, basis = cross_validation_folds(x, groups), _principal_components(y)
+    errors = _held_out_errors(x, np.concatenate([y, y @ basis], axis=1), folds, penalty_factors)
+    errors, along = errors[:, : y.shape[1]].sum(axis=1), errors[:, y.shape[1] :]
+    best, end = np.empty(basis.shape[1], dtype=int), 0
+    while end < len(best):
+        start, end = end, max(1, 2 * end)
+        best[start:end] = along[:, start:end].sum(axis=1).argmin()
+    rest = int((errors - along.sum(axis=1)).argmin())
+    shrinkage = Shrinkage(basis, PENALTIES[best], float(PENALTIES[rest]))
+    fit = _fit(x, y, folds, shrinkage, penalty_factors)
+    return RidgeFit(fit.weight, fit.bias, fit.held_out, float(PENALTIES[int(errors.argmin())])), shrinkage
+
+
+def fit_ridge_of_parts(
+    features: ArrayLike, values: ArrayLike, parts: "Sequence[GenePart]", penalty_factors: NDArray | None = None
+) -> RidgeFit:
     """Fit ridge regression as `fit_ridge` does, each gene to the spots that have it, with one penalty for all genes.
 
     Parameters
@@ -87,6 +140,8 @@ def fit_ridge_of_parts(features: ArrayLike, values: ArrayLike, parts: "Sequence[
         (n, G).
     parts
         Of `hinge.data.gene_parts.gene_parts`. The penalty has the least error over the largest of them.
+    penalty_factors
+        As of `fit_ridge_by_component`, where a spot lacks a gene.
 
     Returns
     -------
@@ -100,12 +155,12 @@ def fit_ridge_of_parts(features: ArrayLike, values: ArrayLike, parts: "Sequence[
     errors = np.zeros(len(PENALTIES))
     for number in np.argsort([-size for size in sizes], kind="stable")[:MOST_SEARCHED]:
         own, target, folds = _piece(x, y, parts[number])
-        errors += sizes[number] * _held_out_errors(own, target, folds)
+        errors += sizes[number] * _held_out_errors(own, target, folds, penalty_factors).mean(axis=1)
     penalty = float(PENALTIES[int(np.argmin(errors))])
     weight, bias, held_out = np.zeros((y.shape[1], x.shape[1])), np.zeros(y.shape[1]), np.zeros_like(y)
     for part in parts:
         own, target, of_part = _piece(x, y, part)  # one at a time: together they are many times x
-        fit = _with_penalty(own, target, of_part, penalty)
+        fit = _fit(own, target, of_part, Shrinkage.of_all_values(target.shape[1], penalty), penalty_factors)
         weight[part.columns], bias[part.columns] = fit.weight, fit.bias
         held_out[:, part.columns] = fit.predict(x)
         held_out[np.ix_(part.rows, part.columns)] = fit.held_out
@@ -115,34 +170,102 @@ def fit_ridge_of_parts(features: ArrayLike, values: ArrayLike, parts: "Sequence[
 def _piece(x: NDArray, y: NDArray, part: "GenePart") -> tuple[NDArray, NDArray, list]:
     """Return features (m, d) and values (m, C) of the spots and genes of a part, and the folds of the spots."""
     own = x[part.rows]
-    return own, y[np.ix_(part.rows, part.columns)], _folds(own, part.groups)
+    return own, y[np.ix_(part.rows, part.columns)], cross_validation_folds(own, part.groups)
 
 
-def _folds(x: NDArray, groups: ArrayLike) -> list:
+class RidgeAxes:
+    """The principal axes of some spots' standardised features, with which a ridge regression of any penalty is cheap.
+
+    Parameters
+    ----------
+    features
+        (n, d) of the spots to fit to.
+    penalty_factors
+        (d,) by which the penalties of each feature are multiplied; None: 1.
+    """
+
+    def __init__(self, features: NDArray, penalty_factors: NDArray | None = None):
+        from sklearn.preprocessing import StandardScaler
+
+        scaler = StandardScaler().fit(features)
+        self.centre = scaler.mean_
+        # a feature that is k times as wide needs 1 / k of the weight, of which the penalty takes the square
+        self.width = scaler.scale_ if penalty_factors is None else scaler.scale_ * np.sqrt(penalty_factors)
+        self._standardised = (features - self.centre) / self.width
+        self.sizes, self.vectors = _principal_axes(self._standardised)
+
+    def products(self, values: NDArray) -> tuple[NDArray, NDArray]:
+        """Return the products (r, G) of the axes with centred values (n, G), and the mean of the values (G,)."""
+        mean = values.mean(axis=0)
+        return self.vectors.T @ (self._standardised.T @ (values - mean)), mean
+
+    def coordinates(self, features: NDArray) -> NDArray[np.float64]:
+        """Return the coordinates (m, r) of other spots' features (m, d)."""
+        return ((features - self.centre) / self.width) @ self.vectors
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """Ridge penalties of the principal components of values (n, G).
+
+    Attributes
+    ----------
+    basis
+        (G, K) orthonormal, the components.
+    penalties
+        (K,).
+    rest
+        Penalty of what is outside of these components.
+    """
+
+    basis: NDArray[np.float64]
+    penalties: NDArray[np.float64]
+    rest: float
+
+    @classmethod
+    def of_all_values(cls, count: int, penalty: float) -> Self:
+        """Return a single penalty for G values."""
+        return cls(np.zeros((count, 0)), np.zeros(0), penalty)
+
+    def coefficients(self, axes: RidgeAxes, products: NDArray) -> NDArray[np.float64]:
+        """Return the regression coefficients (r, G) along the axes, of products (r, G) of `RidgeAxes.products`."""
+        of_rest = 1 / (axes.sizes + self.rest)[:, None]
+        along = (products @ self.basis) * (1 / (axes.sizes[:, None] + self.penalties) - of_rest)
+        return products * of_rest + along @ self.basis.T
+
+
+def cross_validation_folds(features: NDArray, groups: ArrayLike) -> list[tuple[NDArray, NDArray]]:
+    """Return the spots to fit to and those to hold out, whole groups (n,) of them, in at most five folds.
+
+    Raises
+    ------
+    DataError
+        There is only one group.
+    """
     from sklearn.model_selection import GroupKFold
 
     num_groups = len(np.unique(groups))
     if num_groups < 2:
         raise DataError("cross-validation of ridge regression takes training spots of at least two groups")
-    return list(GroupKFold(min(num_groups, MAX_FOLDS)).split(x, groups=groups))
+    return list(GroupKFold(min(num_groups, MAX_FOLDS)).split(features, groups=groups))
 
 
-def _held_out_errors(x: NDArray, y: NDArray, folds: list) -> NDArray[np.float64]:
-    """Return the mean squared error of held-out spots (number of `PENALTIES`,), mean over folds.
+def _held_out_errors(
+    x: NDArray, y: NDArray, folds: list, penalty_factors: NDArray | None = None
+) -> NDArray[np.float64]:
+    """Return the mean squared error (number of `PENALTIES`, C) of held-out spots' values (n, C), mean over folds.
 
     One eigendecomposition of the products of features serves all penalties of a fold; a search that fits each penalty
     by itself takes many times as long.
     """
-    from sklearn.preprocessing import StandardScaler
 
-    def of_fold(fold: tuple[NDArray, NDArray]) -> list[float]:
+    def of_fold(fold: tuple[NDArray, NDArray]) -> NDArray[np.float64]:
         fit, held = fold
-        scaler = StandardScaler().fit(x[fit])
-        sizes, vectors = _principal_axes(scaled := scaler.transform(x[fit]))
-        mean = y[fit].mean(axis=0)
-        products, held_out = vectors.T @ (scaled.T @ (y[fit] - mean)), scaler.transform(x[held]) @ vectors
-        predictions = (held_out @ (products / (sizes + penalty)[:, None]) + mean for penalty in PENALTIES)
-        return [float(np.mean((predicted - y[held]) ** 2)) for predicted in predictions]
+        axes = RidgeAxes(x[fit], penalty_factors)
+        products, mean = axes.products(y[fit])
+        held_out, target = axes.coordinates(x[held]), y[held] - mean
+        predictions = (held_out @ (products / (axes.sizes + penalty)[:, None]) for penalty in PENALTIES)
+        return np.stack([((predicted - target) ** 2).mean(axis=0) for predicted in predictions])
 
     with _few_threads(x):
         return np.mean(list(in_threads(of_fold, folds, None if _is_small(x) else 1)), axis=0)
@@ -167,20 +290,36 @@ def _principal_axes(x: NDArray) -> tuple[NDArray, NDArray]:
     return sizes[kept], x.T @ (vectors[:, kept] / np.sqrt(sizes[kept]))
 
 
-def _with_penalty(x: NDArray, y: NDArray, folds: list, penalty: float) -> RidgeFit:
-    """Return the fit to x (n, d) and y (n, G) with a penalty."""
-    from sklearn.linear_model import Ridge
-    from sklearn.model_selection import cross_val_predict
-    from sklearn.pipeline import Pipeline
-    from sklearn.preprocessing import StandardScaler
+def _principal_components(y: NDArray) -> NDArray[np.float64]:
+    """Return the leading principal components (G, K) of values (n, G); K is a power of two, 0 where spots are few."""
+    from sklearn.decomposition import PCA
 
-    scaler, ridge = StandardScaler(), Ridge(penalty)
-    pipeline = Pipeline([("standardise", scaler), ("ridge", ridge)])
+    most = min(MOST_COMPONENTS, len(y) // SPOTS_OF_COMPONENT, y.shape[1] - 1)
+    if most < 1:
+        return np.zeros((y.shape[1], 0))
+    with np.errstate(invalid="ignore"):  # of values that are all the same, the share of the variance is 0 / 0
+        return PCA(1 << (most.bit_length() - 1), random_state=0).fit(y).components_.T
+
+
+def _fit(x: NDArray, y: NDArray, folds: list, shrinkage: Shrinkage, penalty_factors: NDArray | None = None) -> RidgeFit:
+    """Return the fit to x (n, d) and y (n, G) with given penalties."""
+    held_out = np.empty_like(y)
+
+    def of_spots(rows: NDArray) -> tuple[RidgeAxes, NDArray, NDArray]:
+        axes = RidgeAxes(x[rows], penalty_factors)
+        products, mean = axes.products(y[rows])
+        return axes, shrinkage.coefficients(axes, products), mean
+
+    def hold_out(fold: tuple[NDArray, NDArray]) -> None:
+        fit, held = fold
+        axes, coefficients, mean = of_spots(fit)
+        held_out[held] = axes.coordinates(x[held]) @ coefficients + mean
+
     with _few_threads(x):
-        held_out = cross_val_predict(pipeline, x, y, cv=folds).reshape(y.shape)
-        pipeline.fit(x, y)
-    weight = np.reshape(ridge.coef_, (y.shape[1], x.shape[1])) / scaler.scale_
-    return RidgeFit(weight, np.ravel(ridge.intercept_) - weight @ scaler.mean_, held_out, penalty)
+        list(in_threads(hold_out, folds, None if _is_small(x) else 1))
+        axes, coefficients, mean = of_spots(np.arange(len(x)))
+    weight = (axes.vectors @ coefficients).T / axes.width
+    return RidgeFit(weight, mean - weight @ axes.centre, held_out, shrinkage.rest)
 
 
 def shrink_correlations(

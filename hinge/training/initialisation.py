@@ -10,11 +10,12 @@ from torch import Tensor
 from hinge.data.gene_parts import GenePart, gene_parts
 from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
-from hinge.evaluation.ridge import fit_ridge, fit_ridge_of_parts
+from hinge.evaluation.ridge import fit_ridge, fit_ridge_by_component, fit_ridge_of_parts
 from hinge.models.gene_factors import GeneFactorModel
 from hinge.models.hinge import HingeModel
 from hinge.models.regression_uncertainty import RegressionUncertainty
 from hinge.models.subset import spots_at_a_time
+from hinge.training.completed_regression import fit_completed_ridge
 from hinge.training.loop import step_generator
 from hinge.training.measured import MeasuredGenes, variance_of
 from hinge.training.partly_masked import fit_visible_share, partly_masked_spots
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 SMALLEST_SCALE = 0.05
 # of a gene's deviation, added to residuals before their logarithm is taken
 RESIDUAL_FLOOR = 0.1
+# of the library size among the features, in units of that of an image feature
+LIBRARY_SIZE_PENALTY = 0.01
 # of values that a backbone decodes: rounding
 SAME_DECODED = 1e-3
 
@@ -101,10 +104,14 @@ def initialise_gene_factors(
     if stored is not None and np.ptp(decoded, axis=0).max() > SAME_DECODED:
         logger.info("the regression on the features is fitted to %d of %d training spots", len(x), len(stored))
         stored = None
-    if stored is None:
-        ridge = fit_ridge_of_parts(x, residual, parts)
-    else:
+    if stored is not None:
         ridge = stored.fit(model, x, offset, backbone.library_shift)
+    elif measured is None:
+        ridge, _ = fit_ridge_by_component(x, residual, groups, _penalty_factors(model, x.shape[1]))
+    else:
+        most = _most_factors(factors, len(x), len(offset))
+        relative = _penalty_factors(model, x.shape[1])
+        ridge = fit_completed_ridge(x, residual, parts, groups, measured, most, relative)
     shifts, slide_of = slide_shifts(residual - ridge.held_out, spots.slide, measured)
     regression = ridge.held_out + shifts[slide_of]
     unexplained = residual - ridge.held_out - shifts[slide_of]
@@ -235,6 +242,24 @@ def write(parameter: Tensor, content: np.ndarray | float) -> None:
         parameter.copy_(torch.from_numpy(np.ascontiguousarray(content)).reshape(parameter.shape))
 
 
+def _penalty_factors(model: HingeModel, num_features: int) -> np.ndarray | None:
+    """Return the penalty of each feature (d,) in units of that of an image feature; None: 1 for all.
+
+    The library size is a single column of known effect among hundreds from the image, whose penalty is much too large
+    for it.
+    """
+    if model.library_size_model is None:
+        return None
+    factors = np.ones(num_features)
+    factors[-1] = LIBRARY_SIZE_PENALTY
+    return factors
+
+
+def _most_factors(factors: GeneFactorModel, num_spots: int, num_genes: int) -> int:
+    """Return the number of factors that the spots suffice for."""
+    return min(factors.loadings.shape[1], num_genes // 2, num_spots // 10)
+
+
 def _set_noise(
     factors: GeneFactorModel,
     unexplained: np.ndarray,
@@ -252,7 +277,7 @@ def _set_noise(
     spatial_range = spatial.range(unexplained, of_slides)
     write(factors.spatial_range, spatial_range)
     write(factors.spatial_scale, (1 - spatial.common(spatial_range)) ** -0.5)
-    num_factors = min(factors.loadings.shape[1], num_genes // 2, num_spots // 10)
+    num_factors = _most_factors(factors, num_spots, num_genes)
     loadings = np.zeros(tuple(factors.loadings.shape))
     variance, left_over = variance_of(unexplained, measured), unexplained
     if num_factors:

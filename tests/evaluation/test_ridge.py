@@ -7,7 +7,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
 from hinge.evaluation.baselines import fit_baselines
-from hinge.evaluation.ridge import PENALTIES, fit_ridge
+from hinge.evaluation.ridge import PENALTIES, RidgeAxes, Shrinkage, fit_ridge, fit_ridge_by_component
 from hinge.utils.errors import DataError
 
 
@@ -53,3 +53,66 @@ def test_the_baseline_is_this_regression(spots):
     x, y, groups = spots
     (found,) = fit_baselines(x, y, groups, x[:7], ["ridge-cv"])
     np.testing.assert_array_equal(found.mean, fit_ridge(x, y, groups).predict(x[:7]))
+
+
+def low_rank(n=240, genes=40, seed=0, noise=1.5):
+    """Values of which features predict two components well and the rest hardly."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 30))
+    signal = x[:, :2] @ (2 * np.linalg.qr(rng.normal(size=(genes, 2)))[0].T)
+    return x, signal * np.sqrt(genes) / 4 + noise * rng.normal(size=(n, genes)) + 3, signal * np.sqrt(genes) / 4 + 3
+
+
+def test_penalties_of_components_have_the_least_cross_validated_error():
+    x, y, _ = low_rank()
+    groups = np.arange(240) // 60
+    fit, shrinkage = fit_ridge_by_component(x, y, groups)
+    basis = shrinkage.basis
+    assert basis.shape == (40, 16) and np.allclose(basis.T @ basis, np.eye(16))
+    folds = list(GroupKFold(4).split(x, groups=groups))
+
+    def error(values, penalty):
+        left = [values[b] - by_hand(x[a], values[a], x[b], penalty).reshape(values[b].shape) for a, b in folds]
+        return np.mean([(each**2).mean() for each in left])
+
+    def errors(values):
+        return [error(values, penalty) for penalty in PENALTIES]
+
+    along = y @ basis
+    for start, end in ((0, 1), (1, 2), (2, 4), (4, 8), (8, 16)):
+        assert set(shrinkage.penalties[start:end]) == {PENALTIES[int(np.argmin(errors(along[:, start:end])))]}
+    rest = y - along @ basis.T
+    assert shrinkage.rest == PENALTIES[int(np.argmin(errors(rest)))]
+    assert fit.penalty == PENALTIES[int(np.argmin(errors(y)))]
+    expected = by_hand(x, rest, x, shrinkage.rest)
+    expected += np.stack([by_hand(x, along[:, k], x, p) for k, p in enumerate(shrinkage.penalties)], axis=1) @ basis.T
+    np.testing.assert_allclose(fit.predict(x), expected, atol=1e-9)
+
+
+def test_where_features_predict_a_few_components_penalties_of_their_own_predict_better():
+    x, y, truth = low_rank()
+    groups = np.arange(240) // 60
+    one = ((fit_ridge(x, y, groups).predict(x) - truth) ** 2).mean()
+    assert ((fit_ridge_by_component(x, y, groups)[0].predict(x) - truth) ** 2).mean() < 0.8 * one
+
+
+def test_few_spots_and_single_or_constant_values_have_one_penalty(spots):
+    x, y, groups = spots
+    for values in (y[:, :1], np.zeros((90, 4))):
+        fit, _ = fit_ridge_by_component(x, values, groups)
+        np.testing.assert_allclose(fit.predict(x), fit_ridge(x, values, groups).predict(x), atol=1e-9)
+    few = np.arange(0, 90, 12)
+    fit, shrinkage = fit_ridge_by_component(x[few], y[few], groups[few])
+    assert shrinkage.basis.shape == (4, 0)
+    np.testing.assert_allclose(fit.held_out, fit_ridge(x[few], y[few], groups[few]).held_out, atol=1e-9)
+
+
+def test_a_penalty_factor_multiplies_the_penalty_of_a_feature(spots):
+    x, y, _ = spots
+    factors = np.array([1.0, 4.0, 1.0, 0.01, 1.0, 1.0])
+    axes = RidgeAxes(x, factors)
+    products, mean = axes.products(y)
+    found = axes.coordinates(x) @ Shrinkage.of_all_values(4, 10.0).coefficients(axes, products) + mean
+    scaled = StandardScaler().fit_transform(x)
+    weight = np.linalg.solve(scaled.T @ scaled + np.diag(10 * factors), scaled.T @ (y - y.mean(axis=0)))
+    np.testing.assert_allclose(found, scaled @ weight + y.mean(axis=0), atol=1e-9)
