@@ -33,6 +33,9 @@ MOST_COMPONENTS = 64
 SPOTS_OF_COMPONENT = 10
 """Spots that each of them takes, at least."""
 
+SPOTS_OF_PRIOR = 150
+"""Number of training spots whose covariance counts as much as what is known of it before."""
+
 
 @dataclass(frozen=True)
 class RidgeFit:
@@ -85,7 +88,11 @@ def fit_ridge(features: ArrayLike, values: ArrayLike, groups: ArrayLike) -> Ridg
 
 
 def fit_ridge_by_component(
-    features: ArrayLike, values: ArrayLike, groups: ArrayLike, penalty_factors: NDArray | None = None
+    features: ArrayLike,
+    values: ArrayLike,
+    groups: ArrayLike,
+    penalty_factors: NDArray | None = None,
+    loadings: NDArray | None = None,
 ) -> tuple[RidgeFit, "Shrinkage"]:
     """Fit ridge regression as `fit_ridge` does, with penalties of their own for the leading components of the values.
 
@@ -99,6 +106,9 @@ def fit_ridge_by_component(
         As of `fit_ridge`.
     penalty_factors
         (d,) by which the penalties of each feature are multiplied; None: 1.
+    loadings
+        (G, L) of factors that are known to vary in other data, for values of variance 1. The components are those of
+        the training spots' covariance, shrunk towards that of these factors. None: not shrunk.
 
     Returns
     -------
@@ -114,7 +124,7 @@ def fit_ridge_by_component(
         There is only one group.
     """
     x, y = np.asarray(features, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    folds, basis = cross_validation_folds(x, groups), _principal_components(y)
+    folds, basis = cross_validation_folds(x, groups), _principal_components(y, loadings)
     errors = _held_out_errors(x, np.concatenate([y, y @ basis], axis=1), folds, penalty_factors)
     errors, along = errors[:, : y.shape[1]].sum(axis=1), errors[:, y.shape[1] :]
     best, end = np.empty(basis.shape[1], dtype=int), 0
@@ -290,15 +300,22 @@ def _principal_axes(x: NDArray) -> tuple[NDArray, NDArray]:
     return sizes[kept], x.T @ (vectors[:, kept] / np.sqrt(sizes[kept]))
 
 
-def _principal_components(y: NDArray) -> NDArray[np.float64]:
-    """Return the leading principal components (G, K) of values (n, G); K is a power of two, 0 where spots are few."""
-    from sklearn.decomposition import PCA
+def _principal_components(y: NDArray, loadings: NDArray | None) -> NDArray[np.float64]:
+    """Return the leading principal components (G, K) of values (n, G), K a power of two, or 0 where spots are few.
+
+    The covariance is shrunk towards that of factors with loadings (G, L) for values of variance 1; None: not shrunk.
+    """
+    from sklearn.utils.extmath import randomized_svd
 
     most = min(MOST_COMPONENTS, len(y) // SPOTS_OF_COMPONENT, y.shape[1] - 1)
     if most < 1:
         return np.zeros((y.shape[1], 0))
-    with np.errstate(invalid="ignore"):  # of values that are all the same, the share of the variance is 0 / 0
-        return PCA(1 << (most.bit_length() - 1), random_state=0).fit(y).components_.T
+    rows = (y - y.mean(axis=0)) / np.sqrt(len(y))
+    if loadings is not None:
+        share = SPOTS_OF_PRIOR / (len(y) + SPOTS_OF_PRIOR)
+        known = (loadings * y.std(axis=0)[:, None]).T
+        rows = np.concatenate([np.sqrt(1 - share) * rows, np.sqrt(share) * known])
+    return randomized_svd(rows, 1 << (most.bit_length() - 1), random_state=0)[2].T
 
 
 def _fit(x: NDArray, y: NDArray, folds: list, shrinkage: Shrinkage, penalty_factors: NDArray | None = None) -> RidgeFit:

@@ -30,6 +30,7 @@ def fit_completed_ridge(
     measured: MeasuredGenes,
     num_factors: int,
     penalty_factors: NDArray | None = None,
+    loadings: NDArray | None = None,
 ) -> RidgeFit:
     """Fit ridge regression to values that are completed by expectation maximisation.
 
@@ -50,7 +51,7 @@ def fit_completed_ridge(
         Of the n spots.
     num_factors
         Of the factor analysis.
-    penalty_factors
+    penalty_factors, loadings
         As of `fit_ridge_by_component`.
 
     Returns
@@ -65,11 +66,11 @@ def fit_completed_ridge(
     known = measured.values()
     completed = np.where(known, y, start.held_out)
     for _ in range(COMPLETION_ROUNDS):
-        fit, _ = fit_ridge_by_component(x, completed, groups, penalty_factors)
+        fit, _ = fit_ridge_by_component(x, completed, groups, penalty_factors, loadings)
         residual = _without_shifts(y - fit.held_out, measured)
         analysis = fit_factors(residual, groups, num_factors, None, measured) if num_factors else None
         completed = np.where(known, y, fit.held_out + _expected(analysis, residual, measured))
-    fit, shrinkage = fit_ridge_by_component(x, completed, groups, penalty_factors)
+    fit, shrinkage = fit_ridge_by_component(x, completed, groups, penalty_factors, loadings)
     held_out = fit.held_out.copy()
     for rows, held in cross_validation_folds(x, groups):
         axes = RidgeAxes(x[rows], penalty_factors)

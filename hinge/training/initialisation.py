@@ -104,14 +104,15 @@ def initialise_gene_factors(
     if stored is not None and np.ptp(decoded, axis=0).max() > SAME_DECODED:
         logger.info("the regression on the features is fitted to %d of %d training spots", len(x), len(stored))
         stored = None
+    prior = prior_covariance(model.backbone, gene_ids)
+    shrinkage = _penalty_factors(model, x.shape[1]), None if prior is None else prior.standardised_loadings()
     if stored is not None:
         ridge = stored.fit(model, x, offset, backbone.library_shift)
     elif measured is None:
-        ridge, _ = fit_ridge_by_component(x, residual, groups, _penalty_factors(model, x.shape[1]))
+        ridge, _ = fit_ridge_by_component(x, residual, groups, *shrinkage)
     else:
         most = _most_factors(factors, len(x), len(offset))
-        relative = _penalty_factors(model, x.shape[1])
-        ridge = fit_completed_ridge(x, residual, parts, groups, measured, most, relative)
+        ridge = fit_completed_ridge(x, residual, parts, groups, measured, most, *shrinkage)
     shifts, slide_of = slide_shifts(residual - ridge.held_out, spots.slide, measured)
     regression = ridge.held_out + shifts[slide_of]
     unexplained = residual - ridge.held_out - shifts[slide_of]
@@ -124,7 +125,6 @@ def initialise_gene_factors(
         (factors.offset, offset),
     ):
         write(parameter, content)
-    prior = prior_covariance(model.backbone, gene_ids)
     _set_noise(factors, unexplained, SpatialCorrelation(spots.coords, slide_of), groups, prior, measured)
     _set_scale_weights(factors, x, unexplained, parts, measured)
     partly = partly_masked_spots(factors, scheduler, backbone, offset, regression)

@@ -45,6 +45,10 @@ class PriorCovariance(NamedTuple):
         deviation = np.sqrt(np.diag(covariance))
         return covariance / np.outer(deviation, deviation)
 
+    def standardised_loadings(self) -> NDArray[np.float64]:
+        """Return the loadings (G, K) for values of variance 1."""
+        return self.loadings / np.sqrt((self.loadings**2).sum(axis=1) + self.noise)[:, None]
+
     def of_genes(self, chosen: NDArray) -> "PriorCovariance":
         """Return the covariance of some genes."""
         return PriorCovariance(self.loadings[chosen], self.noise[chosen])

@@ -116,3 +116,19 @@ def test_a_penalty_factor_multiplies_the_penalty_of_a_feature(spots):
     scaled = StandardScaler().fit_transform(x)
     weight = np.linalg.solve(scaled.T @ scaled + np.diag(10 * factors), scaled.T @ (y - y.mean(axis=0)))
     np.testing.assert_allclose(found, scaled @ weight + y.mean(axis=0), atol=1e-9)
+
+
+def test_components_of_few_spots_are_shrunk_towards_known_factors():
+    """The right ones bring them closer to the programs that features predict; with many spots they do not count."""
+    x, y, truth = low_rank(n=4000, noise=3.0)
+    signal = np.linalg.svd(truth - truth.mean(axis=0), full_matrices=False)[2][:2]
+
+    def found(rows, loadings):
+        basis = fit_ridge_by_component(x[rows], y[rows], rows % 4, None, loadings)[1].basis[:, :2]
+        return ((signal @ basis) ** 2).sum()
+
+    loadings = 0.5 * signal.T * np.sqrt(40 / 2)
+    few, many = np.arange(40), np.arange(4000)
+    assert found(few, loadings) > found(few, None) + 0.1
+    wrong = np.linalg.qr(np.random.default_rng(3).normal(size=(40, 2)))[0]
+    assert found(many, wrong) > 0.98 * found(many, None)
