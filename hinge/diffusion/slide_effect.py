@@ -12,7 +12,7 @@ from hinge.data.slide_levels import shares_of_composition
 from hinge.diffusion.randomness import Stream, random_generator
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.distributions import ExpressionDistribution
-from hinge.models.expected_values import composition_of_values, expected_values, moments
+from hinge.models.expected_values import composition_of_values, counting_variance, expected_values, moments
 from hinge.models.hinge import HingeModel
 from hinge.models.regression_uncertainty import NUM_DIRECTIONS
 from hinge.models.slide_effects import Level
@@ -28,6 +28,8 @@ NUM_EXPECTED = 64
 LEAST_SLOPE, LEAST_VALUE = 0.05, 0.05
 # least variance that is compared, rounds in which the scale follows it, largest change of a log-scale
 LEAST_VARIANCE, SCALE_ROUNDS, LARGEST_CHANGE = 1e-3, 4, 1.5
+# least share of the variance that a model predicts on training slides that is not of counting
+LEAST_EXPRESSION = 0.1
 
 BULK_SD = 0.5
 """Standard deviation of log2 between a bulk profile and spots of the same tissue, for reasons of the platform."""
@@ -288,12 +290,16 @@ class LevelEffect:
     def _scaled(self, variance: NDArray, library_size: float) -> NDArray[np.float64]:
         """Return the change of the log-scales (G,) with which the variance (G,) of training becomes that of the slide.
 
-        The typical shift is set anew, because the mean depends on the scale.
+        An image tells nothing of the variance of counting: the slide has its own, and only what is left of that of
+        training changes in proportion to the variance of expression. The typical shift is set anew, because the mean
+        depends on the scale.
         """
-        shares = shares_of_composition(self.level.mean[:-1])
-        expected = moments(shares, library_size, self.ratios, self.dispersion, self.transform)[1]
-        known = np.maximum(self.prior.array("training_variance"), LEAST_VARIANCE)
-        wanted = variance * np.maximum(expected, LEAST_VARIANCE) / known
+        arguments = (library_size, self.ratios, self.dispersion, self.transform)
+        shares, there = shares_of_composition(self.level.mean[:-1]), self.prior.array("training_counting")
+        here = counting_variance(shares, *arguments) if there.any() else there
+        expression = np.maximum(moments(shares, *arguments)[1] - here, LEAST_VARIANCE)
+        known = np.maximum(self.prior.array("training_variance") - there, LEAST_VARIANCE)
+        wanted = here + np.maximum(variance - there, LEAST_EXPRESSION * variance) * expression / known
         typical = self.typical
         assert typical.level is not None
         for _ in range(SCALE_ROUNDS):

@@ -52,19 +52,41 @@ def moments(
     return mean, np.maximum(_average(shares, library_size, ratios, dispersion, transform, 2) - mean**2, 0.0)
 
 
+def counting_variance(
+    shares: NDArray, library_size: float, ratios: NDArray, dispersion: NDArray, transform: str
+) -> NDArray[np.float64]:
+    """Return the part (G,) of the variance of `moments` that is of Poisson counts around the rates of the spots.
+
+    By the law of total variance the rest is that of the spots' expected values. Arguments as of `moments`.
+    """
+    rates, weights = _rates(shares, dispersion)
+    forward, total = get_transform(transform).forward, np.zeros(len(shares))
+    for size in library_size * np.asarray(ratios, dtype=np.float64):
+        of_counts = forward(_COUNTS[None, :], np.array([size])).astype(np.float64)[0]
+        variance = _POISSON @ of_counts**2 - (_POISSON @ of_counts) ** 2
+        total += np.interp(size * rates, _RATES, variance) @ weights
+    return total / len(ratios)
+
+
+def _rates(shares: NDArray, dispersion: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return rates (G, M) in units of the library size, and their weights (M,)."""
+    nodes, weights = hermegauss(NUM_NODES)
+    spread = np.exp(np.outer(dispersion, nodes) - 0.5 * np.asarray(dispersion)[:, None] ** 2)
+    return np.asarray(shares)[:, None] * spread, weights / weights.sum()
+
+
 def _average(
     shares: NDArray, library_size: float, ratios: NDArray, dispersion: NDArray, transform: str, power: int
 ) -> NDArray[np.float64]:
     """Return the mean (G,) of a power of the transformed counts; other arguments as of `moments`."""
-    nodes, weights = hermegauss(NUM_NODES)
-    spread = np.exp(np.outer(dispersion, nodes) - 0.5 * np.asarray(dispersion)[:, None] ** 2)  # (G, M)
+    rates, weights = _rates(shares, dispersion)
     forward, total = get_transform(transform).forward, np.zeros(len(shares))
     for size in library_size * np.asarray(ratios, dtype=np.float64):
-        rate = np.asarray(shares)[:, None] * size * spread
+        rate = size * rates
         of_counts = forward(_COUNTS[None, :], np.array([size])).astype(np.float64)[0] ** power
         summed = np.interp(rate, _RATES, _POISSON @ of_counts)
         dense = forward(rate, np.full(len(rate), size)).astype(np.float64) ** power
-        total += np.where(rate > _RATES[-1], dense, summed) @ weights / weights.sum()
+        total += np.where(rate > _RATES[-1], dense, summed) @ weights
     return total / len(ratios)
 
 

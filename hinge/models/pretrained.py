@@ -162,7 +162,7 @@ def _with_new_names(config: dict[str, Any], weights: dict[str, Tensor]) -> tuple
 def _with_genes_of_slides(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return weights whose prior of slide levels says which slides have each gene, and has a place for tokens.
 
-    Before, all slides had all genes, and there were no tokens.
+    Before, all slides had all genes, there were no tokens, and the variance of counting was not told apart.
     """
     prefix = "slide_prior."
     sections, population = weights.get(f"{prefix}patient_sections"), weights.get(f"{prefix}population")
@@ -172,6 +172,7 @@ def _with_genes_of_slides(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         sections = sections[:, None].repeat(1, len(population) + 1)
     return {
         f"{prefix}measured_share": torch.ones_like(population),
+        f"{prefix}training_counting": torch.zeros_like(population),
         f"{prefix}token_effects": population.new_zeros(0, len(population) + 1),
         f"{prefix}token_shares": population.new_zeros(0),
         **weights,

@@ -164,6 +164,7 @@ class SlidePrior(nn.Module):
     offset: Tensor
     training_values: Tensor
     training_variance: Tensor
+    training_counting: Tensor
     ratios: Tensor
     measured_share: Tensor
     token_effects: Tensor
@@ -195,6 +196,8 @@ class SlidePrior(nn.Module):
             ("offset", (num_genes,)),
             ("training_values", (num_genes,)),
             ("training_variance", (num_genes,)),
+            # the part of the variance that is of counting; 0 in models that do not tell it
+            ("training_counting", (num_genes,)),
             ("ratios", (NUM_RATIOS,)),
             # effects of the categories on the level of a slide, and their shares of the slides
             ("token_effects", (num_tokens, num_genes + 1)),

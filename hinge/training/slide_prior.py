@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from hinge.data.slide_levels import SlideLevels, shares_of_composition
-from hinge.models.expected_values import fit_dispersion, moments
+from hinge.models.expected_values import counting_variance, fit_dispersion, moments
 from hinge.models.slide_effects import SlidePrior
 
 logger = logging.getLogger(__name__)
@@ -78,11 +78,11 @@ def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np
         weights[chosen],
         transform,
     )
-    of_rows = [
-        moments(np.nan_to_num(shares[row]), levels.library_size[row], levels.ratios[row], dispersion, transform)
-        for row in rows
-    ]
-    expected, variance = (
+    of_rows = []
+    for row in rows:
+        arguments = np.nan_to_num(shares[row]), levels.library_size[row], levels.ratios[row], dispersion, transform
+        of_rows.append((*moments(*arguments), counting_variance(*arguments)))
+    expected, variance, counting = (
         np.where(np.isfinite(shares[rows]), np.stack(each), np.nan) for each in zip(*of_rows, strict=True)
     )
     of_training = weights[rows] / weights[rows].sum()
@@ -102,6 +102,7 @@ def fit_slide_prior(prior: SlidePrior, levels: SlideLevels, training: NDArray[np
         "offset": np.nan_to_num(np.nanmean(levels.values[rows] - expected, axis=0)),
         "training_values": np.nan_to_num(_weighted_mean(levels.values[rows], of_training)),
         "training_variance": _weighted_mean(variance, of_training),
+        "training_counting": _weighted_mean(counting, of_training),
         "ratios": levels.ratios[rows].mean(axis=0),
         "measured_share": _measured_share(levels.values[rows], of_training),
         "token_effects": effects,

@@ -10,13 +10,14 @@ from scipy.special import ndtri
 
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.data.bulk import read_bulk
-from hinge.data.slide_levels import NUM_RATIOS, SlideLevels, composition_of_shares
+from hinge.data.slide_levels import NUM_RATIOS, SlideLevels, composition_of_shares, shares_of_composition
 from hinge.data.transforms import get_transform
 from hinge.diffusion import MaskedDiffusionScheduler, SamplingSettings, SlideInputs, draw_spots
 from hinge.diffusion.evidence import log_evidence, slide_evidence
 from hinge.diffusion.slide_effect import LibrarySpread, SlideEvidence
 from hinge.diffusion.slide_frame import SlideFrame
 from hinge.models import HingeModel
+from hinge.models.expected_values import counting_variance, moments
 from hinge.training.slide_prior import fit_slide_prior
 from hinge.utils.errors import ConfigError, DataError
 
@@ -278,3 +279,34 @@ def test_what_is_expected_is_a_mean_over_the_library_sizes(cohort):
     wanted = np.mean([expected(float(normal)) for normal in ndtri((np.arange(15) + 0.5) / 15)], axis=0)
     errors = [np.sqrt(np.mean((each - wanted) ** 2)) for each in (expected(None), expected(0.0))]
     assert errors[0] < 0.2 * errors[1]
+
+
+def test_the_variance_of_counting_is_that_of_the_slide(cohort):
+    """What images explain of deep slides is no part of the variance of counting on a shallow one."""
+    model = cohort[0]
+    prior, transform = model.slide_prior, model.config.transform
+    effect = effect_of(cohort, SlideEvidence(library_size=400.0))
+    shares, size = shares_of_composition(effect.level.mean[:-1]), 2.0 ** effect.level.mean[-1]
+    assert size == pytest.approx(400)
+    with torch.inference_mode():
+        found = effect.slide.variance(effect.typical.values, effect.typical.library_size)
+        effect.slide.log_scale = 0 * effect.slide.log_scale
+        of_training = effect.slide.variance(np.zeros(GENES), 0.0)
+    arguments = shares, size, effect.ratios, effect.dispersion, transform
+    counting, there = counting_variance(*arguments), prior.array("training_counting")
+    expression = (moments(*arguments)[1] - counting) / (prior.array("training_variance") - there)
+    wanted = counting + np.maximum(of_training - there, 0.1 * of_training) * expression
+    assert abs(np.median(found / wanted) - 1) < 0.05
+
+
+@pytest.mark.parametrize("transform", ["log2p1", "log1p_cp10k"])
+def test_the_variance_of_counting_is_that_of_poisson_counts(transform):
+    rng, forward = np.random.default_rng(0), get_transform(transform).forward
+    shares, ratios, dispersion = np.array([1e-4, 1e-3, 5e-3]), np.array([0.5, 1.0, 1.5]), np.array([0.3, 0.6, 1.0])
+    sizes = 2000 * np.tile(ratios, 1000)
+    rates = sizes[:, None] * shares * rng.lognormal(-0.5 * dispersion**2, dispersion, (len(sizes), 3))
+    counts = rng.poisson(rates, (60, *rates.shape))
+    values = np.stack([forward(each.astype(float), sizes) for each in counts])
+    arguments = shares, 2000.0, ratios, dispersion, transform
+    np.testing.assert_allclose(counting_variance(*arguments), values.var(axis=0, ddof=1).mean(axis=0), rtol=0.05)
+    np.testing.assert_allclose(moments(*arguments)[1], values.reshape(-1, 3).var(axis=0), rtol=0.05)
