@@ -33,11 +33,14 @@ class Transform:
     inverse
         `inverse(values (..., G), library_size (...)) -> counts (..., G)`, not rounded; a value below 0 gives a count
         below 0.
+    contains_library_size
+        Whether values rise with the library size, so that spots differ where their library sizes do.
     """
 
     name: str
     forward: Callable[[Array, Array], Array]
     inverse: Callable[[Array, Array], Array]
+    contains_library_size: bool
 
 
 def get_transform(name: str) -> Transform:
@@ -87,6 +90,6 @@ def _log1p_cp10k_inverse(values: Array, library_size: Array) -> Array:
 
 
 _TRANSFORMS = {
-    "log2p1": Transform("log2p1", _log2p1, _log2p1_inverse),
-    "log1p_cp10k": Transform("log1p_cp10k", _log1p_cp10k, _log1p_cp10k_inverse),
+    "log2p1": Transform("log2p1", _log2p1, _log2p1_inverse, contains_library_size=True),
+    "log1p_cp10k": Transform("log1p_cp10k", _log1p_cp10k, _log1p_cp10k_inverse, contains_library_size=False),
 }

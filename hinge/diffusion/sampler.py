@@ -293,10 +293,10 @@ class _Sampler:
 
     def _frame(self, condition: Tensor, shift: Tensor, sizes: Tensor | None, *spots: np.ndarray) -> SlideFrame | None:
         """Return the frame of conditions (B, d), shifts (B, G), library sizes (B,), and the spots (B,) of draws."""
-        if not isinstance(self.noise.effect, LevelEffect):
+        if not isinstance(effect := self.noise.effect, LevelEffect):
             return None
         given = (sizes,) if sizes is not None else (None, *spots)  # draws without library sizes have one condition
-        return SlideFrame(self.model, condition, shift, self._tensor(self.noise.effect.log_scale), *given)
+        return SlideFrame(self.model, condition, shift, self._tensor(effect.log_scale), effect.pattern, *given)
 
     def _add_library_size(self, batch: _Batch, spot_index: np.ndarray, library_size: LibrarySizeModel) -> None:
         """Put drawn and typical library sizes, or the known ones, into the batch and its conditions."""

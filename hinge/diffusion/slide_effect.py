@@ -5,27 +5,26 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import ndtri
 from torch import Tensor
 
 from hinge.data.slide_levels import shares_of_composition
+from hinge.data.transforms import get_transform
+from hinge.diffusion.masked_slide import LEAST_VALUE, MaskedSlide, regression_condition, spot_novelty
 from hinge.diffusion.randomness import Stream, random_generator
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
-from hinge.models.distributions import ExpressionDistribution
 from hinge.models.expected_values import composition_of_values, counting_variance, expected_values, moments
 from hinge.models.hinge import HingeModel
 from hinge.models.regression_uncertainty import NUM_DIRECTIONS
 from hinge.models.slide_effects import Level
-from hinge.models.subset import spots_at_a_time
 
-# spots that represent a slide, largest shift in units of values, rounds of bisection
-NUM_SPOTS, LARGEST_SHIFT, ROUNDS = 48, 15.0, 14
+# largest shift in units of values, rounds of bisection
+LARGEST_SHIFT, ROUNDS = 15.0, 14
 # bounds of a draw's shift around the expected one
 NEAR_SHIFT = 4.0
 # draws of the level whose mean is the expected level
 NUM_EXPECTED = 64
 # below this derivative of the value by the composition, a value says nothing of the composition
-LEAST_SLOPE, LEAST_VALUE = 0.05, 0.05
+LEAST_SLOPE = 0.05
 # least variance that is compared, rounds in which the scale follows it, largest change of a log-scale
 LEAST_VARIANCE, SCALE_ROUNDS, LARGEST_CHANGE = 1e-3, 4, 1.5
 # least share of the variance that a model predicts on training slides that is not of counting
@@ -150,6 +149,8 @@ class LevelEffect:
         The effect that gives the expected level.
     log_scale
         (G,) to add to the log-scales.
+    pattern
+        How much more the regression tells spots apart, see `SlideFrame`.
     stretch
         Factor of the logarithm of the library sizes, see `LibrarySizeModel`.
 
@@ -180,7 +181,7 @@ class LevelEffect:
         self.prior, self.transform = model.slide_prior, model.config.transform
         self.dispersion, self.offset = self.prior.array("dispersion"), self.prior.array("offset")
         self.ratios, self.stretch = self.prior.array("ratios"), 1.0
-        self.slide = _MaskedSlide(model, scheduler, gene_ids, features)
+        self.slide = MaskedSlide(model, scheduler, gene_ids, features)
         nothing = np.zeros(len(self.dispersion))
         self._near: tuple[NDArray, NDArray] = (nothing - LARGEST_SHIFT, nothing + LARGEST_SHIFT)
         # features that are not standardised within slides say how a slide differs from those of training
@@ -189,7 +190,9 @@ class LevelEffect:
             unshifted = self.slide.mean(nothing, 0.0)
             self.of_image = unshifted - self.prior.array("training_values")
         self._use_values_of_patient(evidence)
-        variance = self.slide.variance(nothing, 0.0)
+        # what a new patient's images tell less than those of the training slides is not learned from these
+        new = evidence.patient not in self.prior.patients
+        variance = self.slide.regression_variance() if new else self.slide.variance(nothing, 0.0)
         if evidence.library_spread is not None:
             self.ratios = evidence.library_spread.ratios
             self.stretch = self.slide.set_log_sd(evidence.library_spread.log_sd)
@@ -198,7 +201,8 @@ class LevelEffect:
         draws = _draws(self.level)
         size = float(np.mean([draw[-1] for draw in draws]))
         self.typical = self._shift(np.mean([self._values(draw) for draw in draws], axis=0), size)
-        self.log_scale = self._scaled(variance, 2.0**size)
+        self._scale(variance, 2.0**size)
+        self.log_scale, self.pattern = self.slide.log_scale, self.slide.pattern
         self._near = (self.typical.values - NEAR_SHIFT, self.typical.values + NEAR_SHIFT)
 
     @torch.inference_mode()
@@ -287,12 +291,12 @@ class LevelEffect:
         expected = expected_values(shares, size, self.ratios, self.dispersion, self.transform)
         return np.maximum(expected + self.offset + self.of_image, 0.0)
 
-    def _scaled(self, variance: NDArray, library_size: float) -> NDArray[np.float64]:
-        """Return the change of the log-scales (G,) with which the variance (G,) of training becomes that of the slide.
+    def _scale(self, variance: NDArray, library_size: float) -> None:
+        """Change the log-scales such that the variance (G,) of training becomes that of the slide.
 
         An image tells nothing of the variance of counting: the slide has its own, and only what is left of that of
-        training changes in proportion to the variance of expression. The typical shift is set anew, because the mean
-        depends on the scale.
+        training changes in proportion to the variance of expression. What the regression tells spots apart by changes
+        as the scale does. The typical shift is set anew, because the mean depends on both.
         """
         arguments = (library_size, self.ratios, self.dispersion, self.transform)
         shares, there = shares_of_composition(self.level.mean[:-1]), self.prior.array("training_counting")
@@ -305,10 +309,12 @@ class LevelEffect:
         for _ in range(SCALE_ROUNDS):
             found = self.slide.variance(typical.values, typical.library_size)
             change = 0.5 * np.log(np.maximum(wanted, LEAST_VARIANCE) / np.maximum(found, LEAST_VARIANCE))
-            self.slide.log_scale = np.clip(self.slide.log_scale + change, -LARGEST_CHANGE, LARGEST_CHANGE)
+            log_scale = np.clip(self.slide.log_scale + change, -LARGEST_CHANGE, LARGEST_CHANGE)
+            # where values do not contain the library size, a larger scale is that of counting, not of expression
+            contained = get_transform(self.transform).contains_library_size
+            self.slide.set_scale(log_scale, np.exp(log_scale if contained else np.minimum(log_scale, 0.0)))
             typical = self._shift(typical.level, np.log2(library_size))
         self.typical = typical
-        return self.slide.log_scale
 
     def _shift(self, values: NDArray, log2_library_size: float) -> Shift:
         """Return the shift with which the mean of the slide's distributions is `values` (G,), by bisection."""
@@ -326,120 +332,3 @@ def _draws(level: Level) -> list[NDArray[np.float64]]:
 
 
 SlideEffect = LevelEffect | LoadingsEffect
-
-
-def _over_spots(values: Tensor) -> NDArray[np.float64]:
-    return values.double().mean(dim=0).cpu().numpy()
-
-
-@torch.inference_mode()
-def regression_condition(model: HingeModel, features: NDArray) -> Tensor:
-    """Return the condition of the regression (n, d) of features, with a typical library size."""
-    device, sizes = model.feature_mean.device, model.library_size_model
-    x = model.standardise(torch.as_tensor(np.asarray(features), dtype=torch.float32, device=device))
-    return x if sizes is None else model.with_library_size(x, sizes.typical(x))
-
-
-def spot_novelty(model: HingeModel, features: NDArray) -> NDArray[np.float64]:
-    """Return how far the features (n, d) of spots are from those of training, see `RegressionUncertainty.novelty`.
-
-    The model must have a prior of slide levels.
-    """
-    assert model.slide_prior is not None
-    return model.slide_prior.regression.novelty(regression_condition(model, features).cpu())
-
-
-class _MaskedSlide:
-    """Some spots of a slide without visible genes, and what a model predicts of them with any shift."""
-
-    def __init__(self, model: HingeModel, scheduler: MaskedDiffusionScheduler, gene_ids: Tensor, features: NDArray):
-        assert model.gene_factor_model is not None
-        device, self.model, self._factors = model.feature_mean.device, model, model.gene_factor_model
-        self.whole = regression_condition(model, features)
-        self.features = self.whole[:, : model.config.feature_dim]
-        rows = np.linspace(0, len(features) - 1, min(len(features), NUM_SPOTS)).astype(int)
-        chosen = self.features[torch.from_numpy(rows).to(device)]
-        sizes, self.sizes, condition = model.library_size_model, None, chosen
-        self.stretch, self.log_scale = 1.0, np.zeros(len(gene_ids))
-        if sizes is not None:
-            # library sizes evenly over their distribution
-            order = (0.5 + 0.618034 * np.arange(len(rows))) % 1
-            normal = torch.as_tensor(ndtri(order), dtype=torch.float32, device=device)
-            self.sizes = sizes(chosen, normal)
-            condition = model.with_library_size(chosen, self.sizes)
-        nothing = torch.zeros(len(rows), len(gene_ids), device=device)
-        filled = scheduler.fill_masked(nothing, nothing, nothing)
-        timesteps = torch.full((len(rows),), scheduler.config.num_train_timesteps, device=device)
-        gene_ids = gene_ids.to(device)
-        size = spots_at_a_time(len(rows), len(gene_ids), model.config.hidden_size, gene_ids.device)
-        parts = zip(*(part.split(size) for part in (filled, nothing, timesteps, condition)), strict=True)
-        found = []
-        for values, visible, times, some in parts:
-            tokens = model.tokens(values, visible, times, some, gene_ids, next_visible=visible)
-            found.append(model.locate(tokens, values, visible, some, gene_ids)[:3])
-        self.located = found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
-        # how much more some spots express than all spots do, by the regression
-        predicted = self.predicted()
-        few, many = predicted[rows].mean(axis=0), predicted.mean(axis=0)
-        self.ratio = np.clip((few + LEAST_VALUE) / (many + LEAST_VALUE), 0.5, 2.0)
-
-    def set_log_sd(self, log_sd: float) -> float:
-        """Make the logarithms of the library sizes spread with a standard deviation; return the factor."""
-        if self.model.library_size_model is not None:
-            self.stretch = log_sd / self.model.library_size_model.log_spread(self.features)
-        return self.stretch
-
-    def mean(self, shift: NDArray, library_shift: float) -> NDArray[np.float64]:
-        """Return the mean of the distributions over the slide (G,); arguments as of `distribution`."""
-        return _over_spots(self.distribution(shift, library_shift).mean) / self.ratio
-
-    def variance(self, shift: NDArray, library_shift: float) -> NDArray[np.float64]:
-        """Return the mean over the slide of the variances of the distributions (G,)."""
-        return _over_spots(self.distribution(shift, library_shift).variance)
-
-    def distribution(self, shift: NDArray, library_shift: float) -> ExpressionDistribution:
-        """Return the distributions with a shift (G,) of the locations, and one of the logarithms of library sizes."""
-        location, tokens, log_scale = self.located
-        if log_scale is not None:
-            log_scale = log_scale + torch.as_tensor(self.log_scale, dtype=log_scale.dtype, device=log_scale.device)
-        moved = location + torch.as_tensor(shift, dtype=location.dtype, device=location.device)
-        sizes = None if self.sizes is None else (self.sizes**self.stretch * np.exp(library_shift)).clamp_min(1)
-        return self.model.distribution(moved, tokens, log_scale, sizes)
-
-    def library_shift(self, library_size: float) -> float:
-        """Return the shift of the logarithms with which the slide has a mean library size; 0 without such a model."""
-        model = self.model.library_size_model
-        return 0.0 if model is None else float(np.log(library_size)) - model.log_mean(self.features, self.stretch)
-
-    @torch.inference_mode()
-    def predicted(self) -> NDArray[np.float64]:
-        """Return the regression (n, G) of the gene factor model on the features of all spots."""
-        factors = self._factors
-        return (factors.offset + factors.mean(self.whole)).clamp_min(0).double().cpu().numpy()
-
-    @torch.inference_mode()
-    def regression_difference(self) -> NDArray[np.float64]:
-        """Return the mean regression (G,) over the slide, less that over the training spots.
-
-        Zero where both are whole slides whose features are standardised within each. Zero with condition tokens, which
-        are features too and whose part of the level the prior has.
-        """
-        assert self.model.slide_prior is not None
-        if self.model.config.num_tokens:
-            return np.zeros(self.model.config.num_genes)
-        weight = self._factors.mean.weight.double()
-        away = self.whole.double() - self.model.slide_prior.regression.centre.to(weight)
-        return (away.mean(dim=0) @ weight.T).cpu().numpy()
-
-    def residuals(self, generator: np.random.Generator, count: int) -> NDArray[np.float64]:
-        """Return random residuals (count, G) of the regression, correlated between genes as those of spots are."""
-        loadings = self._factors.loadings.detach().cpu().double().numpy()
-        noise = self._factors.log_noise.detach().cpu().double().exp().numpy()
-        shared = generator.standard_normal((count, loadings.shape[1])) @ loadings.T
-        return shared + np.sqrt(noise) * generator.standard_normal((count, len(noise)))
-
-    def within(self, count: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return loadings (G, K) and variances (G,) of the mean residual of a gene over a number of spots (G,)."""
-        factors, number = self._factors, np.maximum(count, 1)
-        loadings = factors.loadings.detach().cpu().double().numpy() / np.sqrt(number)[:, None]
-        return loadings, factors.log_noise.detach().cpu().double().exp().numpy() / number

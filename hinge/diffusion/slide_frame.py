@@ -32,6 +32,9 @@ class SlideFrame:
         (B, G) of the locations.
     log_scale
         (G,) added to the log-scales.
+    pattern
+        Centre (G,) and factor (G,): the location of a fully masked spot differs from the centre by as many times what
+        it does on a training slide. None: by as much.
     library_size
         (B,) on the slide; None for a model without library sizes.
     spots
@@ -44,6 +47,7 @@ class SlideFrame:
         condition: Tensor,
         shift: Tensor,
         log_scale: Tensor,
+        pattern: tuple[Tensor, Tensor] | None,
         library_size: Tensor | None,
         spots: np.ndarray | None = None,
     ):
@@ -52,7 +56,7 @@ class SlideFrame:
             # the last feature is how unusual a spot's library size is on its slide
             of_training = sizes(condition[:, :-1], condition[:, -1])
         assert factors is not None
-        self.shift, self.log_scale = shift, log_scale
+        self.log_scale = log_scale
         if spots is None:
             self.masked, masked_scale = factors.masked(condition)
             there = self._moments(model, self.masked, masked_scale, of_training)
@@ -63,6 +67,10 @@ class SlideFrame:
             found = (*masked, *self._moments(model, *masked, of_training))
             self.masked, masked_scale, *there = (each[back] for each in found)
         self.mean_there, self.deviation_there = there
+        if pattern is not None:
+            centre, slope = pattern
+            shift = shift + (slope - 1) * (self.masked - centre)
+        self.shift = shift
         here = self._moments(model, self.masked + shift, masked_scale + log_scale, library_size)
         self.mean_here, self.deviation_here = here
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from hinge.data.checks import Finding
 from hinge.data.checks.novelty import check_novelty
-from hinge.diffusion.slide_effect import spot_novelty
+from hinge.diffusion.masked_slide import spot_novelty
 from hinge.run.preparation import Preparation
 from hinge.run.sampling import load_pipeline
 from hinge.utils.errors import DataError

@@ -12,8 +12,9 @@ from hinge.config import save_config
 from hinge.data.observed import read_observed
 from hinge.diffusion.evidence import slide_evidence
 from hinge.diffusion.inputs import SlideInputs
+from hinge.diffusion.masked_slide import regression_condition
 from hinge.diffusion.pipeline import HingePipeline
-from hinge.diffusion.slide_effect import LevelEffect, regression_condition
+from hinge.diffusion.slide_effect import LevelEffect
 from hinge.models.hinge import HingeModel
 from hinge.models.slide_effects import SlidePrior
 from hinge.run.run import Run
@@ -90,7 +91,8 @@ def adapt_run(
     assert isinstance(effect, LevelEffect)
     predicted, level = effect.slide.predicted(), effect.typical.level
     assert level is not None
-    residual = values[spots] - (predicted[spots] - predicted.mean(axis=0) + level)
+    slope = effect.pattern[1].double().cpu().numpy()
+    residual = (values[spots] - level) / slope - (predicted[spots] - predicted.mean(axis=0))
     scale = _adapt_regression(model, effect, features[spots], residual)
     _add_patient(model, effect, patient)
     _write(run, pipeline, output, patient, name)
@@ -110,7 +112,7 @@ def _adapt_regression(model: HingeModel, effect: LevelEffect, features: NDArray,
     loadings = factors.loadings.detach().cpu().double().numpy()
     variance = (loadings**2).sum(axis=1) + factors.log_noise.detach().cpu().double().exp().numpy()
     assert effect.log_scale is not None
-    variance = variance * np.exp(2 * effect.log_scale)
+    variance = variance * np.exp(2 * effect.log_scale) / effect.pattern[1].double().cpu().numpy() ** 2
     gram, likelihoods = coefficients @ coefficients.T, []
     for scale in SCALES:
         covariance = scale**2 * gram + np.eye(len(gram))

@@ -229,7 +229,7 @@ def test_visible_values_are_taken_as_on_a_training_slide(cohort):
     shift = torch.from_numpy(effect.typical.values).float().expand(SPOTS, GENES)
     scale = torch.from_numpy(effect.log_scale).float()
     with torch.inference_mode():
-        frame = SlideFrame(model, condition, shift, scale, size)
+        frame = SlideFrame(model, condition, shift, scale, None, size)
         everything = torch.ones(SPOTS, GENES)
         # the mean on the slide is the mean there, and a deviation keeps its size in standard deviations
         torch.testing.assert_close(frame.visible(frame.mean_here, everything), frame.mean_there)
@@ -241,13 +241,15 @@ def test_visible_values_are_taken_as_on_a_training_slide(cohort):
         assert torch.equal(frame.visible(frame.mean_here, 0 * everything), frame.mean_here)
         # where nothing was predicted beyond the regression, the location is shifted and nothing else
         torch.testing.assert_close(frame.location(frame.masked), frame.masked + shift)
-        same = SlideFrame(model, condition, 0 * shift, 0 * scale, None if size is None else 1 * size)
+        same = SlideFrame(model, condition, 0 * shift, 0 * scale, None, None if size is None else 1 * size)
     if size is None:
         torch.testing.assert_close(same.visible(same.mean_here + 0.5, everything), same.mean_here + 0.5)
         # what the draws of a spot have in common is computed once
         rows = np.arange(SPOTS) // 3
         with torch.inference_mode():
-            apart, shared = (SlideFrame(model, condition[rows], shift, scale, None, *spots) for spots in ((), (rows,)))
+            apart, shared = (
+                SlideFrame(model, condition[rows], shift, scale, None, None, *spots) for spots in ((), (rows,))
+            )
         for name in ("masked", "mean_there", "deviation_there", "mean_here", "deviation_here"):
             torch.testing.assert_close(getattr(shared, name), getattr(apart, name))
     names = [f"b{number}" for number in range(SPOTS)]
@@ -290,7 +292,7 @@ def test_the_variance_of_counting_is_that_of_the_slide(cohort):
     assert size == pytest.approx(400)
     with torch.inference_mode():
         found = effect.slide.variance(effect.typical.values, effect.typical.library_size)
-        effect.slide.log_scale = 0 * effect.slide.log_scale
+        effect.slide.set_scale(np.zeros(GENES), np.ones(GENES))
         of_training = effect.slide.variance(np.zeros(GENES), 0.0)
     arguments = shares, size, effect.ratios, effect.dispersion, transform
     counting, there = counting_variance(*arguments), prior.array("training_counting")
@@ -310,3 +312,36 @@ def test_the_variance_of_counting_is_that_of_poisson_counts(transform):
     arguments = shares, 2000.0, ratios, dispersion, transform
     np.testing.assert_allclose(counting_variance(*arguments), values.var(axis=0, ddof=1).mean(axis=0), rtol=0.05)
     np.testing.assert_allclose(moments(*arguments)[1], values.reshape(-1, 3).var(axis=0), rtol=0.05)
+
+
+def test_the_regression_tells_spots_apart_as_the_slide_varies(cohort):
+    """On a slide that varies more than those of training, what the regression predicts of spots does too."""
+    model = cohort[0]
+    weight, before = model.gene_factor_model.mean.weight, model.gene_factor_model.mean.weight.detach().clone()
+    ratios = np.array([0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.85])
+    try:
+        with torch.no_grad():
+            weight.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+        wide = effect_of(cohort, SlideEvidence(library_size=4000.0, library_spread=LibrarySpread(ratios, 1.5)))
+        like = effect_of(cohort, SlideEvidence(patient="p0"))
+        with torch.inference_mode():
+            frame = SlideFrame(
+                model,
+                (condition := wide.slide.whole),
+                torch.zeros(SPOTS, GENES),
+                torch.from_numpy(wide.log_scale).float(),
+                wide.pattern,
+                None if model.library_size_model is None else model.library_size_model.typical(condition[:, :-1]),
+            )
+            centre, slope = wide.pattern
+            torch.testing.assert_close(frame.location(frame.masked) - centre, slope * (frame.masked - centre))
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    scale = torch.from_numpy(wide.log_scale).exp().to(slope)
+    if model.config.transform == "log2p1":
+        torch.testing.assert_close(slope, scale)
+        assert slope.median() > 1.1
+    else:  # the scale is that of counting
+        torch.testing.assert_close(slope, scale.clamp_max(1))
+    assert (like.pattern[1] - 1).abs().median() < 0.15
