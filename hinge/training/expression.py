@@ -1,6 +1,7 @@
 """Masked-expression pre-training of a backbone on counts alone."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hinge.data.count_table import CountTable
 from hinge.evaluation.masked_genes import lost_to, masked_gene_table, masked_gene_text
 from hinge.training.count_augmentation import CountAugmentation
 from hinge.training.expression_prior import fit_expression_prior, num_spot_factors
+from hinge.training.halves import Part, halves
 from hinge.training.loop import make_accelerator, run_loop, step_generator
 from hinge.training.settings import PretrainConfig
 from hinge.utils.errors import ConfigError, DataError
@@ -273,15 +275,20 @@ class _MaskedRows:
         inputs = (values, visible, genes + 1)
         return (module(*(tensor.to(self.device) for tensor in inputs)) * weight.to(self.device)).sum()
 
-    def batch_loss(self, module, step, rows, positions, generator) -> Tensor:
-        """Return the loss of this process's rows; see `BatchLoss`."""
+    def batch_loss(self, module, step, rows, positions, generator) -> Tensor | list[Part]:
+        """Return the loss of this process's rows, or of each half; see `BatchLoss`."""
         # everything random is drawn for the whole global batch on every process, then each takes its rows
         genes = self.genes(generator)
         hidden = _hidden(len(rows), len(genes), generator)
         counts, library_size = self.augmentation(self.training[rows], self.counted(genes), generator)
         known = self.known[self.training[rows]][:, genes]
-        drawn = (counts[positions], library_size[positions], known[positions], genes, hidden[positions])
-        return self.loss(module, *drawn) / len(rows)
+
+        def loss(places: np.ndarray) -> Tensor:
+            drawn = (counts[places], library_size[places], known[places], genes, hidden[places])
+            return self.loss(module, *drawn) / len(rows)
+
+        parts = halves(positions, len(rows), self.device)
+        return loss(positions) if len(parts) == 1 else [partial(loss, part) for part in parts]
 
     def evaluate(self, module, rows) -> Tensor:
         """Return the sum of the losses of held-out rows, and their number."""

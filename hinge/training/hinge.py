@@ -1,6 +1,7 @@
 """Training of a HingeModel by masked diffusion, on the spots of some slides."""
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.models.hinge import HingeModel
 from hinge.models.slide_effects import SlidePrior
 from hinge.models.value_bins import fit_to_panel
+from hinge.training.halves import Part, halves
 from hinge.training.initialisation import Initialisation, initialise_gene_factors, initialise_library_size
 from hinge.training.loop import LoopResult, make_accelerator, run_loop, step_generator
 from hinge.training.masked_mean import fit_masked_mean
@@ -70,6 +72,8 @@ class _MaskedExpression:
     ):
         self.data, self.scheduler, self.config, self.seed, self.device = data, scheduler, config, seed, device
         self.gene_ids, self.num_genes = gene_ids.to(device), data.num_genes
+        # a compiled step is called by one thread; random numbers of dropout inside the model are of the whole batch
+        self.halved = not config.compile and not data.model.config.dropout
         self.warm_steps = round(config.warm_start_share * config.num_steps(len(data)))
         # of validation, evenly spread
         times = np.linspace(1, scheduler.config.num_train_timesteps, VALIDATION_TIMES)
@@ -139,8 +143,8 @@ class _MaskedExpression:
         """Return the argument of the model that says which genes (n,) have tokens."""
         return {} if genes is None else {"index": genes.to(self.device)}
 
-    def batch_loss(self, module, step, rows, positions, generator) -> Tensor:
-        """Return the loss of this process's rows; see `BatchLoss`."""
+    def batch_loss(self, module, step, rows, positions, generator) -> Tensor | list[Part]:
+        """Return the loss of this process's rows, or of each half; see `BatchLoss`."""
         size, num_genes = len(rows), self.num_genes
         share = WARM_START_MASKED_SHARE if step < self.warm_steps else 1.0
         timesteps = draw_timesteps(self.scheduler, size, num_genes, generator, share)
@@ -150,12 +154,16 @@ class _MaskedExpression:
         batch, feature_mask = self.data.batch(step, rows, generator)
         genes = self.some_genes(generator)
         weights = spot_weights(self.loss_mask(batch, timesteps, uniform, genes), self.config.weighting)
-        batch = batch.at(positions)
         drawn = (timesteps, uniform, noise, end, feature_mask)
-        inputs = self.inputs_at(batch, *(None if each is None else each[positions] for each in drawn))
-        inputs |= self.index_of(genes)
-        losses = module(batch.values.to(self.device), **inputs)
-        return (losses * weights[positions].to(self.device)).sum() / size
+
+        def loss(places: np.ndarray) -> Tensor:
+            own = batch.at(places)
+            inputs = self.inputs_at(own, *(None if each is None else each[places] for each in drawn))
+            losses = module(own.values.to(self.device), **inputs, **self.index_of(genes))
+            return (losses * weights[places].to(self.device)).sum() / size
+
+        parts = halves(positions, size, self.device) if self.halved else [positions]
+        return loss(positions) if len(parts) == 1 else [partial(loss, part) for part in parts]
 
     def evaluate(self, module, rows) -> Tensor:
         """Return the sum of the losses of validation rows, and their number; a row is a held-out spot at one time."""

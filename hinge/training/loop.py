@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from hinge.training.checkpoints import (
     save_best,
     save_checkpoint,
 )
+from hinge.training.halves import Part, PartsOfLoss
 from hinge.training.schedules import advance, learning_rate_schedule
 from hinge.training.settings import LoopConfig
 from hinge.utils.errors import ConfigError, HingeError, Interrupted
@@ -64,9 +65,9 @@ def batch_rows(seed: int, step: int, num_rows: int, batch_size: int) -> np.ndarr
     return order[place * batch_size : (place + 1) * batch_size]
 
 
-# batch_loss(model, step, rows of the global batch, this process's positions in it, generator) -> loss;
-# summed over the processes it must be the loss of the global batch
-BatchLoss = Callable[[nn.Module, int, np.ndarray, np.ndarray, torch.Generator], Tensor]
+# batch_loss(model, step, rows of the global batch, this process's positions in it, generator) -> loss, or its parts;
+# summed over the processes it must be the loss of the global batch. Several parts are for one process alone
+BatchLoss = Callable[[nn.Module, int, np.ndarray, np.ndarray, torch.Generator], Tensor | Sequence[Part]]
 
 
 def run_loop(
@@ -165,14 +166,18 @@ def run_loop(
     if log is not None and measure is not None and progress.step == 0:
         log.write({"step": 0, **_measured(measure, model)})
     model.train()
-    with _bar(total, progress.step, description, main) as bar, _interruptible() as interrupted:
+    with (
+        _bar(total, progress.step, description, main) as bar,
+        _interruptible() as interrupted,
+        PartsOfLoss() as parts,
+    ):
         while progress.step < total and not progress.stopped:
             step, started = progress.step, time.perf_counter()
             rate = schedule.get_last_lr()[0]
             if weight_decay is not None:
                 optimizer.param_groups[0]["weight_decay"] = weight_decay(step)
             rows = batch_rows(seed, step, num_rows, config.batch_size) if rows_of is None else rows_of(step)
-            loss = _backward(wrapped, batch_loss, step, rows, seed, accelerator)
+            loss = _backward(wrapped, batch_loss, step, rows, seed, accelerator, parts)
             updates.apply(step, loss, rate)
             advance(schedule)
             progress.step = step + 1
@@ -181,7 +186,8 @@ def run_loop(
             last = progress.step == total
             due = last or (progress.step % evaluate_every == 0 and progress.step >= config.evaluate_from * total)
             if evaluate is not None and due:
-                score = _evaluate(model, evaluate, num_evaluation_rows, trained, accelerator)
+                with parts.all_threads():
+                    score = _evaluate(model, evaluate, num_evaluation_rows, trained, accelerator)
                 record["validation_loss"] = score
                 _note_score(progress, score, config.patience)
                 if main and progress.best_step == progress.step:
@@ -296,7 +302,13 @@ def _start_tracker(accelerator: Accelerator, config: LoopConfig, folder: Path, d
 
 
 def _backward(
-    wrapped: nn.Module, batch_loss: BatchLoss, step: int, rows: np.ndarray, seed: int, accelerator: Accelerator
+    wrapped: nn.Module,
+    batch_loss: BatchLoss,
+    step: int,
+    rows: np.ndarray,
+    seed: int,
+    accelerator: Accelerator,
+    parts: PartsOfLoss,
 ) -> Tensor:
     """Leave the gradients of a step in the parameters, and return the loss of the global batch."""
     processes = accelerator.num_processes
@@ -308,7 +320,10 @@ def _backward(
     # dropout inside modules draws from the global generator: reset, so that a resumed run draws the same
     torch.manual_seed(int(step_generator(seed, 2, step, accelerator.process_index).initial_seed()))
     with accelerator.autocast():
-        loss = factor * batch_loss(wrapped, step, rows, mine, step_generator(seed, 3, step))
+        loss = batch_loss(wrapped, step, rows, mine, step_generator(seed, 3, step))
+    if not isinstance(loss, Tensor):
+        return parts.backward(wrapped, loss, accelerator)
+    loss = factor * loss
     # outside of autocast, which would compute float32 parts of the backward pass in bfloat16
     accelerator.backward(loss)
     return accelerator.reduce(loss.detach().float() / processes, reduction="sum")
