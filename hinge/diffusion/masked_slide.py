@@ -76,7 +76,8 @@ class MaskedSlide:
 
     def set_scale(self, log_scale: NDArray, slope: NDArray) -> None:
         """Set what is added to the log-scales (G,), and the factor (G,) of differences between spots."""
-        self.log_scale, self._slope = log_scale, torch.as_tensor(slope).to(self._centre)
+        self.log_scale = log_scale
+        self._slope = torch.as_tensor(slope, dtype=self._centre.dtype).to(self._centre.device)
 
     @property
     def pattern(self) -> tuple[Tensor, Tensor]:
