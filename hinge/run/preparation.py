@@ -22,6 +22,7 @@ from hinge.data.checks.species import species_of_genes
 from hinge.data.condition_tokens import ConditionTokens, categories_of_slide
 from hinge.data.count_table import CountTable, read_counts
 from hinge.data.features import difference_from, read_feature_header, read_features
+from hinge.data.kept_slides import KeptSlides
 from hinge.data.neighbourhood import slide_features
 from hinge.data.panel import Panel, read_panel, select_panel
 from hinge.data.pseudo_spots import pool_cells
@@ -50,8 +51,8 @@ logger = logging.getLogger(__name__)
 IN_MEMORY_BYTES = 4 << 30
 """Features, counts and values of all training spots, above which `training.store: auto` trains from disk."""
 
-# a slide holds the counts of all genes: only those in use are kept
-SLIDES_KEPT = 2
+# a slide holds the counts of all genes: those with an image, which takes long to decode, are kept up to these bytes
+_KEPT_BYTES = 128 << 20
 _SLIDES_AT_ONCE = 64  # that the panel is selected from
 # counts to pre-train on beside a store of training spots: as many as have these bytes, but at least these spots
 _PRETRAINING_BYTES, _MOST_PRETRAINING_SPOTS = 64 << 20, 10_000
@@ -72,7 +73,8 @@ class Preparation:
     def __init__(self, config: RunConfig, opened: bool = False):
         self.config, self.paths = config, RunPaths(config, opened)
         self.matcher = GeneMatcher(config.backbone, self.paths.backbone)
-        self._read = lru_cache(maxsize=SLIDES_KEPT)(self._read_slide)
+        self._with_image = KeptSlides(lambda name: self._read_slide(name, True), _KEPT_BYTES)
+        self._counts_alone = lru_cache(maxsize=2)(lambda name: self._read_slide(name, False))
         self._grids: dict[str, dict[str, float]] = {}
         self._species: dict[str, str] = {}
         self._patients: dict[str, str | None] = {}
@@ -83,7 +85,7 @@ class Preparation:
 
     def slide(self, name: str, require_image: bool = True) -> AnnData:
         """Return a slide of the data set by name."""
-        return self._read(name, require_image)
+        return self._with_image(name) if require_image else self._counts_alone(name)
 
     def _read_slide(self, name: str, require_image: bool) -> AnnData:
         data = self.config.data

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +179,15 @@ def _draw(
     accelerator.wait_for_everyone()  # or a quick process would finish a part before another one looks
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     parts = pipeline.draw_parts(spots, settings, [part for _, part in mine], accelerator.is_main_process)
-    with unfinished.kept() if accelerator.num_processes == 1 else contextlib.nullcontext():
+    kept = unfinished.kept() if accelerator.num_processes == 1 else contextlib.nullcontext()
+    # a part is written while the next one is drawn
+    with kept, ThreadPoolExecutor(1, thread_name_prefix="writing of draws") as writer:
+        written: Future[None] | None = None
         for (number, _), (part, draws) in zip(mine, parts, strict=True):
-            unfinished.write(number, part, draws.values, draws.expected)
+            if written is not None:
+                written.result()
+            written = writer.submit(unfinished.write, number, part, draws.values, draws.expected)
+        if written is not None:
+            written.result()
     accelerator.wait_for_everyone()
     return unfinished
