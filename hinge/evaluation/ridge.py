@@ -322,7 +322,7 @@ def _fit(x: NDArray, y: NDArray, folds: list, shrinkage: Shrinkage, penalty_fact
     """Return the fit to x (n, d) and y (n, G) with given penalties."""
     held_out = np.empty_like(y)
 
-    def of_spots(rows: NDArray) -> tuple[RidgeAxes, NDArray, NDArray]:
+    def of_spots(rows: NDArray | slice) -> tuple[RidgeAxes, NDArray, NDArray]:
         axes = RidgeAxes(x[rows], penalty_factors)
         products, mean = axes.products(y[rows])
         return axes, shrinkage.coefficients(axes, products), mean
@@ -334,7 +334,7 @@ def _fit(x: NDArray, y: NDArray, folds: list, shrinkage: Shrinkage, penalty_fact
 
     with _few_threads(x):
         list(in_threads(hold_out, folds, None if _is_small(x) else 1))
-        axes, coefficients, mean = of_spots(np.arange(len(x)))
+        axes, coefficients, mean = of_spots(slice(None))  # no copy
     weight = (axes.vectors @ coefficients).T / axes.width
     return RidgeFit(weight, mean - weight @ axes.centre, held_out, shrinkage.rest)
 
