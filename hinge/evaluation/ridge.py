@@ -1,9 +1,9 @@
 """Ridge regression of expression on features, as a baseline and as the start of the model."""
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +14,8 @@ from hinge.utils.threads import in_threads, limit_threads
 if TYPE_CHECKING:
     from hinge.data.gene_parts import GenePart
 
+Result = TypeVar("Result")
+
 PENALTIES = np.logspace(-1, 6, 29)
 """Ridge penalties that cross-validation chooses from, for standardised features: four a decade."""
 
@@ -22,10 +24,9 @@ MAX_FOLDS = 5
 MOST_SEARCHED = 8
 """Parts of a panel whose cross-validated errors decide on the penalty."""
 
-
 MOST_TOGETHER = 1 << 22
 """Numbers of the features up to which folds are fitted at the same time, each by one thread: it gains more than
-several threads in each decomposition, and memory is no concern."""
+several threads in each decomposition, and memory is no concern: their decompositions are kept."""
 
 MOST_COMPONENTS = 64
 """Principal components of the values that have a penalty of their own, at most."""
@@ -63,7 +64,9 @@ class RidgeFit:
         return np.asarray(features, dtype=np.float64) @ self.weight.T + self.bias
 
 
-def fit_ridge(features: ArrayLike, values: ArrayLike, groups: ArrayLike) -> RidgeFit:
+def fit_ridge(
+    features: ArrayLike, values: ArrayLike, groups: ArrayLike, penalty_factors: NDArray | None = None
+) -> RidgeFit:
     """Fit ridge regression on standardised features, with the penalty of the least cross-validated squared error.
 
     Parameters
@@ -75,24 +78,22 @@ def fit_ridge(features: ArrayLike, values: ArrayLike, groups: ArrayLike) -> Ridg
     groups
         (n,) group of each spot, of which cross-validation holds out whole ones, in at most five folds; see
         `hinge.data.spots.spot_groups`.
+    penalty_factors
+        As of `RidgeFolds`.
 
     Raises
     ------
     DataError
         There is only one group.
     """
-    x, y = np.asarray(features, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    y, folds = y.reshape(len(x), -1), cross_validation_folds(x, groups)
-    errors = _held_out_errors(x, y, folds).sum(axis=1)
-    return _fit(x, y, folds, Shrinkage.of_all_values(y.shape[1], float(PENALTIES[int(np.argmin(errors))])))
+    folds = RidgeFolds(features, groups, penalty_factors)
+    y = np.asarray(values, dtype=np.float64).reshape(len(folds.features), -1)
+    errors = _held_out_errors(folds, y).sum(axis=1)
+    return _fit(folds, y, Shrinkage.of_all_values(y.shape[1], float(PENALTIES[int(np.argmin(errors))])))
 
 
 def fit_ridge_by_component(
-    features: ArrayLike,
-    values: ArrayLike,
-    groups: ArrayLike,
-    penalty_factors: NDArray | None = None,
-    loadings: NDArray | None = None,
+    folds: "RidgeFolds", values: ArrayLike, loadings: NDArray | None = None
 ) -> tuple[RidgeFit, "Shrinkage"]:
     """Fit ridge regression as `fit_ridge` does, with penalties of their own for the leading components of the values.
 
@@ -102,10 +103,10 @@ def fit_ridge_by_component(
 
     Parameters
     ----------
-    features, values, groups
-        As of `fit_ridge`.
-    penalty_factors
-        (d,) by which the penalties of each feature are multiplied; None: 1.
+    folds
+        Of the spots.
+    values
+        (n, G).
     loadings
         (G, L) of factors that are known to vary in other data, for values of variance 1. The components are those of
         the training spots' covariance, shrunk towards that of these factors. None: not shrunk.
@@ -117,15 +118,10 @@ def fit_ridge_by_component(
     Shrinkage
         The components and their penalties, each with the least cross-validated error: of the first, the second, the
         next two, four and so on, and of the rest.
-
-    Raises
-    ------
-    DataError
-        There is only one group.
     """
-    x, y = np.asarray(features, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    folds, basis = cross_validation_folds(x, groups), _principal_components(y, loadings)
-    errors = _held_out_errors(x, np.concatenate([y, y @ basis], axis=1), folds, penalty_factors)
+    y = np.asarray(values, dtype=np.float64)
+    basis = _principal_components(y, loadings)
+    errors = _held_out_errors(folds, np.concatenate([y, y @ basis], axis=1))
     errors, along = errors[:, : y.shape[1]].sum(axis=1), errors[:, y.shape[1] :]
     best, end = np.empty(basis.shape[1], dtype=int), 0
     while end < len(best):
@@ -133,8 +129,7 @@ def fit_ridge_by_component(
         best[start:end] = along[:, start:end].sum(axis=1).argmin()
     rest = int((errors - along.sum(axis=1)).argmin())
     shrinkage = Shrinkage(basis, PENALTIES[best], float(PENALTIES[rest]))
-    fit = _fit(x, y, folds, shrinkage, penalty_factors)
-    return RidgeFit(fit.weight, fit.bias, fit.held_out, float(PENALTIES[int(errors.argmin())])), shrinkage
+    return replace(_fit(folds, y, shrinkage), penalty=float(PENALTIES[int(errors.argmin())])), shrinkage
 
 
 def fit_ridge_of_parts(
@@ -151,7 +146,7 @@ def fit_ridge_of_parts(
     parts
         Of `hinge.data.gene_parts.gene_parts`. The penalty has the least error over the largest of them.
     penalty_factors
-        As of `fit_ridge_by_component`, where a spot lacks a gene.
+        As of `RidgeFolds`.
 
     Returns
     -------
@@ -160,27 +155,27 @@ def fit_ridge_of_parts(
     """
     x, y = np.asarray(features, dtype=np.float64), np.asarray(values, dtype=np.float64)
     if len(parts) == 1 and len(parts[0].rows) == len(x):
-        return fit_ridge(x, y, parts[0].groups)
+        return fit_ridge(x, y, parts[0].groups, penalty_factors)
     sizes = [len(part.rows) * len(part.columns) for part in parts]
     errors = np.zeros(len(PENALTIES))
     for number in np.argsort([-size for size in sizes], kind="stable")[:MOST_SEARCHED]:
-        own, target, folds = _piece(x, y, parts[number])
-        errors += sizes[number] * _held_out_errors(own, target, folds, penalty_factors).mean(axis=1)
+        errors += sizes[number] * _held_out_errors(*_piece(x, y, parts[number], penalty_factors)).mean(axis=1)
     penalty = float(PENALTIES[int(np.argmin(errors))])
     weight, bias, held_out = np.zeros((y.shape[1], x.shape[1])), np.zeros(y.shape[1]), np.zeros_like(y)
     for part in parts:
-        own, target, of_part = _piece(x, y, part)  # one at a time: together they are many times x
-        fit = _fit(own, target, of_part, Shrinkage.of_all_values(target.shape[1], penalty), penalty_factors)
+        of_part, target = _piece(x, y, part, penalty_factors)  # one at a time: together they are many times x
+        fit = _fit(of_part, target, Shrinkage.of_all_values(target.shape[1], penalty))
         weight[part.columns], bias[part.columns] = fit.weight, fit.bias
         held_out[:, part.columns] = fit.predict(x)
         held_out[np.ix_(part.rows, part.columns)] = fit.held_out
     return RidgeFit(weight, bias, held_out, penalty)
 
 
-def _piece(x: NDArray, y: NDArray, part: "GenePart") -> tuple[NDArray, NDArray, list]:
-    """Return features (m, d) and values (m, C) of the spots and genes of a part, and the folds of the spots."""
-    own = x[part.rows]
-    return own, y[np.ix_(part.rows, part.columns)], cross_validation_folds(own, part.groups)
+def _piece(
+    x: NDArray, y: NDArray, part: "GenePart", penalty_factors: NDArray | None
+) -> tuple["RidgeFolds", NDArray[np.float64]]:
+    """Return the folds and the values (m, C) of the spots and genes of a part."""
+    return RidgeFolds(x[part.rows], part.groups, penalty_factors), y[np.ix_(part.rows, part.columns)]
 
 
 class RidgeAxes:
@@ -214,6 +209,58 @@ class RidgeAxes:
         return ((features - self.centre) / self.width) @ self.vectors
 
 
+class RidgeFolds:
+    """Spots in folds for cross-validation, with the principal axes of the spots that each fold fits to.
+
+    Parameters
+    ----------
+    features
+        (n, d).
+    groups
+        (n,) of which whole ones are held out, in at most five folds.
+    penalty_factors
+        (d,) by which the penalties of each feature are multiplied; None: 1.
+
+    Attributes
+    ----------
+    folds
+        Of each, the numbers of the spots to fit to and of those to hold out.
+
+    Raises
+    ------
+    DataError
+        There is only one group.
+    """
+
+    def __init__(self, features: ArrayLike, groups: ArrayLike, penalty_factors: NDArray | None = None):
+        from sklearn.model_selection import GroupKFold
+
+        self.features, self.penalty_factors = np.asarray(features, dtype=np.float64), penalty_factors
+        num_groups = len(np.unique(groups))
+        if num_groups < 2:
+            raise DataError("cross-validation of ridge regression takes training spots of at least two groups")
+        splitter = GroupKFold(min(num_groups, MAX_FOLDS))
+        self.folds: list[tuple[NDArray, NDArray]] = list(splitter.split(self.features, groups=groups))
+        self.small = self.features.size <= MOST_TOGETHER
+        self._kept: dict[int, RidgeAxes] = {}
+
+    def axes(self, number: int) -> RidgeAxes:
+        """Return the axes of the spots that a fold fits to; those of all spots for the number of folds."""
+        if number in self._kept:
+            return self._kept[number]
+        rows = slice(None) if number == len(self.folds) else self.folds[number][0]
+        axes = RidgeAxes(self.features[rows], self.penalty_factors)
+        if self.small:
+            self._kept[number] = axes
+        return axes
+
+    def map(self, function: Callable[[int], Result]) -> list[Result]:
+        """Return the results of a function of the number of each fold, small ones computed at the same time."""
+        # decompositions of small matrices are kept from several threads each
+        with limit_threads() if self.small else contextlib.nullcontext():
+            return list(in_threads(function, range(len(self.folds)), None if self.small else 1))
+
+
 @dataclass(frozen=True)
 class Shrinkage:
     """Ridge penalties of the principal components of values (n, G).
@@ -244,50 +291,21 @@ class Shrinkage:
         return products * of_rest + along @ self.basis.T
 
 
-def cross_validation_folds(features: NDArray, groups: ArrayLike) -> list[tuple[NDArray, NDArray]]:
-    """Return the spots to fit to and those to hold out, whole groups (n,) of them, in at most five folds.
-
-    Raises
-    ------
-    DataError
-        There is only one group.
-    """
-    from sklearn.model_selection import GroupKFold
-
-    num_groups = len(np.unique(groups))
-    if num_groups < 2:
-        raise DataError("cross-validation of ridge regression takes training spots of at least two groups")
-    return list(GroupKFold(min(num_groups, MAX_FOLDS)).split(features, groups=groups))
-
-
-def _held_out_errors(
-    x: NDArray, y: NDArray, folds: list, penalty_factors: NDArray | None = None
-) -> NDArray[np.float64]:
+def _held_out_errors(folds: RidgeFolds, y: NDArray) -> NDArray[np.float64]:
     """Return the mean squared error (number of `PENALTIES`, C) of held-out spots' values (n, C), mean over folds.
 
     One eigendecomposition of the products of features serves all penalties of a fold; a search that fits each penalty
     by itself takes many times as long.
     """
 
-    def of_fold(fold: tuple[NDArray, NDArray]) -> NDArray[np.float64]:
-        fit, held = fold
-        axes = RidgeAxes(x[fit], penalty_factors)
+    def of_fold(number: int) -> NDArray[np.float64]:
+        (fit, held), axes = folds.folds[number], folds.axes(number)
         products, mean = axes.products(y[fit])
-        held_out, target = axes.coordinates(x[held]), y[held] - mean
+        held_out, target = axes.coordinates(folds.features[held]), y[held] - mean
         predictions = (held_out @ (products / (axes.sizes + penalty)[:, None]) for penalty in PENALTIES)
         return np.stack([((predicted - target) ** 2).mean(axis=0) for predicted in predictions])
 
-    with _few_threads(x):
-        return np.mean(list(in_threads(of_fold, folds, None if _is_small(x) else 1)), axis=0)
-
-
-def _is_small(x: NDArray) -> bool:
-    return x.size <= MOST_TOGETHER
-
-
-def _few_threads(x: NDArray) -> contextlib.AbstractContextManager[None]:
-    """Keep decompositions of small matrices from several threads each."""
-    return limit_threads() if _is_small(x) else contextlib.nullcontext()
+    return np.mean(folds.map(of_fold), axis=0)
 
 
 def _principal_axes(x: NDArray) -> tuple[NDArray, NDArray]:
@@ -318,24 +336,20 @@ def _principal_components(y: NDArray, loadings: NDArray | None) -> NDArray[np.fl
     return randomized_svd(rows, 1 << (most.bit_length() - 1), random_state=0)[2].T
 
 
-def _fit(x: NDArray, y: NDArray, folds: list, shrinkage: Shrinkage, penalty_factors: NDArray | None = None) -> RidgeFit:
-    """Return the fit to x (n, d) and y (n, G) with given penalties."""
+def _fit(folds: RidgeFolds, y: NDArray, shrinkage: Shrinkage) -> RidgeFit:
+    """Return the fit to values (n, G) with given penalties."""
     held_out = np.empty_like(y)
 
-    def of_spots(rows: NDArray | slice) -> tuple[RidgeAxes, NDArray, NDArray]:
-        axes = RidgeAxes(x[rows], penalty_factors)
-        products, mean = axes.products(y[rows])
-        return axes, shrinkage.coefficients(axes, products), mean
+    def hold_out(number: int) -> None:
+        (fit, held), axes = folds.folds[number], folds.axes(number)
+        products, mean = axes.products(y[fit])
+        held_out[held] = axes.coordinates(folds.features[held]) @ shrinkage.coefficients(axes, products) + mean
 
-    def hold_out(fold: tuple[NDArray, NDArray]) -> None:
-        fit, held = fold
-        axes, coefficients, mean = of_spots(fit)
-        held_out[held] = axes.coordinates(x[held]) @ coefficients + mean
-
-    with _few_threads(x):
-        list(in_threads(hold_out, folds, None if _is_small(x) else 1))
-        axes, coefficients, mean = of_spots(slice(None))  # no copy
-    weight = (axes.vectors @ coefficients).T / axes.width
+    folds.map(hold_out)
+    with limit_threads() if folds.small else contextlib.nullcontext():
+        axes = folds.axes(len(folds.folds))
+        products, mean = axes.products(y)
+        weight = (axes.vectors @ shrinkage.coefficients(axes, products)).T / axes.width
     return RidgeFit(weight, mean - weight @ axes.centre, held_out, shrinkage.rest)
 
 

@@ -8,10 +8,9 @@ from sklearn.decomposition import FactorAnalysis
 
 from hinge.data.gene_parts import GenePart
 from hinge.evaluation.ridge import (
-    RidgeAxes,
     RidgeFit,
+    RidgeFolds,
     Shrinkage,
-    cross_validation_folds,
     fit_ridge_by_component,
     fit_ridge_of_parts,
 )
@@ -52,7 +51,7 @@ def fit_completed_ridge(
     num_factors
         Of the factor analysis.
     penalty_factors, loadings
-        As of `fit_ridge_by_component`.
+        As of `RidgeFolds` and `fit_ridge_by_component`.
 
     Returns
     -------
@@ -63,39 +62,34 @@ def fit_completed_ridge(
     start = fit_ridge_of_parts(x, y, parts, penalty_factors)
     if y.shape[1] > MOST_GENES:
         return start
-    known = measured.values()
+    folds, known = RidgeFolds(x, groups, penalty_factors), measured.values()
     completed = np.where(known, y, start.held_out)
     for _ in range(COMPLETION_ROUNDS):
-        fit, _ = fit_ridge_by_component(x, completed, groups, penalty_factors, loadings)
+        fit, _ = fit_ridge_by_component(folds, completed, loadings)
         residual = _without_shifts(y - fit.held_out, measured)
         analysis = fit_factors(residual, groups, num_factors, None, measured) if num_factors else None
         completed = np.where(known, y, fit.held_out + _expected(analysis, residual, measured))
-    fit, shrinkage = fit_ridge_by_component(x, completed, groups, penalty_factors, loadings)
+    fit, shrinkage = fit_ridge_by_component(folds, completed, loadings)
     held_out = fit.held_out.copy()
-    for rows, held in cross_validation_folds(x, groups):
-        axes = RidgeAxes(x[rows], penalty_factors)
-        predicted = _fitted_without(axes, x, y, rows, held, shrinkage, analysis, measured)
+    for number, (rows, held) in enumerate(folds.folds):
+        predicted = _fitted_without(folds, number, y, shrinkage, analysis, measured)
         elsewhere = known[rows].any(axis=0)
         held_out[held] = np.where(known[held], np.where(elsewhere, predicted, start.held_out[held]), held_out[held])
     return RidgeFit(fit.weight, fit.bias, held_out, fit.penalty)
 
 
 def _fitted_without(
-    axes: RidgeAxes,
-    x: NDArray,
+    folds: RidgeFolds,
+    number: int,
     y: NDArray,
-    rows: NDArray[np.int64],
-    held: NDArray[np.int64],
     shrinkage: Shrinkage,
     analysis: FactorAnalysis | None,
     measured: MeasuredGenes,
 ) -> NDArray[np.float64]:
-    """Return the predictions (h, G) of held-out spots (h,) by a regression that is completed on spots (m,) alone.
-
-    axes are those of the spots (m,).
-    """
+    """Return the predictions (h, G) of a fold's held-out spots by a regression completed on the others alone."""
+    (rows, held), axes = folds.folds[number], folds.axes(number)
     of_rows, known = measured.of_rows(rows), measured.values()[rows]
-    own, held_out = axes.coordinates(x[rows]), axes.coordinates(x[held])
+    own, held_out = axes.coordinates(folds.features[rows]), axes.coordinates(folds.features[held])
     mean = np.where(known, y[rows], 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
     completed = np.where(known, y[rows], mean)
     for _ in range(2 * COMPLETION_ROUNDS):  # the start is farther away

@@ -10,7 +10,7 @@ from torch import Tensor
 from hinge.data.gene_parts import GenePart, gene_parts
 from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
-from hinge.evaluation.ridge import fit_ridge, fit_ridge_by_component, fit_ridge_of_parts
+from hinge.evaluation.ridge import RidgeFolds, fit_ridge, fit_ridge_by_component, fit_ridge_of_parts
 from hinge.models.gene_factors import GeneFactorModel
 from hinge.models.hinge import HingeModel
 from hinge.models.regression_uncertainty import RegressionUncertainty
@@ -105,14 +105,15 @@ def initialise_gene_factors(
         logger.info("the regression on the features is fitted to %d of %d training spots", len(x), len(stored))
         stored = None
     prior = prior_covariance(model.backbone, gene_ids)
-    shrinkage = _penalty_factors(model, x.shape[1]), None if prior is None else prior.standardised_loadings()
+    penalty_factors = _penalty_factors(model, x.shape[1])
+    loadings = None if prior is None else prior.standardised_loadings()
     if stored is not None:
         ridge = stored.fit(model, x, offset, backbone.library_shift)
     elif measured is None:
-        ridge, _ = fit_ridge_by_component(x, residual, groups, *shrinkage)
+        ridge, _ = fit_ridge_by_component(RidgeFolds(x, groups, penalty_factors), residual, loadings)
     else:
         most = _most_factors(factors, len(x), len(offset))
-        ridge = fit_completed_ridge(x, residual, parts, groups, measured, most, *shrinkage)
+        ridge = fit_completed_ridge(x, residual, parts, groups, measured, most, penalty_factors, loadings)
     shifts, slide_of = slide_shifts(residual - ridge.held_out, spots.slide, measured)
     regression = ridge.held_out + shifts[slide_of]
     unexplained = residual - ridge.held_out - shifts[slide_of]

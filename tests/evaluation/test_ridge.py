@@ -7,7 +7,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
 from hinge.evaluation.baselines import fit_baselines
-from hinge.evaluation.ridge import PENALTIES, RidgeAxes, Shrinkage, fit_ridge, fit_ridge_by_component
+from hinge.evaluation.ridge import PENALTIES, RidgeAxes, RidgeFolds, Shrinkage, fit_ridge, fit_ridge_by_component
 from hinge.utils.errors import DataError
 
 
@@ -66,7 +66,7 @@ def low_rank(n=240, genes=40, seed=0, noise=1.5):
 def test_penalties_of_components_have_the_least_cross_validated_error():
     x, y, _ = low_rank()
     groups = np.arange(240) // 60
-    fit, shrinkage = fit_ridge_by_component(x, y, groups)
+    fit, shrinkage = fit_ridge_by_component(RidgeFolds(x, groups), y)
     basis = shrinkage.basis
     assert basis.shape == (40, 16) and np.allclose(basis.T @ basis, np.eye(16))
     folds = list(GroupKFold(4).split(x, groups=groups))
@@ -93,16 +93,16 @@ def test_where_features_predict_a_few_components_penalties_of_their_own_predict_
     x, y, truth = low_rank()
     groups = np.arange(240) // 60
     one = ((fit_ridge(x, y, groups).predict(x) - truth) ** 2).mean()
-    assert ((fit_ridge_by_component(x, y, groups)[0].predict(x) - truth) ** 2).mean() < 0.8 * one
+    assert ((fit_ridge_by_component(RidgeFolds(x, groups), y)[0].predict(x) - truth) ** 2).mean() < 0.8 * one
 
 
 def test_few_spots_and_single_or_constant_values_have_one_penalty(spots):
     x, y, groups = spots
     for values in (y[:, :1], np.zeros((90, 4))):
-        fit, _ = fit_ridge_by_component(x, values, groups)
+        fit, _ = fit_ridge_by_component(RidgeFolds(x, groups), values)
         np.testing.assert_allclose(fit.predict(x), fit_ridge(x, values, groups).predict(x), atol=1e-9)
     few = np.arange(0, 90, 12)
-    fit, shrinkage = fit_ridge_by_component(x[few], y[few], groups[few])
+    fit, shrinkage = fit_ridge_by_component(RidgeFolds(x[few], groups[few]), y[few])
     assert shrinkage.basis.shape == (4, 0)
     np.testing.assert_allclose(fit.held_out, fit_ridge(x[few], y[few], groups[few]).held_out, atol=1e-9)
 
@@ -124,7 +124,7 @@ def test_components_of_few_spots_are_shrunk_towards_known_factors():
     signal = np.linalg.svd(truth - truth.mean(axis=0), full_matrices=False)[2][:2]
 
     def found(rows, loadings):
-        basis = fit_ridge_by_component(x[rows], y[rows], rows % 4, None, loadings)[1].basis[:, :2]
+        basis = fit_ridge_by_component(RidgeFolds(x[rows], rows % 4), y[rows], loadings)[1].basis[:, :2]
         return ((signal @ basis) ** 2).sum()
 
     loadings = 0.5 * signal.T * np.sqrt(40 / 2)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hinge.data.gene_parts import GenePart, slide_sets
-from hinge.evaluation.ridge import fit_ridge_by_component, fit_ridge_of_parts
+from hinge.evaluation.ridge import RidgeFolds, fit_ridge_by_component, fit_ridge_of_parts
 from hinge.training import completed_regression
 from hinge.training.completed_regression import fit_completed_ridge
 from hinge.training.measured import MeasuredGenes
@@ -53,7 +53,7 @@ def test_genes_that_slides_lack_are_predicted_better_than_from_the_slides_that_h
     def error(found):
         return ((found.predict(new) - mean)[:, lacking] ** 2).mean()
 
-    complete, _ = fit_ridge_by_component(x, y, measured.slide_of)
+    complete, _ = fit_ridge_by_component(RidgeFolds(x, measured.slide_of), y)
     assert error(complete) < error(fit(x, y, measured)) < 0.7 * error(alone)
 
 

@@ -11,7 +11,7 @@ from helpers.training import FEATURES, GENES, SETTINGS, make_model, table
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.data.spots import SpotTable, concatenate_spots, spot_groups
 from hinge.diffusion import MaskedDiffusionScheduler, SlideInputs
-from hinge.evaluation.ridge import fit_ridge_by_component
+from hinge.evaluation.ridge import RidgeFolds, fit_ridge_by_component
 from hinge.models import HingeModel
 from hinge.training import TrainingConfig, train_hinge
 from hinge.training.hinge import fit_slide_levels
@@ -29,7 +29,7 @@ def test_where_no_gene_is_visible_the_initialised_model_is_the_regression(slides
     with torch.no_grad():
         predicted = model(nothing, nothing, torch.full((90,), 10), features, ids).location
     groups = spot_groups(spots.slide, spots.coords, "fold")
-    regression, _ = fit_ridge_by_component(spots.features[:, 0], spots.values, groups)
+    regression, _ = fit_ridge_by_component(RidgeFolds(spots.features[:, 0], groups), spots.values)
     # the modulation's opening gate adds what a features-free backbone predicts: a constant that ridge absorbs
     np.testing.assert_allclose(predicted.numpy(), regression.predict(spots.features[:, 0]), atol=0.02)
     assert torch.equal(model.modulation.bias, before)
