@@ -58,7 +58,7 @@ def main(source: Path, output: Path, overrides: list[str]) -> None:
             "evaluation.baselines=[mean, ridge-cv]",
             "evaluation.bootstrap=0",
         ]
-        if name == "halves" and not (output / name / "backbone").exists():
+        if name == "halves" and (output / "all" / "backbone").exists() and not (output / name / "backbone").exists():
             # the slides of other patients, on which it is pre-trained, are the same
             (output / name).mkdir(exist_ok=True)
             shutil.copytree(output / "all" / "backbone", output / name / "backbone")
