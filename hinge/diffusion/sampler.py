@@ -18,7 +18,6 @@ from hinge.diffusion.inputs import SamplingSettings, SlideInputs
 from hinge.diffusion.passes import genes_with_tokens, given, graphed_tokens
 from hinge.diffusion.randomness import DrawNoise, DrawNumbers
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
-from hinge.diffusion.slide_effect import LevelEffect
 from hinge.diffusion.slide_frame import SlideFrame
 from hinge.models.distributions import ExpressionDistribution
 from hinge.models.hinge import HingeModel
@@ -288,15 +287,9 @@ class _Sampler:
         )
         if model.library_size_model is not None:
             self._add_library_size(batch, spot_index, model.library_size_model)
-        batch.frame = self._frame(batch.condition, batch.shift, batch.library_sizes, spot_index)
+        of_draws = (batch.library_sizes, tensor(numbers.library_shift))
+        batch.frame = self.noise.effect.frame(batch.condition, batch.shift, *of_draws, spot_index)
         return batch, values
-
-    def _frame(self, condition: Tensor, shift: Tensor, sizes: Tensor | None, *spots: np.ndarray) -> SlideFrame | None:
-        """Return the frame of conditions (B, d), shifts (B, G), library sizes (B,), and the spots (B,) of draws."""
-        if not isinstance(effect := self.noise.effect, LevelEffect):
-            return None
-        given = (sizes,) if sizes is not None else (None, *spots)  # draws without library sizes have one condition
-        return SlideFrame(self.model, condition, shift, self._tensor(effect.log_scale), effect.pattern, *given)
 
     def _add_library_size(self, batch: _Batch, spot_index: np.ndarray, library_size: LibrarySizeModel) -> None:
         """Put drawn and typical library sizes, or the known ones, into the batch and its conditions."""
@@ -336,7 +329,7 @@ class _Sampler:
         h, means = None, torch.zeros_like(filled[rows])
         for condition, sizes, weight in batch.typical:
             condition, sizes = condition[rows], None if sizes is None else sizes[rows]
-            frame = self._frame(condition, shift, sizes)
+            frame = self.noise.effect.frame(condition, shift, sizes, self.noise.effect.typical.library_size)
             tokens = self._tokens(batch, values, visible, following, timestep, condition, frame, rows=rows)
             output, _ = self._read_out(tokens, filled[rows], visible[rows], condition, shift, sizes, frame)
             # some means are averages of quantiles, which need float64

@@ -1,6 +1,7 @@
 """The slide effect of draws: by how much all spots of a new slide are shifted, given what is known of the slide."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from hinge.data.transforms import get_transform
 from hinge.diffusion.masked_slide import LEAST_VALUE, MaskedSlide, regression_condition, spot_novelty
 from hinge.diffusion.randomness import Stream, random_generator
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
+from hinge.diffusion.slide_frame import SlideFrame
 from hinge.models.expected_values import composition_of_values, counting_variance, expected_values, moments
 from hinge.models.hinge import HingeModel
 from hinge.models.regression_uncertainty import NUM_DIRECTIONS
@@ -130,6 +132,9 @@ class LoadingsEffect:
     def coefficients(self, features: NDArray) -> None:
         """Return None: such a model does not know how uncertain its regression is."""
 
+    def frame(self, *arguments: Any) -> None:
+        """Return None: such a model sees values of all slides alike."""
+
     def draw(self, seed: int, slide: str, draw: int, normal: NDArray) -> Shift:
         """Return the effect of one draw of a slide, from the normal numbers of its `SlideNoise`."""
         shift = self.loadings @ (self.mean + self.root @ normal[: len(self.mean)])
@@ -221,6 +226,22 @@ class LevelEffect:
     def coefficients(self, features: NDArray) -> NDArray[np.float64]:
         """Return the coefficients (n, R + 1) of the error of the regression at spots with features (n, d)."""
         return self.prior.regression.excess(regression_condition(self.slide.model, features).cpu())
+
+    def frame(
+        self,
+        condition: Tensor,
+        shift: Tensor,
+        library_size: Tensor | None,
+        library_shift: Tensor | float,
+        spots: NDArray | None = None,
+    ) -> SlideFrame:
+        """Return the frame of conditions (B, d), shifts (B, G), library sizes (B,) and their shifts, spots (B,)."""
+        sizes, model = None, self.slide.model
+        if library_size is not None and model.library_size_model is not None:
+            sizes = library_size, model.library_size_model.of_slide(library_size, library_shift, self.stretch)
+            spots = None  # draws of a spot have conditions of their own
+        log_scale = torch.as_tensor(self.log_scale, dtype=torch.float32, device=condition.device)
+        return SlideFrame(model, condition, shift, log_scale, self.pattern, sizes, spots)
 
     def novelty(self, features: NDArray) -> NDArray[np.float64]:
         """Return how far the features (n, d) of spots are from those of training, see `RegressionUncertainty`."""

@@ -36,7 +36,7 @@ class SlideFrame:
         Centre (G,) and factor (G,): the location of a fully masked spot differs from the centre by as many times what
         it does on a training slide. None: by as much.
     library_size
-        (B,) on the slide; None for a model without library sizes.
+        (B,) on the slide, and (B,) in their place on a training slide; None for a model without library sizes.
     spots
         (B,) the same number for rows of the same condition, whose part is computed once; None: all may differ.
     """
@@ -48,14 +48,12 @@ class SlideFrame:
         shift: Tensor,
         log_scale: Tensor,
         pattern: tuple[Tensor, Tensor] | None,
-        library_size: Tensor | None,
+        library_size: tuple[Tensor, Tensor] | None,
         spots: np.ndarray | None = None,
     ):
-        factors, sizes, of_training = model.gene_factor_model, model.library_size_model, None
-        if sizes is not None:
-            # the last feature is how unusual a spot's library size is on its slide
-            of_training = sizes(condition[:, :-1], condition[:, -1])
+        factors = model.gene_factor_model
         assert factors is not None
+        of_slide, of_training = (None, None) if library_size is None else library_size
         self.log_scale = log_scale
         if spots is None:
             self.masked, masked_scale = factors.masked(condition)
@@ -71,7 +69,7 @@ class SlideFrame:
             centre, slope = pattern
             shift = shift + (slope - 1) * (self.masked - centre)
         self.shift = shift
-        here = self._moments(model, self.masked + shift, masked_scale + log_scale, library_size)
+        here = self._moments(model, self.masked + shift, masked_scale + log_scale, of_slide)
         self.mean_here, self.deviation_here = here
 
     @staticmethod

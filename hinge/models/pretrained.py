@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hinge.backbones import ExpressionBackbone, load_backbone
+from hinge.models.library_size import LibrarySizeModel
 from hinge.utils import checksums, hub
 from hinge.utils.errors import WeightsError, one_line
 from hinge.utils.files import atomic_path
@@ -180,6 +181,15 @@ def _with_genes_of_slides(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def _with_library_sizes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights whose library sizes have normally distributed residuals and no curve, as all had before."""
+    prefix = "library_size_model."
+    if f"{prefix}scale" not in weights:
+        return weights
+    usual = LibrarySizeModel(1).state_dict()
+    return {f"{prefix}{name}": usual[name] for name in ("quantile_excess", "curve", "deviation_weight")} | weights
+
+
 def load(cls: type["HingeModel"], folder: str | Path, backbone: ExpressionBackbone | None = None) -> "HingeModel":
     """Return the model that `save` wrote; arguments and errors as those of `HingeModel.from_pretrained`."""
     folder = checksums.verified(hub.find(folder, "model"))
@@ -198,7 +208,7 @@ def load(cls: type["HingeModel"], folder: str | Path, backbone: ExpressionBackbo
         backbone = load_backbone(beside)
     try:
         config, weights = _with_new_names(config, weights)
-        weights = _with_genes_of_slides(weights)
+        weights = _with_library_sizes(_with_genes_of_slides(weights))
         panel = config.pop("panel_digest", None)
         model = _build(cls, config, sum(tensor.numel() for tensor in weights.values()))
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, OverflowError, OSError) as error:

@@ -5,14 +5,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import ndtr
 from torch import Tensor
 
 from hinge.data.gene_parts import GenePart, gene_parts
 from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.evaluation.ridge import RidgeFolds, fit_ridge, fit_ridge_by_component, fit_ridge_of_parts
+from hinge.models.expected_values import expected_values
 from hinge.models.gene_factors import GeneFactorModel
 from hinge.models.hinge import HingeModel
+from hinge.models.library_size import LOG_SIZES, NORMAL_SCORES
 from hinge.models.regression_uncertainty import RegressionUncertainty
 from hinge.models.subset import spots_at_a_time
 from hinge.training.completed_regression import fit_completed_ridge
@@ -198,8 +201,9 @@ class _Backbone:
 def initialise_library_size(model: HingeModel, spots: SpotTable) -> Tensor:
     """Set a model's `LibrarySizeModel` from its training spots: ridge regression of log library size on the features.
 
-    The scale is that of out-of-fold residuals within slides. Return the shift (n,) of each spot's slide, by which the
-    logarithms of its library sizes are larger.
+    Scale and quantiles are those of out-of-fold residuals within slides. The curve is the mean value that counts of the
+    training spots' composition are expected to have at a library size. Return the shift (n,) of each spot's slide, by
+    which the logarithms of its library sizes are larger.
     """
     sizes = model.library_size_model
     x = model.standardise(torch.from_numpy(np.asarray(spots.features[:, 0], dtype=np.float32)).to(model.device))
@@ -210,14 +214,30 @@ def initialise_library_size(model: HingeModel, spots: SpotTable) -> Tensor:
     shifts, slide_of = slide_shifts(log_size - ridge.held_out, spots.slide)
     left = log_size - ridge.held_out - shifts[slide_of]
     spatial = SpatialCorrelation(spots.coords, slide_of)
+    scale = max(float(left.std()), SMALLEST_SCALE)
     write(sizes.mean.weight, ridge.weight)
     write(sizes.mean.bias, ridge.bias)
-    write(sizes.scale, max(float(left.std()), SMALLEST_SCALE))
+    write(sizes.scale, scale)
+    write(sizes.quantile_excess, np.quantile((left - left.mean()) / scale, ndtr(NORMAL_SCORES)) - NORMAL_SCORES)
     write(sizes.spatial_share, spatial.share(left, spatial.range(left))[0])
-    of_slides = [
-        float((log_size - ridge.predict(features))[slide_of == number].mean()) for number in range(len(shifts))
-    ]
-    return torch.tensor(of_slides)[torch.from_numpy(slide_of)].float()
+    within = log_size - ridge.predict(features)
+    of_slides = np.array([within[slide_of == number].mean() for number in range(len(shifts))])
+    write(sizes.curve, _expected_curve(spots, log_size[:, 0] - of_slides[slide_of]))
+    write(sizes.deviation_weight, 0.0)
+    return torch.from_numpy(of_slides[slide_of]).float()
+
+
+def _expected_curve(spots: SpotTable, log_size: np.ndarray) -> np.ndarray:
+    """Return the mean value that counts are expected to have at `LOG_SIZES`, standardised over library sizes (n,)."""
+    counts, sizes = spots.known_counts().astype(np.float64), np.maximum(spots.library_size, 1)[:, None]
+    total = np.where(np.isfinite(counts), sizes, 0.0).sum(axis=0)
+    shares = np.nansum(counts, axis=0) / np.maximum(total, 1)
+    nothing = np.zeros(len(shares))
+    curve = np.array(
+        [expected_values(shares, size, np.ones(1), nothing, spots.transform).mean() for size in np.exp(LOG_SIZES)]
+    )
+    known = np.interp(log_size, LOG_SIZES, curve)
+    return (curve - known.mean()) / max(known.std(), 1e-6)
 
 
 def slide_shifts(

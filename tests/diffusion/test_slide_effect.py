@@ -223,13 +223,14 @@ def test_visible_values_are_taken_as_on_a_training_slide(cohort):
     model, features, _, _ = cohort
     effect = effect_of(cohort, SlideEvidence(library_size=500.0))
     condition = effect.slide.whole
-    size = None
-    if model.library_size_model is not None:
-        size = model.library_size_model.typical(condition[:, :FEATURES], effect.typical.library_size)
+    sizes = same_sizes = None
+    if (library_size := model.library_size_model) is not None:
+        size = library_size.typical(condition[:, :FEATURES], library_shift := effect.typical.library_size)
+        sizes, same_sizes = (size, library_size.of_slide(size, library_shift, 1.0)), (size, size)
     shift = torch.from_numpy(effect.typical.values).float().expand(SPOTS, GENES)
     scale = torch.from_numpy(effect.log_scale).float()
     with torch.inference_mode():
-        frame = SlideFrame(model, condition, shift, scale, None, size)
+        frame = SlideFrame(model, condition, shift, scale, None, sizes)
         everything = torch.ones(SPOTS, GENES)
         # the mean on the slide is the mean there, and a deviation keeps its size in standard deviations
         torch.testing.assert_close(frame.visible(frame.mean_here, everything), frame.mean_there)
@@ -241,9 +242,9 @@ def test_visible_values_are_taken_as_on_a_training_slide(cohort):
         assert torch.equal(frame.visible(frame.mean_here, 0 * everything), frame.mean_here)
         # where nothing was predicted beyond the regression, the location is shifted and nothing else
         torch.testing.assert_close(frame.location(frame.masked), frame.masked + shift)
-        same = SlideFrame(model, condition, 0 * shift, 0 * scale, None, None if size is None else 1 * size)
-    if size is None:
-        torch.testing.assert_close(same.visible(same.mean_here + 0.5, everything), same.mean_here + 0.5)
+        same = SlideFrame(model, condition, 0 * shift, 0 * scale, None, same_sizes)
+    torch.testing.assert_close(same.visible(same.mean_here + 0.5, everything), same.mean_here + 0.5)
+    if sizes is None:
         # what the draws of a spot have in common is computed once
         rows = np.arange(SPOTS) // 3
         with torch.inference_mode():
@@ -325,14 +326,10 @@ def test_the_regression_tells_spots_apart_as_the_slide_varies(cohort):
         wide = effect_of(cohort, SlideEvidence(library_size=4000.0, library_spread=LibrarySpread(ratios, 1.5)))
         like = effect_of(cohort, SlideEvidence(patient="p0"))
         with torch.inference_mode():
-            frame = SlideFrame(
-                model,
-                (condition := wide.slide.whole),
-                torch.zeros(SPOTS, GENES),
-                torch.from_numpy(wide.log_scale).float(),
-                wide.pattern,
-                None if model.library_size_model is None else model.library_size_model.typical(condition[:, :-1]),
-            )
+            condition, sizes = wide.slide.whole, None
+            if model.library_size_model is not None:
+                sizes = model.library_size_model.typical(condition[:, :-1])
+            frame = wide.frame(condition, torch.zeros(SPOTS, GENES), sizes, 0.0)
             centre, slope = wide.pattern
             torch.testing.assert_close(frame.location(frame.masked) - centre, slope * (frame.masked - centre))
     finally:
