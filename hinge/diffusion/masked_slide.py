@@ -12,7 +12,7 @@ from hinge.models.hinge import HingeModel
 from hinge.models.subset import spots_at_a_time
 
 # spots that represent a slide, and the least value of a gene whose means over few and over all spots are compared
-NUM_SPOTS, LEAST_VALUE = 48, 0.05
+NUM_SPOTS, LEAST_VALUE = 192, 0.05
 
 
 @torch.inference_mode()
@@ -96,6 +96,7 @@ class MaskedSlide:
         """Return the same of the gene factors alone, without a shift: what the initialisation found out of fold."""
         location, log_scale = self._masked
         nothing = location.new_zeros(*location.shape, self.model.config.hidden_size)
+        location = location + self._change(self.sizes)
         return _over_spots(self.model.distribution(location, nothing, log_scale, self.sizes).variance)
 
     def distribution(self, shift: NDArray, library_shift: float) -> ExpressionDistribution:
@@ -106,7 +107,12 @@ class MaskedSlide:
         location = location + (self._slope - 1) * (self._masked[0] - self._centre)
         moved = location + torch.as_tensor(shift, dtype=location.dtype, device=location.device)
         sizes = None if self.sizes is None else (self.sizes**self.stretch * np.exp(library_shift)).clamp_min(1)
-        return self.model.distribution(moved, tokens, log_scale, sizes)
+        return self.model.distribution(moved + self._change(sizes), tokens, log_scale, sizes)
+
+    def _change(self, sizes: Tensor | None) -> Tensor | float:
+        """Return by how much library sizes (B,) of the spots change their locations (B, G); 0 without such a model."""
+        model = self.model.library_size_model
+        return 0.0 if model is None or sizes is None else model.change(sizes) + model.excess(self.sizes)
 
     def library_shift(self, library_size: float) -> float:
         """Return the shift of the logarithms with which the slide has a mean library size; 0 without such a model."""
@@ -116,8 +122,9 @@ class MaskedSlide:
     @torch.inference_mode()
     def predicted(self) -> NDArray[np.float64]:
         """Return the regression (n, G) of the gene factor model on the features of all spots."""
-        factors = self._factors
-        return (factors.offset + factors.mean(self.whole)).clamp_min(0).double().cpu().numpy()
+        factors, sizes = self._factors, self.model.library_size_model
+        change = 0.0 if sizes is None else sizes.change(sizes.typical(self.features))
+        return (factors.offset + factors.mean(self.whole) + change).clamp_min(0).double().cpu().numpy()
 
     @torch.inference_mode()
     def regression_difference(self) -> NDArray[np.float64]:
@@ -131,7 +138,10 @@ class MaskedSlide:
             return np.zeros(self.model.config.num_genes)
         weight = self._factors.mean.weight.double()
         away = self.whole.double() - self.model.slide_prior.regression.centre.to(weight)
-        return (away.mean(dim=0) @ weight.T).cpu().numpy()
+        difference = away.mean(dim=0) @ weight.T
+        if (sizes := self.model.library_size_model) is not None:  # whose change has no mean over the training spots
+            difference = difference + sizes.change(sizes.typical(self.features)).double().mean(dim=0)
+        return difference.cpu().numpy()
 
     def residuals(self, generator: np.random.Generator, count: int) -> NDArray[np.float64]:
         """Return random residuals (count, G) of the regression, correlated between genes as those of spots are."""

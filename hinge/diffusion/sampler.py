@@ -414,7 +414,7 @@ class _Sampler:
         if frame is None:
             return model.read_out(h, filled, visible, condition, gene_ids, shift, library_sizes, subset)
         location, tokens, log_scale, left = model.locate(
-            h, frame.visible(filled, visible), visible, condition, gene_ids, subset=subset
+            h, frame.visible(filled, visible), visible, condition, gene_ids, frame.change_there, subset
         )
         if log_scale is not None:
             log_scale = log_scale + frame.log_scale

@@ -39,6 +39,11 @@ class SlideFrame:
         (B,) on the slide, and (B,) in their place on a training slide; None for a model without library sizes.
     spots
         (B,) the same number for rows of the same condition, whose part is computed once; None: all may differ.
+
+    Attributes
+    ----------
+    change_there
+        (B, G) by which the library sizes on a training slide move the locations there, see `LibrarySizeModel.change`.
     """
 
     def __init__(
@@ -54,10 +59,14 @@ class SlideFrame:
         factors = model.gene_factor_model
         assert factors is not None
         of_slide, of_training = (None, None) if library_size is None else library_size
+        change_here = self.change_there = excess = shift.new_zeros(())
+        if (sizes := model.library_size_model) is not None and of_slide is not None:
+            change_here, self.change_there = sizes.change(of_slide), sizes.change(of_training)
+            excess = sizes.excess(of_training)
         self.log_scale = log_scale
         if spots is None:
             self.masked, masked_scale = factors.masked(condition)
-            there = self._moments(model, self.masked, masked_scale, of_training)
+            there = self._moments(model, self.masked + self.change_there + excess, masked_scale, of_training)
         else:
             rows = np.unique(spots, return_index=True, return_inverse=True)[1:]
             first, back = (torch.from_numpy(each).to(condition.device) for each in rows)
@@ -68,8 +77,8 @@ class SlideFrame:
         if pattern is not None:
             centre, slope = pattern
             shift = shift + (slope - 1) * (self.masked - centre)
-        self.shift = shift
-        here = self._moments(model, self.masked + shift, masked_scale + log_scale, of_slide)
+        self.shift = shift + change_here + excess
+        here = self._moments(model, self.masked + self.shift, masked_scale + log_scale, of_slide)
         self.mean_here, self.deviation_here = here
 
     @staticmethod
@@ -87,4 +96,5 @@ class SlideFrame:
 
     def location(self, location: Tensor) -> Tensor:
         """Return the location (B, G) on the slide of one that was predicted as on a training slide."""
-        return self.masked + self.shift + (location - self.masked) * torch.exp(self.log_scale)
+        beyond = location - self.masked - self.change_there
+        return self.masked + self.shift + beyond * torch.exp(self.log_scale)

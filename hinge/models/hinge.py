@@ -128,7 +128,7 @@ class HingeModel(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         check_options(self.config)
-        self.library_size_model = LibrarySizeModel(feature_dim) if library_size else None
+        self.library_size_model = LibrarySizeModel(feature_dim, num_genes) if library_size else None
         self.condition = ConditionEmbedding(
             feature_dim + library_size, num_genes, hidden_size, with_mask=condition_on_visible is not None
         )
@@ -319,7 +319,12 @@ class HingeModel(ModelMixin, ConfigMixin):
         tuple
             Distribution over (B, G), and W (B, K, G) for `GeneFactorModel.innovation`, None without gene factors.
         """
+        excess: Tensor | float = 0.0
+        if library_size is not None and self.library_size_model is not None:
+            change, excess = self.library_size_model.change(library_size), self.library_size_model.excess(library_size)
+            slide_shift = change if slide_shift is None else slide_shift + change
         location, h, log_scale, left = self.locate(h, values, visible, features, gene_ids, slide_shift, subset)
+        location = location + excess
         return self.distribution(location, h, log_scale, library_size), left
 
     def locate(

@@ -12,28 +12,29 @@ NORMAL_SCORES = np.linspace(-6.0, 6.0, 49)
 LOG_SIZES = np.linspace(0.0, 16.0, 65)
 
 LARGEST_DEVIATION = 5.0
-"""Standard deviations in the condition, at most, of a model without a curve."""
+"""Standard deviations in the condition, at most."""
 
 
 class LibrarySizeModel(nn.Module):
-    """The logarithm of the library size: a linear regression on the features, and residuals of any distribution.
+    """The library size given the features, and what is expected of transformed counts given the library size.
 
-    It is fitted in closed form (`hinge.training.initialisation`) and not trained further.
+    The logarithm of the library size is a linear regression on the features, with residuals of any distribution. The
+    model is fitted in closed form (`hinge.training.initialisation`) and not trained further.
 
     Parameters
     ----------
-    feature_dim
-        d.
+    feature_dim, num_genes
+        d and G.
     """
 
     scale: Tensor
     slide_scale: Tensor
     spatial_share: Tensor
     quantile_excess: Tensor
-    curve: Tensor
-    deviation_weight: Tensor
+    expected_change: Tensor
+    location_excess: Tensor
 
-    def __init__(self, feature_dim: int):
+    def __init__(self, feature_dim: int, num_genes: int):
         super().__init__()
         self.mean = nn.Linear(feature_dim, 1).requires_grad_(False)
         nn.init.zeros_(self.mean.weight)
@@ -45,10 +46,10 @@ class LibrarySizeModel(nn.Module):
         self.register_buffer("spatial_share", torch.zeros(()))
         # quantiles of the residuals at `NORMAL_SCORES`, in units of the scale, less those of a normal distribution
         self.register_buffer("quantile_excess", torch.zeros(len(NORMAL_SCORES)))
-        # what is expected of a spot's mean value at `LOG_SIZES`, standardised over the training spots
-        self.register_buffer("curve", torch.zeros(len(LOG_SIZES)))
-        # of the deviation from the regression in the condition: 1 in models of before there was a curve, which is 0
-        self.register_buffer("deviation_weight", torch.ones(()))
+        # by how much the mean value of a gene at `LOG_SIZES` is expected to differ from that of the training spots
+        self.register_buffer("expected_change", torch.zeros(len(LOG_SIZES), num_genes))
+        # by how much a distribution's location is to change beyond that, such that its mean changes by that
+        self.register_buffer("location_excess", torch.zeros(len(LOG_SIZES), num_genes))
 
     def _location(self, features: Tensor) -> Tensor:
         return at_least_float32(self.mean(features)).squeeze(-1)
@@ -99,21 +100,30 @@ class LibrarySizeModel(nn.Module):
         return float((at_least_float32(library_size).clamp_min(1).log() - self._location(features)).mean())
 
     def standardise(self, features: Tensor, library_size: Tensor) -> Tensor:
-        """Return what the condition has of library sizes (B,), in standard deviations, for features (B, d).
-
-        It is the mean value that is expected at this library size: transformed counts follow it by a curve, with which
-        the logarithm of a small count falls short. Models without a curve have the deviation of the logarithm from what
-        the features predict.
-        """
-        log_size = at_least_float32(library_size).clamp_min(1).log()
+        """Return by how many standard deviations (B,) library sizes (B,) differ from what features (B, d) predict."""
         scale = (self.scale**2 + self.slide_scale**2).sqrt()
-        unusual = ((log_size - self._location(features)) / scale).clamp(-LARGEST_DEVIATION, LARGEST_DEVIATION)
-        return self.deviation_weight * unusual + _interpolate(LOG_SIZES, self.curve, log_size)
+        unusual = (at_least_float32(library_size).clamp_min(1).log() - self._location(features)) / scale
+        return unusual.clamp(-LARGEST_DEVIATION, LARGEST_DEVIATION)
+
+    def change(self, library_size: Tensor) -> Tensor:
+        """Return by how much values (B, G) are expected to differ at library sizes (B,) from those at the training's.
+
+        The logarithm of a small count falls short of that of its mean, so transformed counts depend on the library size
+        although they are divided by it.
+        """
+        return _interpolate(LOG_SIZES, self.expected_change, at_least_float32(library_size).clamp_min(1).log())
+
+    def excess(self, library_size: Tensor) -> Tensor:
+        """Return what the location of a distribution (B, G) takes beyond `change` at library sizes (B,).
+
+        Rounding to counts moves the mean away from the location, the more the wider apart counts are.
+        """
+        return _interpolate(LOG_SIZES, self.location_excess, at_least_float32(library_size).clamp_min(1).log())
 
 
 def _interpolate(knots: np.ndarray, values: Tensor, at: Tensor) -> Tensor:
-    """Return the values (B,) of a piecewise linear function, given at evenly spaced knots (K,) and constant outside."""
+    """Return values (B, …) of a piecewise linear function: (K, …) at evenly spaced knots (K,), constant outside."""
     place = ((at_least_float32(at) - knots[0]) / (knots[1] - knots[0])).clamp(0, len(knots) - 1)
     left = place.long().clamp_max(len(knots) - 2)
-    share = place - left
+    share = (place - left).reshape(-1, *[1] * (values.ndim - 1))
     return (1 - share) * values[left] + share * values[left + 1]

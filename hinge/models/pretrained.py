@@ -181,13 +181,15 @@ def _with_genes_of_slides(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _with_library_sizes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights whose library sizes have normally distributed residuals and no curve, as all had before."""
+def _with_library_sizes(weights: dict[str, Tensor], num_genes: int) -> dict[str, Tensor]:
+    """Return weights whose library sizes have normally distributed residuals and change no value, as all had before."""
     prefix = "library_size_model."
     if f"{prefix}scale" not in weights:
         return weights
-    usual = LibrarySizeModel(1).state_dict()
-    return {f"{prefix}{name}": usual[name] for name in ("quantile_excess", "curve", "deviation_weight")} | weights
+    usual = LibrarySizeModel(1, num_genes).state_dict()
+    return {
+        f"{prefix}{name}": usual[name] for name in ("quantile_excess", "expected_change", "location_excess")
+    } | weights
 
 
 def load(cls: type["HingeModel"], folder: str | Path, backbone: ExpressionBackbone | None = None) -> "HingeModel":
@@ -208,7 +210,7 @@ def load(cls: type["HingeModel"], folder: str | Path, backbone: ExpressionBackbo
         backbone = load_backbone(beside)
     try:
         config, weights = _with_new_names(config, weights)
-        weights = _with_library_sizes(_with_genes_of_slides(weights))
+        weights = _with_library_sizes(_with_genes_of_slides(weights), config["num_genes"])
         panel = config.pop("panel_digest", None)
         model = _build(cls, config, sum(tensor.numel() for tensor in weights.values()))
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, OverflowError, OSError) as error:

@@ -12,6 +12,7 @@ from hinge.data.gene_parts import GenePart, gene_parts
 from hinge.data.spots import SpotTable, spot_groups
 from hinge.diffusion.scheduler import MaskedDiffusionScheduler
 from hinge.evaluation.ridge import RidgeFolds, fit_ridge, fit_ridge_by_component, fit_ridge_of_parts
+from hinge.models.distributions import CountGrid, RoundedGaussian
 from hinge.models.expected_values import expected_values
 from hinge.models.gene_factors import GeneFactorModel
 from hinge.models.hinge import HingeModel
@@ -34,6 +35,8 @@ SMALLEST_SCALE = 0.05
 RESIDUAL_FLOOR = 0.1
 # of the library size among the features, in units of that of an image feature
 LIBRARY_SIZE_PENALTY = 0.01
+# least mean value whose location is looked for, its largest distance from it, rounds of bisection
+LEAST_EXPECTED, FARTHEST_LOCATION, LOCATION_ROUNDS = 0.02, 4.0, 16
 # of values that a backbone decodes: rounding
 SAME_DECODED = 1e-3
 
@@ -133,6 +136,8 @@ def initialise_gene_factors(
     _set_scale_weights(factors, x, unexplained, parts, measured)
     partly = partly_masked_spots(factors, scheduler, backbone, offset, regression)
     _set_scales(factors, partly, unexplained, 1 - model.config.masked_decoding, x.mean(axis=0), measured)
+    if model.library_size_model is not None and model.config.head in ("rounded_gaussian", "rounded_mixture"):
+        _set_location_excess(model, spots, unexplained.std(axis=0))
     uncertainty = RegressionUncertainty(x.shape[1])
     uncertainty.fit(x, ridge.penalty, None if stored is None else len(stored))
     slide_shift = torch.from_numpy(regression - ridge.predict(x)).float()
@@ -147,7 +152,7 @@ class _Backbone:
     condition
         (n, d) standardised features, with the library size where the model has it.
     values, target
-        (n, G) expression, as a tensor and in float64.
+        (n, G) expression; in float64 and without what the library size changes it by.
     measured
         Which genes the spots have; None for all.
     library_shift
@@ -168,6 +173,7 @@ class _Backbone:
         if model.library_size_model is not None:
             self.library_shift = initialise_library_size(model, spots)
             sizes = torch.from_numpy(np.asarray(spots.library_size, dtype=np.float32))
+            self.target -= model.library_size_model.change(sizes.to(self.device)).cpu().double().numpy()
             relative = sizes * (-self.library_shift).exp()
             self.condition = model.with_library_size(self.condition, relative.to(self.device))
 
@@ -198,11 +204,12 @@ class _Backbone:
         return torch.cat(parts).double().numpy(), visible.double().numpy()
 
 
+@torch.no_grad()
 def initialise_library_size(model: HingeModel, spots: SpotTable) -> Tensor:
     """Set a model's `LibrarySizeModel` from its training spots: ridge regression of log library size on the features.
 
-    Scale and quantiles are those of out-of-fold residuals within slides. The curve is the mean value that counts of the
-    training spots' composition are expected to have at a library size. Return the shift (n,) of each spot's slide, by
+    Scale and quantiles are those of out-of-fold residuals within slides. The expected change of values with the library
+    size is that of Poisson counts with the training spots' composition. Return the shift (n,) of each spot's slide, by
     which the logarithms of its library sizes are larger.
     """
     sizes = model.library_size_model
@@ -222,22 +229,40 @@ def initialise_library_size(model: HingeModel, spots: SpotTable) -> Tensor:
     write(sizes.spatial_share, spatial.share(left, spatial.range(left))[0])
     within = log_size - ridge.predict(features)
     of_slides = np.array([within[slide_of == number].mean() for number in range(len(shifts))])
-    write(sizes.curve, _expected_curve(spots, log_size[:, 0] - of_slides[slide_of]))
-    write(sizes.deviation_weight, 0.0)
+    write(sizes.expected_change, _expected_values(spots))
+    # without a mean over the training spots, which is that of the regression
+    sizes.expected_change -= sizes.change(sizes.typical(x)).mean(dim=0)
     return torch.from_numpy(of_slides[slide_of]).float()
 
 
-def _expected_curve(spots: SpotTable, log_size: np.ndarray) -> np.ndarray:
-    """Return the mean value that counts are expected to have at `LOG_SIZES`, standardised over library sizes (n,)."""
-    counts, sizes = spots.known_counts().astype(np.float64), np.maximum(spots.library_size, 1)[:, None]
-    total = np.where(np.isfinite(counts), sizes, 0.0).sum(axis=0)
+def _expected_values(spots: SpotTable) -> np.ndarray:
+    """Return the mean values (…, G) at `LOG_SIZES` of Poisson counts with the composition of the spots."""
+    counts, sizes = spots.known_counts().astype(np.float64), np.maximum(spots.library_size.astype(np.float64), 1)
+    total = np.where(np.isfinite(counts), sizes[:, None], 0.0).sum(axis=0)
     shares = np.nansum(counts, axis=0) / np.maximum(total, 1)
-    nothing = np.zeros(len(shares))
-    curve = np.array(
-        [expected_values(shares, size, np.ones(1), nothing, spots.transform).mean() for size in np.exp(LOG_SIZES)]
-    )
-    known = np.interp(log_size, LOG_SIZES, curve)
-    return (curve - known.mean()) / max(known.std(), 1e-6)
+    # counts spread more than those of Poisson, but how they depend on the library size is hardly another
+    spread = np.zeros(len(shares))
+    return np.stack([expected_values(shares, size, np.ones(1), spread, spots.transform) for size in np.exp(LOG_SIZES)])
+
+
+def _set_location_excess(model: HingeModel, spots: SpotTable, deviation: np.ndarray) -> None:
+    """Set by how much locations change beyond what is expected of values, for genes with a deviation (G,).
+
+    The location at a library size is found by bisection, such that a Gaussian of this deviation, rounded to the counts
+    of the library size, has the expected mean.
+    """
+    sizes, device = model.library_size_model, model.device
+    wanted = torch.from_numpy(np.maximum(_expected_values(spots), LEAST_EXPECTED)).float().to(device)
+    scale = torch.from_numpy(np.maximum(deviation, SMALLEST_SCALE)).float().to(device).expand_as(wanted)
+    grid = CountGrid(spots.transform, torch.from_numpy(np.exp(LOG_SIZES)).float().to(device))
+    low, high = wanted - FARTHEST_LOCATION, wanted + FARTHEST_LOCATION
+    for _ in range(LOCATION_ROUNDS):
+        middle = (low + high) / 2
+        less = RoundedGaussian(middle, scale, grid).mean < wanted
+        low, high = torch.where(less, middle, low), torch.where(less, high, middle)
+    sizes.location_excess.copy_((low + high) / 2 - wanted)
+    x = model.standardise(torch.from_numpy(np.asarray(spots.features[:, 0], dtype=np.float32)).to(device))
+    sizes.location_excess -= sizes.excess(sizes.typical(x)).mean(dim=0)
 
 
 def slide_shifts(

@@ -46,7 +46,10 @@ def fit_masked_mean(
     bias, slope = torch.zeros_like(centre), torch.zeros_like(centre)
     factors.masked_bias.zero_()
     factors.masked_slope.zero_()
-    wanted = spots.predicted(torch.zeros_like(regression), "location").clamp_min(0)
+    wanted = spots.predicted(torch.zeros_like(regression), "location")
+    if model.library_size_model is not None:
+        wanted -= model.library_size_model.excess(spots.library_size).double()
+    wanted = wanted.clamp_min(0)
     # a weak penalty on the correction, as strong as one spot in a hundred
     weight = 0.01 * len(along)
     for _ in range(MEAN_ROUNDS):

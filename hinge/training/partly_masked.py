@@ -90,7 +90,7 @@ def partly_masked_spots(
     scheduler
         Of the diffusion.
     backbone
-        Has `values` and `target` (n, G) of the spots, `measured`, and decode(timestep) → decoded values and visible
+        Has `target` (n, G) of the spots, `measured`, and decode(timestep) → decoded values and visible
         genes (n, G).
     offset, regression
         (G,) mean of the decoded values, and (n, G) out-of-fold regression with slide shifts.
@@ -110,7 +110,7 @@ def partly_masked_spots(
         predicted = offset + regression[some]
         with torch.no_grad():  # which holds for one thread
             scores, left = factors.posterior(
-                backbone.values[torch.from_numpy(some)].to(device), on_device(visible[some]), on_device(predicted)
+                on_device(backbone.target[some]), on_device(visible[some]), on_device(predicted)
             )
         carried = scores.cpu().double().numpy() @ loadings.T
         left_variance = (left**2).sum(dim=1).cpu().double().numpy() + noise

@@ -297,6 +297,8 @@ def shifts_of_slide(
     if with_genes:
         factors = model.gene_factor_model
         left = torch.from_numpy(spots.values).to(device) - factors.offset - factors.mean(condition)
+        if (library_size := model.library_size_model) is not None:
+            left = left - library_size.change(torch.from_numpy(spots.library_size).to(device))
         shift = left.mean(dim=0).cpu()
         there = spots.measured.get(store.names[slide])
         if there is not None:

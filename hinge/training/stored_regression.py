@@ -186,6 +186,10 @@ class StoredRegression:
             slide = int(self.store.slide_of(rows[[first]])[0])
             x = self._condition(features[own], sizes[own], slide)
             y = values[np.ix_(own, columns)].astype(np.float64) - self._offset[columns]
+            if (library_size := self._model.library_size_model) is not None:
+                with torch.no_grad():
+                    change = library_size.change(torch.from_numpy(sizes[own]).to(self._model.feature_mean.device))
+                y -= change.cpu().numpy()[:, columns]
             for number in np.unique(fold).tolist():
                 found[number].add(x[fold == number], y[fold == number])
         return found
