@@ -312,20 +312,15 @@ class HingeModel(ModelMixin, ConfigMixin):
     ) -> tuple[ExpressionDistribution, Tensor | None]:
         """Return the distribution of every gene's value from tokens (B, P + n, D).
 
-        Other arguments as those of `forward`, but `features` and `subset` as in `tokens`.
-
-        Returns
-        -------
-        tuple
-            Distribution over (B, G), and W (B, K, G) for `GeneFactorModel.innovation`, None without gene factors.
+        Return W (B, K, G) for `GeneFactorModel.innovation` too, None without gene factors. Other arguments as those of
+        `forward`, but `features` and `subset` as in `tokens`.
         """
-        excess: Tensor | float = 0.0
-        if library_size is not None and self.library_size_model is not None:
-            change, excess = self.library_size_model.change(library_size), self.library_size_model.excess(library_size)
+        sizes, excess = self.library_size_model, 0.0
+        if library_size is not None and sizes is not None:
+            excess, change = sizes.excess(library_size), sizes.change(library_size)
             slide_shift = change if slide_shift is None else slide_shift + change
         location, h, log_scale, left = self.locate(h, values, visible, features, gene_ids, slide_shift, subset)
-        location = location + excess
-        return self.distribution(location, h, log_scale, library_size), left
+        return self.distribution(location + excess, h, log_scale, library_size), left
 
     def locate(
         self,
