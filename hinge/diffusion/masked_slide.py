@@ -122,9 +122,8 @@ class MaskedSlide:
     @torch.inference_mode()
     def predicted(self) -> NDArray[np.float64]:
         """Return the regression (n, G) of the gene factor model on the features of all spots."""
-        factors, sizes = self._factors, self.model.library_size_model
-        change = 0.0 if sizes is None else sizes.change(sizes.typical(self.features))
-        return (factors.offset + factors.mean(self.whole) + change).clamp_min(0).double().cpu().numpy()
+        regression = self._factors.offset + self._factors.mean(self.whole)
+        return (regression + self._typical_change()).clamp_min(0).double().cpu().numpy()
 
     @torch.inference_mode()
     def regression_difference(self) -> NDArray[np.float64]:
@@ -138,10 +137,14 @@ class MaskedSlide:
             return np.zeros(self.model.config.num_genes)
         weight = self._factors.mean.weight.double()
         away = self.whole.double() - self.model.slide_prior.regression.centre.to(weight)
-        difference = away.mean(dim=0) @ weight.T
-        if (sizes := self.model.library_size_model) is not None:  # whose change has no mean over the training spots
-            difference = difference + sizes.change(sizes.typical(self.features)).double().mean(dim=0)
+        # the change of the training spots has no mean
+        difference = away.mean(dim=0) @ weight.T + self._typical_change().double().mean(dim=0)
         return difference.cpu().numpy()
+
+    def _typical_change(self) -> Tensor:
+        """Return by how much typical library sizes of all spots change their values (n, G); 0 without such a model."""
+        model = self.model.library_size_model
+        return self.features.new_zeros(()) if model is None else model.change(model.typical(self.features))
 
     def residuals(self, generator: np.random.Generator, count: int) -> NDArray[np.float64]:
         """Return random residuals (count, G) of the regression, correlated between genes as those of spots are."""

@@ -186,10 +186,9 @@ def _with_library_sizes(weights: dict[str, Tensor], num_genes: int) -> dict[str,
     prefix = "library_size_model."
     if f"{prefix}scale" not in weights:
         return weights
+    names = ("quantile_excess", "expected_change", "location_excess")
     usual = LibrarySizeModel(1, num_genes).state_dict()
-    return {
-        f"{prefix}{name}": usual[name] for name in ("quantile_excess", "expected_change", "location_excess")
-    } | weights
+    return {f"{prefix}{name}": usual[name] for name in names} | weights
 
 
 def load(cls: type["HingeModel"], folder: str | Path, backbone: ExpressionBackbone | None = None) -> "HingeModel":

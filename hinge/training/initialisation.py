@@ -137,7 +137,7 @@ def initialise_gene_factors(
     partly = partly_masked_spots(factors, scheduler, backbone, offset, regression)
     _set_scales(factors, partly, unexplained, 1 - model.config.masked_decoding, x.mean(axis=0), measured)
     if model.library_size_model is not None and model.config.head in ("rounded_gaussian", "rounded_mixture"):
-        _set_location_excess(model, spots)
+        _set_location_excess(model, spots, backbone.condition[:, :-1])
     uncertainty = RegressionUncertainty(x.shape[1])
     uncertainty.fit(x, ridge.penalty, None if stored is None else len(stored))
     slide_shift = torch.from_numpy(regression - ridge.predict(x)).float()
@@ -245,14 +245,13 @@ def _expected_values(spots: SpotTable) -> np.ndarray:
     return np.stack([expected_values(shares, size, np.ones(1), spread, spots.transform) for size in np.exp(LOG_SIZES)])
 
 
-def _set_location_excess(model: HingeModel, spots: SpotTable) -> None:
-    """Set by how much locations change beyond what is expected of values.
+def _set_location_excess(model: HingeModel, spots: SpotTable, x: Tensor) -> None:
+    """Set by how much locations change beyond what is expected of values, from standardised features (n, d).
 
     The location at a library size is found by bisection, such that a Gaussian, rounded to the counts of this library
     size, has the expected mean. Its scale is that of a spot with the mean features and this library size.
     """
     sizes, device = model.library_size_model, model.device
-    x = model.standardise(torch.from_numpy(np.asarray(spots.features[:, 0], dtype=np.float32)).to(device))
     library_size = torch.from_numpy(np.exp(LOG_SIZES)).float().to(device)
     condition = model.with_library_size(x.mean(dim=0).expand(len(library_size), -1), library_size)
     scale = model.gene_factor_model.masked(condition)[1].exp()

@@ -14,6 +14,7 @@ from hinge.data.transforms import get_transform
 from hinge.diffusion import MaskedDiffusionScheduler, SlideInputs
 from hinge.evaluation.ridge import RidgeFolds, fit_ridge_by_component
 from hinge.models import HingeModel
+from hinge.models.library_size import NORMAL_SCORES
 from hinge.training import TrainingConfig, train_hinge
 from hinge.training.hinge import fit_slide_levels
 from hinge.training.initialisation import initialise_gene_factors, initialise_library_size
@@ -254,11 +255,25 @@ def test_measured_genes_tell_the_shift_of_their_slide():
     np.testing.assert_allclose(some.values, given.values[:, part], atol=1e-4)
 
 
+def make_count_model(spots):
+    model = make_model(head="rounded_gaussian", transform="log1p_cp10k", library_size=True, num_factors=2)
+    model.set_feature_statistics(torch.from_numpy(spots.features[:, 0]))
+    return model
+
+
+def poisson_spots(shares, rng, log_size, deviation):
+    """Spots with Poisson counts of genes with these shares (G,) of a log-normal library size."""
+    spots = slides_with_shifts()
+    sizes = np.exp(rng.normal(log_size, deviation, len(spots))).round().astype(np.float32)
+    counts = rng.poisson(sizes[:, None] * shares).astype(np.float32)
+    values = get_transform("log1p_cp10k").forward(counts, sizes)
+    return replace(spots, library_size=sizes, counts=counts, values=values, transform="log1p_cp10k")
+
+
 @pytest.mark.full
 def test_the_depth_is_regressed_on_the_features_and_drawn_first():
     spots = slides_with_shifts()
-    model = make_model(head="rounded_gaussian", transform="log1p_cp10k", library_size=True, num_factors=2)
-    model.set_feature_statistics(torch.from_numpy(spots.features[:, 0]))
+    model = make_count_model(spots)
     initialise_gene_factors(model, MaskedDiffusionScheduler(10, "linear"), torch.arange(1, GENES + 1), spots, seed=0)
     features = model.standardise(torch.from_numpy(spots.features[:, 0]))
     predicted = model.library_size_model.mean(features).squeeze(-1).detach().numpy()
@@ -269,12 +284,10 @@ def test_the_depth_is_regressed_on_the_features_and_drawn_first():
     assert abs(np.log(library_size.numpy()).std() - np.log(spots.library_size).std()) < 0.1
     drawn = np.quantile(np.log(library_size), SHARES) - np.quantile(np.log(spots.library_size), SHARES)
     assert np.abs(drawn).max() < 0.15
-    found = model.library_size_model.standardise(features, library_size)
-    assert torch.corrcoef(torch.stack([found, normal]))[0, 1] > 0.99
     torch.testing.assert_close(
-        found,
-        (library_size.log() - torch.from_numpy(predicted)) / model.library_size_model.scale,
-        atol=1e-4 + float(model.library_size_model.slide_scale),
+        model.library_size_model.standardise(features, library_size),
+        normal + torch.from_numpy(np.interp(normal, NORMAL_SCORES, model.library_size_model.quantile_excess)).float(),
+        atol=0.05 + float(model.library_size_model.slide_scale),
         rtol=0.1,
     )
 
@@ -286,8 +299,7 @@ def test_library_sizes_are_drawn_from_the_distribution_of_the_training_spots():
     normal = rng.standard_normal(len(spots))
     log_size = 8 + 0.3 * normal - 4 * (rng.random(len(spots)) < 0.03)
     spots = replace(spots, library_size=np.exp(log_size).round().astype(np.float32))
-    model = make_model(head="rounded_gaussian", transform="log1p_cp10k", library_size=True, num_factors=2)
-    model.set_feature_statistics(torch.from_numpy(spots.features[:, 0]))
+    model = make_count_model(spots)
     initialise_library_size(model, spots)
     sizes = model.library_size_model
     features = model.standardise(torch.from_numpy(spots.features[:, 0])).repeat(40, 1)
@@ -303,15 +315,11 @@ def test_library_sizes_are_drawn_from_the_distribution_of_the_training_spots():
 
 @pytest.mark.full
 def test_values_change_with_the_library_size_as_those_of_poisson_counts_do():
-    spots, rng = slides_with_shifts(), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     shares = np.array([2e-3, 5e-4, 1e-4, 2e-5, 1e-5, 5e-6])[:GENES]
     shares = np.concatenate([shares, np.full(GENES - len(shares), 1e-3)])
-    sizes = np.exp(rng.normal(8, 0.8, len(spots))).round().astype(np.float32)
-    counts = rng.poisson(sizes[:, None] * shares).astype(np.float32)
-    values = get_transform("log1p_cp10k").forward(counts, sizes)
-    spots = replace(spots, library_size=sizes, counts=counts, values=values, transform="log1p_cp10k")
-    model = make_model(head="rounded_gaussian", transform="log1p_cp10k", library_size=True, num_factors=2)
-    model.set_feature_statistics(torch.from_numpy(spots.features[:, 0]))
+    spots = poisson_spots(shares, rng, 8, 0.8)
+    model = make_count_model(spots)
     initialise_library_size(model, spots)
     few, many = (torch.full((1,), size) for size in (500.0, 20000.0))
     with torch.no_grad():
@@ -329,24 +337,20 @@ def test_values_change_with_the_library_size_as_those_of_poisson_counts_do():
 @pytest.mark.full
 def test_the_mean_follows_the_library_size_of_a_spot_with_few_counts():
     """The mean of a Gaussian that is rounded to few counts would fall short of its location."""
-    spots, rng = slides_with_shifts(), np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     shares = np.geomspace(1e-4, 3e-3, GENES)
-    sizes = np.exp(rng.normal(7.5, 1.0, len(spots))).round().astype(np.float32)
-    counts = rng.poisson(sizes[:, None] * shares).astype(np.float32)
-    values = get_transform("log1p_cp10k").forward(counts, sizes)
-    spots = replace(spots, library_size=sizes, counts=counts, values=values, transform="log1p_cp10k")
-    model = make_model(head="rounded_gaussian", transform="log1p_cp10k", library_size=True, num_factors=2)
-    model.set_feature_statistics(torch.from_numpy(spots.features[:, 0]))
+    spots = poisson_spots(shares, rng, 7.5, 1.0)
+    model = make_count_model(spots)
     ids = torch.arange(1, GENES + 1)
     initialise_gene_factors(model, MaskedDiffusionScheduler(10, "linear"), ids, spots, seed=0)
-    nothing, few = torch.zeros(len(spots), GENES), sizes < 900
+    nothing, few = torch.zeros(len(spots), GENES), spots.library_size < 900
     features, last = torch.from_numpy(spots.features[:, 0]), torch.full((len(spots),), 10)
 
     @torch.no_grad()
     def missed() -> float:
         """By how much the means of spots with few counts are off, beside those of the others."""
-        given = {"library_size": torch.from_numpy(sizes), "next_visible": nothing}
-        left = values - model(nothing, nothing, last, features, ids, **given).mean.numpy()
+        given = {"library_size": torch.from_numpy(spots.library_size), "next_visible": nothing}
+        left = spots.values - model(nothing, nothing, last, features, ids, **given).mean.numpy()
         return float(np.abs(left[few].mean(axis=0) - left[~few].mean(axis=0)).mean())
 
     scheduler = MaskedDiffusionScheduler(10, "linear")
