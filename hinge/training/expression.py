@@ -1,5 +1,6 @@
 """Masked-expression pre-training of a backbone on counts alone."""
 
+import copy
 import logging
 from functools import partial
 from pathlib import Path
@@ -103,9 +104,11 @@ def pretrain_expression(
             continue_with=continue_with,
         )
         model = model.to("cpu").eval()
+        if accelerator.is_main_process and len(data.held):
+            _report(model, data, training_folder, seed)
+        if len(data.held) and config.expression_prior:
+            model = _with_all_rows(model, table, seed)
         if accelerator.is_main_process:
-            if len(data.held):
-                _report(model, data, training_folder, seed)
             with atomic_path(folder) as temporary:
                 model.save_pretrained(temporary)
         accelerator.wait_for_everyone()
@@ -145,23 +148,42 @@ def _new_model(
     table: CountTable, training: np.ndarray, architecture: PretrainedConfig, config: PretrainConfig, seed: int
 ) -> ExpressionBackbone:
     """Return a model with random weights and, for CellFM, the expression prior of the training rows."""
-    prior = None
     if config.expression_prior:
         if architecture.model_type != "cellfm":
             raise ConfigError(
                 f"a {architecture.model_type} has no expression prior; set expression_prior to false "
                 "(backbone.pretrain.expression_prior)"
             )
-        transform = architecture.transform
-        prior = fit_expression_prior(table.values(transform, training), table.patient[training], transform, seed)
-        architecture.num_prior_factors = prior[1].shape[1]
-        architecture.num_spot_factors = num_spot_factors(len(training), len(table.genes))
+        return _with_prior(table, training, architecture, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[architecture.model_type](architecture)
+
+
+def _with_prior(table: CountTable, rows: np.ndarray, architecture: PretrainedConfig, seed: int) -> ExpressionBackbone:
+    """Return a model with random weights and the expression prior of some rows; its size is set in `architecture`."""
+    transform = architecture.transform
+    prior = fit_expression_prior(table.values(transform, rows), table.patient[rows], transform, seed)
+    architecture.num_prior_factors = prior[1].shape[1]
+    architecture.num_spot_factors = num_spot_factors(len(rows), len(table.genes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MODELS[architecture.model_type](architecture)
-    if prior is not None:
-        model.set_expression_prior(*prior)
+    model.set_expression_prior(*prior)
     return model
+
+
+def _with_all_rows(model: ExpressionBackbone, table: CountTable, seed: int) -> ExpressionBackbone:
+    """Return a model with the same network and the expression prior of all rows.
+
+    A further patient is worth more to the prior than to the network, which corrects it: on patients of neither, the
+    error is that of a network trained on all (docs/results/pretraining.md).
+    """
+    refitted = _with_prior(table, np.arange(len(table)), copy.deepcopy(model.config), seed)
+    own = refitted.state_dict()
+    own.update({name: tensor for name, tensor in model.state_dict().items() if not name.startswith("expression_prior")})
+    refitted.load_state_dict(own)
+    return refitted.eval()
 
 
 def _report(model: ExpressionBackbone, data: "_MaskedRows", folder: Path, seed: int) -> None:

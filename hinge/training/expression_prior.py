@@ -6,8 +6,8 @@ from sklearn.decomposition import FactorAnalysis
 
 from hinge.evaluation.factors import fit_factor_analysis
 
-FACTORS = 32
-"""Factors of the differences between spots of one patient."""
+FACTORS, FACTORS_OF_MANY = 32, 64
+"""Factors of the differences between spots of one patient, up to `MOST_GENES_EXACT` genes and beyond."""
 
 BETWEEN_SHARE = 0.9
 """Share of the variance between patients that a few directions carry; the rest is of each gene alone.
@@ -70,7 +70,8 @@ def fit_expression_prior(
 
 def num_spot_factors(num_spots: int, num_genes: int) -> int:
     """Return the number of factors of the differences between spots of one patient."""
-    return max(1, min(FACTORS, num_genes // 2, num_spots // 10))
+    most = FACTORS if num_genes <= MOST_GENES_EXACT else FACTORS_OF_MANY
+    return max(1, min(most, num_genes // 2, num_spots // 10))
 
 
 def _mean_or(values: NDArray[np.float32], default: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -156,6 +156,28 @@ def test_the_expression_prior_is_the_conditional_mean(tmp_path):
     torch.testing.assert_close(found[:, :12], model.expected(*rows, ids[0]), atol=1e-5, rtol=1e-5)
 
 
+def test_the_prior_is_fitted_to_all_patients_in_the_end(tmp_path, monkeypatch):
+    """The saved prior is that of all rows, the network that of the training rows, and the report does without them."""
+    table, reported = counts(samples=6), []
+    monkeypatch.setattr(expression, "_report", lambda model, *rest: reported.append(model))
+    model = pretrain_expression(table, CellFMConfig(**TINY), PretrainConfig(steps=5, batch_size=16), tmp_path / "b")
+    loaded, prior = CellFMModel.from_pretrained(tmp_path / "b"), model.expression_prior
+    assert loaded.digest() == model.digest() and not model.training
+    values = table.values("log1p_cp10k")
+    fitted = fit_expression_prior(values, table.patient, "log1p_cp10k", 0)
+    mean, loadings, noise = (torch.from_numpy(part).float() for part in fitted)
+    genes = slice(1, len(table.genes) + 1)
+    torch.testing.assert_close(prior.mean[genes], mean)
+    torch.testing.assert_close(prior.loadings[genes] @ prior.loadings[genes].T, loadings @ loadings.T)
+    torch.testing.assert_close(prior.log_noise[genes].exp(), noise)
+    held = split_patients(table, 0)[1]
+    assert len(held) and reported[0].config.num_prior_factors == model.config.num_prior_factors - 1
+    trained = dict(reported[0].named_parameters())
+    for name, parameter in model.named_parameters():
+        if not name.startswith("expression_prior"):
+            assert torch.equal(parameter, trained[name]), name
+
+
 def test_the_report_compares_the_backbone_with_linear_models(tmp_path, caplog):
     """A backbone without training and prior loses to the linear model, and the log says so."""
     table = counts(400, samples=8)
