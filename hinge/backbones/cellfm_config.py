@@ -42,6 +42,8 @@ class CellFMConfig(PretrainedConfig):
     num_spot_factors
         The first of them, which describe differences between spots of one patient; the others describe differences
         between patients.
+    prior_library_size
+        Median library size of the counts that the factor model was fitted to; 0 where it is not known.
     transform
         Name of the transform from counts to the values that the model takes, see `hinge.data.transforms`:
         `log1p_cp10k` for the published weights.
@@ -65,6 +67,7 @@ class CellFMConfig(PretrainedConfig):
         transform: str = "log1p_cp10k",
         num_prior_factors: int = 0,
         num_spot_factors: int = 0,
+        prior_library_size: float = 0.0,
         **kwargs,
     ):
         self.num_genes = num_genes
@@ -80,6 +83,7 @@ class CellFMConfig(PretrainedConfig):
         self.gene_names = gene_names
         self.num_prior_factors = num_prior_factors
         self.num_spot_factors = num_spot_factors
+        self.prior_library_size = prior_library_size
         self.transform = get_transform(transform).name
         for name, allowed in {
             "masked_input": ("mask_token", "value_plus_zero_token"),

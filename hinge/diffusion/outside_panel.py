@@ -5,9 +5,17 @@ import torch
 from torch import Tensor
 
 from hinge.backbones import ExpressionBackbone
+from hinge.data.transforms import get_transform
 from hinge.diffusion.inputs import SamplingSettings
 from hinge.diffusion.randomness import Stream, random_generator
+from hinge.models.expected_values import CountingVariance
 from hinge.utils.errors import ConfigError
+
+LEAST_SHARE = 0.2
+"""Least share of the prior's own variance of a gene that is not of counting."""
+
+MOST_COUNTS = 4
+"""Counts that the least expressed gene of a drawn panel may have, where a library size is read off."""
 
 GENES_AT_ONCE = 256
 """Genes outside the panel in one forward pass. Their tokens see each other, so the number is part of the result."""
@@ -18,18 +26,20 @@ class OutsideGenes:
 
     The backbone predicts the location of a gene from the drawn values of the panel. What it leaves has the covariance
     that the factor model of the pre-training counts gives, given the panel: ΛCΛᵀ + Ψ with C the posterior covariance of
-    the factors (Bishop, Pattern Recognition and Machine Learning, 2006, section 12.2.4).
+    the factors (Bishop, Pattern Recognition and Machine Learning, 2006, section 12.2.4). Under log1p(cp10k), the part
+    of Ψ that is of Poisson counting in the pre-training counts is replaced by that of the drawn spot (law of total
+    variance). Under log2(count + 1) it is not: the level of a gene that no training slide has is the larger error.
 
     Parameters
     ----------
     backbone
-        With an expression prior.
+        With an expression prior. Without the library size of its counts (folders of earlier versions), Ψ stays.
     panel_ids, outside_ids
         (G,) and (E,) vocabulary ids.
     genes
         E symbols of the genes outside the panel.
     transform
-        Of the values; draws in log2(count + 1) are rounded to counts.
+        Of the values. Draws are rounded to counts, under log1p(cp10k) of the library size of the panel's draw.
 
     Raises
     ------
@@ -57,7 +67,11 @@ class OutsideGenes:
             torch.linalg.cholesky(precision).T, torch.eye(len(precision), dtype=torch.float64), upper=True
         )
         self.shared = (loadings["outside"] @ root).numpy()  # (E, K)
-        self.own = noise["outside"].sqrt().numpy()  # (E,)
+        self.own = noise["outside"].numpy()  # (E,)
+        self.counting, self.rest = CountingVariance(transform), None
+        there, mean = backbone.config.prior_library_size, prior.mean[outside_ids].double().cpu().numpy()
+        if there and not get_transform(transform).contains_library_size:
+            self.rest = np.maximum(self.own - self.counting(mean, there), LEAST_SHARE * self.own)
 
     @classmethod
     def of_genes(
@@ -115,11 +129,39 @@ class OutsideGenes:
             for spot, name in enumerate(spots):
                 generator = random_generator(Stream.OUTSIDE_PANEL, seed, name, draw)
                 factors = generator.standard_normal(self.shared.shape[1])
-                noise = self.shared @ factors + self.own * generator.standard_normal(len(self.own))
-                drawn[draw, spot] = np.maximum(location[spot] + noise, 0)
-        if self.transform == "log2p1":
-            drawn = np.log2(1 + np.rint(np.exp2(drawn) - 1)).astype(np.float32)
+                library_size = self.library_size(values[draw, spot])
+                own = self.own
+                if self.rest is not None and library_size is not None:
+                    own = self.rest + self.counting(location[spot], library_size)
+                noise = self.shared @ factors + np.sqrt(own) * generator.standard_normal(len(own))
+                drawn[draw, spot] = self.rounded(np.maximum(location[spot] + noise, 0), library_size)
         return drawn
+
+    def library_size(self, values: np.ndarray) -> float | None:
+        """Return the library size whose counts values (G,) of a drawn spot are; None where they are no counts.
+
+        Under log1p(cp10k), values of counts are multiples of one over the library size. Other transforms have no
+        library size, for which 1 stands.
+        """
+        if self.transform != "log1p_cp10k":
+            return 1.0
+        shares = np.expm1(values[values > 0].astype(np.float64)) / 1e4
+        if not len(shares):
+            return None
+        for least in range(1, MOST_COUNTS + 1):
+            counts = shares * least / shares.min()
+            # the rounding of float32 grows with the count
+            few = counts[counts < 50 * least]
+            if np.abs(few - few.round()).max() < 0.05:
+                return float(least / shares.min())
+        return None
+
+    def rounded(self, values: np.ndarray, library_size: float | None) -> np.ndarray:
+        """Return values (E,) rounded to counts of a library size."""
+        if library_size is None:
+            return values
+        transform, size = get_transform(self.transform), np.array([library_size])
+        return transform.forward(np.rint(transform.inverse(values[None], size)), size)[0]
 
     def append(
         self, values: np.ndarray, expected: np.ndarray, spots: list[str], sampling: SamplingSettings

@@ -68,6 +68,38 @@ def counting_variance(
     return total / len(ratios)
 
 
+class CountingVariance:
+    """Variance of transformed Poisson counts whose transformed mean is given.
+
+    Parameters
+    ----------
+    transform
+        Name of the transform.
+    """
+
+    def __init__(self, transform: str):
+        self.forward = get_transform(transform).forward
+        self.tables: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+
+    def __call__(self, values: NDArray, library_size: float) -> NDArray[np.float64]:
+        """Return the variance (…) of values of mean `values` (…) in a spot of a library size."""
+        # tables of library sizes 5 % apart
+        number = round(np.log(library_size) / 0.05)
+        if number not in self.tables:
+            self.tables[number] = self._table(np.exp(0.05 * number))
+        return np.interp(values, *self.tables[number])
+
+    def _table(self, library_size: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return means and variances of rates, of few counts exactly, of many by the slope of the transform."""
+        size = np.array([library_size])
+        of_counts = self.forward(_COUNTS[None, :], size).astype(np.float64)[0]
+        mean = _POISSON @ of_counts
+        rates = np.geomspace(_RATES[-1] * 1.05, 1e7, 200)
+        dense, more = (self.forward(each[None, :], size).astype(np.float64)[0] for each in (rates, rates * 1.001))
+        slope = (more - dense) / (0.001 * rates)
+        return np.append(mean, dense), np.append(_POISSON @ of_counts**2 - mean**2, slope**2 * rates)
+
+
 def _rates(shares: NDArray, dispersion: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return rates (G, M) in units of the library size, and their weights (M,)."""
     nodes, weights = hermegauss(NUM_NODES)

@@ -166,6 +166,7 @@ def _with_prior(table: CountTable, rows: np.ndarray, architecture: PretrainedCon
     prior = fit_expression_prior(table.values(transform, rows), table.patient[rows], transform, seed)
     architecture.num_prior_factors = prior[1].shape[1]
     architecture.num_spot_factors = num_spot_factors(len(rows), len(table.genes))
+    architecture.prior_library_size = float(np.median(table.library_size[rows]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MODELS[architecture.model_type](architecture)

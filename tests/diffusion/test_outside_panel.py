@@ -10,8 +10,10 @@ from hinge import HingePipeline
 from hinge.backbones import CellFMConfig, CellFMModel
 from hinge.config import RunConfig
 from hinge.data.readers import read_slide
+from hinge.data.transforms import get_transform
 from hinge.diffusion.inputs import SamplingSettings
 from hinge.diffusion.outside_panel import OutsideGenes
+from hinge.models.expected_values import CountingVariance
 from hinge.run.run import Run
 from hinge.utils.errors import ConfigError
 
@@ -75,6 +77,57 @@ def test_draws_depend_on_seed_spot_and_draw_alone():
     assert np.abs(drawn[0] - drawn[1]).max() > 0.1
     counts = np.exp2(outside(model, transform="log2p1").draw(values, names, 0, 5)) - 1
     np.testing.assert_allclose(counts, counts.round(), atol=1e-3)
+
+
+def test_draws_are_counts_of_the_library_size_of_the_panel():
+    """Panel draws that are counts give the library size, and the other genes are counts of it; others stay."""
+    model, _mean, _ = prior_backbone()
+    rng, of_run = np.random.default_rng(3), outside(model)
+    sizes = np.array([731.0, 5210.0, 48_000.0])
+    counts = rng.poisson(sizes[:, None] * rng.uniform(0.001, 0.01, (1, PANEL)))
+    counts[0], counts[1] = 2 * np.arange(PANEL), 6 + np.arange(PANEL)
+    values = np.log1p(1e4 * counts / sizes[:, None]).astype(np.float32)
+    # even counts alone, of which one is 2, are also counts of half of the library size; above, none is small enough
+    assert of_run.library_size(values[0]) == pytest.approx(731 / 2, rel=1e-4)
+    assert of_run.library_size(values[1]) is None and of_run.library_size(np.zeros(PANEL, np.float32)) is None
+    values[1, 0] = np.log1p(1e4 * 3 / 5210)
+    assert of_run.library_size(values[1]) == pytest.approx(5210, rel=1e-4)
+    assert of_run.library_size(rng.normal(4, 1, 200).astype(np.float32)) is None
+    drawn = of_run.draw(values[None, 1:2], ["s"], seed=0, batch_size=2)[0]
+    found = np.expm1(drawn[0].astype(np.float64)) * 5210 / 1e4
+    np.testing.assert_allclose(found, found.round(), atol=1e-3)
+
+
+def test_the_variance_of_counting_is_that_of_the_drawn_spot():
+    """With the library size of the pre-training counts, draws of a deep slide are narrower than of a shallow one."""
+    model, _mean, _ = prior_backbone()
+    model.config.prior_library_size = 1000.0
+    model.expression_prior.log_noise.data.fill_(np.log(1.0))
+    of_run, spots = outside(model), [f"s{i}" for i in range(3000)]
+    counts = np.array([1, 2, 3, 5, 7, 9, 12, 15.0])
+    spread = {}
+    for size in (800.0, 8000.0):
+        values = np.log1p(1e4 * counts * (1 if size < 1000 else 10) / size).astype(np.float32)
+        values[0] = np.log1p(1e4 / size)
+        drawn = of_run.draw(np.tile(values, (1, len(spots), 1)), spots, seed=0, batch_size=1000)[0]
+        spread[size] = drawn.std(axis=0)
+        location = of_run.location(values[None], 1)[0]
+    # at about 40 counts rounding hardly matters
+    left = (of_run.shared**2).sum(axis=1) + of_run.rest
+    np.testing.assert_allclose(spread[8000.0] ** 2, left + of_run.counting(location, 8000.0), rtol=0.1)
+    assert (spread[8000.0] < 0.9 * spread[800.0]).all()
+    assert (of_run.rest < 0.9 * of_run.own).all()
+    model.config.prior_library_size = 0.0
+    assert outside(model).rest is None
+
+
+@pytest.mark.parametrize(("transform", "size"), [("log2p1", 1.0), ("log1p_cp10k", 2500.0)])
+def test_counting_variance_is_that_of_poisson_counts(transform, size):
+    forward, rng = get_transform(transform).forward, np.random.default_rng(0)
+    for rate in (0.05, 0.7, 4.0, 60.0, 900.0):
+        values = forward(rng.poisson(rate, (100_000, 1)), np.full(100_000, size)).astype(np.float64)
+        found = CountingVariance(transform)(values.mean(), size)
+        assert found == pytest.approx(values.var(), rel=0.08), rate
 
 
 @pytest.mark.full
