@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from hinge.backbones.base import ExpressionBackbone
 from hinge.backbones.cellfm import CellFMModel
@@ -36,6 +37,13 @@ _OPTIONS = {
     "scgpt": ("attention",),
     "tahoe": ("attention",),
 }
+
+
+def random_backbone(config: PretrainedConfig, seed: int) -> ExpressionBackbone:
+    """Return a backbone of a configuration with the random weights that pre-training starts from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[config.model_type](config)
 
 
 def load_backbone(path: str | Path, dtype: torch.dtype | str | None = None, **options: Any) -> ExpressionBackbone:

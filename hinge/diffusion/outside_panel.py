@@ -57,7 +57,7 @@ class OutsideGenes:
                 "train a run whose backbone hinge pre-trained on counts of these genes"
             )
         self.backbone, self.panel_ids, self.outside_ids = backbone, panel_ids, outside_ids
-        self.genes, self.transform = genes, transform
+        self.genes, self.transform = genes, get_transform(transform)
         loadings = {name: prior.loadings[ids].double().cpu() for name, ids in self._ids().items()}
         noise = {name: prior.log_noise[ids].double().cpu().exp() for name, ids in self._ids().items()}
         panel = loadings["panel"]
@@ -70,7 +70,7 @@ class OutsideGenes:
         self.own = noise["outside"].numpy()  # (E,)
         self.counting, self.rest = CountingVariance(transform), None
         there, mean = backbone.config.prior_library_size, prior.mean[outside_ids].double().cpu().numpy()
-        if there and not get_transform(transform).contains_library_size:
+        if there and not self.transform.contains_library_size:
             self.rest = np.maximum(self.own - self.counting(mean, there), LEAST_SHARE * self.own)
 
     @classmethod
@@ -126,24 +126,28 @@ class OutsideGenes:
         drawn = np.empty((number, size, len(self.outside_ids)), dtype=np.float32)
         for draw in range(number):
             location = self.location(values[draw], batch_size)
-            for spot, name in enumerate(spots):
+            sizes = [self.library_size(of_spot) for of_spot in values[draw]]
+            for spot, (name, size_of_spot) in enumerate(zip(spots, sizes, strict=True)):
                 generator = random_generator(Stream.OUTSIDE_PANEL, seed, name, draw)
                 factors = generator.standard_normal(self.shared.shape[1])
-                library_size = self.library_size(values[draw, spot])
                 own = self.own
-                if self.rest is not None and library_size is not None:
-                    own = self.rest + self.counting(location[spot], library_size)
+                if self.rest is not None and size_of_spot is not None:
+                    own = self.rest + self.counting(location[spot], size_of_spot)
                 noise = self.shared @ factors + np.sqrt(own) * generator.standard_normal(len(own))
-                drawn[draw, spot] = self.rounded(np.maximum(location[spot] + noise, 0), library_size)
+                drawn[draw, spot] = np.maximum(location[spot] + noise, 0)
+            counted = [spot for spot, size in enumerate(sizes) if size is not None]
+            known = np.array([sizes[spot] for spot in counted])
+            counts = np.rint(self.transform.inverse(drawn[draw, counted], known))
+            drawn[draw, counted] = self.transform.forward(counts, known)
         return drawn
 
     def library_size(self, values: np.ndarray) -> float | None:
         """Return the library size whose counts values (G,) of a drawn spot are; None where they are no counts.
 
-        Under log1p(cp10k), values of counts are multiples of one over the library size. Other transforms have no
-        library size, for which 1 stands.
+        Under log1p(cp10k), values of counts are multiples of one over the library size. Values that contain it are not
+        divided by it; 1 stands for it.
         """
-        if self.transform != "log1p_cp10k":
+        if self.transform.contains_library_size:
             return 1.0
         shares = np.expm1(values[values > 0].astype(np.float64)) / 1e4
         if not len(shares):
@@ -155,13 +159,6 @@ class OutsideGenes:
             if np.abs(few - few.round()).max() < 0.05:
                 return float(least / shares.min())
         return None
-
-    def rounded(self, values: np.ndarray, library_size: float | None) -> np.ndarray:
-        """Return values (E,) rounded to counts of a library size."""
-        if library_size is None:
-            return values
-        transform, size = get_transform(self.transform), np.array([library_size])
-        return transform.forward(np.rint(transform.inverse(values[None], size)), size)[0]
 
     def append(
         self, values: np.ndarray, expected: np.ndarray, spots: list[str], sampling: SamplingSettings

@@ -4,6 +4,8 @@ Counts are Poisson around a rate that differs between spots by a log-normal fact
 mean count is larger than the mean of the transformed counts, by an amount that depends on the depth of sequencing.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.polynomial.hermite_e import hermegauss
 from numpy.typing import NDArray
@@ -62,9 +64,7 @@ def counting_variance(
     rates, weights = _rates(shares, dispersion)
     forward, total = get_transform(transform).forward, np.zeros(len(shares))
     for size in library_size * np.asarray(ratios, dtype=np.float64):
-        of_counts = forward(_COUNTS[None, :], np.array([size])).astype(np.float64)[0]
-        variance = _POISSON @ of_counts**2 - (_POISSON @ of_counts) ** 2
-        total += np.interp(size * rates, _RATES, variance) @ weights
+        total += np.interp(size * rates, _RATES, _of_counts(forward, size)[1]) @ weights
     return total / len(ratios)
 
 
@@ -92,12 +92,20 @@ class CountingVariance:
     def _table(self, library_size: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return means and variances of rates, of few counts exactly, of many by the slope of the transform."""
         size = np.array([library_size])
-        of_counts = self.forward(_COUNTS[None, :], size).astype(np.float64)[0]
-        mean = _POISSON @ of_counts
+        mean, variance = _of_counts(self.forward, library_size)
         rates = np.geomspace(_RATES[-1] * 1.05, 1e7, 200)
         dense, more = (self.forward(each[None, :], size).astype(np.float64)[0] for each in (rates, rates * 1.001))
         slope = (more - dense) / (0.001 * rates)
-        return np.append(mean, dense), np.append(_POISSON @ of_counts**2 - mean**2, slope**2 * rates)
+        return np.append(mean, dense), np.append(variance, slope**2 * rates)
+
+
+def _of_counts(
+    forward: Callable[[NDArray, NDArray], NDArray], library_size: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and variance of transformed Poisson counts at the rates `_RATES`."""
+    of_counts = forward(_COUNTS[None, :], np.array([library_size])).astype(np.float64)[0]
+    mean = _POISSON @ of_counts
+    return mean, _POISSON @ of_counts**2 - mean**2
 
 
 def _rates(shares: NDArray, dispersion: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

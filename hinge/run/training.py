@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from hinge.backbones import ExpressionBackbone, read_config
-from hinge.backbones.loading import MODELS, new_config
+from hinge.backbones.loading import new_config, random_backbone
 from hinge.backbones.packaged import packaged_for
 from hinge.data.count_table import CountTable
 from hinge.data.readers import require_samples
@@ -137,9 +137,7 @@ def _write_random_backbone(inputs: Preparation) -> None:
         config.set_genes(genes)
     else:
         config = read_config(settings.path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(inputs.config.seed)
-        model = MODELS[config.model_type](config)
+    model = random_backbone(config, inputs.config.seed)
     with atomic_path(inputs.paths.backbone) as temporary:
         model.save_pretrained(temporary)
     logger.info("wrote %s (random weights)", inputs.paths.backbone)

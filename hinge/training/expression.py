@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from hinge.backbones import ExpressionBackbone
-from hinge.backbones.loading import MODELS, load_backbone
+from hinge.backbones.loading import load_backbone, random_backbone
 from hinge.data.count_table import CountTable
 from hinge.evaluation.masked_genes import lost_to, masked_gene_table, masked_gene_text
 from hinge.training.count_augmentation import CountAugmentation
@@ -155,9 +155,7 @@ def _new_model(
                 "(backbone.pretrain.expression_prior)"
             )
         return _with_prior(table, training, architecture, seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MODELS[architecture.model_type](architecture)
+    return random_backbone(architecture, seed)
 
 
 def _with_prior(table: CountTable, rows: np.ndarray, architecture: PretrainedConfig, seed: int) -> ExpressionBackbone:
@@ -167,9 +165,7 @@ def _with_prior(table: CountTable, rows: np.ndarray, architecture: PretrainedCon
     architecture.num_prior_factors = prior[1].shape[1]
     architecture.num_spot_factors = num_spot_factors(len(rows), len(table.genes))
     architecture.prior_library_size = float(np.median(table.library_size[rows]))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = MODELS[architecture.model_type](architecture)
+    model = random_backbone(architecture, seed)
     model.set_expression_prior(*prior)
     return model
 
